@@ -1,0 +1,100 @@
+"""Which nodes may share storage, and which inputs a graph writes into: read off the operators' schemas."""
+
+from __future__ import annotations
+
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from calib.graph import REGION_CHILD, child_of
+
+# In evaluation these give back their input itself, which their schemas do not say.
+_IDENTITY_IN_EVAL = {
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.alpha_dropout.default,
+    torch.ops.aten.feature_alpha_dropout.default,
+}
+# Its schema says that it writes; it only drops gradient history.
+_WRITES_NOTHING = {torch.ops.aten.detach_.default}
+Roots = dict[fx.Node, frozenset[fx.Node]]
+
+
+def storage_roots(graph_module: fx.GraphModule) -> Roots:
+    """For each node, the nodes that made the storage its output may live in (itself, where it made its own)."""
+    roots: Roots = {}
+    for node in graph_module.graph.nodes:
+        shared = shared_arguments(node)
+        roots[node] = frozenset().union(*(roots[n] for n in shared)) if shared else frozenset([node])
+    return roots
+
+
+def shared_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose storage the output of `node` may share."""
+    if node.op != "call_function":
+        return []
+    if node.target is getitem or node.target in _IDENTITY_IN_EVAL:
+        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    if node.target in REGION_CHILD:
+        return operands(node)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    schema = node.target._schema
+    if not any(result.alias_info is not None for result in schema.returns):
+        return []
+    return _arguments_where(node, lambda argument: argument.alias_info is not None)
+
+
+def written_arguments(node: fx.Node) -> list[fx.Node]:
+    """The arguments that `node` writes into."""
+    if node.op != "call_function":
+        return []
+    region = child_of(node)
+    if region is not None:
+        written = set(written_placeholders(region[1]))
+        holders = [n.name for n in region[1].graph.nodes if n.op == "placeholder"]
+        return [arg for arg, name in zip(operands(node), holders, strict=False) if name in written]
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NOTHING:
+        return []
+    if not node.target._schema.is_mutable:
+        return []
+    return _arguments_where(node, lambda argument: argument.alias_info is not None and argument.alias_info.is_write)
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """What a region node passes to its child graph."""
+    return [argument for argument in node.args[REGION_CHILD[node.target] + 1 :] if isinstance(argument, fx.Node)]
+
+
+def written_placeholders(graph_module: fx.GraphModule) -> list[str]:
+    """The names of the placeholders that running the graph changes in place."""
+    roots = storage_roots(graph_module)
+    written = {root for node in graph_module.graph.nodes for arg in written_arguments(node) for root in roots[arg]}
+    return [node.name for node in graph_module.graph.nodes if node.op == "placeholder" and node in written]
+
+
+def mutated_inputs(program: ExportedProgram) -> set[str]:
+    """Placeholders that a call changes: in place, or (in a functional graph) through its outputs."""
+    signature = program.graph_signature
+    targets = set(signature.buffers_to_mutate.values())
+    functional = {name for name, target in signature.inputs_to_buffers.items() if target in targets}
+    return set(written_placeholders(program.graph_module)) | functional | set(signature.user_inputs_to_mutate.values())
+
+
+def _arguments_where(node: fx.Node, wanted: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if not wanted(argument):
+            continue
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        found.extend(n for n in _flat(value) if isinstance(n, fx.Node))
+    return found
+
+
+def _flat(value: Any) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        return [item for entry in value for item in _flat(entry)]
+    return [value]

@@ -1,0 +1,130 @@
+"""Files that other programs may trust: whole or absent, and sure of what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+
+
+def versions() -> dict[str, str]:
+    """The versions that an artifact was made with."""
+    try:
+        own = metadata.version("calibcast")
+    except metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        own = "unknown"
+    return {"calibcast": own, "torch": torch.__version__}
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path beside `path`, renamed onto it only when the block ends without an error.
+
+    Raises ArtifactError when the folder is missing or not writable.
+    """
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or Path("."))
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error}. Give a folder that exists and is writable.") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; an artifact is for others to read.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {target}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def save_json(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:
+    """Write `content` as a JSON artifact of `kind`."""
+    document = {"calibcast": kind, "schema": SCHEMA_VERSION, "versions": versions(), **content}
+    # `allow_nan` stays on: an infinite limit is a valid setting, and json reads back what it wrote.
+    text = json.dumps(document, indent=1)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Read a JSON artifact of `kind`. Raises ArtifactError for anything else."""
+    source = Path(path)
+    try:
+        document = json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{source}: no such file") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{source} is not a readable {kind} file (truncated or foreign): {error}") from error
+    check_header(document if isinstance(document, dict) else {}, kind, source)
+    return dict(document)
+
+
+def check_header(header: dict[str, Any], kind: str, source: Path) -> None:
+    """Raise ArtifactError unless `header` says that it is a `kind` of this schema version."""
+    found, schema = header.get("calibcast"), header.get("schema")
+    if found is None:
+        raise ArtifactError(f"{source} was not written by calibcast (no calibcast header); expected a {kind} file")
+    if found != kind:
+        raise ArtifactError(f"{source} is a calibcast {found} file; expected a {kind} file")
+    if not isinstance(schema, int) or schema != SCHEMA_VERSION:
+        age = "a newer" if isinstance(schema, int) and schema > SCHEMA_VERSION else "another"
+        raise ArtifactError(
+            f"{source} was written by {age} calibcast (schema {schema}; this one reads {SCHEMA_VERSION}). "
+            "Upgrade calibcast, or make the file again with this version."
+        )
+
+
+@contextmanager
+def parsed(source: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Turn what goes wrong while the fields of an artifact are read into an ArtifactError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{source} claims to be a {kind} file, but cannot be read as one: {error!r}") from error
+
+
+def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
+    """Load a `.pt2` file. Raises ArtifactError when it is missing, truncated or not a program."""
+    return _guarded(path, lambda name: torch.export.load(name))
+
+
+def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Save a program as `.pt2`, whole or not at all."""
+    with written_whole(path) as temporary:
+        # torch.export.save warns unless the name ends in .pt2, and a temporary name does not.
+        with temporary.open("wb") as stream:
+            torch.export.save(program, stream)
+
+
+def _guarded(
+    path: str | os.PathLike[str], load: Callable[[str], torch.export.ExportedProgram]
+) -> torch.export.ExportedProgram:
+    if not Path(path).is_file():
+        raise ArtifactError(f"{path}: no such file; expected a .pt2 written by torch.export.save")
+    try:
+        return load(str(path))
+    except Exception as error:  # torch.load raises whatever its zip reader and deserialiser meet
+        raise ArtifactError(
+            f"{path} cannot be loaded as an exported program (truncated, foreign, or of another torch; this is "
+            f"torch {torch.__version__}): {type(error).__name__}: {error}"
+        ) from error

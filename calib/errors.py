@@ -1,0 +1,73 @@
+"""Every error that calibcast raises on purpose. Catch the base to catch them all.
+
+CalibcastError
+├── ProgramError    the exported program cannot be used: train mode, nothing floating, a node that failed
+├── BatchError      a batch or the dataloader: count, dtype, shape, key, or it raised (`ranges`: what was measured)
+├── ArtifactError   a file is truncated, foreign, newer, or not what it claims to be
+├── MismatchError   two things that do not belong together: ranges, plan or engine of another program
+├── PlanError       a plan cannot be made or used: unknown name, target, pattern, dtype
+├── BuildError      an engine cannot be built: unknown backend, missing package, the builder said no
+└── GateError       a gate that the user set said no (`report`: the evidence)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calib.ranges import RangeTable
+
+
+class CalibcastError(Exception):
+    """Base of all calibcast errors."""
+
+
+class ProgramError(CalibcastError):
+    """The exported program itself cannot be used."""
+
+
+class BatchError(CalibcastError):
+    """A batch does not fit the program, or the dataloader failed.
+
+    `ranges` is the table of the batches before the failing one, or None when there were none.
+    """
+
+    def __init__(self, message: str, ranges: RangeTable | None = None) -> None:
+        super().__init__(message)
+        self.ranges = ranges
+
+
+class ArtifactError(CalibcastError):
+    """A file is truncated, foreign, of another schema version, or not what it claims to be."""
+
+
+class MismatchError(CalibcastError):
+    """Two artifacts, or an artifact and a program, do not belong together."""
+
+
+class PlanError(CalibcastError):
+    """A plan cannot be made or used as asked."""
+
+
+class BuildError(CalibcastError):
+    """An engine cannot be built as asked."""
+
+
+class GateError(CalibcastError):
+    """A gate that the user set said no. `report` holds the evidence."""
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def known(name: str, names: Iterable[str], most: int = 8) -> str:
+    """Say which names there are, nearest to `name` first: the tail of an unknown-name message."""
+    every = sorted(set(names))
+    near = difflib.get_close_matches(name, every, n=most, cutoff=0.4)
+    if near:
+        return f"near names: {', '.join(near)}"
+    shown = ", ".join(every[:most])
+    return f"known: {shown}{f' and {len(every) - most} more' if len(every) > most else ''}"

@@ -1,0 +1,198 @@
+"""Running an exported program node by node, watched, with its own state left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from calib.aliasing import mutated_inputs
+from calib.errors import BatchError, ProgramError
+from calib.graph import AUTOCAST_REGION, GRAD_REGION, REGION_CHILD, child_of, program_device, state_tensor, where
+
+# watch(name, node, result, arguments): called after a node has run and before anything can change its result.
+# `name` is qualified inside regions; `arguments` holds the tensors that it read, by node.
+Watch = Callable[[str, fx.Node, Any, dict[fx.Node, Any]], None]
+
+
+class NodeError(Exception):
+    """A node raised while a program ran. `name` and `node` say which; the cause is chained."""
+
+    def __init__(self, name: str, node: fx.Node, error: Exception) -> None:
+        super().__init__(f"{where(node, name)} raised {type(error).__name__}: {_first_line(error)}")
+        self.name, self.node = name, node
+
+
+class _WatchedInterpreter(fx.Interpreter):
+    """`fx.Interpreter` that enters regions, reports each result, and can move device arguments.
+
+    The base class frees each value after its last reader has run.
+    """
+
+    def __init__(
+        self, graph_module: fx.GraphModule, watch: Watch | None, device: torch.device | None, prefix: str = ""
+    ) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False
+        self._watch, self._device, self._prefix = watch, device, prefix
+
+    def run_node(self, n: fx.Node) -> Any:
+        name = self._prefix + n.name
+        try:
+            result = self._run_region(n) if n.target in REGION_CHILD else super().run_node(n)
+        except NodeError:
+            raise
+        except Exception as error:
+            raise NodeError(name, n, error) from error
+        if self._watch is not None and n.op != "output":
+            self._watch(name, n, result, self.env)
+        return result
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._device is not None:
+            args, kwargs = pytree.tree_map_only(torch.device, lambda _: self._device, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def _run_region(self, node: fx.Node) -> Any:
+        region = child_of(node)
+        assert region is not None
+        name, child = region
+        args, _ = self.fetch_args_kwargs_from_env(node)
+        interpreter = _WatchedInterpreter(child, self._watch, self._device, f"{self._prefix}{name}.")
+        operands = args[REGION_CHILD[node.target] + 1 :]
+        if node.target is GRAD_REGION:
+            return interpreter.run(*operands)
+        assert node.target is AUTOCAST_REGION
+        device_type, dtype, enabled, cache_enabled = args[:4]
+        with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled):
+            return interpreter.run(*operands)
+
+
+class ProgramRunner:
+    """Runs a program on flat inputs, on its own device or on another, without gradient state.
+
+    Every call starts from the program's saved state: buffers that the graph writes into are copied for each
+    call, so nothing leaks from batch to batch, and shards of the data give what the whole gives.
+    """
+
+    def __init__(self, program: ExportedProgram, device: torch.device | str | None = None) -> None:
+        own = program_device(program)
+        self.program = program
+        self.device = torch.device(device) if device is not None else own
+        self._moved = self.device if self.device.type != own.type else None
+        self._mutated = mutated_inputs(program)
+        self._state = [self._load(spec) for spec in program.graph_signature.input_specs]
+
+    def _load(self, spec: Any) -> Any:
+        if spec.kind == InputKind.USER_INPUT:
+            return None
+        tensor = state_tensor(self.program, spec.target)
+        if tensor is None:
+            return self.program.constants.get(spec.target)
+        # Shared, not copied, where the tensor is on the device already.
+        return tensor.detach().to(self.device)
+
+    def to_device(self, flat: Sequence[Any]) -> list[Any]:
+        """Move the tensors among flat inputs to the device that the program runs on."""
+        return [v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in flat]
+
+    def run(self, flat: Sequence[Any], watch: Watch | None = None) -> list[Any]:
+        """The flat user outputs for the flat user inputs. Raises NodeError where a node raises."""
+        inputs = iter(flat)
+        values = []
+        for spec, state in zip(self.program.graph_signature.input_specs, self._state, strict=True):
+            value = next(inputs) if spec.kind == InputKind.USER_INPUT else state
+            mutated = spec.arg.name in self._mutated and isinstance(value, torch.Tensor)
+            values.append(value.clone() if mutated else value)
+        interpreter = _WatchedInterpreter(self.program.graph_module, watch, self._moved)
+        with torch.no_grad():
+            results = interpreter.run(*values)
+        specs = self.program.graph_signature.output_specs
+        return [r for r, spec in zip(results, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
+
+    def run_batch(self, flat: Sequence[Any], index: int, watch: Watch | None = None) -> list[Any]:
+        """`run`, with a node's error told as a BatchError that names batch and node."""
+        try:
+            return self.run(self.to_device(flat), watch)
+        except NodeError as error:
+            shapes = ", ".join(str(tuple(v.shape)) for v in flat if isinstance(v, torch.Tensor))
+            raise BatchError(f"batch {index} (input shapes {shapes}): {error}") from error.__cause__
+
+
+def output_structure(program: ExportedProgram, flat: Sequence[Any]) -> Any:
+    """Flat user outputs in the structure that the model returns."""
+    return pytree.tree_unflatten(list(flat), program.call_spec.out_spec)
+
+
+def output_names(program: ExportedProgram) -> list[str]:
+    """A readable name of each flat user output: `output`, `output['logits']`, `output[0]`."""
+    spec = program.call_spec.out_spec
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    return [f"output{pytree.keystr(path)}" for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def tensors_of(node: fx.Node, result: Any) -> list[tuple[int, torch.Tensor]]:
+    """The tensors in the result of `node`, with their positions; none for what only passes tensors on."""
+    if node.target is getitem or node.target in REGION_CHILD:
+        return []
+    if isinstance(result, torch.Tensor):
+        return [(0, result)]
+    if isinstance(result, (list, tuple)):
+        return [(i, item) for i, item in enumerate(result) if isinstance(item, torch.Tensor)]
+    return []
+
+
+def refuse_training(program: ExportedProgram) -> None:
+    """Raise ProgramError for a model that was exported in train mode: its ranges would be those of training.
+
+    Dropout that drops, and norms that update running statistics.
+    """
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                if _trains(node):
+                    raise ProgramError(
+                        f"{where(node)}: {node.target} runs in training mode, so every call would give another "
+                        "result. Call model.eval() before torch.export.export(model, ...)."
+                    )
+
+
+# op -> position of its `training` flag, and of the running statistics without which training is the only mode.
+_TRAINING_FLAG = {
+    "aten::dropout": (2, None),
+    "aten::dropout_": (2, None),
+    "aten::feature_dropout": (2, None),
+    "aten::alpha_dropout": (2, None),
+    "aten::feature_alpha_dropout": (2, None),
+    "aten::native_dropout": (2, None),
+    "aten::rrelu": (3, None),
+    "aten::batch_norm": (5, 3),
+    "aten::instance_norm": (5, 3),
+    "aten::_native_batch_norm_legit": (5, 3),
+    "aten::native_batch_norm": (5, 3),
+}
+
+
+def _trains(node: fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    entry = _TRAINING_FLAG.get(node.target._schema.name)
+    if entry is None:
+        return False
+    flag, statistics = entry
+    values = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+        for i, argument in enumerate(node.target._schema.arguments)
+    ]
+    drops = statistics is not None or "dropout" not in node.target._schema.name or values[1] != 0
+    return values[flag] is True and drops and (statistics is None or values[statistics] is not None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

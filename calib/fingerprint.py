@@ -1,0 +1,121 @@
+"""Knowing a graph and its weights again: digests that do not depend on process, device or symbol names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import xxhash
+from torch import fx
+from torch.export import ExportedProgram
+
+from calib.graph import Step, dtype_name, input_targets, op_name, state_tensor, tensor_values, walk
+
+# Bytes hashed at a time, so that a weight on a GPU is never copied to the host whole.
+_CHUNK = 1 << 24
+
+
+def node_digests(program: ExportedProgram) -> dict[str, str]:
+    """A digest of each node by its qualified name: op, edges, non-tensor arguments, dtypes, shapes.
+
+    Symbols are numbered in order of appearance, as their names differ between exports. Devices are left out:
+    a program moved to a GPU is the same program.
+    """
+    symbols: dict[str, str] = {}
+    return {step.name: _digest(step, symbols) for step in walk(program.graph_module)}
+
+
+def fingerprint(digests: dict[str, str]) -> str:
+    """One digest of the whole graph from those of its nodes."""
+    text = "\n".join(f"{name} {digest}" for name, digest in digests.items())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def first_difference(ours: dict[str, str], theirs: dict[str, str]) -> str | None:
+    """Name the first node in which two graphs differ; None when they are the same."""
+    for name, digest in ours.items():
+        if name not in theirs:
+            return f"node {name} is only in this program"
+        if theirs[name] != digest:
+            return f"node {name} has another op, edge, argument, dtype or shape"
+    for name in theirs:
+        if name not in ours:
+            return f"node {name} is not in this program"
+    return None if list(ours) == list(theirs) else "the nodes stand in another order"
+
+
+def weights_hash(program: ExportedProgram) -> str:
+    """A hash of all parameters, buffers and constants: names, dtypes, shapes and bytes, streamed."""
+    total = xxhash.xxh3_128()
+    for target in sorted(set(input_targets(program).values())):
+        tensor = state_tensor(program, target)
+        if tensor is not None:
+            total.update(f"{target} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            for chunk in _bytes_of(tensor):
+                total.update(chunk)
+    return str(total.hexdigest())
+
+
+def inputs_hash(tensors: Iterable[Any]) -> str:
+    """A short hash of one batch of flat model inputs, to notice the same data used twice."""
+    total = xxhash.xxh3_64()
+    for value in tensors:
+        if isinstance(value, torch.Tensor):
+            for chunk in _bytes_of(value):
+                total.update(chunk)
+    return str(total.hexdigest())
+
+
+def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
+    flat = tensor.detach().reshape(-1).contiguous()
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    per_chunk = max(1, _CHUNK // flat.element_size())
+    for piece in flat.split(per_chunk):
+        if piece.numel():
+            yield memoryview(piece.cpu().view(torch.uint8).numpy())
+
+
+def _digest(step: Step, symbols: dict[str, str]) -> str:
+    node = step.node
+    target = op_name(node.target) if node.op == "call_function" else ""
+    text = " ".join(
+        [
+            node.op,
+            target,
+            _text(node.args, symbols),
+            _text(node.kwargs, symbols),
+            *(_value_text(value, symbols) for _, value in tensor_values(node)),
+        ]
+    )
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _value_text(value: torch.Tensor, symbols: dict[str, str]) -> str:
+    return f"{dtype_name(value.dtype)}[{','.join(_size_text(size, symbols) for size in value.shape)}]"
+
+
+def _size_text(size: Any, symbols: dict[str, str]) -> str:
+    if isinstance(size, int):
+        return str(size)
+    expression = size.node.expr
+    for symbol in sorted(expression.free_symbols, key=str):
+        symbols.setdefault(str(symbol), f"d{len(symbols)}")
+    renamed = {symbol: type(symbol)(symbols[str(symbol)]) for symbol in expression.free_symbols}
+    return str(expression.xreplace(renamed))
+
+
+def _text(argument: Any, symbols: dict[str, str]) -> str:
+    if isinstance(argument, fx.Node):
+        return f"%{argument.name}"
+    if isinstance(argument, (list, tuple)):
+        return f"[{','.join(_text(item, symbols) for item in argument)}]"
+    if isinstance(argument, dict):
+        return f"{{{','.join(f'{key}:{_text(item, symbols)}' for key, item in argument.items())}}}"
+    if isinstance(argument, torch.device):
+        return "device"
+    if isinstance(argument, torch.SymInt):
+        return _size_text(argument, symbols)
+    return repr(argument)

@@ -1,0 +1,219 @@
+"""Reading an exported graph: which tensors a node gives, where they come from, what a region holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+_HOPS = torch.ops.higher_order
+AUTOCAST_REGION = _HOPS.wrap_with_autocast
+GRAD_REGION = _HOPS.wrap_with_set_grad_enabled
+# Where the child graph and its operands stand among the arguments of a region node:
+# wrap_with_autocast(device_type, dtype, enabled, cache_enabled, child, *operands)
+# wrap_with_set_grad_enabled(enabled, child, *operands)
+REGION_CHILD = {AUTOCAST_REGION: 4, GRAD_REGION: 1}
+
+KINDS = {
+    InputKind.USER_INPUT: "input",
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a program: what is known about it before anything runs.
+
+    `node` is qualified inside a region (`submod_1.linear`); `shape` names symbolic sizes.
+    """
+
+    node: str
+    output: int
+    op: str
+    module: str
+    source: str
+    kind: str
+    dtype: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node of a program or of a region inside it, with its qualified name."""
+
+    name: str
+    node: fx.Node
+    inside: bool
+
+
+def child_of(node: fx.Node) -> tuple[str, fx.GraphModule] | None:
+    """The name and graph of the region that `node` runs, or None where it runs none."""
+    position = REGION_CHILD.get(node.target)
+    if node.op != "call_function" or position is None:
+        return None
+    attribute = node.args[position]
+    assert isinstance(attribute, fx.Node)
+    name = str(attribute.target)
+    owner = node.graph.owning_module
+    assert owner is not None
+    child = owner.get_submodule(name)
+    assert isinstance(child, fx.GraphModule)
+    return name, child
+
+
+def walk(graph_module: fx.GraphModule, prefix: str = "") -> Iterator[Step]:
+    """All nodes in the order in which they run, those of regions included."""
+    for node in graph_module.graph.nodes:
+        region = child_of(node)
+        if region is not None:
+            yield from walk(region[1], f"{prefix}{region[0]}.")
+        yield Step(prefix + node.name, node, bool(prefix))
+
+
+def size_hint(size: Any) -> int:
+    """A size as a number: of a symbolic one the value at export, or 1 where there was none."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return 1 if hint is None else int(hint)
+
+
+def base_op(target: Any) -> str:
+    """`add` for `aten.add_.Tensor`: the operator without namespace, overload and in-place mark; "" for others."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in {"aten", "prims"}:
+        return ""
+    name = target._schema.name.split("::", 1)[1]
+    return name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name
+
+
+def tensor_values(node: fx.Node) -> list[tuple[int, torch.Tensor]]:
+    """The tensors that `node` gives, each with its position (0 for a single one), as recorded at export."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [(0, value)]
+    if isinstance(value, (list, tuple)):
+        return [(i, item) for i, item in enumerate(value) if isinstance(item, torch.Tensor)]
+    return []
+
+
+def is_measurable(dtype: torch.dtype) -> bool:
+    """Whether tensors of `dtype` have a range: floating point, not complex."""
+    return dtype.is_floating_point
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def op_name(target: Any) -> str:
+    """`aten.conv2d.default` for an OpOverload; the plain name for anything else."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return str(getattr(target, "__name__", target))
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted path of the module that the node was traced in, as in `named_modules()`; "" for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for entry in stack.values():
+        path = entry[0]
+    # A module called twice is recorded as `layer@1`.
+    return str(path).split("@", 1)[0]
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:12` of the user's own code that made the node; "" when the export kept no trace."""
+    found = ""
+    for line in str(node.meta.get("stack_trace") or "").splitlines():
+        line = line.strip()
+        if not line.startswith('File "'):
+            continue
+        file, _, rest = line.removeprefix('File "').partition('"')
+        number = rest.split("line", 1)[-1].split(",", 1)[0].strip()
+        place = f"{file}:{number}"
+        # Frames inside torch.nn say only "linear.py"; the frame before them is the user's.
+        if not found or "/torch/nn/" not in file:
+            found = place
+    return found
+
+
+def input_kinds(program: ExportedProgram) -> dict[str, str]:
+    """The kind of each placeholder, by its name."""
+    return {spec.arg.name: KINDS.get(spec.kind, "other") for spec in program.graph_signature.input_specs}
+
+
+def input_targets(program: ExportedProgram) -> dict[str, str]:
+    """The name in the state dict or among the constants of each placeholder that is not a user input."""
+    return {
+        spec.arg.name: spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.target is not None and spec.kind != InputKind.USER_INPUT
+    }
+
+
+def state_tensor(program: ExportedProgram, target: str) -> torch.Tensor | None:
+    """The parameter, buffer or constant called `target`, or None where it is no tensor."""
+    value = program.state_dict.get(target, program.constants.get(target))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def tensor_specs(program: ExportedProgram) -> list[TensorSpec]:
+    """Every floating-point tensor of the program, in the order in which it comes to be.
+
+    Inputs, parameters, buffers, constants, and each output of each node, inside regions too; `getitem` and
+    the region nodes themselves only pass on what already has a row.
+    """
+    kinds, targets = input_kinds(program), input_targets(program)
+    return [spec for step in walk(program.graph_module) for spec in _specs_of(step, kinds, targets)]
+
+
+def _specs_of(step: Step, kinds: dict[str, str], targets: dict[str, str]) -> Iterator[TensorSpec]:
+    node = step.node
+    if node.op == "placeholder":
+        if step.inside:
+            return  # a region's operand, measured where it was made
+        kind = kinds.get(node.name, "other")
+        module = targets.get(node.name, "").rpartition(".")[0]
+    elif node.op == "call_function" and node.target is not getitem and node.target not in REGION_CHILD:
+        kind, module = "activation", module_path(node)
+    else:
+        return
+    for output, value in tensor_values(node):
+        if is_measurable(value.dtype):
+            yield TensorSpec(
+                node=step.name,
+                output=output,
+                op=op_name(node.target) if node.op == "call_function" else node.op,
+                module=module,
+                source=source_line(node),
+                kind=kind,
+                dtype=dtype_name(value.dtype),
+                shape=tuple(str(size) for size in value.shape),
+            )
+
+
+def where(node: fx.Node, name: str | None = None) -> str:
+    """`node linear_3 (encoder.layers.0.linear1, model.py:31)`: how messages name a place."""
+    places = [place for place in (module_path(node), source_line(node)) if place]
+    return f"node {name or node.name}" + (f" ({', '.join(places)})" if places else "")
+
+
+def program_device(program: ExportedProgram) -> torch.device:
+    """The device of the program's first weight, else of its first tensor."""
+    for tensor in [*program.state_dict.values(), *program.constants.values()]:
+        if isinstance(tensor, torch.Tensor):
+            return tensor.device
+    for node in program.graph.nodes:
+        for _, value in tensor_values(node):
+            return value.device
+    return torch.device("cpu")

@@ -1,0 +1,132 @@
+"""Streams the tensors of a running program into preallocated rows. The only mutable object of a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from calib.execution import tensors_of
+from calib.graph import TensorSpec
+from calib.kernel import HostKernel, is_dense, measure_on_device
+from calib.statistics import Statistics
+
+Row = tuple[str, int]  # (qualified node name, output position)
+# What tells that a tensor still holds what was measured: where it lies, its size and type, its version counter.
+_Identity = tuple[int, int, torch.dtype, int]
+
+
+class Observer:
+    """Statistics of every row, per batch and in total: a fixed number of bytes, allocated once.
+
+    One batch is measured into its own rows and merged at its end, so that a batch can be dropped whole.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec], device: torch.device, histogram: bool) -> None:
+        self._rows: dict[Row, int] = {(spec.node, spec.output): i for i, spec in enumerate(specs)}
+        self._on_host = device.type == "cpu"
+        self._histogram = histogram
+        self._kernel = HostKernel(histogram) if self._on_host else None
+        self._batch = Statistics.empty(len(specs), histogram, device)
+        self.total = Statistics.empty(len(specs), histogram, device)
+        self._index = 0
+        self._seen: dict[int, _Identity] = {}
+
+    def start(self, index: int) -> None:
+        """Begin batch `index`."""
+        self._batch.clear()
+        self._seen.clear()
+        self._index = index
+
+    def watch(self, name: str, node: fx.Node, result: Any, arguments: dict[fx.Node, Any]) -> None:
+        """Measure what `node` gave. A `calib.execution.Watch`."""
+        for output, tensor in tensors_of(node, result):
+            row = self._rows.get((name, output))
+            if row is not None and tensor.numel():
+                self._record(row, name, node, tensor, arguments)
+
+    def measure(self, name: str, tensor: torch.Tensor) -> None:
+        """Measure a tensor that no run gives: a parameter, a buffer, a constant."""
+        row = self._rows.get((name, 0))
+        if row is not None and tensor.numel():
+            self._write(row, tensor)
+
+    def first_nonfinite(self) -> int | None:
+        """The first row of the batch so far that has NaN or Inf. Waits for the device."""
+        rows = self._batch.nonfinite().nonzero()
+        return int(rows[0]) if len(rows) else None
+
+    def finish(self) -> None:
+        """Merge the batch into the total."""
+        batch = self._batch
+        batch.absmax_batch.copy_(torch.where(batch.batches > 0, self._index, batch.absmax_batch))
+        batch.nonfinite_batch.copy_(torch.where(batch.nonfinite() > 0, self._index, batch.nonfinite_batch))
+        self.total.merge(batch)
+
+    def above(self, limit: float) -> int:
+        """How many tensors have passed `limit` in magnitude so far. Waits for the device."""
+        return int((self.total.absmax() > limit).sum())
+
+    def _record(
+        self, row: int, name: str, node: fx.Node, tensor: torch.Tensor, arguments: dict[fx.Node, Any]
+    ) -> None:
+        identity = _identity(tensor)
+        source = self._same_elements(name, node, identity, arguments) if identity is not None else None
+        if source is None:
+            self._write(row, tensor)
+        else:
+            self._copy(source, row)
+        if identity is not None:
+            self._seen[row] = identity
+
+    def _same_elements(
+        self, name: str, node: fx.Node, identity: _Identity, arguments: dict[fx.Node, Any]
+    ) -> int | None:
+        """The row of an argument with the very same elements: of a view, a permutation, an idle dropout."""
+        prefix = name.removesuffix(node.name)
+        for argument in node.all_input_nodes:
+            row = self._rows.get(_row_of(argument, prefix))
+            if row is not None and self._seen.get(row) == identity:
+                value = arguments.get(argument)
+                if isinstance(value, torch.Tensor) and _identity(value) == identity:
+                    return row
+        return None
+
+    def _write(self, row: int, tensor: torch.Tensor) -> None:
+        batch = self._batch
+        if self._kernel is not None and tensor.device.type == "cpu":
+            tally = self._kernel.measure(tensor)
+            values = torch.tensor(tally.values, dtype=torch.float64)
+            counts, bins = torch.tensor(tally.counts), tally.histogram
+        else:
+            values, counts, bins = measure_on_device(tensor, self._histogram)
+        batch.values[row] = values
+        batch.counts[row] = counts
+        if batch.histograms is not None and bins is not None:
+            batch.histograms[row] = bins
+        batch.batches[row] = 1
+
+    def _copy(self, source: int, row: int) -> None:
+        batch = self._batch
+        for array in (batch.values, batch.counts, batch.histograms, batch.batches):
+            if array is not None:
+                array[row] = array[source]
+
+
+def _row_of(node: fx.Node, prefix: str) -> Row:
+    """The row under which the tensor of an argument was measured; `getitem` looks through to its producer."""
+    if node.target is getitem and isinstance(node.args[1], int):
+        producer = node.args[0]
+        assert isinstance(producer, fx.Node)
+        return prefix + producer.name, node.args[1]
+    return prefix + node.name, 0
+
+
+def _identity(tensor: torch.Tensor) -> _Identity | None:
+    # Tensors made under torch.inference_mode keep no version, so nothing tells whether they were written to.
+    if tensor.is_inference() or not is_dense(tensor):
+        return None
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor._version

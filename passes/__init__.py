@@ -1,0 +1,20 @@
+"""Decide and rewrite: ranges to a precision plan to a graph with casts."""
+
+from passes.cast_insertion import insert_casts
+from passes.classification import classify
+from passes.facts import Hidden, Literal, NodeFacts, TensorFacts
+from passes.plan import Decision, PrecisionPlan
+from passes.rules import Rule, Verdict
+
+__all__ = [
+    "Decision",
+    "Hidden",
+    "Literal",
+    "NodeFacts",
+    "PrecisionPlan",
+    "Rule",
+    "TensorFacts",
+    "Verdict",
+    "classify",
+    "insert_casts",
+]

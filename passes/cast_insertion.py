@@ -1,0 +1,317 @@
+"""`insert_casts`: rewrite a program so that each node runs in the type that a plan gives it.
+
+The graph is copied node by node. Before each node stand the casts that its inputs need; after it, the types of its
+outputs are found by running the operator on fake tensors, never asserted.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import ExitStack
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils import _pytree as pytree
+
+from calib.aliasing import shared_arguments, written_arguments
+from calib.errors import PlanError
+from calib.graph import REGION_CHILD, base_op, is_measurable, where
+from passes.node_types import NodeTypes, dtype_position, needs_dtype
+from passes.plan import PrecisionPlan
+from passes.regions import flatten, qualified_name
+from passes.weights import LowWeights, low_weights
+
+_log = logging.getLogger("calibcast")
+CAST = torch.ops.aten._to_copy.default
+
+
+def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: bool = True) -> ExportedProgram:
+    """A copy of `program` in which each node runs in its planned type.
+
+    The caller's program is untouched; unchanged weights are shared with it, and weights that only low nodes read are
+    stored in the low type. Outputs keep their types with `keep_io_types`; without, they come as computed. Inputs
+    always keep theirs. Integer and boolean tensors are never cast.
+
+    Raises:
+        MismatchError: the plan is of another program.
+        PlanError: the program's metadata is missing, so that types cannot be derived.
+    """
+    plan.check(program)
+    # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
+    source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
+    types = NodeTypes.of(source, plan)
+    weights = low_weights(program, source, types)
+    graph = _Emission(program, source, types, weights, keep_io_types).run()
+    return _assemble(program, source, graph, weights)
+
+
+class _Emission:
+    """One walk over the source graph. `self._made` maps its nodes to their copies."""
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        source: fx.GraphModule,
+        types: NodeTypes,
+        weights: LowWeights,
+        keep_io_types: bool,
+    ) -> None:
+        self._program, self._source, self._types, self._weights = program, source, types, weights
+        self._keep_io_types = keep_io_types
+        self._graph = fx.Graph()
+        self._made: dict[fx.Node, fx.Node] = {}
+        self._names = {node.name for node in source.graph.nodes}
+        self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self._sharing: dict[fx.Node, set[fx.Node]] = {}  # node of the copy -> nodes that share its storage
+        self._fake_mode = detect_fake_mode([node.meta.get("val") for node in source.graph.nodes])
+        if self._fake_mode is None:
+            raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
+
+    def run(self) -> fx.Graph:
+        for node in self._source.graph.nodes:
+            if node.op == "output":
+                self._emit_output(node)
+            elif node.op == "call_function":
+                self._emit_call(node)
+            else:
+                self._copy(node)
+        return self._graph
+
+    def _copy(self, node: fx.Node) -> None:
+        made = self._node_copy(node, lambda n: self._made[n])
+        if node.name in self._weights.placeholders:
+            self._set_type(made, self._types.low_type)
+
+    def _emit_call(self, node: fx.Node) -> None:
+        if base_op(node.target) == "_assert_tensor_metadata" and self._changed(node.all_input_nodes[0]):
+            return  # it would check the type that the plan has just changed
+        wanted = self._types.of_inputs(node)
+        made = self._cast_and_copy(node, wanted)
+        if wanted == self._types.low_type:
+            self._lower_dtype_argument(node, made)
+        if not self._derive(node, made):
+            self._fall_back(node, made)
+        self._note_aliases(node, made)
+
+    def _cast_and_copy(self, node: fx.Node, wanted: torch.dtype | str) -> fx.Node:
+        def argument(n: fx.Node) -> fx.Node:
+            if wanted == NodeTypes.ANY or not _is_float(n):
+                return self._made[n]
+            exported = n.meta["val"].dtype
+            low = isinstance(wanted, torch.dtype) and exported == torch.float32
+            return self._cast(self._made[n], wanted if low else exported)  # type: ignore[arg-type]
+
+        return self._node_copy(node, argument)
+
+    def _node_copy(self, node: fx.Node, argument: Any) -> fx.Node:
+        made = self._graph.node_copy(node, argument)
+        # fx renames copies that look like builtins: a placeholder `input` would become `input_1`.
+        made.name, made.target = node.name, node.target
+        made.meta = copy.copy(node.meta)
+        self._made[node] = made
+        self._sharing[made] = {made}
+        return made
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """`node` in `dtype`: itself, a cast that is there already, or a new one."""
+        value = node.meta["val"]
+        if value.dtype == dtype:
+            return node
+        found = self._casts.get((node, dtype)) or self._undone(node, dtype)
+        if found is None:
+            found = self._graph.call_function(CAST, (node,), {"dtype": dtype})
+            found.name = self._new_name(f"{node.name}_as_{str(dtype).removeprefix('torch.')}")
+            found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+            with self._fake_mode:
+                self._set_value(found, value.to(dtype))
+            self._sharing[found] = {found}
+        self._casts[node, dtype] = found
+        return found
+
+    def _undone(self, node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
+        """What `node` was widened from, where casting back gives it bit for bit: fp16 -> fp32 -> fp16.
+
+        Never the other way: fp32 -> fp16 -> fp32 is what rounds. Storage that is written to may have changed since.
+        """
+        if not self._types.never_written or base_op(node.target) not in {"to", "_to_copy"}:
+            return None
+        before = node.args[0]
+        assert isinstance(before, fx.Node)
+        narrow = before.meta["val"].dtype
+        return before if narrow == dtype and torch.promote_types(narrow, node.meta["val"].dtype) != narrow else None
+
+    def _new_name(self, name: str) -> str:
+        while name in self._names:
+            name += "_"
+        self._names.add(name)
+        return name
+
+    def _lower_dtype_argument(self, node: fx.Node, made: fx.Node) -> None:
+        """A `dtype=` of float32, or a factory's default, is part of the node's type and follows its plan."""
+        position = dtype_position(node)
+        if position is None:
+            return
+        index, name = position
+        stated = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+        if stated == torch.float32 and index < len(node.args):
+            made.args = (*made.args[:index], self._types.low_type, *made.args[index + 1 :])
+        elif stated == torch.float32 or needs_dtype(node):
+            made.kwargs = {**made.kwargs, name: self._types.low_type}
+
+    def _derive(self, node: fx.Node, made: fx.Node) -> bool:
+        """Find the types of the outputs by running the operator on fake values; False where it refuses."""
+        same_arguments = made.args == _mapped(node.args, self._made) and made.kwargs == _mapped(node.kwargs, self._made)
+        if same_arguments and not any(self._changed(n) for n in node.all_input_nodes):
+            return True
+        if node.target is getitem:
+            made.meta["val"] = made.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr, index]
+            self._set_value(made, made.meta["val"])
+            return True
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return True  # a region or another higher-order op: its operands have their exported types
+        found = self._run_fake(node, made)
+        if found is None:
+            return False
+        self._set_value(made, found)
+        return True
+
+    def _run_fake(self, node: fx.Node, made: fx.Node) -> Any:
+        writes = node.target._schema.is_mutable  # type: ignore[union-attr]
+
+        def value(n: fx.Node) -> Any:
+            fake = n.meta["val"]
+            # An in-place op would change the shape or version of a fake tensor that other nodes share.
+            return pytree.tree_map_only(torch.Tensor, torch.clone, fake) if writes else fake
+
+        shape_env = self._fake_mode.shape_env  # type: ignore[union-attr]
+        try:
+            with self._fake_mode, torch.no_grad(), _quiet(shape_env):
+                args, kwargs = fx.map_arg((made.args, made.kwargs), value)  # type: ignore[misc]
+                result = node.target(*args, **kwargs)  # type: ignore[operator]
+                # Sizes are those of the export: a type changes none, and symbols of data-dependent sizes stay.
+                return pytree.tree_map(_retyped, node.meta["val"], result)
+        except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
+            _log.warning(
+                "%s cannot run in %s and stays in its exported type: %s",
+                where(node, qualified_name(node)), self._types.low_type, error,
+            )  # fmt: skip
+            return None
+
+    def _fall_back(self, node: fx.Node, made: fx.Node) -> None:
+        """Give a node that refused the planned type its exported types."""
+        def argument(n: fx.Node) -> fx.Node:
+            if not _is_float(n):
+                return self._made[n]
+            with self._graph.inserting_before(made):
+                return self._cast(self._made[n], n.meta["val"].dtype)
+
+        made.args = fx.map_arg(node.args, argument)  # type: ignore[assignment]
+        made.kwargs = fx.map_arg(node.kwargs, argument)  # type: ignore[assignment]
+        made.meta = copy.copy(node.meta)
+
+    def _note_aliases(self, node: fx.Node, made: fx.Node) -> None:
+        """Track shared storage, and forget the casts of what `node` has written into: a cast is of one version."""
+        group = {made}
+        for shared in shared_arguments(made):
+            group |= self._sharing[shared]
+        for member in group:
+            self._sharing[member] = group
+        written = [self._made[n] for n in written_arguments(node)]
+        if written and node.target not in REGION_CHILD:
+            written += written_arguments(made)  # may be a cast of it
+        changed = set().union(*(self._sharing[n] for n in written))
+        if changed:
+            self._casts = {k: cast for k, cast in self._casts.items() if k[0] not in changed and cast not in changed}
+
+    def _emit_output(self, node: fx.Node) -> None:
+        specs = self._program.graph_signature.output_specs
+        results = []
+        for result, spec in zip(node.args[0], specs, strict=True):  # type: ignore[arg-type]
+            if not isinstance(result, fx.Node):
+                results.append(result)
+                continue
+            made = self._made[result]
+            keeps = self._keep_io_types or spec.kind != OutputKind.USER_OUTPUT
+            results.append(self._cast(made, result.meta["val"].dtype) if keeps and _is_float(result) else made)
+        made = self._graph.output(tuple(results))
+        made.meta = copy.copy(node.meta)
+
+    def _changed(self, node: fx.Node) -> bool:
+        """Whether the copy of `node` gives other types than `node`."""
+        return _types(self._made[node]) != _types(node)
+
+    def _set_type(self, node: fx.Node, dtype: torch.dtype) -> None:
+        with self._fake_mode:
+            self._set_value(node, node.meta["val"].to(dtype))
+
+    def _set_value(self, node: fx.Node, value: Any) -> None:
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+        else:
+            node.meta.pop("tensor_meta", None)
+
+
+def _assemble(
+    program: ExportedProgram, source: fx.GraphModule, graph: fx.Graph, weights: LowWeights
+) -> ExportedProgram:
+    root = fx.GraphModule(source, graph)
+    root.meta.update(source.meta)
+    return ExportedProgram(
+        root=root,
+        graph=graph,
+        graph_signature=_signature(program.graph_signature, graph),
+        state_dict=weights.state_dict,
+        range_constraints=copy.copy(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph),
+        example_inputs=program.example_inputs,
+        constants=weights.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignature:
+    """The program's signature with the outputs' new names: a cast may stand before an output."""
+    output = next(iter(reversed(graph.nodes)))
+    specs = [
+        OutputSpec(spec.kind, TensorArgument(result.name), spec.target)
+        if isinstance(spec.arg, TensorArgument) and isinstance(result, fx.Node)
+        else spec
+        for spec, result in zip(old.output_specs, output.args[0], strict=True)  # type: ignore[arg-type]
+    ]
+    inputs = [InputSpec(spec.kind, spec.arg, spec.target, spec.persistent) for spec in old.input_specs]
+    return ExportGraphSignature(input_specs=inputs, output_specs=specs)
+
+
+def _retyped(old: Any, new: Any) -> Any:
+    return old.to(new.dtype) if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) else old
+
+
+def _quiet(shape_env: Any) -> Any:
+    """No new guards and no new symbols for the user's program."""
+    stack = ExitStack()
+    if shape_env is not None:
+        stack.enter_context(shape_env.suppress_guards())
+        stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
+    return stack
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and is_measurable(value.dtype)
+
+
+def _types(node: fx.Node) -> list[Any]:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+
+
+def _mapped(arguments: Any, made: dict[fx.Node, fx.Node]) -> Any:
+    return fx.map_arg(arguments, lambda n: made[n])

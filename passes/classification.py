@@ -1,0 +1,332 @@
+"""`classify`: from a program and its ranges to a plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from calib.errors import PlanError, known
+from calib.fingerprint import node_digests
+from calib.graph import dtype_name, input_kinds, module_path, op_name
+from calib.ranges import RangeTable
+from passes.facts import LOW_TYPES, FactReader, NodeFacts, evidence_of
+from passes.plan import HIGH, KEPT, LOW, Decision, PrecisionPlan
+from passes.regions import Candidate, candidates, kept_reason
+from passes.rules import (
+    DataMax,
+    Follows,
+    InitMax,
+    Interior,
+    Legality,
+    LiteralRange,
+    MaxDepthOfReduction,
+    NodesToExclude,
+    Nonfinite,
+    Rule,
+    Storage,
+    TargetsToExclude,
+    Unmeasured,
+    Verdict,
+    matched,
+    rule_id,
+)
+from passes.ties import Tie, ties_of
+from passes.work import work_of
+
+Target = Any  # an OpOverload, an OpOverloadPacket, or a name of either
+
+
+@dataclass(frozen=True)
+class _Included:
+    """What the user asked to be low whatever the rules say, legality apart."""
+
+    nodes: tuple[str, ...]
+    targets: frozenset[str]
+
+    def __call__(self, facts: NodeFacts) -> bool:
+        by_target = facts.op in self.targets or facts.op.rpartition(".")[0] in self.targets
+        return by_target or matched(self.nodes, facts.name, facts.module) is not None
+
+
+def classify(  # noqa: PLR0913 - the public contract
+    program: ExportedProgram,
+    ranges: RangeTable | None,
+    low_precision_type: torch.dtype | str = torch.float16,
+    data_max: float = 512.0,
+    init_max: float | None = None,
+    max_depth_of_reduction: int | None = None,
+    nodes_to_exclude: Iterable[str] = (),
+    targets_to_exclude: Iterable[Target] = (),
+    nodes_to_include: Iterable[str] = (),
+    targets_to_include: Iterable[Target] = (),
+    range_quantile: float = 1.0,
+    rules: Iterable[Rule] = (),
+    weights: str = "warn",
+) -> PrecisionPlan:
+    """Decide for each node whether it runs in `low_precision_type` or stays in its exported type.
+
+    Any rule that is met keeps a node high, and every verdict is kept with the number that was seen and its limit.
+
+    Args:
+        ranges: from `calibrate`; None leaves only the rules that need no ranges, and the plan says so.
+        low_precision_type: torch.float16 or torch.bfloat16.
+        data_max: largest magnitude of inputs and activations; inf switches the rule off.
+        init_max: largest magnitude of weights; None is the largest finite value of the low type.
+        max_depth_of_reduction: most terms summed into one element; None is no limit.
+        nodes_to_exclude, nodes_to_include: regexes, `re.match`ed on node names and dotted module paths. Include
+            beats exclude and every rule but legality.
+        targets_to_exclude, targets_to_include: operators, or their names (`aten.add.Tensor`, `aten.add`).
+        range_quantile: judge `data_max` by the magnitude that this share of elements stays within.
+        rules: more rules, each called with a `NodeFacts` and answering a `Verdict` or None.
+        weights: what to do when the ranges were measured with other weights: "warn", "refuse" or "ignore".
+
+    Raises:
+        PlanError: a setting is out of range, or a pattern or target matches nothing.
+        MismatchError: the ranges are of another program.
+    """
+    low_type = low_type_of(low_precision_type)
+    _check_limits(data_max, init_max, max_depth_of_reduction, range_quantile, ranges)
+    if ranges is not None:
+        ranges.check(program, weights)
+    nodes = candidates(program)
+    exclude = _patterns(nodes_to_exclude, "nodes_to_exclude", nodes)
+    include = _patterns(nodes_to_include, "nodes_to_include", nodes)
+    targets = _targets(targets_to_exclude, "targets_to_exclude", nodes)
+    included = _Included(include, _targets(targets_to_include, "targets_to_include", nodes))
+    limit = float(torch.finfo(low_type).max) if init_max is None else float(init_max)
+    every: tuple[Rule, ...] = (
+        NodesToExclude(exclude),
+        TargetsToExclude(targets),
+        Unmeasured(),
+        Nonfinite(),
+        DataMax(float(data_max), range_quantile),
+        InitMax(limit),
+        LiteralRange(),
+        *(() if max_depth_of_reduction is None else (MaxDepthOfReduction(max_depth_of_reduction),)),
+        Interior(),
+        Storage(),
+        *rules,
+        Follows(),
+    )
+    judge = _Judge(every, included, float(data_max), low_type)
+    reader = FactReader(
+        evidence_of(ranges), ranges is not None, input_kinds(program), _names(program, nodes), low_type
+    )
+    decisions = _decide(nodes, reader, judge)
+    settings = {
+        "data_max": float(data_max),
+        "init_max": limit,
+        "max_depth_of_reduction": max_depth_of_reduction,
+        "nodes_to_exclude": list(exclude),
+        "targets_to_exclude": sorted(targets),
+        "nodes_to_include": list(include),
+        "targets_to_include": sorted(included.targets),
+        "range_quantile": range_quantile,
+        "rules": [rule_id(rule) for rule in every],
+    }
+    notes = _notes(ranges, low_type, decisions)
+    return PrecisionPlan(tuple(decisions), low_type, node_digests(program), settings, notes)
+
+
+def low_type_of(value: torch.dtype | str) -> torch.dtype:
+    """`torch.float16` or `torch.bfloat16`, from itself or a name. Raises PlanError for anything else."""
+    names = {**LOW_TYPES, "fp16": torch.float16, "half": torch.float16, "bf16": torch.bfloat16}
+    found = names.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if found not in LOW_TYPES.values():
+        raise PlanError(
+            f"low_precision_type={value}: known are torch.float16 and torch.bfloat16. Integer and 8-bit types need "
+            "quantisation with scales, which calibcast does not do."
+        )
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Turns facts into a decision by all rules."""
+
+    rules: tuple[Rule, ...]
+    included: _Included
+    data_max: float
+    low_type: torch.dtype
+
+    def decide(self, facts: NodeFacts, work: int, tied: Verdict | None) -> Decision:
+        included = self.included(facts)
+        legality = Legality(allow_custom=included)(facts)
+        verdicts = [v for v in (legality, tied, *(_verdict(rule, facts) for rule in self.rules)) if v is not None]
+        binding = [v for v in (legality, tied) if v is not None] if included else verdicts
+        place: dict[str, Any] = {"node": facts.name, "op": facts.op, "module": facts.module, "work": work}
+        if binding:
+            first = binding[0]
+            return Decision(
+                **place, precision=HIGH, rule=first.rule, reason=first.reason, evidence=first.evidence,
+                limit=first.limit, verdicts=tuple([first] + [v for v in verdicts if v is not first]),
+            )  # fmt: skip
+        reason, evidence = self._why_low(facts, included)
+        limit = self.data_max if evidence is not None else None
+        return Decision(
+            **place, precision=LOW, rule=None, reason=reason, evidence=evidence, limit=limit, verdicts=tuple(verdicts)
+        )
+
+    def _why_low(self, facts: NodeFacts, included: bool) -> tuple[str, float | None]:
+        seen = [t.absmax for t in facts.tensors if t.measured and not t.is_weight and t.absmax is not None]
+        if included:
+            return "the user's include list asks for it", max(seen, default=None)
+        if not facts.has_ranges:
+            return "no rule that needs no ranges is met; none was given", None
+        if not seen:
+            return "no rule is met", None
+        return f"its largest magnitude is {max(seen):.4g}, within data_max {self.data_max:g}", max(seen)
+
+
+def _verdict(rule: Rule, facts: NodeFacts) -> Verdict | None:
+    try:
+        verdict = rule(facts)
+    except Exception as error:
+        raise PlanError(f"rule {rule_id(rule)} raised {type(error).__name__} on node {facts.name}: {error}") from error
+    if verdict is not None and not isinstance(verdict, Verdict):
+        raise PlanError(
+            f"rule {rule_id(rule)} answered {verdict!r} on node {facts.name}; a rule answers a Verdict or None"
+        )
+    return verdict
+
+
+def _decide(nodes: list[Candidate], reader: FactReader, judge: _Judge) -> list[Decision]:
+    """Decide in graph order, again until ties have settled: each round can only turn low nodes high."""
+    kept = {candidate.name: kept_reason(candidate) for candidate in nodes}
+    work = {candidate.name: work_of(candidate.node) for candidate in nodes}
+    ties = _named_ties(nodes)
+    forced: dict[str, Verdict] = {}
+    while True:
+        precisions: dict[str, str] = {}
+        decisions = []
+        for candidate in nodes:
+            reason = kept[candidate.name]
+            if reason is not None:
+                decision = _keep(candidate, reason, work[candidate.name])
+            else:
+                facts = reader.read(candidate.node, precisions)
+                decision = judge.decide(facts, work[candidate.name], forced.get(candidate.name))
+                precisions[candidate.name] = decision.precision
+            decisions.append(decision)
+        more = _forced_by_ties(ties, precisions, forced)
+        if not more:
+            return decisions
+        forced |= more
+
+
+def _keep(candidate: Candidate, reason: Verdict, work: int) -> Decision:
+    return Decision(
+        node=candidate.name,
+        op=op_name(candidate.node.target),
+        module=module_path(candidate.node),
+        precision=KEPT,
+        rule=reason.rule,
+        reason=reason.reason,
+        work=work,
+    )
+
+
+def _named_ties(nodes: list[Candidate]) -> list[tuple[Tie, list[str]]]:
+    names = {candidate.node: candidate.name for candidate in nodes if not candidate.inside}
+    owner = next((candidate.node.graph.owning_module for candidate in nodes if not candidate.inside), None)
+    ties = [] if owner is None else ties_of(owner)
+    return [(tie, [names[node] for node in names if node in tie.nodes]) for tie in ties]
+
+
+def _forced_by_ties(
+    ties: list[tuple[Tie, list[str]]], precisions: Mapping[str, str], forced: Mapping[str, Verdict]
+) -> dict[str, Verdict]:
+    more: dict[str, Verdict] = {}
+    for tie, members in ties:
+        high = next((name for name in members if precisions.get(name) == HIGH), None)
+        if tie.pinned is None and high is None:
+            continue
+        reason = tie.pinned or f"it shares storage, written in place, with {high}, which is high"
+        for name in members:
+            if precisions.get(name) == LOW and name not in forced:
+                more[name] = Verdict("alias", reason)
+    return more
+
+
+def _names(program: ExportedProgram, nodes: list[Candidate]) -> dict[fx.Node, str]:
+    names = {candidate.node: candidate.name for candidate in nodes}
+    for candidate in nodes:
+        for argument in candidate.node.all_input_nodes:
+            names.setdefault(argument, argument.name)
+    return names
+
+
+def _check_limits(
+    data_max: float, init_max: float | None, depth: int | None, quantile: float, ranges: RangeTable | None
+) -> None:
+    for name, value in (("data_max", data_max), ("init_max", init_max), ("max_depth_of_reduction", depth)):
+        if value is not None and (isinstance(value, bool) or not value > 0):
+            raise PlanError(f"{name}={value}: give a positive number, or inf to switch the rule off")
+    if not 0 < quantile <= 1:
+        raise PlanError(f"range_quantile={quantile}: give a share above 0 and at most 1")
+    if quantile < 1 and ranges is not None and ranges.frame["histogram"].null_count():
+        raise PlanError(
+            f"range_quantile={quantile} needs histograms, and these ranges were measured with histogram=False. "
+            "Calibrate with histogram=True, or use range_quantile=1.0."
+        )
+
+
+def _patterns(patterns: Iterable[str], argument: str, nodes: list[Candidate]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    checked = tuple(sorted(set(patterns)))
+    names = [(candidate.name, module_path(candidate.node)) for candidate in nodes]
+    for pattern in checked:
+        try:
+            hit = any(matched((pattern,), name, module) for name, module in names)
+        except re.error as error:
+            raise PlanError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error
+        if not hit:
+            plain = re.sub(r"[\^$\\.*+?()\[\]{}|]", "", pattern)
+            every = {text for pair in names for text in pair if text}
+            raise PlanError(f"{argument}: {pattern!r} matches no node name and no module path; {known(plain, every)}")
+    return checked
+
+
+def _targets(targets: Iterable[Target], argument: str, nodes: list[Candidate]) -> frozenset[str]:
+    if isinstance(targets, str) or callable(targets):
+        targets = (targets,)
+    present = {op_name(candidate.node.target) for candidate in nodes}
+    present |= {name.rpartition(".")[0] for name in present if name.count(".") > 1}
+    found = set()
+    for target in targets:
+        name = str(target).removeprefix("torch.ops.")
+        if name not in present:
+            raise PlanError(f"{argument}: no node has the target {name!r}; {known(name, present)}")
+        found.add(name)
+    return frozenset(found)
+
+
+def _notes(ranges: RangeTable | None, low_type: torch.dtype, decisions: list[Decision]) -> tuple[str, ...]:
+    if ranges is None:
+        return ("no ranges were given: only the rules that need none were applied, so nothing is known of overflow",)
+    low = {decision.node for decision in decisions if decision.precision == LOW}
+    return tuple(_lost_weights(ranges, low_type)) if low else ()
+
+
+def _lost_weights(ranges: RangeTable, low_type: torch.dtype) -> list[str]:
+    """Weights of which the low type makes inf or zero, by name."""
+    info = torch.finfo(low_type)
+    vanishing = float(info.smallest_normal * info.eps) / 2  # half the smallest subnormal rounds to zero
+    notes = []
+    for row in ranges.frame.iter_rows(named=True):
+        if row["kind"] in {"parameter", "buffer", "constant"} and row["absmax"] is not None:
+            if row["absmax"] > info.max:
+                notes.append(f"{row['kind']} {row['node']} has values up to {row['absmax']:.4g}: inf in {dtype_name(low_type)}")
+            if row["smallest"] is not None and row["smallest"] <= vanishing:
+                notes.append(
+                    f"{row['kind']} {row['node']} has values down to {row['smallest']:.4g}: zero in {dtype_name(low_type)}"
+                )
+    return notes

@@ -1,0 +1,245 @@
+"""What a rule may know about a node: the only reader of graphs and range tables on behalf of the rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from calib.graph import base_op, is_measurable, module_path, op_name, tensor_values
+from calib.ranges import RangeTable
+from passes import op_table
+from passes.reductions import depth_of_reduction, hidden_values
+
+LOW_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHT_KINDS = frozenset({"parameter", "buffer", "constant"})
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What was measured of one tensor. `measured` False: nothing was, and nothing else here means anything.
+
+    precision: how the node that made it was decided, or None for an input, a weight or a kept node.
+    """
+
+    name: str
+    kind: str = "activation"
+    measured: bool = True
+    min: float | None = None
+    max: float | None = None
+    absmax: float | None = None
+    smallest: float | None = None
+    mean: float | None = None
+    rms: float | None = None
+    nonfinite: int = 0
+    absmax_batch: int | None = None
+    nonfinite_batch: int | None = None
+    histogram: tuple[int, ...] | None = field(default=None, repr=False)
+    precision: str | None = None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a parameter, buffer or constant."""
+        return self.kind in WEIGHT_KINDS
+
+    def magnitude(self, quantile: float = 1.0) -> float:
+        """The magnitude that a share `quantile` of the elements stays within; NaN when nothing finite was seen.
+
+        Below 1 it comes from the histogram, so it is the upper end of a power-of-two bin: never too small.
+        """
+        if self.absmax is None:
+            return math.nan
+        if quantile >= 1.0 or self.histogram is None:
+            return self.absmax
+        wanted, seen = quantile * sum(self.histogram[:255]), 0
+        for exponent, count in enumerate(self.histogram[:255]):
+            seen += count
+            if seen >= wanted:
+                return min(self.absmax, 2.0 ** (exponent - 126))
+        return self.absmax
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number in the graph that becomes a value of a tensor."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A value inside an operator that no tensor shows, and a bound of its magnitude."""
+
+    name: str
+    bound: float
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """All that a rule may know about a node.
+
+    inputs, outputs: its floating-point tensors. literals: numbers that become tensor values. epsilon: the op's own,
+    if it has one. depth: how many products or terms are summed into one output element. hidden: bounds of values
+    that the op hides. moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given.
+    """
+
+    name: str
+    op: str = ""
+    base: str = ""
+    module: str = ""
+    inputs: tuple[TensorFacts, ...] = ()
+    outputs: tuple[TensorFacts, ...] = ()
+    literals: tuple[Literal, ...] = ()
+    epsilon: float | None = None
+    depth: int | None = None
+    hidden: tuple[Hidden, ...] = ()
+    moves: bool = False
+    custom: bool = False
+    has_ranges: bool = True
+    low_type: torch.dtype = torch.float16
+
+    @property
+    def tensors(self) -> tuple[TensorFacts, ...]:
+        """Inputs and outputs."""
+        return self.inputs + self.outputs
+
+    @property
+    def judged(self) -> tuple[TensorFacts, ...]:
+        """The tensors whose ranges this node answers for.
+
+        Its own inputs and outputs; of a node that only moves data, the inputs that no decided node made.
+        """
+        return tuple(t for t in self.inputs if t.precision is None) if self.moves else self.tensors
+
+
+def holds(value: float, low_type: torch.dtype) -> bool:
+    """Whether the low type holds `value`: not as inf, not as zero, and within 1%.
+
+    A subnormal may have a single significant bit: fp16 makes 1e-7 of 8e-8.
+    """
+    if value == 0 or not math.isfinite(value):
+        return True
+    stored = float(torch.tensor(value, dtype=torch.float64).to(low_type))
+    return math.isfinite(stored) and abs(stored - value) <= 0.01 * abs(value)
+
+
+Evidence = Mapping[tuple[str, int], TensorFacts]
+
+
+def evidence_of(ranges: RangeTable | None) -> Evidence:
+    """The rows of a table as facts, by (node, output)."""
+    if ranges is None:
+        return {}
+    found: dict[tuple[str, int], TensorFacts] = {}
+    for row in ranges.frame.iter_rows(named=True):
+        if row["batches"]:
+            found[row["node"], row["output"]] = TensorFacts(
+                name=row["node"],
+                kind=row["kind"],
+                nonfinite=row["nan"] + row["posinf"] + row["neginf"],
+                histogram=None if row["histogram"] is None else tuple(row["histogram"]),
+                **{name: row[name] for name in _COPIED},
+            )
+    return found
+
+
+_COPIED = ("min", "max", "absmax", "smallest", "mean", "rms", "absmax_batch", "nonfinite_batch")
+
+
+@dataclass(frozen=True)
+class FactReader:
+    """Makes `NodeFacts` from graph nodes. `names` gives the qualified name of a node, `kinds` of placeholders."""
+
+    evidence: Evidence
+    has_ranges: bool
+    kinds: Mapping[str, str]
+    names: Mapping[fx.Node, str]
+    low_type: torch.dtype
+
+    def read(self, node: fx.Node, precisions: Mapping[str, str]) -> NodeFacts:
+        """Facts of `node`, given how the nodes before it were decided."""
+        inputs = tuple(
+            fact for argument in node.all_input_nodes for fact in self._input_facts(argument, precisions)
+        )
+        outputs = tuple(
+            self._look_up(self.names[node], output, None)
+            for output, value in tensor_values(node)
+            if is_measurable(value.dtype)
+        )
+        base = base_op(node.target)
+        epsilon = op_table.EPSILONS.get(base)
+        return NodeFacts(
+            name=self.names[node],
+            op=op_name(node.target),
+            base=base,
+            module=module_path(node),
+            inputs=inputs,
+            outputs=outputs,
+            literals=tuple(_literals(node, base)),
+            epsilon=_number(argument_of(node, epsilon)) if epsilon else None,
+            depth=depth_of_reduction(node, base),
+            hidden=tuple(
+                Hidden(name, bound) for name, bound in hidden_values(node, base, [t.magnitude() for t in inputs])
+            ),
+            moves=base in op_table.MOVES and bool(inputs),
+            custom=not base,
+            has_ranges=self.has_ranges,
+            low_type=self.low_type,
+        )
+
+    def _input_facts(self, argument: fx.Node, precisions: Mapping[str, str]) -> list[TensorFacts]:
+        producer, output = producer_of(argument)
+        name = self.names[producer]
+        values = tensor_values(argument)
+        return [
+            self._look_up(name, output if output is not None else position, precisions.get(name))
+            for position, value in values
+            if is_measurable(value.dtype)
+        ]
+
+    def _look_up(self, name: str, output: int, precision: str | None) -> TensorFacts:
+        kind = self.kinds.get(name, "activation")
+        found = self.evidence.get((name, output))
+        if found is None:
+            return TensorFacts(name, kind, measured=False, precision=precision)
+        return found if precision is None else _with_precision(found, precision)
+
+
+def _with_precision(facts: TensorFacts, precision: str) -> TensorFacts:
+    # dataclasses.replace calls __init__ by keyword and is slow on large graphs; the copy is as frozen as the original.
+    copy = object.__new__(TensorFacts)
+    copy.__dict__.update(facts.__dict__)
+    copy.__dict__["precision"] = precision
+    return copy
+
+
+def producer_of(node: fx.Node) -> tuple[fx.Node, int | None]:
+    """The node that made the tensor, and which of its outputs it is, looking through `getitem`."""
+    if node.target is getitem and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
+        return node.args[0], node.args[1]
+    return node, None
+
+
+def argument_of(node: fx.Node, name: str) -> Any:
+    """The value of the argument called `name` in the operator's schema; its default where it was left out."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            return node.args[position] if position < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return None
+
+
+def _literals(node: fx.Node, base: str) -> list[Literal]:
+    found = ((name, _number(argument_of(node, name))) for name in op_table.LITERALS.get(base, ()))
+    return [Literal(name, value) for name, value in found if value is not None]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

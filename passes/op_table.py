@@ -1,0 +1,113 @@
+"""What ATen operators do to values. Data, with a source where it is not the operator's own definition.
+
+Operators are named without overload and in-place mark: `add` stands for `aten.add.Tensor` and `aten.add_.Scalar`.
+"""
+
+from __future__ import annotations
+
+# Operators whose outputs are elements of their inputs, moved. They have no range rule: they follow their inputs.
+MOVES = frozenset(
+    """
+    alias as_strided atleast_1d atleast_2d atleast_3d broadcast_tensors broadcast_to cat channel_shuffle chunk clone
+    column_stack concat concatenate contiguous copy detach diagonal diagonal_copy dropout dsplit dstack expand
+    expand_as feature_dropout alpha_dropout feature_alpha_dropout fill_diagonal flatten flip fliplr flipud gather
+    hsplit hstack index index_select lift_fresh lift_fresh_copy masked_select matrix_H mH mT meshgrid moveaxis movedim
+    narrow narrow_copy numpy_T permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape
+    reshape_as resolve_conj resolve_neg roll rot90 select slice split split_with_sizes squeeze stack swapaxes
+    swapdims t take take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold unsafe_chunk
+    unsafe_split unsafe_split_with_sizes unsqueeze view view_as _unsafe_view vsplit vstack
+    """.split()
+)
+
+# A type that the user wrote down: `.to(dtype)` and what it becomes. It keeps the type that it states.
+STATED_TYPE = frozenset({"to", "_to_copy", "convert_element_type", "type_as", "_to_dtype"})
+
+# Arguments that become values of a tensor, by operator. Attributes (eps of a norm, momentum) are not among them.
+LITERALS: dict[str, tuple[str, ...]] = {
+    "add": ("other", "alpha"),
+    "sub": ("other", "alpha"),
+    "rsub": ("other", "alpha"),
+    "mul": ("other",),
+    "div": ("other",),
+    "remainder": ("other",),
+    "fmod": ("other",),
+    "floor_divide": ("other",),
+    "clamp": ("min", "max"),
+    "clip": ("min", "max"),
+    "clamp_min": ("min",),
+    "clamp_max": ("max",),
+    "hardtanh": ("min_val", "max_val"),
+    "threshold": ("threshold", "value"),
+    "where": ("self", "other"),
+    "masked_fill": ("value",),
+    "fill": ("value",),
+    "index_fill": ("value",),
+    "full": ("fill_value",),
+    "full_like": ("fill_value",),
+    "new_full": ("fill_value",),
+    "scalar_tensor": ("s",),
+    "arange": ("start", "end", "step"),
+    "linspace": ("start", "end"),
+    "constant_pad_nd": ("value",),
+    "pad": ("value",),
+    "addcmul": ("value",),
+    "addcdiv": ("value",),
+    "addmm": ("beta", "alpha"),
+    "baddbmm": ("beta", "alpha"),
+    "nan_to_num": ("nan", "posinf", "neginf"),
+    "maximum": ("other",),
+    "minimum": ("other",),
+    "eq": ("other",),
+    "ne": ("other",),
+    "lt": ("other",),
+    "le": ("other",),
+    "gt": ("other",),
+    "ge": ("other",),
+}
+
+# Operators with no half-precision kernels worth the name, on any backend: the same list on every machine, as a plan
+# must not depend on where it was made. Measured over 108 operators of 66 architectures; `linalg_vector_norm` is an
+# ordinary reduction and not among them.
+NEVER_LOW_PREFIXES = ("linalg_", "_linalg_", "fft_", "_fft_", "special_")
+NEVER_LOW = frozenset(
+    """
+    cdist _cdist_forward pdist cholesky cholesky_solve cholesky_inverse ctc_loss _ctc_loss det logdet slogdet inverse
+    lstsq lu_solve lu_unpack matrix_exp nanquantile quantile qr ormqr orgqr geqrf stft istft svd symeig trapezoid
+    triangular_solve eig bincount histc histogram
+    """.split()
+)
+NEVER_LOW_EXCEPT = frozenset({"linalg_vector_norm", "special_softmax", "special_log_softmax", "special_expit"})
+
+# Operators that hide values, by what they hide. `interior` bounds them from what was measured at their inputs.
+SUMS = frozenset({"sum", "mean", "cumsum", "nansum", "nanmean", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+                  "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})  # fmt: skip
+SQUARES = frozenset({"layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm", "_fused_rms_norm",
+                     "instance_norm", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"})  # fmt: skip
+EXPONENTIALS = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"})
+ATTENTION = frozenset({"scaled_dot_product_attention"})
+EPSILONS: dict[str, str] = {
+    "layer_norm": "eps",
+    "native_layer_norm": "eps",
+    "group_norm": "eps",
+    "native_group_norm": "eps",
+    "rms_norm": "eps",
+    "_fused_rms_norm": "eps",
+    "instance_norm": "eps",
+    "batch_norm": "eps",
+    "_native_batch_norm_legit_no_training": "eps",
+}
+
+CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "_convolution"})
+TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+PRODUCTS = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "dot", "addmv"})
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
+
+# Operators that do floating-point work by `torch.utils.flop_counter`, before and after decomposition.
+WORKS = CONVOLUTIONS | TRANSPOSED | PRODUCTS | RECURRENT | ATTENTION | frozenset({"einsum", "bilinear", "tensordot"})
+
+
+def never_low(base: str) -> bool:
+    """Whether no target runs this operator in half precision."""
+    if base in NEVER_LOW_EXCEPT:
+        return False
+    return base in NEVER_LOW or base.startswith(NEVER_LOW_PREFIXES)

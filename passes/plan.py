@@ -1,0 +1,213 @@
+"""The precision plan: what each node's type is to be, and every reason for it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import polars as pl
+import torch
+from torch.export import ExportedProgram
+
+from calib.artifacts import load_json, parsed, save_json
+from calib.errors import ArtifactError, MismatchError, PlanError, known
+from calib.fingerprint import fingerprint, first_difference, node_digests
+from calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
+from passes.facts import LOW_TYPES
+from passes.regions import Candidate, candidates, kept_reason
+from passes.rules import Verdict
+from passes.work import work_of
+
+LOW, HIGH, KEPT = "low", "high", "kept"
+_KIND = "plan"
+_VERDICT = pl.Struct({"rule": pl.String, "reason": pl.String, "evidence": pl.Float64, "limit": pl.Float64})
+SCHEMA: dict[str, Any] = {
+    "node": pl.String,
+    "op": pl.String,
+    "module": pl.String,
+    "precision": pl.String,
+    "rule": pl.String,
+    "reason": pl.String,
+    "evidence": pl.Float64,
+    "limit": pl.Float64,
+    "verdicts": pl.List(_VERDICT),
+    "work": pl.Int64,
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one node was decided. `rule` is None when it is low; `verdicts` has those of all rules, met first first.
+
+    evidence, limit: the number that decided and what it was held to; of a low node the largest magnitude seen and
+    `data_max`. work: floating-point operations at the exported sizes.
+    """
+
+    node: str
+    op: str
+    module: str
+    precision: str
+    rule: str | None
+    reason: str
+    evidence: float | None = None
+    limit: float | None = None
+    verdicts: tuple[Verdict, ...] = ()
+    work: int = 0
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """A type for each node of a program: `low_precision_type`, its exported type (`high`), or none of ours (`kept`).
+
+    decisions: one per `call_function` node, in graph order. digests: of the graph that it is for. settings: what
+    `classify` was called with. notes: what a reader should know, such as weights that become inf or zero.
+    """
+
+    decisions: tuple[Decision, ...]
+    low_precision_type: torch.dtype
+    digests: Mapping[str, str] = field(repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def _by_node(self) -> dict[str, Decision]:
+        return {decision.node: decision for decision in self.decisions}
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the graph that the plan is for."""
+        return fingerprint(dict(self.digests))
+
+    @property
+    def low_precision_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that run in the low type, in graph order."""
+        return tuple(d.node for d in self.decisions if d.precision == LOW)
+
+    @property
+    def high_precision_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that stay in their exported type, in graph order, without kept ones."""
+        return tuple(d.node for d in self.decisions if d.precision == HIGH)
+
+    @cached_property
+    def frame(self) -> pl.DataFrame:
+        """One row per node, with the columns of `SCHEMA`."""
+        rows = [{**asdict(d), "verdicts": [asdict(v) for v in d.verdicts]} for d in self.decisions]
+        return pl.DataFrame(rows, schema=SCHEMA)
+
+    def __getitem__(self, node: str) -> Decision:
+        """The decision on `node`. Raises PlanError for an unknown name, with near ones."""
+        if node not in self._by_node:
+            raise PlanError(f"the plan has no node {node!r}; {known(node, self._by_node)}")
+        return self._by_node[node]
+
+    def explain(self, node: str) -> str:
+        """Why `node` has its type, in a sentence. Raises PlanError for an unknown name."""
+        decision = self[node]
+        place = f"{node} ({', '.join(part for part in (decision.op, decision.module) if part)})"
+        if decision.precision == LOW:
+            return f"{place} runs in {dtype_name(self.low_precision_type)}: {decision.reason}."
+        if decision.precision == KEPT:
+            return f"{place} is kept as it is: {decision.reason}."
+        more = "".join(f" Also ({v.rule}): {v.reason}." for v in decision.verdicts[1:])
+        return f"{place} stays in its exported type ({decision.rule}): {decision.reason}.{more}"
+
+    def share(self) -> tuple[float, float]:
+        """Share of the classified nodes, and of their work, that is low; NaN where there is none."""
+        mine = [d for d in self.decisions if d.precision != KEPT]
+        low = [d for d in mine if d.precision == LOW]
+        work = sum(d.work for d in mine)
+        nan = float("nan")
+        return (len(low) / len(mine) if mine else nan, sum(d.work for d in low) / work if work else nan)
+
+    def __str__(self) -> str:
+        counts = Counter((d.precision, d.rule or "") for d in self.decisions)
+        nodes, work = self.share()
+        title = (
+            f"PrecisionPlan: {len(self.low_precision_nodes)} {dtype_name(self.low_precision_type)}, "
+            f"{len(self.high_precision_nodes)} high, {sum(d.precision == KEPT for d in self.decisions)} kept; "
+            f"{_percent(nodes)} of nodes and {_percent(work)} of work in low precision"
+        )
+        order = {LOW: 0, HIGH: 1, KEPT: 2}
+        lines = [title, f"  {'precision':<10}{'rule':<24}{'nodes':>6}"]
+        for (precision, rule), count in sorted(counts.items(), key=lambda item: (order[item[0][0]], -item[1])):
+            lines.append(f"  {precision:<10}{rule:<24}{count:>6}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+    def check(self, program: ExportedProgram) -> None:
+        """Raise MismatchError unless the plan is for `program`."""
+        difference = first_difference(node_digests(program), dict(self.digests))
+        if difference is not None:
+            raise MismatchError(f"this plan is for another program: {difference}. Classify this program anew.")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        content = {
+            "low_precision_type": dtype_name(self.low_precision_type),
+            "settings": dict(self.settings),
+            "notes": list(self.notes),
+            "digests": dict(self.digests),
+            "decisions": [asdict(decision) for decision in self.decisions],
+        }
+        save_json(path, _KIND, content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PrecisionPlan:
+        """Read a plan. Raises ArtifactError when the file is truncated, foreign or newer."""
+        content = load_json(path, _KIND)
+        with parsed(path, _KIND):
+            decisions = tuple(
+                Decision(**{**row, "verdicts": tuple(Verdict(**v) for v in row["verdicts"])})
+                for row in content["decisions"]
+            )
+            unknown = {d.precision for d in decisions} - {LOW, HIGH, KEPT}
+            if unknown:
+                raise ArtifactError(f"{path}: unknown precision {sorted(unknown)[0]!r}; known are low, high and kept")
+            return cls(
+                decisions=decisions,
+                low_precision_type=LOW_TYPES[content["low_precision_type"]],
+                digests=dict(content["digests"]),
+                settings=dict(content["settings"]),
+                notes=tuple(content["notes"]),
+            )
+
+    @classmethod
+    def from_types(cls, program: ExportedProgram) -> PrecisionPlan:
+        """The plan that a program already carries out: each node at its present type.
+
+        Nodes with a floating-point tensor in fp16 or bf16, whichever is more frequent, are low; those in fp32 high.
+        """
+        nodes = candidates(program)
+        types = Counter(
+            value.dtype
+            for candidate in nodes
+            for _, value in tensor_values(candidate.node)
+            if not candidate.inside and value.dtype in LOW_TYPES.values()
+        )
+        low_type = types.most_common(1)[0][0] if types else torch.float16
+        decisions = tuple(_as_typed(candidate, low_type) for candidate in nodes)
+        return cls(decisions, low_type, node_digests(program), {"from_types": True})
+
+
+def _as_typed(candidate: Candidate, low_type: torch.dtype) -> Decision:
+    node = candidate.node
+    place: dict[str, Any] = {"node": candidate.name, "op": op_name(node.target), "module": module_path(node), "work": work_of(node)}
+    present = {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} or {
+        v.dtype for a in node.all_input_nodes for _, v in tensor_values(a) if is_measurable(v.dtype)
+    }
+    kept = kept_reason(candidate)
+    if kept is not None and kept.rule != "already_low":
+        return Decision(**place, precision=KEPT, rule=kept.rule, reason=kept.reason)
+    if present == {low_type}:
+        return Decision(**place, precision=LOW, rule=None, reason=f"the program has it in {dtype_name(low_type)}")
+    if present == {torch.float32}:
+        return Decision(**place, precision=HIGH, rule="present_type", reason="the program has it in float32")
+    types = ", ".join(sorted(map(dtype_name, present)))
+    return Decision(**place, precision=KEPT, rule="present_type", reason=f"the program has it in {types}")
+
+
+def _percent(share: float) -> str:
+    return "no" if share != share else f"{100 * share:.1f}%"

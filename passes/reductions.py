@@ -1,0 +1,121 @@
+"""How many terms an operator sums into one element, and what that lets its hidden values reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from calib.graph import size_hint
+from passes import op_table
+
+
+def depth_of_reduction(node: fx.Node, base: str) -> int | None:
+    """Terms per output element; None for an operator that sums nothing. Symbolic sizes count as at export."""
+    shapes = _shapes(node)
+    if not shapes:
+        return None
+    first = shapes[0]
+    if base in op_table.PRODUCTS:
+        # addmm(bias, a, b) and its kin have the product at 1 and 2.
+        left = shapes[1] if base in {"addmm", "baddbmm", "addbmm", "addmv"} and len(shapes) > 1 else first
+        return left[-1] if left else 1
+    if base in op_table.CONVOLUTIONS | op_table.TRANSPOSED and len(shapes) > 1:
+        return _convolution_depth(node, base, shapes[1])
+    if base in op_table.ATTENTION and len(shapes) > 1:
+        return max(shapes[1][-2], first[-1])  # keys, summed over by the values; features, by the logits
+    if base in op_table.RECURRENT:
+        return _recurrent_depth(node)
+    if base in op_table.SUMS | op_table.SQUARES | op_table.EXPONENTIALS:
+        return _reduced(node, base, first)
+    return None
+
+
+def hidden_values(node: fx.Node, base: str, magnitudes: Sequence[float]) -> list[tuple[str, float]]:
+    """Bounds of what an operator hides, from the peaks at its inputs. NaN where a peak is unknown.
+
+    sum of n terms: n max|x|. Sum of squares: n max|x|^2. Softmax, after subtracting the maximum: n exponentials of
+    at most 1. Attention: logits before scaling, d max|q| max|k|.
+    """
+    depth = depth_of_reduction(node, base)
+    if depth is None or not magnitudes:
+        return []
+    peak = magnitudes[0]
+    if base in op_table.SUMS:
+        return [("sum", depth * peak)]
+    if base in op_table.SQUARES:
+        return [("sum of squares", depth * peak * peak)]
+    if base in op_table.EXPONENTIALS:
+        return [("sum of exponentials", float(depth))]
+    if base in op_table.ATTENTION and len(magnitudes) > 1:
+        shapes = _shapes(node)
+        keys = shapes[1][-2]
+        return [("attention logits", shapes[0][-1] * peak * magnitudes[1]), ("sum of exponentials", float(keys))]
+    return []
+
+
+def _convolution_depth(node: fx.Node, base: str, weight: list[int]) -> int:
+    transposed = base in op_table.TRANSPOSED or (base == "convolution" and len(node.args) > 6 and node.args[6] is True)
+    # A weight is [out, in / groups, *kernel], of a transposed convolution [in, out / groups, *kernel].
+    if transposed:
+        groups = next((a for a in reversed(node.args) if isinstance(a, int) and not isinstance(a, bool)), 1)
+        return max(1, weight[0] // max(1, groups)) * math.prod(weight[2:])
+    return math.prod(weight[1:])
+
+
+def _recurrent_depth(node: fx.Node) -> int:
+    weights = [
+        [size_hint(size) for size in value.shape]
+        for value in (argument.meta.get("val") for argument in node.all_input_nodes)
+        if isinstance(value, torch.Tensor) and value.dim() == 2
+    ]
+    return max((shape[-1] for shape in weights), default=1)
+
+
+def _reduced(node: fx.Node, base: str, shape: list[int]) -> int:
+    if base in {"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"}:
+        normalized = node.args[1] if len(node.args) > 1 else shape[-1:]
+        return math.prod(size_hint(s) for s in normalized if isinstance(s, (int, torch.SymInt)))  # type: ignore[union-attr]
+    if base == "group_norm":
+        return math.prod(shape[1:]) // max(1, int(node.args[1]))  # type: ignore[arg-type]
+    if base == "native_group_norm":
+        return math.prod(shape[1:]) // max(1, int(node.args[6]))  # type: ignore[arg-type]
+    if base == "instance_norm":
+        return math.prod(shape[2:])
+    if base.startswith(("avg_pool", "adaptive_avg_pool")):
+        return _pooled(node, base, shape)
+    return math.prod(shape[d] for d in _dimensions(node, base, len(shape))) if shape else 1
+
+
+def _pooled(node: fx.Node, base: str, shape: list[int]) -> int:
+    rank = int(base[-2])
+    size = [int(s) for s in _list(node.args[1]) if isinstance(s, int)]
+    size = size * rank if len(size) == 1 else size
+    if base.startswith("avg_pool"):
+        return math.prod(size)
+    # Of an adaptive pool the size is that of the output.
+    return math.prod(math.ceil(whole / max(1, part)) for whole, part in zip(shape[-rank:], size, strict=False))
+
+
+def _dimensions(node: fx.Node, base: str, rank: int) -> list[int]:
+    """The dimensions that an operator reduces; all of them where it names none."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    chosen: Any = None
+    for position, argument in enumerate(schema.arguments):
+        if argument.name == "dim":
+            chosen = node.args[position] if position < len(node.args) else node.kwargs.get("dim")
+    dimensions = [d for d in _list(chosen) if isinstance(d, int)]
+    return [d % rank for d in dimensions] if dimensions else list(range(rank))
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _shapes(node: fx.Node) -> list[list[int]]:
+    """The shapes of the tensor arguments, in order of the arguments."""
+    values = [argument.meta.get("val") for argument in node.args if isinstance(argument, fx.Node)]
+    return [[size_hint(size) for size in value.shape] for value in values if isinstance(value, torch.Tensor)]

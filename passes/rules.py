@@ -1,0 +1,281 @@
+"""The rules. Any rule that is met keeps a node in its exported type; each says which number met which limit.
+
+A rule is a frozen dataclass called with one `NodeFacts`, answering a `Verdict` or None for "no opinion". It counts
+because it is in the tuple; its id is its class name in snake case. Comparisons are strict and written so that NaN
+keeps the node high; a limit of inf switches a rule off.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from passes import op_table
+from passes.facts import NodeFacts, TensorFacts, holds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a node stays high: the rule's id, a sentence, the number that was seen and the limit it was held to."""
+
+    rule: str
+    reason: str
+    evidence: float | None = None
+    limit: float | None = None
+
+
+Rule = Callable[[NodeFacts], Verdict | None]
+
+
+def rule_id(rule: Any) -> str:
+    """`data_max` for a `DataMax(512)`; a function's own name."""
+    name = getattr(rule, "__name__", None) or type(rule).__name__
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+@dataclass(frozen=True)
+class Legality:
+    """No target runs the operator in half precision, or nothing is known of it (a custom op)."""
+
+    allow_custom: bool = False
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if op_table.never_low(facts.base):
+            return Verdict("legality", f"{facts.op} has no half-precision implementation")
+        if facts.custom and not self.allow_custom:
+            return Verdict(
+                "legality", f"{facts.op} is a custom op, of which nothing is known; include it if its kernels take half"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class NodesToExclude:
+    """The user's patterns, `re.match`ed on the node name and on the dotted module path."""
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        pattern = matched(self.patterns, facts.name, facts.module)
+        return None if pattern is None else Verdict("nodes_to_exclude", f"it matches nodes_to_exclude {pattern!r}")
+
+
+@dataclass(frozen=True)
+class TargetsToExclude:
+    """The user's operators, by full name (`aten.add.Tensor`) or without overload (`aten.add`)."""
+
+    targets: frozenset[str]
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        for name in (facts.op, facts.op.rpartition(".")[0]):
+            if name in self.targets:
+                return Verdict("targets_to_exclude", f"its operator {name} is in targets_to_exclude")
+        return None
+
+
+@dataclass(frozen=True)
+class Unmeasured:
+    """A tensor of the node is not in the range table. Missing evidence never means safe."""
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if not facts.has_ranges:
+            return None
+        missing = [tensor.name for tensor in facts.tensors if not tensor.measured]
+        return Verdict("unmeasured", f"calibration has not measured {missing[0]}") if missing else None
+
+
+@dataclass(frozen=True)
+class Nonfinite:
+    """NaN or Inf was measured in fp32 itself."""
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        for tensor in _measured(facts.tensors):
+            if tensor.nonfinite:
+                where = "" if tensor.nonfinite_batch is None else f", first in batch {tensor.nonfinite_batch}"
+                reason = f"{_role(facts, tensor)} has {tensor.nonfinite} NaN or Inf in fp32{where}"
+                return Verdict("nonfinite", reason, float(tensor.nonfinite), 0.0)
+        return None
+
+
+@dataclass(frozen=True)
+class DataMax:
+    """A magnitude among the node's own inputs and outputs exceeds `limit`. Weights have `InitMax`."""
+
+    limit: float
+    quantile: float = 1.0
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if self.limit == math.inf:
+            return None
+        return _above("data_max", facts, [t for t in facts.judged if not t.is_weight], self.limit, self.quantile)
+
+
+@dataclass(frozen=True)
+class InitMax:
+    """A magnitude among the node's parameters, buffers and constants exceeds `limit`."""
+
+    limit: float
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if self.limit == math.inf:
+            return None
+        return _above("init_max", facts, [t for t in facts.judged if t.is_weight], self.limit)
+
+
+@dataclass(frozen=True)
+class LiteralRange:
+    """A number in the graph becomes a tensor value, and the low type does not hold it. Its id is `literal`."""
+
+    __name__ = "literal"
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        limit = torch.finfo(facts.low_type).max
+        for literal in facts.literals:
+            if not holds(literal.value, facts.low_type):
+                stored = float(torch.tensor(literal.value, dtype=torch.float64).to(facts.low_type))
+                reason = f"its literal {literal.name}={literal.value:g} becomes {stored:g} in {_short(facts)}"
+                return Verdict("literal", reason, literal.value, limit if abs(literal.value) > 1 else _least(facts))
+        return None
+
+
+@dataclass(frozen=True)
+class MaxDepthOfReduction:
+    """More than `limit` terms are summed into one output element."""
+
+    limit: int
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if facts.depth is None or facts.depth <= self.limit:
+            return None
+        reason = f"it sums {facts.depth} terms into each element, above max_depth_of_reduction {self.limit}"
+        return Verdict("max_depth_of_reduction", reason, float(facts.depth), float(self.limit))
+
+
+@dataclass(frozen=True)
+class Interior:
+    """A value that the op hides may pass the largest finite low value, or its epsilon vanishes in the low type.
+
+    Bounds come from the peaks at the inputs, so they hold for any data with these peaks; they are not estimates.
+    """
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if not facts.has_ranges:
+            return None
+        limit = torch.finfo(facts.low_type).max
+        for hidden in facts.hidden:
+            if not hidden.bound <= limit:
+                reason = f"its {hidden.name} may reach {hidden.bound:.3g}, above {limit:g}, the most that {_short(facts)} holds"
+                return Verdict("interior", reason, hidden.bound, limit)
+        if facts.epsilon is not None and not holds(facts.epsilon, facts.low_type):
+            reason = f"its eps {facts.epsilon:g} is lost in {_short(facts)}"
+            return Verdict("interior", reason, facts.epsilon, _least(facts))
+        return None
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Storing a tensor in the low type leaves less than `limit` dB between its variation and the rounding.
+
+    Catches offsets (400.05 and 400.10 become equal) and faint signals. Weights and constant tensors are exempt.
+    """
+
+    limit: float = 20.0
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        for tensor in _measured(facts.judged):
+            decibels = None if tensor.is_weight else storage_sqnr(tensor, facts.low_type)
+            if decibels is not None and not decibels >= self.limit:
+                reason = (
+                    f"{_role(facts, tensor)} would keep {decibels:.3g} dB of signal over rounding in {_short(facts)}, "
+                    f"below {self.limit:g} dB (mean {tensor.mean:.4g}, rms {tensor.rms:.4g})"
+                )
+                return Verdict("storage", reason, decibels, self.limit)
+        return None
+
+
+@dataclass(frozen=True)
+class Follows:
+    """An op that only moves data takes the type of its inputs: high if any of them is."""
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if not facts.moves:
+            return None
+        high = [tensor for tensor in facts.inputs if tensor.precision == "high"]
+        return Verdict("follows", f"it only moves data, and its input {high[0].name} is high") if high else None
+
+
+def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
+    """Predicted signal to quantisation noise ratio, dB, of storing `tensor` in `low_type`; None where it is constant.
+
+    Signal: the variance, rms^2 - mean^2. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
+    from each bin of the histogram, or without one bounded from rms.
+    """
+    if tensor.rms is None or tensor.mean is None or tensor.min == tensor.max:
+        return None
+    variance = tensor.rms**2 - tensor.mean**2
+    info = torch.finfo(low_type)
+    if tensor.histogram is None:
+        noise = (tensor.rms * info.eps) ** 2 / 12 + (info.smallest_normal * info.eps) ** 2 / 12
+    else:
+        noise = _noise(tensor.histogram, info)
+    if noise == 0.0:
+        return None
+    return 10 * math.log10(variance / noise) if variance > 0 else -math.inf
+
+
+def _noise(histogram: tuple[int, ...], info: torch.finfo) -> float:
+    total, finite = 0.0, sum(histogram[:255])
+    for exponent, count in enumerate(histogram[:255]):
+        if count and exponent:
+            low = 2.0 ** (exponent - 127)
+            step = max(low, info.smallest_normal) * info.eps
+            # A value far below the step is lost whole: its own square is all the noise that it makes.
+            total += count * min(step * step / 12, 4 * low * low)
+    return total / finite if finite else 0.0
+
+
+def matched(patterns: tuple[str, ...], name: str, module: str) -> str | None:
+    """The first pattern that matches the node name or the module path."""
+    return next((p for p in patterns if re.match(p, name) or (module and re.match(p, module))), None)
+
+
+def _above(
+    rule: str, facts: NodeFacts, tensors: list[TensorFacts], limit: float, quantile: float = 1.0
+) -> Verdict | None:
+    """A verdict on the largest of `tensors` when it exceeds `limit`."""
+    worst, worst_seen = None, -math.inf
+    for tensor in _measured(tuple(tensors)):
+        seen = tensor.magnitude(quantile)
+        if not seen <= limit and not (worst is not None and seen <= worst_seen):
+            worst, worst_seen = tensor, seen
+    if worst is None:
+        return None
+    batch = "" if worst.absmax_batch is None or worst.is_weight else f" in batch {worst.absmax_batch}"
+    share = "" if quantile >= 1.0 else f" (quantile {quantile:g})"
+    seen_text = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
+    return Verdict(rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit)
+
+
+def _measured(tensors: tuple[TensorFacts, ...]) -> list[TensorFacts]:
+    return [tensor for tensor in tensors if tensor.measured]
+
+
+def _role(facts: NodeFacts, tensor: TensorFacts) -> str:
+    if tensor.is_weight:
+        return f"its {tensor.kind} {tensor.name}"
+    return "its output" if tensor.name == facts.name else f"its input {tensor.name}"
+
+
+def _short(facts: NodeFacts) -> str:
+    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(facts.low_type, str(facts.low_type))
+
+
+def _least(facts: NodeFacts) -> float:
+    """The smallest positive value of the low type, subnormals included."""
+    info = torch.finfo(facts.low_type)
+    return float(info.smallest_normal * info.eps)

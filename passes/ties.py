@@ -1,0 +1,70 @@
+"""Nodes that must share one type, because an in-place op writes into storage that more than one of them sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from calib.aliasing import Roots, shared_arguments, written_arguments
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Nodes that share written storage. `pinned` says why they keep their exported type, if they must."""
+
+    nodes: frozenset[fx.Node]
+    pinned: str | None
+
+
+def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
+    """The classes of nodes whose storage a visible write touches.
+
+    A write that nobody else can see (`relu_(conv(x))`, where the convolution is not read again) ties nothing: its
+    output counts as storage of its own, and its input may be cast to a copy first.
+    """
+    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
+    roots: Roots = {}
+    sharing: dict[fx.Node, set[fx.Node]] = {}  # root -> the nodes that share its storage so far
+    written: set[fx.Node] = set()
+    for node in graph_module.graph.nodes:
+        targets = frozenset().union(*(roots[n] for n in written_arguments(node)))
+        visible = bool(targets) and _is_visible(node, targets, sharing, order)
+        shared = shared_arguments(node)
+        if targets and not visible:
+            shared = [n for n in shared if not roots[n] & targets]
+        roots[node] = frozenset().union(*(roots[n] for n in shared)) if shared else frozenset([node])
+        for root in roots[node]:
+            sharing.setdefault(root, set()).add(node)
+        if visible:
+            written |= targets
+    return _classes(written, roots, sharing)
+
+
+def _is_visible(
+    writer: fx.Node, targets: frozenset[fx.Node], sharing: dict[fx.Node, set[fx.Node]], order: dict[fx.Node, int]
+) -> bool:
+    """Whether anything but the writer's own output shows the write: an input, a buffer, a base or view read later."""
+    if any(root.op in {"placeholder", "get_attr"} for root in targets):
+        return True
+    members = set().union(*(sharing[root] for root in targets))
+    return any(order[user] > order[writer] for member in members for user in member.users)
+
+
+def _classes(written: set[fx.Node], roots: Roots, sharing: dict[fx.Node, set[fx.Node]]) -> list[Tie]:
+    """Merge written storage that some node shares between several roots."""
+    ties: list[set[fx.Node]] = []
+    for root in written:
+        group = set(sharing[root])
+        for member in list(group):
+            for other in roots[member]:
+                group |= sharing[other]
+        touching = [tie for tie in ties if tie & group]
+        ties = [tie for tie in ties if not tie & group]
+        ties.append(group.union(*touching))
+    return [Tie(frozenset(group), _pinned(group)) for group in ties]
+
+
+def _pinned(group: set[fx.Node]) -> str | None:
+    outside = sorted(node.name for node in group if node.op in {"placeholder", "get_attr"})
+    return f"an in-place op writes into {outside[0]}, which keeps its type" if outside else None

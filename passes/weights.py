@@ -1,0 +1,76 @@
+"""Which weights are stored in the low type: those that only low nodes read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from calib.aliasing import mutated_inputs
+from calib.graph import input_targets, state_tensor, tensor_values
+from passes.node_types import NodeTypes
+
+# Elements converted at a time when looking for values that the low type does not hold.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class LowWeights:
+    """The state of the rewritten program. placeholders: names of the inputs that it stores in the low type."""
+
+    placeholders: frozenset[str]
+    state_dict: dict[str, Any]
+    constants: dict[str, Any]
+
+
+def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTypes) -> LowWeights:
+    """Convert, one at a time, the fp32 weights that all readers take in the low type; share the others.
+
+    A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with one
+    that stays, or when a finite value of it would become inf.
+    """
+    targets = input_targets(program)
+    mutated = mutated_inputs(program)
+    holders = {n.name: n for n in source.graph.nodes if n.op == "placeholder" and n.name in targets}
+    wanted = {name for name, node in holders.items() if name not in mutated and _only_low(node, types)}
+    stays = {_storage(program, targets[name]) for name in holders if name not in wanted}
+    state, constants = dict(program.state_dict), dict(program.constants)
+    converted: dict[tuple[Any, ...], torch.Tensor] = {}
+    stored = set()
+    for name in sorted(wanted):
+        tensor = state_tensor(program, targets[name])
+        if tensor is None or _storage(program, targets[name]) in stays or not _fits(tensor, types.low_type):
+            continue
+        key = (_storage(program, targets[name]), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        if key not in converted:  # tied weights stay tied
+            converted[key] = _converted(tensor, types.low_type)
+        home = state if targets[name] in program.state_dict else constants
+        home[targets[name]] = converted[key]
+        stored.add(name)
+    return LowWeights(frozenset(stored), state, constants)
+
+
+def _only_low(node: fx.Node, types: NodeTypes) -> bool:
+    is_float = [value.dtype == torch.float32 for _, value in tensor_values(node)]
+    return is_float == [True] and bool(node.users) and all(user in types.low for user in node.users)
+
+
+def _storage(program: ExportedProgram, target: str) -> int:
+    tensor = state_tensor(program, target)
+    return 0 if tensor is None else tensor.untyped_storage().data_ptr()
+
+
+def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
+    """Whether no finite value becomes inf: then the cast is left to run time, where `init_max` governs it."""
+    for piece in tensor.detach().reshape(-1).split(_CHUNK):
+        if not torch.equal(torch.isfinite(piece.to(low_type)), torch.isfinite(piece)):
+            return False
+    return True
+
+
+def _converted(tensor: torch.Tensor, low_type: torch.dtype) -> torch.Tensor:
+    low = tensor.detach().to(low_type)
+    return torch.nn.Parameter(low, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else low

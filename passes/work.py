@@ -1,0 +1,40 @@
+"""Floating-point operations of a node, as `torch.utils.flop_counter` counts them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from calib.graph import base_op, size_hint
+from passes.op_table import WORKS
+
+
+def work_of(node: fx.Node) -> int:
+    """FLOPs of one call at the exported sizes; 0 for what the counter does not count.
+
+    The operator runs on meta tensors of these sizes: symbolic sizes are never asked, as that would add guards to
+    the user's program.
+    """
+    if node.op != "call_function" or base_op(node.target) not in WORKS:
+        return 0
+    args, kwargs = pytree.tree_map_only(fx.Node, _on_meta, (node.args, node.kwargs))
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, NotImplementedError):  # no meta kernel for these types: the work is unknown, not an error
+        return 0
+    return int(counter.get_total_flops())
+
+
+def _on_meta(node: fx.Node) -> Any:
+    return pytree.tree_map(_stand_in, node.meta.get("val"))
+
+
+def _stand_in(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty([size_hint(size) for size in value.shape], dtype=value.dtype, device="meta")
+    return size_hint(value) if isinstance(value, torch.SymInt) else value
