@@ -18,6 +18,22 @@ _IDENTITY_IN_EVAL = {
     torch.ops.aten.alpha_dropout.default,
     torch.ops.aten.feature_alpha_dropout.default,
 }
+_ATEN = torch.ops.aten
+# op -> position of the argument that it may give back, or views of it, though its schema says nothing.
+_SHARES_UNSAID: dict[Any, int] = {
+    getitem: 0,
+    **dict.fromkeys(_IDENTITY_IN_EVAL, 0),
+    **dict.fromkeys((_ATEN.atleast_1d.default, _ATEN.atleast_2d.default, _ATEN.atleast_3d.default), 0),
+    **dict.fromkeys((_ATEN.atleast_1d.Sequence, _ATEN.atleast_2d.Sequence, _ATEN.atleast_3d.Sequence), 0),
+    **dict.fromkeys((_ATEN.broadcast_tensors.default, _ATEN.meshgrid.default, _ATEN.meshgrid.indexing), 0),
+    **dict.fromkeys((_ATEN.type_as.default, _ATEN.sum_to_size.default, _ATEN.conj_physical.default), 0),
+    **dict.fromkeys((_ATEN.unsafe_chunk.default, _ATEN.unsafe_split.Tensor), 0),
+    **dict.fromkeys((_ATEN.unsafe_split_with_sizes.default, _ATEN._unsafe_view.default), 0),
+    _ATEN.cartesian_prod.default: 0,
+    _ATEN.einsum.default: 1,
+}
+# Of several operands these make something new: a write to it must not pin a weight that was multiplied in.
+_VIEWS_OF_ONE = {_ATEN.cartesian_prod.default, _ATEN.einsum.default}
 # Its schema says that it writes; it only drops gradient history.
 _WRITES_NOTHING = {torch.ops.aten.detach_.default}
 Roots = dict[fx.Node, frozenset[fx.Node]]
@@ -36,8 +52,9 @@ def shared_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments whose storage the output of `node` may share."""
     if node.op != "call_function":
         return []
-    if node.target is getitem or node.target in _IDENTITY_IN_EVAL:
-        return [node.args[0]] if isinstance(node.args[0], fx.Node) else []
+    if node.target in _SHARES_UNSAID:
+        passed = [n for n in _flat(node.args[_SHARES_UNSAID[node.target]]) if isinstance(n, fx.Node)]
+        return [] if node.target in _VIEWS_OF_ONE and len(passed) > 1 else passed
     if node.target in REGION_CHILD:
         return operands(node)
     if not isinstance(node.target, torch._ops.OpOverload):

@@ -21,7 +21,10 @@ _HINT = "Give transform=, a function from your batch to the model's inputs."
 
 @dataclass(frozen=True)
 class Leaf:
-    """One flat input of a program: a tensor with its sizes (int or sympy expression), or a constant."""
+    """One flat input of a program: a tensor with its sizes (int or sympy expression), or a constant.
+
+    An integer that the export left open has no dtype and one size: itself.
+    """
 
     name: str
     dtype: torch.dtype | None
@@ -30,7 +33,7 @@ class Leaf:
 
     def __str__(self) -> str:
         if self.dtype is None:
-            return f"the constant {self.constant!r}"
+            return f"an int {self.sizes[0]}" if self.sizes else f"the constant {self.constant!r}"
         return f"{dtype_name(self.dtype)}[{', '.join(map(str, self.sizes))}]"
 
 
@@ -61,18 +64,18 @@ class Signature:
                 flat.extend(self._constants(name, spec, len(flat), at))
             else:
                 _conform(value, spec, f"{at}, argument {name}", flat)
-        sizes: dict[Any, int] = {}
         for leaf, value in zip(self.leaves, flat, strict=True):
             _check_leaf(leaf, value, f"{at}, argument {leaf.name}")
-            if leaf.dtype is not None:
-                _check_sizes(leaf, value, sizes, self.bounds, f"{at}, argument {leaf.name}")
+        sizes = _sizes_of_symbols(zip(self.leaves, flat, strict=True))
+        for leaf, value in zip(self.leaves, flat, strict=True):
+            _check_sizes(leaf, value, sizes, self.bounds, f"{at}, argument {leaf.name}")
         return flat
 
     def _by_argument(self, batch: Any, at: str) -> list[Any]:
         args, kwargs = self._as_call(batch, at)
         if len(args) > len(self.positional):
             raise BatchError(
-                f"{at}: got {len(args)} inputs, but the program takes {len(self.positional)}: {self}. "
+                f"{at}: got {len(args)} inputs, but the program takes {len(self.positional)} by position: {self}. "
                 f"{_HINT} For a (inputs, label) pair: transform=lambda batch: batch[0]."
             )
         unknown = [key for key in kwargs if key not in self.names[len(args) :]]
@@ -88,7 +91,7 @@ class Signature:
 
     def _as_call(self, batch: Any, at: str) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Read a batch as positional and keyword arguments."""
-        first = self.specs[0].type if self.positional else None
+        first = _type_of(self.specs[0]) if self.positional else None
         if isinstance(batch, torch.Tensor):
             return (batch,), {}
         if isinstance(batch, Mapping):
@@ -109,7 +112,7 @@ class Signature:
     def _constants(self, name: str, spec: pytree.TreeSpec, start: int, at: str) -> list[Any]:
         """Stand in for an argument that was left out, which only constants of the export allow."""
         leaves = self.leaves[start : start + spec.num_leaves]
-        if any(leaf.dtype is not None for leaf in leaves):
+        if any(leaf.dtype is not None or leaf.sizes for leaf in leaves):
             raise BatchError(f"{at}: input {name!r} is missing; the program takes {self}. {_HINT}")
         return [leaf.constant for leaf in leaves]
 
@@ -130,7 +133,10 @@ def signature_of(program: ExportedProgram) -> Signature:
         specs=specs,
         leaves=tuple(_leaves(program, positional + keywords, specs)),
         bounds={
-            symbol: (int(bound.lower), int(bound.upper) if bound.upper.is_Integer else None)
+            symbol: (
+                int(bound.lower) if bound.lower.is_Integer else 0,  # -int_oo: a number read from data
+                int(bound.upper) if bound.upper.is_Integer else None,
+            )
             for symbol, bound in program.range_constraints.items()
         },
     )
@@ -147,6 +153,8 @@ def _leaves(
         if isinstance(value, torch.Tensor):
             sizes = tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
             yield Leaf(path, value.dtype, sizes)
+        elif isinstance(value, torch.SymInt):
+            yield Leaf(path, None, (value.node.expr,))
         else:
             yield Leaf(path, None, (), spec.arg.value if isinstance(spec.arg, ConstantArgument) else value)
 
@@ -154,6 +162,12 @@ def _leaves(
 def _paths(spec: pytree.TreeSpec) -> list[str]:
     tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
     return [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def _type_of(spec: pytree.TreeSpec) -> type | None:
+    """The class of a container; None for a leaf."""
+    # The spec of a namedtuple holds no class, but the function `namedtuple`.
+    return spec.type if spec.type is None or isinstance(spec.type, type) else tuple
 
 
 def _is_call(batch: tuple[Any, ...] | list[Any]) -> bool:
@@ -173,14 +187,15 @@ def _conform(value: Any, spec: pytree.TreeSpec, at: str, flat: list[Any]) -> Non
     if spec.is_leaf():
         flat.append(value)
         return
-    children = spec.children()
-    if issubclass(spec.type, dict):
+    children, container = spec.children(), _type_of(spec)
+    assert container is not None
+    if issubclass(container, dict):
         keys = list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
         if not isinstance(value, Mapping) or set(value) != set(keys):
             came = f"keys {sorted(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
             raise BatchError(f"{at}: expected a dict with keys {sorted(map(str, keys))}, got {came}. {_HINT}")
         items = [value[key] for key in keys]
-    elif issubclass(spec.type, (tuple, list)):
+    elif issubclass(container, (tuple, list)):
         if not isinstance(value, (tuple, list)) or len(value) != len(children):
             came = f"{len(value)} items" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
             raise BatchError(f"{at}: expected a {spec.type.__name__} of {len(children)} items, got {came}. {_HINT}")
@@ -196,15 +211,24 @@ def _conform(value: Any, spec: pytree.TreeSpec, at: str, flat: list[Any]) -> Non
 
 
 def _check_leaf(leaf: Leaf, value: Any, at: str) -> None:
+    if leaf.dtype is None and leaf.sizes:
+        if not isinstance(value, int):
+            raise BatchError(f"{at}: expected {leaf}, got a {type(value).__name__}. {_HINT}")
+        return
     if leaf.dtype is None:
-        if value is not leaf.constant and value != leaf.constant:
-            raise BatchError(f"{at}: the program was exported with {leaf}, got {value!r}. Export it with that value.")
+        # A tensor compares element by element: only a plain True is equality.
+        if value is not leaf.constant and (value == leaf.constant) is not True:
+            came = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+            raise BatchError(f"{at}: the program was exported with {leaf}, got {came}. Export it with that value.")
         return
     if not isinstance(value, torch.Tensor):
         raise BatchError(
             f"{at}: expected a tensor {leaf}, got a {type(value).__name__}. "
             "Convert it in transform=, or use .with_format('torch') of a datasets.Dataset."
         )
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise BatchError(f"{at}: expected {leaf}, got a {kind} tensor. Make it dense in transform=.")
     came = f"{dtype_name(value.dtype)}{list(value.shape)}"
     if value.dtype != leaf.dtype:
         raise BatchError(
@@ -215,11 +239,30 @@ def _check_leaf(leaf: Leaf, value: Any, at: str) -> None:
         raise BatchError(f"{at}: expected {leaf}, got {came}: {value.dim()} dimensions, not {len(leaf.sizes)}.")
 
 
+def _shape(leaf: Leaf, value: Any) -> tuple[int, ...]:
+    """The sizes of an input of a batch, in the order of `leaf.sizes`."""
+    if leaf.dtype is None:
+        return (value,) if leaf.sizes else ()
+    return tuple(value.shape)
+
+
+def _sizes_of_symbols(inputs: Iterable[tuple[Leaf, Any]]) -> dict[Any, int]:
+    """What each symbolic size is in this batch: what it is where it stands alone for the first time."""
+    sizes: dict[Any, int] = {}
+    for leaf, value in inputs:
+        for expected, size in zip(leaf.sizes, _shape(leaf, value), strict=True):
+            if not isinstance(expected, int) and expected.is_Symbol:
+                sizes.setdefault(expected, size)
+    return sizes
+
+
 def _check_sizes(
-    leaf: Leaf, value: torch.Tensor, sizes: dict[Any, int], bounds: dict[Any, tuple[int, int | None]], at: str
+    leaf: Leaf, value: Any, sizes: dict[Any, int], bounds: dict[Any, tuple[int, int | None]], at: str
 ) -> None:
-    for dimension, (expected, size) in enumerate(zip(leaf.sizes, value.shape, strict=True)):
-        came = f"{at}: expected {leaf}, got {dtype_name(value.dtype)}{list(value.shape)}: dimension {dimension}"
+    for dimension, (expected, size) in enumerate(zip(leaf.sizes, _shape(leaf, value), strict=True)):
+        came = f"{at}: expected {leaf}, got {value}: it"
+        if isinstance(value, torch.Tensor):
+            came = f"{at}: expected {leaf}, got {dtype_name(value.dtype)}{list(value.shape)}: dimension {dimension}"
         if isinstance(expected, int):
             if size != expected:
                 raise BatchError(
@@ -227,12 +270,13 @@ def _check_sizes(
                     "(dynamic_shapes=), or give batches of that size (DataLoader(drop_last=True) for the last one)."
                 )
             continue
-        wanted = sizes.setdefault(expected, size) if expected.is_Symbol else expected.subs(sizes)
+        wanted = expected.subs(sizes)
         if isinstance(wanted, (int, sympy.Integer)) and int(wanted) != size:
             raise BatchError(f"{came} is {size}, but {expected} is {int(wanted)} in this batch.")
         low, high = bounds.get(expected, (0, None))
         if size < low or (high is not None and size > high):
-            raise BatchError(f"{came} is {size}, outside the exported range {low} to {high} of {expected}.")
+            most = "infinity" if high is None else high
+            raise BatchError(f"{came} is {size}, outside the exported range {low} to {most} of {expected}.")
 
 
 def numbered(
@@ -251,6 +295,8 @@ def numbered(
         batches = iter(dataloader)
     except TypeError as error:
         raise BatchError(f"the dataloader is a {type(dataloader).__name__}, which cannot be iterated") from error
+    except Exception as error:
+        raise BatchError(f"the dataloader raised {type(error).__name__} before batch 0: {error}") from error
     index = 0
     while max_batches is None or index < max_batches:
         try:

@@ -127,9 +127,9 @@ def _prepare(
         raise ProgramError("the program has no floating-point tensor, so there is no range to measure and no type")
     try:
         runner = ProgramRunner(program, device)
+        observer = Observer(specs, runner.device, histogram)
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise CalibcastError(f"the program cannot be moved to device={device!r}: {error}") from error
-    observer = Observer(specs, runner.device, histogram)
     return _Run(program, runner, specs, observer, signature_of(program), on_nonfinite)
 
 

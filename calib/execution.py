@@ -57,7 +57,12 @@ class _WatchedInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._device is not None:
             args, kwargs = pytree.tree_map_only(torch.device, lambda _: self._device, (args, kwargs))
-        return super().call_function(target, args, kwargs)
+        try:
+            return super().call_function(target, args, kwargs)
+        except RuntimeError as error:
+            if not _lacks_half_kernel(error, target):
+                raise
+            return _emulated(target, args, kwargs)
 
     def _run_region(self, node: fx.Node) -> Any:
         region = child_of(node)
@@ -125,6 +130,12 @@ class ProgramRunner:
             raise BatchError(f"batch {index} (input shapes {shapes}): {error}") from error.__cause__
 
 
+def input_structure(program: ExportedProgram, flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Flat user inputs as the arguments and keyword arguments of the model."""
+    args, kwargs = pytree.tree_unflatten(list(flat), program.call_spec.in_spec)
+    return args, kwargs
+
+
 def output_structure(program: ExportedProgram, flat: Sequence[Any]) -> Any:
     """Flat user outputs in the structure that the model returns."""
     return pytree.tree_unflatten(list(flat), program.call_spec.out_spec)
@@ -182,16 +193,46 @@ _TRAINING_FLAG = {
 def _trains(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    entry = _TRAINING_FLAG.get(node.target._schema.name)
-    if entry is None:
-        return False
-    flag, statistics = entry
+    arguments = node.target._schema.arguments
     values = [
         node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        for i, argument in enumerate(node.target._schema.arguments)
+        for i, argument in enumerate(arguments)
     ]
+    entry = _TRAINING_FLAG.get(node.target._schema.name)
+    if entry is None:
+        return _drops_inside({argument.name: value for argument, value in zip(arguments, values, strict=True)})
+    flag, statistics = entry
     drops = statistics is not None or "dropout" not in node.target._schema.name or values[1] != 0
-    return values[flag] is True and drops and (statistics is None or values[statistics] is not None)
+    return bool(values[flag] is True and drops and (statistics is None or values[statistics] is not None))
+
+
+def _drops_inside(given: dict[str, Any]) -> bool:
+    """Whether an op with these arguments drops on the way: attention its weights, lstm and gru between layers."""
+    if given.get("dropout_p"):
+        return True
+    return given.get("train") is True and bool(given.get("dropout")) and given.get("num_layers") != 1
+
+
+def _lacks_half_kernel(error: RuntimeError, target: Any) -> bool:
+    """Whether a host kernel is missing for half precision: `"..." not implemented for 'Half'`."""
+    text = str(error)
+    is_operator = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+    return is_operator and "not implemented for" in text and ("'Half'" in text or "'BFloat16'" in text)
+
+
+def _emulated(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator in fp32 and round its results: what the missing half-precision kernel would give.
+
+    A plan must not depend on the machine that it is tried on, and a GPU has these kernels.
+    """
+    narrow = [t.dtype for t in pytree.tree_leaves((args, kwargs)) if _is_half(t)]
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.float() if _is_half(t) else t, (args, kwargs))
+    results = target(*args, **kwargs)
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(narrow[0]) if t.dtype == torch.float32 else t, results)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in {torch.float16, torch.bfloat16}
 
 
 def _first_line(error: Exception) -> str:

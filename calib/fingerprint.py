@@ -24,7 +24,9 @@ def node_digests(program: ExportedProgram) -> dict[str, str]:
     a program moved to a GPU is the same program.
     """
     symbols: dict[str, str] = {}
-    return {step.name: _digest(step, symbols) for step in walk(program.graph_module)}
+    # Saving and loading renames `get_attr` nodes, so a region's child is known by its attribute instead.
+    steps = (step for step in walk(program.graph_module) if step.node.op != "get_attr")
+    return {step.name: _digest(step, symbols) for step in steps}
 
 
 def fingerprint(digests: dict[str, str]) -> str:
@@ -68,14 +70,14 @@ def inputs_hash(tensors: Iterable[Any]) -> str:
     return str(total.hexdigest())
 
 
-def _bytes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
-    flat = tensor.detach().reshape(-1).contiguous()
+def _bytes_of(tensor: torch.Tensor) -> Iterator[Any]:  # arrays of bytes
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
     per_chunk = max(1, _CHUNK // flat.element_size())
-    for piece in flat.split(per_chunk):
+    for piece in torch.split(flat, per_chunk):
         if piece.numel():
-            yield memoryview(piece.cpu().view(torch.uint8).numpy())
+            yield piece.cpu().view(torch.uint8).numpy()
 
 
 def _digest(step: Step, symbols: dict[str, str]) -> str:
@@ -87,7 +89,8 @@ def _digest(step: Step, symbols: dict[str, str]) -> str:
             target,
             _text(node.args, symbols),
             _text(node.kwargs, symbols),
-            *(_value_text(value, symbols) for _, value in tensor_values(node)),
+            # Loading gives output nodes a value that export does not.
+            *(_value_text(value, symbols) for _, value in tensor_values(node) if node.op != "output"),
         ]
     )
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
@@ -107,13 +110,24 @@ def _size_text(size: Any, symbols: dict[str, str]) -> str:
     return str(expression.xreplace(renamed))
 
 
+def _attribute_text(node: fx.Node, symbols: dict[str, str]) -> str:
+    """An attribute by its name and, where it is a graph (a branch of `torch.cond`), by what that does."""
+    held = node.graph.owning_module
+    for part in str(node.target).split("."):
+        held = getattr(held, part)
+    if not isinstance(held, fx.GraphModule):
+        return f"@{node.target}"
+    steps = [Step(inner.name, inner, True) for inner in held.graph.nodes if inner.op != "get_attr"]
+    return f"@{node.target}({','.join(_digest(step, symbols) for step in steps)})"
+
+
 def _text(argument: Any, symbols: dict[str, str]) -> str:
     if isinstance(argument, fx.Node):
-        return f"%{argument.name}"
+        return _attribute_text(argument, symbols) if argument.op == "get_attr" else f"%{argument.name}"
     if isinstance(argument, (list, tuple)):
         return f"[{','.join(_text(item, symbols) for item in argument)}]"
     if isinstance(argument, dict):
-        return f"{{{','.join(f'{key}:{_text(item, symbols)}' for key, item in argument.items())}}}"
+        return f"{{{','.join(f'{key}:{_text(item, symbols)}' for key, item in sorted(argument.items()))}}}"
     if isinstance(argument, torch.device):
         return "device"
     if isinstance(argument, torch.SymInt):

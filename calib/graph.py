@@ -18,7 +18,7 @@ GRAD_REGION = _HOPS.wrap_with_set_grad_enabled
 # Where the child graph and its operands stand among the arguments of a region node:
 # wrap_with_autocast(device_type, dtype, enabled, cache_enabled, child, *operands)
 # wrap_with_set_grad_enabled(enabled, child, *operands)
-REGION_CHILD = {AUTOCAST_REGION: 4, GRAD_REGION: 1}
+REGION_CHILD: dict[Any, int] = {AUTOCAST_REGION: 4, GRAD_REGION: 1}
 
 KINDS = {
     InputKind.USER_INPUT: "input",

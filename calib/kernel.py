@@ -179,11 +179,13 @@ def measure_on_device(
         counts += counted * times
         if bins is not None:
             bins.add_(_device_histogram(piece), alpha=times)
-    counts[0] = dense.numel() * times
+    counts[0].fill_(dense.numel() * times)  # `counts[0] = number` would wait for the device
     return torch.stack(values), counts, bins
 
 
 def _device_step(x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    if x.element_size() == 1:  # float8 has hardly an operator of its own
+        x = x.float()
     finite = torch.isfinite(x)
     magnitude = x.abs()
     kept = torch.where(finite, x, 0)
@@ -217,7 +219,8 @@ def without_repeats(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dimension, 0, 1)
             times *= size
-    return tensor.detach(), times
+    # A lazily negated view (`x.conj().imag`) has other bits than its values.
+    return tensor.detach().resolve_neg(), times
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -238,13 +241,13 @@ def pieces(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
     if tensor.numel() == 0:
         return
     if is_dense(tensor):
-        yield from tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()).split(limit)
+        yield from torch.split(tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()), limit)
     elif tensor.numel() <= limit:
         yield tensor.reshape(-1)
     else:
         widest = max(range(tensor.dim()), key=tensor.size)
         rows = max(1, tensor.size(widest) * limit // tensor.numel())
-        for part in tensor.split(rows, widest):
+        for part in torch.split(tensor, rows, widest):
             yield from pieces(part, limit)
 
 

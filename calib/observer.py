@@ -107,7 +107,7 @@ class Observer:
         batch.counts[row] = counts
         if batch.histograms is not None and bins is not None:
             batch.histograms[row] = bins
-        batch.batches[row] = 1
+        batch.batches[row].fill_(1)
 
     def _copy(self, source: int, row: int) -> None:
         batch = self._batch
@@ -127,6 +127,7 @@ def _row_of(node: fx.Node, prefix: str) -> Row:
 
 def _identity(tensor: torch.Tensor) -> _Identity | None:
     # Tensors made under torch.inference_mode keep no version, so nothing tells whether they were written to.
-    if tensor.is_inference() or not is_dense(tensor):
+    # A lazily negated view lies where its source lies, and is not equal to it.
+    if tensor.is_inference() or tensor.is_neg() or not is_dense(tensor):
         return None
     return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor._version

@@ -118,7 +118,7 @@ class RangeTable:
         try:
             header = json.loads(pl.read_parquet_metadata(source).get(_HEADER_KEY, "{}"))
             frame = pl.read_parquet(source)
-        except Exception as error:  # polars, its Rust core (which may panic) and json each have their own
+        except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
             raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
         check_header(header if isinstance(header, dict) else {}, _KIND, source)
         with parsed(source, _KIND):

@@ -45,7 +45,8 @@ class Statistics:
 
     def clear(self) -> None:
         """Back to `empty`, without a new allocation."""
-        self.values.copy_(torch.tensor(NOTHING, dtype=torch.float64))
+        for column, nothing in enumerate(NOTHING):
+            self.values[:, column].fill_(nothing)  # a copy from the host would wait for the device
         for array in (self.counts, self.histograms, self.batches):
             if array is not None:
                 array.zero_()

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from calib.aliasing import shared_arguments, written_arguments
 from calib.errors import PlanError
-from calib.graph import REGION_CHILD, base_op, is_measurable, where
+from calib.graph import REGION_CHILD, base_op, is_measurable, size_hint, where
 from passes.node_types import NodeTypes, dtype_position, needs_dtype
 from passes.plan import PrecisionPlan
 from passes.regions import flatten, qualified_name
@@ -70,9 +70,10 @@ class _Emission:
         self._names = {node.name for node in source.graph.nodes}
         self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._sharing: dict[fx.Node, set[fx.Node]] = {}  # node of the copy -> nodes that share its storage
-        self._fake_mode = detect_fake_mode([node.meta.get("val") for node in source.graph.nodes])
-        if self._fake_mode is None:
+        fake_mode = detect_fake_mode([node.meta.get("val") for node in source.graph.nodes])
+        if fake_mode is None:
             raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
+        self._fake_mode = fake_mode
 
     def run(self) -> fx.Graph:
         for node in self._source.graph.nodes:
@@ -144,8 +145,9 @@ class _Emission:
             return None
         before = node.args[0]
         assert isinstance(before, fx.Node)
-        narrow = before.meta["val"].dtype
-        return before if narrow == dtype and torch.promote_types(narrow, node.meta["val"].dtype) != narrow else None
+        narrow, wide = before.meta["val"], node.meta["val"]
+        lossless = narrow.dtype == dtype and torch.promote_types(narrow.dtype, wide.dtype) != narrow.dtype
+        return before if lossless and _place(narrow) == _place(wide) else None
 
     def _new_name(self, name: str) -> str:
         while name in self._names:
@@ -171,8 +173,9 @@ class _Emission:
         if same_arguments and not any(self._changed(n) for n in node.all_input_nodes):
             return True
         if node.target is getitem:
-            made.meta["val"] = made.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr, index]
-            self._set_value(made, made.meta["val"])
+            producer = made.args[0]
+            assert isinstance(producer, fx.Node)
+            self._set_value(made, producer.meta["val"][node.args[1]])
             return True
         if not isinstance(node.target, torch._ops.OpOverload):
             return True  # a region or another higher-order op: its operands have their exported types
@@ -190,10 +193,10 @@ class _Emission:
             # An in-place op would change the shape or version of a fake tensor that other nodes share.
             return pytree.tree_map_only(torch.Tensor, torch.clone, fake) if writes else fake
 
-        shape_env = self._fake_mode.shape_env  # type: ignore[union-attr]
+        shape_env = self._fake_mode.shape_env
         try:
             with self._fake_mode, torch.no_grad(), _quiet(shape_env):
-                args, kwargs = fx.map_arg((made.args, made.kwargs), value)  # type: ignore[misc]
+                args, kwargs = fx.map_arg((made.args, made.kwargs), value)
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
                 # Sizes are those of the export: a type changes none, and symbols of data-dependent sizes stay.
                 return pytree.tree_map(_retyped, node.meta["val"], result)
@@ -212,8 +215,8 @@ class _Emission:
             with self._graph.inserting_before(made):
                 return self._cast(self._made[n], n.meta["val"].dtype)
 
-        made.args = fx.map_arg(node.args, argument)  # type: ignore[assignment]
-        made.kwargs = fx.map_arg(node.kwargs, argument)  # type: ignore[assignment]
+        made.args = fx.map_arg(node.args, argument)
+        made.kwargs = fx.map_arg(node.kwargs, argument)
         made.meta = copy.copy(node.meta)
 
     def _note_aliases(self, node: fx.Node, made: fx.Node) -> None:
@@ -262,7 +265,8 @@ class _Emission:
 def _assemble(
     program: ExportedProgram, source: fx.GraphModule, graph: fx.Graph, weights: LowWeights
 ) -> ExportedProgram:
-    root = fx.GraphModule(source, graph)
+    root = fx.GraphModule(_children(source, graph), graph)
+    root.training = source.training
     root.meta.update(source.meta)
     return ExportedProgram(
         root=root,
@@ -277,6 +281,17 @@ def _assemble(
     )
 
 
+def _children(source: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
+    """What the `get_attr` nodes name, under names without dots: `torch.export.save` looks for no others."""
+    children = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            child = source.get_submodule(str(node.target))
+            node.target = str(node.target).replace(".", "__")
+            children[node.target] = child
+    return children
+
+
 def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignature:
     """The program's signature with the outputs' new names: a cast may stand before an output."""
     output = next(iter(reversed(graph.nodes)))
@@ -284,7 +299,7 @@ def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignatu
         OutputSpec(spec.kind, TensorArgument(result.name), spec.target)
         if isinstance(spec.arg, TensorArgument) and isinstance(result, fx.Node)
         else spec
-        for spec, result in zip(old.output_specs, output.args[0], strict=True)  # type: ignore[arg-type]
+        for spec, result in zip(old.output_specs, output.args[0], strict=True)
     ]
     inputs = [InputSpec(spec.kind, spec.arg, spec.target, spec.persistent) for spec in old.input_specs]
     return ExportGraphSignature(input_specs=inputs, output_specs=specs)
@@ -306,6 +321,11 @@ def _quiet(shape_env: Any) -> Any:
 def _is_float(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and is_measurable(value.dtype)
+
+
+def _place(value: torch.Tensor) -> tuple[torch.device, list[int]]:
+    """Device and strides: a `.to` may change them along with the type. As numbers, since comparing symbols guards."""
+    return value.device, [size_hint(stride) for stride in value.stride()]
 
 
 def _types(node: fx.Node) -> list[Any]:

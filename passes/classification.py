@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -182,6 +183,8 @@ class _Judge:
             return "no rule that needs no ranges is met; none was given", None
         if not seen:
             return "no rule is met", None
+        if max(seen) > self.data_max:  # it only moves data, or `range_quantile` leaves the peak out
+            return f"no rule is met; its largest magnitude is {max(seen):.4g}", max(seen)
         return f"its largest magnitude is {max(seen):.4g}, within data_max {self.data_max:g}", max(seen)
 
 
@@ -237,7 +240,7 @@ def _named_ties(nodes: list[Candidate]) -> list[tuple[Tie, list[str]]]:
     names = {candidate.node: candidate.name for candidate in nodes if not candidate.inside}
     owner = next((candidate.node.graph.owning_module for candidate in nodes if not candidate.inside), None)
     ties = [] if owner is None else ties_of(owner)
-    return [(tie, [names[node] for node in names if node in tie.nodes]) for tie in ties]
+    return [(tie, [names[n] for n in names if n in tie.nodes and n.target is not getitem]) for tie in ties]
 
 
 def _forced_by_ties(
@@ -245,10 +248,11 @@ def _forced_by_ties(
 ) -> dict[str, Verdict]:
     more: dict[str, Verdict] = {}
     for tie, members in ties:
-        high = next((name for name in members if precisions.get(name) == HIGH), None)
-        if tie.pinned is None and high is None:
+        other = next((name for name in members if precisions.get(name) != LOW), None)
+        if tie.pinned is None and other is None:
             continue
-        reason = tie.pinned or f"it shares storage, written in place, with {high}, which is high"
+        stays = "is high" if other in precisions else "keeps its type"
+        reason = tie.pinned or f"it shares storage, written in place, with {other}, which {stays}"
         for name in members:
             if precisions.get(name) == LOW and name not in forced:
                 more[name] = Verdict("alias", reason)

@@ -167,6 +167,9 @@ class FactReader:
         inputs = tuple(
             fact for argument in node.all_input_nodes for fact in self._input_facts(argument, precisions)
         )
+        # By position: `attention(x, x, x)` has one input node, and three operands.
+        operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        peaks = [fact.magnitude() for argument in operands for fact in self._input_facts(argument, precisions)]
         outputs = tuple(
             self._look_up(self.names[node], output, None)
             for output, value in tensor_values(node)
@@ -184,9 +187,7 @@ class FactReader:
             literals=tuple(_literals(node, base)),
             epsilon=_number(argument_of(node, epsilon)) if epsilon else None,
             depth=depth_of_reduction(node, base),
-            hidden=tuple(
-                Hidden(name, bound) for name, bound in hidden_values(node, base, [t.magnitude() for t in inputs])
-            ),
+            hidden=tuple(Hidden(name, bound) for name, bound in hidden_values(node, base, peaks)),
             moves=base in op_table.MOVES and bool(inputs),
             custom=not base,
             has_ranges=self.has_ranges,

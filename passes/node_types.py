@@ -52,8 +52,8 @@ class NodeTypes:
 
 
 def _can_be_low(node: fx.Node, low_type: torch.dtype) -> bool:
-    """Not what states its own type, nor what has tensors of a third type, whatever a hand-made plan says."""
-    if not isinstance(node.target, torch._ops.OpOverload) or states_type(node):
+    """Not what states its own type or reads bits, nor what has tensors of a third type, whatever a hand-made plan says."""
+    if not isinstance(node.target, torch._ops.OpOverload) or states_type(node) or node.target in op_table.BITCASTS:
         return False
     return {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} <= {torch.float32, low_type}
 

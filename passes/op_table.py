@@ -5,6 +5,8 @@ Operators are named without overload and in-place mark: `add` stands for `aten.a
 
 from __future__ import annotations
 
+import torch
+
 # Operators whose outputs are elements of their inputs, moved. They have no range rule: they follow their inputs.
 MOVES = frozenset(
     """
@@ -21,6 +23,9 @@ MOVES = frozenset(
 
 # A type that the user wrote down: `.to(dtype)` and what it becomes. It keeps the type that it states.
 STATED_TYPE = frozenset({"to", "_to_copy", "convert_element_type", "type_as", "_to_dtype"})
+
+# `x.view(torch.int32)`: in another type the same bits mean another number, or another number of elements.
+BITCASTS = frozenset({torch.ops.aten.view.dtype})
 
 # Arguments that become values of a tensor, by operator. Attributes (eps of a norm, momentum) are not among them.
 LITERALS: dict[str, tuple[str, ...]] = {

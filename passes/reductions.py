@@ -78,7 +78,7 @@ def _recurrent_depth(node: fx.Node) -> int:
 def _reduced(node: fx.Node, base: str, shape: list[int]) -> int:
     if base in {"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"}:
         normalized = node.args[1] if len(node.args) > 1 else shape[-1:]
-        return math.prod(size_hint(s) for s in normalized if isinstance(s, (int, torch.SymInt)))  # type: ignore[union-attr]
+        return math.prod(size_hint(s) for s in _list(normalized) if isinstance(s, (int, torch.SymInt)))
     if base == "group_norm":
         return math.prod(shape[1:]) // max(1, int(node.args[1]))  # type: ignore[arg-type]
     if base == "native_group_norm":

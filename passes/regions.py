@@ -97,6 +97,8 @@ def _kept_by_types(node: fx.Node) -> Verdict | None:
     base = base_op(node.target)
     if base == "_assert_tensor_metadata":
         return Verdict("assertion", "it only checks a type")
+    if node.target in op_table.BITCASTS:
+        return Verdict("bitcast", "it reads the bits of its input as another type")
     outputs = {value.dtype for _, value in tensor_values(node)}
     inputs = {value.dtype for argument in node.all_input_nodes for _, value in tensor_values(argument)}
     types = outputs | inputs
@@ -133,11 +135,11 @@ def _inline(
             name, child = region
             holders = [n for n in child.graph.nodes if n.op == "placeholder"]
             bound: dict[fx.Node, Any] = dict(
-                zip(holders, (values[n] for n in node.args[2:]), strict=True)  # type: ignore[index]
+                zip(holders, (values[n] for n in node.args[2:]), strict=True)
             )
             values[node] = _inline(child, f"{prefix}{name}.", graph, bound)
-        elif node.target is getitem and isinstance(values.get(node.args[0]), (tuple, list)):  # type: ignore[arg-type]
-            values[node] = values[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif node.target is getitem and isinstance(values.get(node.args[0]), (tuple, list)):
+            values[node] = values[node.args[0]][node.args[1]]
         elif node.op == "get_attr" and all(user.target is GRAD_REGION for user in node.users):
             values[node] = None
         else:

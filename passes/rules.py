@@ -212,13 +212,16 @@ class Follows:
 def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     """Predicted signal to quantisation noise ratio, dB, of storing `tensor` in `low_type`; None where it is constant.
 
+    -inf where a value would overflow.
     Signal: the variance, rms^2 - mean^2. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
     from each bin of the histogram, or without one bounded from rms.
     """
-    if tensor.rms is None or tensor.mean is None or tensor.min == tensor.max:
+    if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.min == tensor.max:
         return None
-    variance = tensor.rms**2 - tensor.mean**2
     info = torch.finfo(low_type)
+    if tensor.absmax > info.max:
+        return -math.inf  # becomes inf
+    variance = tensor.rms**2 - tensor.mean**2
     if tensor.histogram is None:
         noise = (tensor.rms * info.eps) ** 2 / 12 + (info.smallest_normal * info.eps) ** 2 / 12
     else:

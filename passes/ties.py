@@ -38,6 +38,8 @@ def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
             sharing.setdefault(root, set()).add(node)
         if visible:
             written |= targets
+            for root in targets:  # a writer that gives nothing back belongs to the class all the same
+                sharing[root].add(node)
     return _classes(written, roots, sharing)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class LowWeights:
 def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTypes) -> LowWeights:
     """Convert, one at a time, the fp32 weights that all readers take in the low type; share the others.
 
-    A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with one
+    Buffers that a call writes into are copied, so that running the result leaves the caller's program alone. A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with one
     that stays, or when a finite value of it would become inf.
     """
     targets = input_targets(program)
@@ -44,18 +45,35 @@ def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTyp
         tensor = state_tensor(program, targets[name])
         if tensor is None or _storage(program, targets[name]) in stays or not _fits(tensor, types.low_type):
             continue
-        key = (_storage(program, targets[name]), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        key = _key(tensor)
         if key not in converted:  # tied weights stay tied
             converted[key] = _converted(tensor, types.low_type)
         home = state if targets[name] in program.state_dict else constants
         home[targets[name]] = converted[key]
         stored.add(name)
+    for target, copied in _written_state(program, targets, mutated).items():
+        (state if target in program.state_dict else constants)[target] = copied
     return LowWeights(frozenset(stored), state, constants)
 
 
 def _only_low(node: fx.Node, types: NodeTypes) -> bool:
     is_float = [value.dtype == torch.float32 for _, value in tensor_values(node)]
     return is_float == [True] and bool(node.users) and all(user in types.low for user in node.users)
+
+
+def _written_state(program: ExportedProgram, targets: dict[str, str], mutated: set[str]) -> dict[str, torch.Tensor]:
+    """Copies of the buffers that a call writes into; tied ones stay tied, overlapping views stay shared."""
+    written = {_storage(program, targets[name]) for name in mutated if name in targets}
+    held = {target: t for target in targets.values() if (t := state_tensor(program, target)) is not None}
+    keys = {target: _key(t) for target, t in held.items() if _storage(program, target) in written}
+    views = Counter(key[0] for key in set(keys.values()))
+    copies = {key: _converted(held[target], held[target].dtype) for target, key in keys.items()}
+    return {target: copies[key] for target, key in keys.items() if views[key[0]] == 1}
+
+
+def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The same for tensors that are the same elements of one storage."""
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _storage(program: ExportedProgram, target: str) -> int:
@@ -65,12 +83,12 @@ def _storage(program: ExportedProgram, target: str) -> int:
 
 def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
     """Whether no finite value becomes inf: then the cast is left to run time, where `init_max` governs it."""
-    for piece in tensor.detach().reshape(-1).split(_CHUNK):
+    for piece in torch.split(tensor.detach().reshape(-1), _CHUNK):
         if not torch.equal(torch.isfinite(piece.to(low_type)), torch.isfinite(piece)):
             return False
     return True
 
 
 def _converted(tensor: torch.Tensor, low_type: torch.dtype) -> torch.Tensor:
-    low = tensor.detach().to(low_type)
+    low = tensor.detach().to(low_type, copy=True)
     return torch.nn.Parameter(low, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else low

@@ -1,0 +1,113 @@
+"""`compile`: all stages in one call, with the arguments and the three modes of Torch-TensorRT's proposal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from calib.calibration import calibrate
+from calib.errors import BuildError, ProgramError
+from calib.execution import refuse_training
+from engines.backends import chosen
+from engines.building import build
+from engines.engine import Engine
+from passes.cast_insertion import insert_casts
+from passes.classification import classify, low_type_of
+from passes.plan import PrecisionPlan
+
+# Arguments of the stages that `compile` passes on beside the proposal's own.
+_CLASSIFY = frozenset({"init_max", "nodes_to_include", "targets_to_include", "range_quantile", "rules", "weights"})
+_CALIBRATE = frozenset({"max_batches", "histogram", "on_nonfinite", "progress"})
+_EXPORT = frozenset({"kwargs", "dynamic_shapes", "strict"})
+
+
+def compile(  # noqa: PLR0913 - the proposal's own name and arguments
+    model: torch.nn.Module | ExportedProgram,
+    inputs: Sequence[Any],
+    use_explicit_typing: bool = True,
+    enable_autocast: bool = True,
+    low_precision_type: torch.dtype | str = torch.float16,
+    nodes_to_exclude: Iterable[str] = (),
+    targets_to_exclude: Iterable[Any] = (),
+    data_max: float = 512.0,
+    max_depth_of_reduction: int | None = None,
+    calibration_dataloader: Iterable[Any] | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    backend: str = "auto",
+    **settings: Any,
+) -> Engine:
+    """Export, calibrate, classify, cast and build.
+
+    use_explicit_typing and enable_autocast: (True, True) calibrates and inserts casts; (True, False) builds the
+    graph's own types; (False, False) is weak typing, where the installed TensorRT still has it; (False, True) is an
+    error. Without `calibration_dataloader`, only rules that need no ranges decide, and the plan says so.
+
+    Args:
+        model: a module in eval mode, or a program exported already (then `inputs` is not used).
+        inputs: positional example inputs for the export; `kwargs=`, `dynamic_shapes=`, `strict=` go there too.
+        settings: further arguments of `calibrate` and `classify` by their names, and of the backend.
+
+    Raises:
+        ProgramError: the model cannot be exported. BuildError: a mode that there is not, or the builder said no.
+        And whatever the stages raise.
+    """
+    if enable_autocast and not use_explicit_typing:
+        raise BuildError(
+            "enable_autocast=True needs use_explicit_typing=True: autocast writes types into the graph, and only an "
+            "explicitly typed network keeps to them"
+        )
+    low_type = low_type_of(low_precision_type)
+    to_export, to_calibrate, to_classify = (_taken(settings, names) for names in (_EXPORT, _CALIBRATE, _CLASSIFY))
+    program = _exported(model, inputs, to_export)
+    refuse_training(program)
+    if not enable_autocast:
+        if not use_explicit_typing:
+            _require_tensorrt(backend)
+            settings["weakly_typed"] = frozenset({torch.float32, low_type})
+        return build(program, PrecisionPlan.from_types(program), backend=backend, **settings)
+    ranges = None
+    if calibration_dataloader is not None:
+        device = settings.get("device")
+        ranges = calibrate(program, calibration_dataloader, transform=transform, device=device, **to_calibrate)
+    plan = classify(
+        program,
+        ranges,
+        low_precision_type=low_type,
+        data_max=data_max,
+        max_depth_of_reduction=max_depth_of_reduction,
+        nodes_to_exclude=nodes_to_exclude,
+        targets_to_exclude=targets_to_exclude,
+        **to_classify,
+    )
+    return build(insert_casts(program, plan), plan, ranges, backend=backend, **settings)
+
+
+def _taken(settings: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: settings.pop(name) for name in names & set(settings)}
+
+
+def _exported(model: Any, inputs: Sequence[Any], options: dict[str, Any]) -> ExportedProgram:
+    if isinstance(model, ExportedProgram):
+        return model
+    if not isinstance(model, torch.nn.Module):
+        raise ProgramError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
+    args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    try:
+        return torch.export.export(model, args, **options)
+    except Exception as error:  # torch.export has no one base of its errors
+        raise ProgramError(
+            f"torch.export cannot export the model: {type(error).__name__}: {error}. "
+            "See torch.export.draft_export(model, args) for a report of what stands in the way."
+        ) from error
+
+
+def _require_tensorrt(backend: str) -> None:
+    found, why = chosen(backend)
+    if found.name != "tensorrt":
+        raise BuildError(
+            f"weak typing (use_explicit_typing=False) is TensorRT's choice of types at build time, and the backend is "
+            f"{found.name} ({why}). Use use_explicit_typing=True, enable_autocast=True."
+        )

@@ -1,0 +1,57 @@
+"""The embedded backend: the cast graph in PyTorch, as it stands. Runs anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from calib.batches import Signature, signature_of
+from calib.errors import BatchError, BuildError
+from calib.execution import NodeError, ProgramRunner, output_structure
+from calib.ranges import RangeTable
+
+
+class EagerRuntime:
+    """Runs a program node by node. Where the host lacks a half-precision kernel, its result is computed in fp32 and
+    rounded, so that a check here shows what a GPU would do."""
+
+    def __init__(self, program: ExportedProgram, device: torch.device | str | None = None) -> None:
+        self._program = program
+        self._runner = ProgramRunner(program, device)
+        self._signature: Signature = signature_of(program)
+        self.device = self._runner.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        flat = self._signature.flatten((args, kwargs), 0)
+        try:
+            results = self._runner.run(self._runner.to_device(flat))
+        except NodeError as error:
+            raise BatchError(str(error)) from error.__cause__
+        return output_structure(self._program, results)
+
+    def save(self, folder: Path) -> None:
+        """Nothing: the program is all there is."""
+
+
+class EagerBackend:
+    """Builds `EagerRuntime`s."""
+
+    name = "eager"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def build(self, program: ExportedProgram, ranges: RangeTable | None, settings: dict[str, Any]) -> EagerRuntime:
+        device = settings.pop("device", None)
+        if settings:
+            raise BuildError(f"backend='eager' takes no setting but device; got {', '.join(sorted(settings))}")
+        return EagerRuntime(program, device)
+
+    def load(self, folder: Path, program: ExportedProgram) -> EagerRuntime:
+        return EagerRuntime(program)
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}

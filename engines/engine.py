@@ -1,0 +1,120 @@
+"""An engine: what was built, what it was built from, and its folder on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from calib.artifacts import load_json, load_program, parsed, save_json, save_program
+from calib.errors import ArtifactError, MismatchError
+from calib.fingerprint import fingerprint, node_digests, weights_hash
+from calib.ranges import RangeTable
+from engines.backends import backend_named
+from engines.runtimes import Runtime
+from passes.plan import PrecisionPlan
+
+_KIND = "engine"
+_MANIFEST, _PROGRAM, _PLAN, _RANGES = "manifest.json", "program.pt2", "plan.json", "ranges.parquet"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built engine. Call it like the model: `engine(*args, **kwargs)`, in the model's own output structure.
+
+    program: the cast graph that it was built from. plan, ranges: what decided the types, or None. backend, why:
+    which one, and why it was chosen. settings: what `build` was given. versions: what it was built with.
+    """
+
+    program: ExportedProgram = field(repr=False)
+    runtime: Runtime = field(repr=False)
+    backend: str
+    why: str
+    plan: PrecisionPlan | None = field(default=None, repr=False)
+    ranges: RangeTable | None = field(default=None, repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run. Raises BatchError for inputs that do not match the model's signature."""
+        return self.runtime(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine runs, and where its outputs are."""
+        return self.runtime.device
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the engine as a folder, whole or not at all: runtime, program, plan, ranges and, last, a manifest.
+
+        An engine saved there before is replaced. Raises ArtifactError when the folder is something else, or cannot
+        be written.
+        """
+        target = Path(folder)
+        if target.exists() and not (target / _MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+            raise ArtifactError(f"{target} exists and is no engine folder: choose another, or remove it")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        except OSError as error:
+            raise ArtifactError(f"cannot write {target}: {error}") from error
+        try:
+            self._write(temporary)
+            temporary.chmod(0o755)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+        except OSError as error:
+            raise ArtifactError(f"cannot write {target}: {error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write(self, folder: Path) -> None:
+        self.runtime.save(folder)
+        save_program(self.program, folder / _PROGRAM)
+        if self.plan is not None:
+            self.plan.save(folder / _PLAN)
+        if self.ranges is not None:
+            self.ranges.save(folder / _RANGES)
+        manifest = {
+            "backend": self.backend,
+            "why": self.why,
+            "settings": {name: repr(value) for name, value in self.settings.items()},
+            "built_with": dict(self.versions),
+            "fingerprint": fingerprint(node_digests(self.program)),
+            "weights": weights_hash(self.program),
+            "plan": None if self.plan is None else self.plan.fingerprint,
+            "ranges": None if self.ranges is None else self.ranges.fingerprint,
+        }
+        save_json(folder / _MANIFEST, _KIND, manifest)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Engine:
+        """Read an engine folder. Raises ArtifactError when it is incomplete, MismatchError when its parts disagree."""
+        source = Path(folder)
+        if not source.is_dir():
+            raise ArtifactError(f"{source} is no folder; expected an engine written by calibcast build")
+        manifest = load_json(source / _MANIFEST, _KIND)
+        with parsed(source / _MANIFEST, _KIND):
+            backend = backend_named(manifest["backend"])
+            program = load_program(source / _PROGRAM)
+            found = fingerprint(node_digests(program))
+            if found != manifest["fingerprint"] or weights_hash(program) != manifest["weights"]:
+                raise MismatchError(f"{source / _PROGRAM} is not the program that {_MANIFEST} was written for")
+            return cls(
+                program=program,
+                runtime=backend.load(source, program),
+                backend=backend.name,
+                why=manifest["why"],
+                plan=None if manifest["plan"] is None else PrecisionPlan.load(source / _PLAN),
+                ranges=None if manifest["ranges"] is None else RangeTable.load(source / _RANGES),
+                settings=manifest["settings"],
+                versions=manifest["built_with"],
+            )

@@ -1,0 +1,109 @@
+"""What the command line is told about models and data: `model.pt2`, or `file.py:function`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from calib.artifacts import load_program
+from calib.errors import CalibcastError, ProgramError, known
+
+
+class LocationError(CalibcastError):
+    """A location on the command line that names nothing: a usage error, exit code 2."""
+
+
+def load_model(location: str) -> ExportedProgram:
+    """The program at `model.pt2`, or what `file.py:function` returns.
+
+    The function gives an ExportedProgram, or `(module, args[, kwargs[, dynamic_shapes]])`, which is exported.
+    Raises LocationError, ArtifactError or ProgramError.
+    """
+    if ":" not in location:
+        if not location.endswith(".pt2"):
+            raise LocationError(f"MODEL is {location!r}: give a .pt2 file or file.py:function")
+        return load_program(location)
+    made = call(location)
+    if isinstance(made, ExportedProgram):
+        return made
+    if isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module):
+        module, args, kwargs, shapes = made + (None,) * (4 - len(made))
+        try:
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+        except Exception as error:  # torch.export has no one base of its errors
+            raise ProgramError(
+                f"torch.export cannot export what {location} returned: {type(error).__name__}: {error}"
+            ) from error
+    raise ProgramError(
+        f"{location} returned a {type(made).__name__}; expected an ExportedProgram or "
+        "(module, args[, kwargs[, dynamic_shapes]])"
+    )
+
+
+def load_data(location: str) -> Iterable[Any]:
+    """What the function at `file.py:function` returns: a dataloader, or any iterable of batches."""
+    made = call(location)
+    if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
+        raise CalibcastError(f"{location} returned a {type(made).__name__}, which cannot be iterated over batches")
+    found: Iterable[Any] = made
+    return found
+
+
+def call(location: str) -> Any:
+    """Call the function at `file.py:function` without arguments. What it raises is told with its place."""
+    function = load_function(location)
+    try:
+        return function()
+    except CalibcastError:
+        raise
+    except Exception as error:
+        raise CalibcastError(f"{location} raised {type(error).__name__}: {error}{_line(error)}") from error
+
+
+def load_function(location: str) -> Callable[..., Any]:
+    """The function at `file.py:function`. Raises LocationError when there is none."""
+    file, _, name = location.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier() or path.suffix != ".py":
+        raise LocationError(f"{location!r} is no location: give file.py:function")
+    if not path.is_file():
+        raise LocationError(f"{location!r}: there is no file {path}")
+    module = _imported(path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise LocationError(f"{path} has no function {name!r}; {known(name, names)}")
+    found: Callable[..., Any] = function
+    return found
+
+
+def _imported(path: Path) -> Any:
+    name = f"calibcast_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and worker processes look their module up by name
+    # The file's own neighbours, as if it were run as a script; behind all else, so that a `datasets.py` beside it
+    # shadows nothing.
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise CalibcastError(f"{path} cannot be imported: {type(error).__name__}: {error}{_line(error)}") from error
+    return module
+
+
+def _line(error: Exception) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"

@@ -1,0 +1,117 @@
+"""How far two outputs are apart, streamed: a few float64 sums per output, whatever the number of batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+# Relative part of the tolerance under which `passing_atol` is the absolute one: the default of
+# torch.testing.assert_close for float16.
+RTOL = 1e-3
+
+
+@dataclass(slots=True)
+class OutputError:
+    """Running comparison of one output with its reference.
+
+    Differences are over elements that are finite in both; what is not finite is counted, and where both have the
+    same (both NaN, or the same infinity) it is not held against the engine.
+    """
+
+    output: str
+    floating: bool = True
+    elements: int = 0
+    max_abs: float = 0.0
+    sum_abs: float = 0.0
+    sum_squares: float = 0.0
+    reference_squares: float = 0.0
+    engine_squares: float = 0.0
+    product: float = 0.0
+    nonfinite: int = 0
+    nonfinite_reference: int = 0
+    only_engine: int = 0
+    passing_atol: float = 0.0
+    rows: int = 0
+    agreeing: int = 0
+    problem: str = field(default="")
+
+    def update(self, engine: torch.Tensor, reference: torch.Tensor, batch: int) -> None:
+        """Take in one batch. Both have the same shape."""
+        self.floating = reference.dtype.is_floating_point or reference.dtype.is_complex
+        self._count_rows(engine, reference)
+        ours, theirs = _wide(engine), _wide(reference)
+        finite_ours, finite_theirs = torch.isfinite(ours), torch.isfinite(theirs)
+        self.nonfinite += int((~finite_ours).sum())
+        self.nonfinite_reference += int((~finite_theirs).sum())
+        alone = int((~finite_ours & finite_theirs).sum())
+        if alone and not self.only_engine:
+            self.problem = f"{alone} NaN or Inf in batch {batch} where the reference is finite"
+        self.only_engine += alone
+        both = finite_ours & finite_theirs
+        self._accumulate(ours[both], theirs[both])
+
+    def _accumulate(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        self.elements += ours.numel()
+        if not ours.numel():
+            return
+        difference = (ours - theirs).abs()
+        self.max_abs = max(self.max_abs, float(difference.max()))
+        self.sum_abs += float(difference.sum())
+        self.sum_squares += float(difference.square().sum())
+        self.reference_squares += float(theirs.square().sum())
+        self.engine_squares += float(ours.square().sum())
+        self.product += float(torch.dot(ours, theirs))
+        self.passing_atol = max(self.passing_atol, float((difference - RTOL * theirs.abs()).max()))
+
+    def _count_rows(self, engine: torch.Tensor, reference: torch.Tensor) -> None:
+        if reference.is_floating_point() and reference.dim() >= 2 and reference.size(-1) >= 2 and reference.numel():
+            self.agreeing += int((engine.argmax(-1) == reference.argmax(-1)).sum())
+            self.rows += reference.numel() // reference.size(-1)
+
+    def row(self) -> dict[str, Any]:
+        """The columns of `VerificationReport.frame`."""
+        return {
+            "output": self.output,
+            "max_abs": self.max_abs,
+            "mean_abs": self.sum_abs / self.elements if self.elements else math.nan,
+            "rel_l2": self.rel_l2,
+            "sqnr_db": self.sqnr_db,
+            "cosine": self.cosine,
+            "nonfinite": self.nonfinite,
+            "nonfinite_reference": self.nonfinite_reference,
+            "top1": self.agreeing / self.rows if self.rows else None,
+            "passing_atol": self.passing_atol,
+        }
+
+    @property
+    def rel_l2(self) -> float:
+        """||engine - reference|| / ||reference||; 0 when equal, inf when only the reference is zero."""
+        if not self.elements:
+            return math.nan
+        if self.sum_squares == 0.0:
+            return 0.0
+        return math.sqrt(self.sum_squares / self.reference_squares) if self.reference_squares else math.inf
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10(||reference||^2 / ||engine - reference||^2), dB; inf when equal; NaN when nothing was finite."""
+        ratio = self.rel_l2
+        if math.isnan(ratio):
+            return math.nan
+        return math.inf if ratio == 0.0 else -20 * math.log10(ratio) if math.isfinite(ratio) else -math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between the two, over all elements of all batches; 1 when both are zero."""
+        norms = math.sqrt(self.engine_squares * self.reference_squares)
+        if norms == 0.0:
+            return 1.0 if self.engine_squares == self.reference_squares else 0.0
+        return min(1.0, max(-1.0, self.product / norms))
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return flat.detach().reshape(-1).to(torch.float64)

@@ -1,0 +1,45 @@
+"""The errors: one base, evidence attached, near names listed."""
+
+from __future__ import annotations
+
+import pytest
+
+import calib
+from calib import BatchError, CalibcastError, GateError
+from calib import errors as module
+from calib.errors import known
+
+
+def test_every_error_has_one_base() -> None:
+    """Whoever catches CalibcastError catches all, and the tree in the docstring names each."""
+    classes = [entry for entry in vars(module).values() if isinstance(entry, type) and issubclass(entry, Exception)]
+    assert len(classes) > 7
+    for entry in classes:
+        assert issubclass(entry, CalibcastError)
+        assert entry.__name__ in str(module.__doc__)
+        assert getattr(calib, entry.__name__) is entry
+
+
+def test_evidence_travels_with_the_error() -> None:
+    """Errors that hold evidence hold None without it, and print their message alone."""
+    assert BatchError("batch 3").ranges is None
+    assert GateError("too low", report="the report").report == "the report"
+    assert str(GateError("too low", report="the report")) == "too low"
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "expected"),
+    [
+        ("linaer", ["conv", "linear", "linear_1"], "near names: linear, linear_1"),
+        ("zzz", ["b", "a"], "known: a, b"),
+        (
+            "zzz",
+            [f"node{i}" for i in range(11)],
+            "known: node0, node1, node10, node2, node3, node4, node5, node6 and 3 more",
+        ),
+        ("zzz", [], "known: "),
+    ],
+)
+def test_unknown_names_list_the_near_or_the_known(name: str, names: list[str], expected: str) -> None:
+    """Near names come first; where none is near, some of those that exist, and how many more there are."""
+    assert known(name, names) == expected

@@ -1,0 +1,197 @@
+"""The command line: stages through files, exit codes, and errors that are one message."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from torch import nn
+
+from engines.cli import _run
+
+USER_FILE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+    def forward(self, x):
+        return self.linear(x) * 2
+
+def model():
+    torch.manual_seed(0)
+    return Net().eval(), (torch.randn(5, 4),)
+
+def exported():
+    return torch.export.export(*model())
+
+def data():
+    torch.manual_seed(1)
+    return [(torch.randn(5, 4), "label") for _ in range(3)]
+
+def other():
+    torch.manual_seed(2)
+    return [(torch.randn(5, 4), "label") for _ in range(2)]
+
+def failing():
+    yield torch.randn(5, 4)
+    yield torch.randn(5, 4)
+    raise OSError("the disk is gone")
+
+def raises():
+    raise KeyError("no such split")
+
+def number():
+    return 3
+
+def pick(batch):
+    return batch[0]
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "user.py").write_text(USER_FILE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = _run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_stages_through_files(here, capsys):
+    data = ("--data", "user.py:data", "--transform", "user.py:pick")
+    assert run(capsys, "calibrate", "user.py:model", *data, "-o", "r.parquet")[0] == 0
+    code, out, _ = run(capsys, "plan", "user.py:exported", "r.parquet", "-o", "p.json", "--data-max", "100")
+    assert code == 0
+    assert "2 float16, 0 high" in out
+    code, out, _ = run(
+        capsys, "build", "user.py:model", "p.json", "-o", "engine", "--ranges", "r.parquet", "--backend", "eager"
+    )
+    assert code == 0
+    assert "wrote engine" in out
+    held = ("--data", "user.py:other", "--transform", "user.py:pick")
+    code, out, _ = run(capsys, "verify", "engine", "user.py:model", *held, "--min-sqnr-db", "40", "-o", "v.json")
+    assert code == 0
+    saved = json.loads(Path("v.json").read_text())
+    assert saved["passed"] is True
+    assert saved["outputs"][0]["sqnr_db"] > 40
+    code, out, _ = run(capsys, "report", "r.parquet", "--plan", "p.json")
+    assert code == 0
+    assert "linear" in out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_a_pt2_file_is_a_model(here, capsys):
+    torch.export.save(torch.export.export(nn.Linear(4, 2), (torch.randn(5, 4),)), "net.pt2")
+    code, _, _ = run(
+        capsys, "calibrate", "net.pt2", "--data", "user.py:data", "--transform", "user.py:pick", "-o", "r.parquet"
+    )
+    assert code == 0
+    assert pl.read_parquet("r.parquet")["node"].to_list() == ["p_weight", "p_bias", "input", "linear"]
+
+
+def test_the_gate_is_exit_code_3_and_tells_the_number(here, capsys):
+    run(
+        capsys, "calibrate", "user.py:model", "--data", "user.py:data", "--transform", "user.py:pick", "-o", "r.parquet"
+    )
+    run(capsys, "plan", "user.py:model", "r.parquet", "-o", "p.json")
+    run(capsys, "build", "user.py:model", "p.json", "-o", "engine", "--backend", "eager")
+    held = ("--data", "user.py:other", "--transform", "user.py:pick")
+    code, out, err = run(capsys, "verify", "engine", "user.py:model", *held, "--min-sqnr-db", "200")
+    assert code == 3
+    assert "required at least 200" in err
+    assert "Traceback" not in err
+    assert "sqnr_db" in out
+
+
+def test_a_failing_loader_keeps_what_was_measured(here, capsys):
+    code, _, err = run(capsys, "calibrate", "user.py:model", "--data", "user.py:failing", "-o", "r.parquet")
+    assert code == 1
+    assert "raised OSError at batch 2, after 2 good batches: the disk is gone" in err
+    assert not Path("r.parquet").exists()
+    partial = pl.read_parquet("r.partial.parquet")
+    assert set(partial.filter(pl.col("kind") == "activation")["batches"]) == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["plan"], 2, "Missing argument"),
+        (["nonsense"], 2, "No such command"),
+        (["plan", "net.onnx"], 2, "give a .pt2 file or file.py:function"),
+        (["plan", "user.py:modle"], 2, "no function 'modle'; near names: model"),
+        (["plan", "nobody.py:model"], 2, "there is no file nobody.py"),
+        (["plan", "missing.pt2"], 1, "no such file"),
+        (["plan", "user.py:number"], 1, "returned a int"),
+        (["plan", "user.py:raises"], 1, "user.py:raises raised KeyError"),
+        (["plan", "user.py:model", "-o", "no/such/p.json"], 2, "there is no folder"),
+        (["plan", "user.py:model", "--low-precision-type", "int8"], 1, "known are torch.float16 and torch.bfloat16"),
+        (["plan", "user.py:model", "--nodes-to-exclude", "^linaer"], 1, "near names: linear"),
+        (["plan", "user.py:model", "user.py"], 1, "not a readable Parquet file"),
+        (["calibrate", "user.py:model", "--data", "user.py:number", "-o", "r.parquet"], 1, "cannot be iterated"),
+        (["calibrate", "user.py:model", "--data", "user.py:data", "-o", "r.parquet"], 1, "got 2 inputs"),
+        (["build", "user.py:model", "user.py", "-o", "engine"], 1, "is not a readable plan file"),
+        (["report", "missing.parquet"], 1, "no such file"),
+    ],
+)
+def test_mistakes_are_one_message_and_leave_nothing_behind(here, capsys, arguments, code, message):
+    before = {path.name for path in here.iterdir()}
+    found, _, err = run(capsys, *arguments)
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+    assert {path.name for path in here.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
+
+
+@pytest.mark.parametrize("command", ["calibrate", "plan", "build", "verify", "report", "demo"])
+def test_help_teaches(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert "Example: calibcast" in out or command == "demo"
+
+
+def test_a_plan_of_another_model_is_refused(here, capsys):
+    torch.export.save(torch.export.export(nn.Linear(4, 2), (torch.randn(5, 4),)), "net.pt2")
+    run(capsys, "plan", "net.pt2", "-o", "p.json")
+    code, _, err = run(capsys, "build", "user.py:model", "p.json", "-o", "engine")
+    assert code == 1
+    assert "this plan is for another program" in err
+    assert not Path("engine").exists()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_have_their_exit_codes(here, name, code):
+    (here / "slow.py").write_text(
+        "import os, signal, time\n"
+        "def data():\n"
+        f"    os.kill(os.getpid(), signal.{name})\n"
+        "    time.sleep(5)\n"
+        "    return []\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "engines.cli",
+            "calibrate",
+            "user.py:model",
+            "--data",
+            "slow.py:data",
+            "-o",
+            "r.parquet",
+        ],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,222 @@
+"""Engines of the eager backend: called like the model, saved and loaded, refused when they are not whole."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import engines
+from calib import ArtifactError, BatchError, BuildError, MismatchError, ProgramError, calibrate
+from calib.execution import ProgramRunner
+from engines import Engine, build
+from passes import classify, insert_casts
+
+
+class Net(nn.Module):
+    """Two linears with a keyword input, a buffer and a dict of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.register_buffer("scale", torch.tensor(2.0))
+
+    def forward(self, x, *, shift):
+        hidden = torch.relu(self.first(x)) * self.scale
+        return {"hidden": hidden, "out": (self.second(hidden) + shift,)}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def program(model):
+    return torch.export.export(model, (torch.randn(4, 6),), {"shift": torch.ones(2)})
+
+
+@pytest.fixture
+def engine(program):
+    ranges = calibrate(program, [((torch.randn(4, 6),), {"shift": torch.ones(2)})], progress=False)
+    plan = classify(program, ranges)
+    return build(insert_casts(program, plan), plan, ranges, backend="eager")
+
+
+def test_an_engine_is_called_like_the_model(engine, model):
+    x, shift = torch.randn(4, 6), torch.ones(2)
+    ours, theirs = engine(x, shift=shift), model(x, shift=shift)
+    assert list(ours) == ["hidden", "out"]
+    assert isinstance(ours["out"], tuple)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    assert ours["out"][0].dtype == torch.float32
+    assert not torch.equal(ours["out"][0], theirs["out"][0])  # it does run in half
+
+
+def test_wrong_inputs_are_told_by_name(engine):
+    with pytest.raises(BatchError, match=r"argument x: expected float32\[4, 6\], got float32\[4, 5\]"):
+        engine(torch.randn(4, 5), shift=torch.ones(2))
+    with pytest.raises(BatchError, match="input 'shift' is missing"):
+        engine(torch.randn(4, 6))
+
+
+def test_saved_and_loaded_it_is_the_same(engine, tmp_path):
+    engine.save(tmp_path / "engine")
+    engine.save(tmp_path / "engine")  # replaces itself
+    loaded = Engine.load(tmp_path / "engine")
+    x, shift = torch.randn(4, 6), torch.ones(2)
+    torch.testing.assert_close(loaded(x, shift=shift), engine(x, shift=shift), rtol=0, atol=0)
+    assert loaded.plan.decisions == engine.plan.decisions
+    assert loaded.ranges.frame.equals(engine.ranges.frame)
+    assert (loaded.backend, loaded.why) == ("eager", "as asked")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine"]
+
+
+def test_a_folder_that_is_no_engine_is_not_overwritten(engine, tmp_path):
+    (tmp_path / "precious.txt").write_text("data")
+    with pytest.raises(ArtifactError, match="is no engine folder"):
+        engine.save(tmp_path)
+    assert (tmp_path / "precious.txt").read_text() == "data"
+
+
+def test_an_engine_that_is_not_whole_is_refused(engine, tmp_path):
+    folder = tmp_path / "engine"
+    engine.save(folder)
+    whole = (folder / "program.pt2").read_bytes()
+    (folder / "program.pt2").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match=r"program\.pt2 cannot be loaded"):
+        Engine.load(folder)
+    (folder / "program.pt2").unlink()
+    with pytest.raises(ArtifactError, match="no such file"):
+        Engine.load(folder)
+    with pytest.raises(ArtifactError, match="is no folder"):
+        Engine.load(tmp_path / "nothing")
+
+
+def test_manifests_of_other_kinds_and_versions_are_refused(engine, tmp_path):
+    folder = tmp_path / "engine"
+    engine.save(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for change, message in (
+        ({"schema": 99}, "newer calibcast"),
+        ({"calibcast": "plan"}, "is a calibcast plan file"),
+        ({"backend": "onnx"}, "unknown backend 'onnx'"),
+    ):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises((ArtifactError, BuildError), match=message):
+            Engine.load(folder)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="truncated or foreign"):
+        Engine.load(folder)
+
+
+def test_a_program_that_was_swapped_is_noticed(engine, tmp_path):
+    folder = tmp_path / "engine"
+    engine.save(folder)
+    other = torch.export.export(nn.Linear(6, 2), (torch.randn(4, 6),))
+    torch.export.save(other, folder / "program.pt2")
+    with pytest.raises(MismatchError, match="is not the program"):
+        Engine.load(folder)
+
+
+def test_unknown_backends_and_settings_list_the_known(program):
+    with pytest.raises(BuildError, match=r"unknown backend 'tensort'; near names: tensorrt"):
+        build(program, backend="tensort")
+    with pytest.raises(BuildError, match="takes no setting but device; got optimization_level"):
+        build(program, backend="eager", optimization_level=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_without_a_gpu_auto_is_eager_and_says_why(program):
+    built = build(program)
+    assert built.backend == "eager"
+    assert "Torch-TensorRT is not installed" in built.why or "no CUDA GPU" in built.why
+    with pytest.raises(BuildError, match="backend='tensorrt' cannot be used here"):
+        build(program, backend="tensorrt")
+
+
+def test_the_modes_of_the_proposal(model):
+    inputs, shift = (torch.randn(4, 6),), {"shift": torch.ones(2)}
+    loader = [((torch.randn(4, 6),), shift)]
+
+    def compiled(**arguments):
+        return engines.compile(model, inputs, kwargs=shift, backend="eager", **arguments)
+
+    cast = compiled(calibration_dataloader=loader, progress=False)
+    assert "linear" in cast.plan.low_precision_nodes
+    assert cast.ranges is not None
+    blind = compiled()
+    assert blind.ranges is None
+    assert any("no ranges were given" in note for note in blind.plan.notes)
+    asis = compiled(enable_autocast=False)
+    assert asis.plan.low_precision_nodes == ()
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(asis(x, **shift), model(x, **shift), rtol=0, atol=0)
+    with pytest.raises(BuildError, match=r"needs use_explicit_typing=True"):
+        compiled(use_explicit_typing=False)
+    with pytest.raises(BuildError, match=r"weak typing.*enable_autocast=True"):
+        compiled(use_explicit_typing=False, enable_autocast=False)
+
+
+def test_the_arguments_of_the_proposal_reach_their_stages(model):
+    engine = engines.compile(
+        model,
+        (torch.randn(4, 6),),
+        kwargs={"shift": torch.ones(2)},
+        use_explicit_typing=True,
+        enable_autocast=True,
+        low_precision_type=torch.bfloat16,
+        nodes_to_exclude={"^linear$"},
+        targets_to_exclude={torch.ops.aten.add.Tensor},
+        data_max=512,
+        max_depth_of_reduction=7,
+        calibration_dataloader=[torch.randn(4, 6)] * 3,
+        transform=lambda batch: ((batch,), {"shift": torch.ones(2)}),
+        backend="eager",
+        max_batches=2,
+        progress=False,
+    )
+    rules = {d.node: d.rule for d in engine.plan.decisions}
+    assert rules["linear"] == "nodes_to_exclude"
+    assert rules["add"] == "targets_to_exclude"
+    assert rules["linear_1"] == "max_depth_of_reduction"
+    assert engine.plan.low_precision_type == torch.bfloat16
+    assert engine.ranges.calibration.batches == 2
+
+
+def test_a_model_that_cannot_be_exported_or_trains_is_a_program_error():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(ProgramError, match=r"torch\.export cannot export the model"):
+        engines.compile(Branches(), (torch.ones(2),))
+    with pytest.raises(ProgramError, match=r"training mode.*model\.eval\(\)"):
+        engines.compile(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), (torch.ones(1, 2),))
+
+
+def test_a_missing_half_kernel_of_the_host_is_computed_in_fp32_and_rounded(monkeypatch):
+    """before: `relu` has no half kernel here   after: relu(x.float()).half(), as a GPU would give."""
+
+    class Activation(nn.Module):
+        def forward(self, x):
+            return torch.relu(x)
+
+    program = torch.export.export(Activation(), (torch.randn(3).half(),))
+    x = torch.randn(3).half()
+    expected = torch.relu(x)
+
+    from torch import fx
+
+    original = fx.Interpreter.call_function
+
+    def without_half(self, target, args, kwargs):
+        if target is torch.ops.aten.relu.default and args[0].dtype == torch.float16:
+            raise RuntimeError("\"relu_cpu\" not implemented for 'Half'")
+        return original(self, target, args, kwargs)
+
+    monkeypatch.setattr(fx.Interpreter, "call_function", without_half)
+    (result,) = ProgramRunner(program).run([x])
+    assert result.dtype == torch.float16
+    assert torch.equal(result, expected)

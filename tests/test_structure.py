@@ -1,0 +1,113 @@
+"""The house: imports go one way, TensorRT stays inside `engines/`, public names are listed and exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("calib", "passes", "engines")
+# What each folder may import of the three.
+ALLOWED = {"calib": {"calib"}, "passes": {"calib", "passes"}, "engines": {"calib", "passes", "engines"}}
+TENSORRT = {"torch_tensorrt", "tensorrt", "tensorrt_rtx"}
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The top-level names of everything that a tree imports, also through `importlib.import_module("...")`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield str(node.module).split(".")[0]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in {
+            "import_module",
+            "__import__",
+        }:
+            yield from (str(arg.value).split(".")[0] for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def run_on_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """The statements that run when a module is imported: all but function bodies and what is for type checkers."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from run_on_import(node)
+
+
+def imported_at_once(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in run_on_import(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update(imported(node))
+    return names
+
+
+def parse(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    """`calib <- passes <- engines`: no file imports a later package, nor tests and benchmarks, not even lazily."""
+    package = path.relative_to(ROOT).parts[0]
+    own = set(imported(parse(path))) & {*PACKAGES, "tests", "benchmarks"}
+    assert own <= ALLOWED[package]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tensorrt_stays_inside_engines(path: Path) -> None:
+    """Only `engines/` imports Torch-TensorRT or TensorRT, and only inside functions, when a backend needs it."""
+    tree = parse(path)
+    assert not imported_at_once(tree) & TENSORRT
+    if path.relative_to(ROOT).parts[0] != "engines":
+        assert not set(imported(tree)) & TENSORRT
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_are_absolute(path: Path) -> None:
+    """Every import says from which package it is, so that the two tests above see it."""
+    relative = [node for node in ast.walk(parse(path)) if isinstance(node, ast.ImportFrom) and node.level]
+    assert relative == []
+
+
+def test_import_walk_sees_what_it_should() -> None:
+    """The walk itself: lazy, dynamic and conditional imports are seen, function bodies are not run on import."""
+    lazy = "def g():\n    import h\n    importlib.import_module('i.j')\n"
+    tree = ast.parse("import a.b\nfrom c.d import e\nif x:\n    import f\n" + lazy)
+    assert set(imported(tree)) == {"a", "c", "f", "h", "i"}
+    assert imported_at_once(tree) == {"a", "c", "f"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_public_names_are_sorted_and_exist(package: str) -> None:
+    """`__all__` of each package is sorted, without repeats, and every name in it can be imported."""
+    module = importlib.import_module(package)
+    assert list(module.__all__) == sorted(set(module.__all__))
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+def test_no_init_files_under_tests() -> None:
+    """With an `__init__.py` there, `import calib` could find the tests instead; equal base names would clash."""
+    tests = ROOT / "tests"
+    names = [path.name for path in tests.rglob("test_*.py")]
+    assert list(tests.rglob("__init__.py")) == []
+    assert len(names) == len(set(names))
+
+
+def test_importing_everything_brings_no_tensorrt() -> None:
+    """In a fresh process, importing the three packages loads neither Torch-TensorRT nor TensorRT."""
+    script = f"import sys, calib, passes, engines; print(sorted({TENSORRT!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
