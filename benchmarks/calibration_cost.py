@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,8 +38,8 @@ def peer_tracer() -> Callable[..., Any] | None:
     with contextlib.ExitStack() as stack:
         if not torch.cuda.is_available():
             for name, answer in stand_ins.items():
-                stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
-            stack.enter_context(mock.patch.object(torch.cuda, "get_device_name", lambda *_: "none"))
+                stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
+            stack.enter_context(mock.patch.object(torch.cuda, "get_device_name", return_value="none"))
         try:
             from torch_tensorrt.dynamo.lowering.passes.pass_utils import trace_intermediate_node_outputs
         except Exception:
@@ -106,7 +105,9 @@ def time_rows(name: str) -> list[str]:
     cells = [f"{1000 * statistics.median(forward_times):.0f} ms"]
     for label in MEMORY_KINDS[1:]:
         values = ratios.get(label)
-        cells.append(f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "not installed")
+        cells.append(
+            f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "not installed"
+        )
     return [f"| {name} | {' | '.join(cells)} |"]
 
 
@@ -124,7 +125,9 @@ def child(name: str, way: str, batches: int) -> None:
         sys.exit("not installed")
     runs["forward"](2)  # so that what torch allocates on first use is in every number
     runs[way](batches)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not ru_maxrss, which a child inherits from its parent. Linux only.
+    status = Path("/proc/self/status").read_text()
+    print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024)
 
 
 def memory_rows(name: str, threads: int, many: int) -> list[str]:
@@ -157,13 +160,20 @@ def main() -> None:
         return
     lines = ["# Cost of calibration\n", machine.header()]
     lines += ["## Time per batch, ratio to the eager forward: median (range of 7 rounds)\n"]
-    lines += ["| network | forward | fx.Interpreter | histogram=False | all statistics | Torch-TensorRT tracer, 5 batches |"]
+    lines += [
+        "| network | forward | fx.Interpreter | histogram=False | all statistics | Torch-TensorRT tracer, 5 batches |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for name in options.networks:
         lines += time_rows(name)
     if not options.no_memory:
-        lines += [f"\n## Peak resident memory, MB: 2 batches, {options.many} batches, their ratio, and above the forward\n"]
-        lines += ["| network | way | 2 batches | many (how many) | ratio | many above forward |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"\n## Peak resident memory, MB: 2 batches, {options.many} batches, their ratio, and above the forward\n"
+        ]
+        lines += [
+            "| network | way | 2 batches | many (how many) | ratio | many above forward |",
+            "|---|---|---|---|---|---|",
+        ]
         for name in options.networks:
             lines += memory_rows(name, options.threads, options.many)
     machine.write(options.output, "\n".join(lines))

@@ -86,9 +86,7 @@ def variants(
     }
 
 
-def latencies(
-    runs: dict[str, Callable[[torch.Tensor], torch.Tensor]], inputs: torch.Tensor
-) -> dict[str, list[float]]:
+def latencies(runs: dict[str, Callable[[torch.Tensor], torch.Tensor]], inputs: torch.Tensor) -> dict[str, list[float]]:
     """Milliseconds per call, one number per round; the variants take turns within a round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(ROUNDS + 3):  # three to warm up
@@ -144,9 +142,7 @@ class _OnGpu:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="write the Markdown there, too")
     parser.add_argument("--epochs", type=int, default=8, help="of the ResNet")
     options = parser.parse_args()

@@ -57,8 +57,9 @@ class RestorationBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(channels, eps=1e-6), nn.LayerNorm(channels, eps=1e-6)
-        self.spread, self.depth = nn.Conv2d(channels, 2 * channels, 1), nn.Conv2d(
-            2 * channels, 2 * channels, 3, padding=1, groups=2 * channels
+        self.spread, self.depth = (
+            nn.Conv2d(channels, 2 * channels, 1),
+            nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels),
         )
         self.attention, self.gather = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
         self.up, self.down = nn.Conv2d(channels, 2 * channels, 1), nn.Conv2d(channels, channels, 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -105,26 +106,22 @@ def parsed(source: str | os.PathLike[str], kind: str) -> Iterator[None]:
 
 def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     """Load a `.pt2` file. Raises ArtifactError when it is missing, truncated or not a program."""
-    return _guarded(path, lambda name: torch.export.load(name))
-
-
-def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
-    """Save a program as `.pt2`, whole or not at all."""
-    with written_whole(path) as temporary:
-        # torch.export.save warns unless the name ends in .pt2, and a temporary name does not.
-        with temporary.open("wb") as stream:
-            torch.export.save(program, stream)
-
-
-def _guarded(
-    path: str | os.PathLike[str], load: Callable[[str], torch.export.ExportedProgram]
-) -> torch.export.ExportedProgram:
     if not Path(path).is_file():
         raise ArtifactError(f"{path}: no such file; expected a .pt2 written by torch.export.save")
     try:
-        return load(str(path))
+        with warnings.catch_warnings():
+            # torch 2.11 says so of the file that it has mapped, which nobody writes to.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.export.load(str(path))
     except Exception as error:  # torch.load raises whatever its zip reader and deserialiser meet
         raise ArtifactError(
             f"{path} cannot be loaded as an exported program (truncated, foreign, or of another torch; this is "
             f"torch {torch.__version__}): {type(error).__name__}: {error}"
         ) from error
+
+
+def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
+    """Save a program as `.pt2`, whole or not at all."""
+    # torch.export.save warns unless a name ends in .pt2, which a temporary one does not; a stream has no name.
+    with written_whole(path) as temporary, temporary.open("wb") as stream:
+        torch.export.save(program, stream)

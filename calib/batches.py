@@ -142,9 +142,7 @@ def signature_of(program: ExportedProgram) -> Signature:
     )
 
 
-def _leaves(
-    program: ExportedProgram, names: tuple[str, ...], specs: tuple[pytree.TreeSpec, ...]
-) -> Iterator[Leaf]:
+def _leaves(program: ExportedProgram, names: tuple[str, ...], specs: tuple[pytree.TreeSpec, ...]) -> Iterator[Leaf]:
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     inputs = [spec for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     paths = [name + path for name, spec in zip(names, specs, strict=True) for path in _paths(spec)]
@@ -172,9 +170,7 @@ def _type_of(spec: pytree.TreeSpec) -> type | None:
 
 def _is_call(batch: tuple[Any, ...] | list[Any]) -> bool:
     """Whether a batch is the pair `(args, kwargs)`."""
-    return (
-        isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict)
-    )
+    return isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict)
 
 
 def _holds_one_sequence(batch: tuple[Any, ...] | list[Any]) -> bool:

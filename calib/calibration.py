@@ -116,9 +116,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
     return table
 
 
-def _prepare(
-    program: ExportedProgram, device: torch.device | str | None, histogram: bool, on_nonfinite: str
-) -> _Run:
+def _prepare(program: ExportedProgram, device: torch.device | str | None, histogram: bool, on_nonfinite: str) -> _Run:
     if on_nonfinite not in ON_NONFINITE:
         raise CalibcastError(f"on_nonfinite={on_nonfinite!r}: known are {', '.join(map(repr, ON_NONFINITE))}")
     refuse_training(program)
@@ -167,7 +165,9 @@ def _measure_weights(run: _Run) -> None:
 
 
 def _leave_out(run: _Run, index: int, spec: TensorSpec) -> None:
-    place = f"batch {index}: NaN or Inf first at node {spec.node} ({spec.module or 'root'}, {spec.source or 'no source'})"
+    place = (
+        f"batch {index}: NaN or Inf first at node {spec.node} ({spec.module or 'root'}, {spec.source or 'no source'})"
+    )
     if run.on_nonfinite == "stop":
         raise BatchError(f"{place}. Mend the data or the model, or pass on_nonfinite='skip' or 'warn'.")
     _log.warning("%s: the batch is skipped", place)

@@ -155,9 +155,7 @@ class ExponentCounter:
         self._total += torch.bincount(filled[paired:], minlength=BINS)
 
 
-def measure_on_device(
-    tensor: torch.Tensor, histogram: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def measure_on_device(tensor: torch.Tensor, histogram: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Statistics of a floating-point tensor without a word to the host.
 
     Returns `VALUES` as float64 [5], `COUNTS` as int64 [6], and the histogram as int64 [256] or None, on the

@@ -70,9 +70,7 @@ class Observer:
         """How many tensors have passed `limit` in magnitude so far. Waits for the device."""
         return int((self.total.absmax() > limit).sum())
 
-    def _record(
-        self, row: int, name: str, node: fx.Node, tensor: torch.Tensor, arguments: dict[fx.Node, Any]
-    ) -> None:
+    def _record(self, row: int, name: str, node: fx.Node, tensor: torch.Tensor, arguments: dict[fx.Node, Any]) -> None:
         identity = _identity(tensor)
         source = self._same_elements(name, node, identity, arguments) if identity is not None else None
         if source is None:

@@ -209,6 +209,7 @@ class _Emission:
 
     def _fall_back(self, node: fx.Node, made: fx.Node) -> None:
         """Give a node that refused the planned type its exported types."""
+
         def argument(n: fx.Node) -> fx.Node:
             if not _is_float(n):
                 return self._made[n]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
+import polars as pl
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -16,7 +17,7 @@ from calib.errors import PlanError, known
 from calib.fingerprint import node_digests
 from calib.graph import dtype_name, input_kinds, module_path, op_name
 from calib.ranges import RangeTable
-from passes.facts import LOW_TYPES, FactReader, NodeFacts, evidence_of
+from passes.facts import LOW_TYPES, WEIGHT_KINDS, FactReader, NodeFacts, evidence_of
 from passes.plan import HIGH, KEPT, LOW, Decision, PrecisionPlan
 from passes.regions import Candidate, candidates, kept_reason
 from passes.rules import (
@@ -116,9 +117,7 @@ def classify(  # noqa: PLR0913 - the public contract
         Follows(),
     )
     judge = _Judge(every, included, float(data_max), low_type)
-    reader = FactReader(
-        evidence_of(ranges), ranges is not None, input_kinds(program), _names(program, nodes), low_type
-    )
+    reader = FactReader(evidence_of(ranges), ranges is not None, input_kinds(program), _names(program, nodes), low_type)
     decisions = _decide(nodes, reader, judge)
     settings = {
         "data_max": float(data_max),
@@ -322,15 +321,13 @@ def _notes(ranges: RangeTable | None, low_type: torch.dtype, decisions: list[Dec
 
 def _lost_weights(ranges: RangeTable, low_type: torch.dtype) -> list[str]:
     """Weights of which the low type makes inf or zero, by name."""
-    info = torch.finfo(low_type)
+    info, name = torch.finfo(low_type), dtype_name(low_type)
     vanishing = float(info.smallest_normal * info.eps) / 2  # half the smallest subnormal rounds to zero
     notes = []
-    for row in ranges.frame.iter_rows(named=True):
-        if row["kind"] in {"parameter", "buffer", "constant"} and row["absmax"] is not None:
-            if row["absmax"] > info.max:
-                notes.append(f"{row['kind']} {row['node']} has values up to {row['absmax']:.4g}: inf in {dtype_name(low_type)}")
-            if row["smallest"] is not None and row["smallest"] <= vanishing:
-                notes.append(
-                    f"{row['kind']} {row['node']} has values down to {row['smallest']:.4g}: zero in {dtype_name(low_type)}"
-                )
+    for row in ranges.frame.filter(pl.col("kind").is_in(WEIGHT_KINDS)).iter_rows(named=True):
+        weight, largest, smallest = f"{row['kind']} {row['node']}", row["absmax"], row["smallest"]
+        if largest is not None and largest > info.max:
+            notes.append(f"{weight} has values up to {largest:.4g}: inf in {name}")
+        if smallest is not None and smallest <= vanishing:
+            notes.append(f"{weight} has values down to {smallest:.4g}: zero in {name}")
     return notes

@@ -164,9 +164,7 @@ class FactReader:
 
     def read(self, node: fx.Node, precisions: Mapping[str, str]) -> NodeFacts:
         """Facts of `node`, given how the nodes before it were decided."""
-        inputs = tuple(
-            fact for argument in node.all_input_nodes for fact in self._input_facts(argument, precisions)
-        )
+        inputs = tuple(fact for argument in node.all_input_nodes for fact in self._input_facts(argument, precisions))
         # By position: `attention(x, x, x)` has one input node, and three operands.
         operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
         peaks = [fact.magnitude() for argument in operands for fact in self._input_facts(argument, precisions)]

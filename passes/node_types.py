@@ -11,7 +11,7 @@ from torch import fx
 from calib.aliasing import written_arguments
 from calib.graph import base_op, is_measurable, tensor_values
 from passes import op_table
-from passes.plan import LOW, PrecisionPlan
+from passes.plan import PrecisionPlan
 from passes.regions import qualified_name
 from passes.ties import ties_of
 
@@ -52,7 +52,7 @@ class NodeTypes:
 
 
 def _can_be_low(node: fx.Node, low_type: torch.dtype) -> bool:
-    """Not what states its own type or reads bits, nor what has tensors of a third type, whatever a hand-made plan says."""
+    """Not what states its own type or reads bits, nor what has a third type, whatever a hand-made plan says."""
     if not isinstance(node.target, torch._ops.OpOverload) or states_type(node) or node.target in op_table.BITCASTS:
         return False
     return {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} <= {torch.float32, low_type}

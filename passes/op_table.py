@@ -18,7 +18,7 @@ MOVES = frozenset(
     reshape_as resolve_conj resolve_neg roll rot90 select slice split split_with_sizes squeeze stack swapaxes
     swapdims t take take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold unsafe_chunk
     unsafe_split unsafe_split_with_sizes unsqueeze view view_as _unsafe_view vsplit vstack
-    """.split()
+    """.split()  # noqa: SIM905 - a list of words reads as one
 )
 
 # A type that the user wrote down: `.to(dtype)` and what it becomes. It keeps the type that it states.
@@ -79,15 +79,15 @@ NEVER_LOW = frozenset(
     cdist _cdist_forward pdist cholesky cholesky_solve cholesky_inverse ctc_loss _ctc_loss det logdet slogdet inverse
     lstsq lu_solve lu_unpack matrix_exp nanquantile quantile qr ormqr orgqr geqrf stft istft svd symeig trapezoid
     triangular_solve eig bincount histc histogram
-    """.split()
+    """.split()  # noqa: SIM905 - a list of words reads as one
 )
 NEVER_LOW_EXCEPT = frozenset({"linalg_vector_norm", "special_softmax", "special_log_softmax", "special_expit"})
 
 # Operators that hide values, by what they hide. `interior` bounds them from what was measured at their inputs.
 SUMS = frozenset({"sum", "mean", "cumsum", "nansum", "nanmean", "avg_pool1d", "avg_pool2d", "avg_pool3d",
                   "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})  # fmt: skip
-SQUARES = frozenset({"layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm", "_fused_rms_norm",
-                     "instance_norm", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"})  # fmt: skip
+SQUARES = frozenset({"layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm",
+                     "_fused_rms_norm", "instance_norm", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"})  # fmt: skip
 EXPONENTIALS = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"})
 ATTENTION = frozenset({"scaled_dot_product_attention"})
 EPSILONS: dict[str, str] = {

@@ -194,7 +194,12 @@ class PrecisionPlan:
 
 def _as_typed(candidate: Candidate, low_type: torch.dtype) -> Decision:
     node = candidate.node
-    place: dict[str, Any] = {"node": candidate.name, "op": op_name(node.target), "module": module_path(node), "work": work_of(node)}
+    place: dict[str, Any] = {
+        "node": candidate.name,
+        "op": op_name(node.target),
+        "module": module_path(node),
+        "work": work_of(node),
+    }
     present = {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} or {
         v.dtype for a in node.all_input_nodes for _, v in tensor_values(a) if is_measurable(v.dtype)
     }

@@ -18,19 +18,22 @@ def depth_of_reduction(node: fx.Node, base: str) -> int | None:
     shapes = _shapes(node)
     if not shapes:
         return None
-    first = shapes[0]
-    if base in op_table.PRODUCTS:
-        # addmm(bias, a, b) and its kin have the product at 1 and 2.
-        left = shapes[1] if base in {"addmm", "baddbmm", "addbmm", "addmv"} and len(shapes) > 1 else first
-        return left[-1] if left else 1
-    if base in op_table.CONVOLUTIONS | op_table.TRANSPOSED and len(shapes) > 1:
-        return _convolution_depth(node, base, shapes[1])
-    if base in op_table.ATTENTION and len(shapes) > 1:
-        return max(shapes[1][-2], first[-1])  # keys, summed over by the values; features, by the logits
+    if base in op_table.SUMS | op_table.SQUARES | op_table.EXPONENTIALS:
+        return _reduced(node, base, shapes[0])
     if base in op_table.RECURRENT:
         return _recurrent_depth(node)
-    if base in op_table.SUMS | op_table.SQUARES | op_table.EXPONENTIALS:
-        return _reduced(node, base, first)
+    return _depth_of_product(node, base, shapes)
+
+
+def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int | None:
+    if base in op_table.PRODUCTS:
+        # addmm(bias, a, b) and its kin have the product at 1 and 2.
+        left = shapes[1] if base in {"addmm", "baddbmm", "addbmm", "addmv"} and len(shapes) > 1 else shapes[0]
+        return left[-1] if left else 1
+    if len(shapes) > 1 and base in op_table.CONVOLUTIONS | op_table.TRANSPOSED:
+        return _convolution_depth(node, base, shapes[1])
+    if len(shapes) > 1 and base in op_table.ATTENTION:
+        return max(shapes[1][-2], shapes[0][-1])  # keys, summed over by the values; features, by the logits
     return None
 
 

@@ -90,15 +90,18 @@ def kept_reason(candidate: Candidate) -> Verdict | None:
         return Verdict("autocast_region", "a torch.autocast region runs as the user wrote it")
     if not isinstance(node.target, torch._ops.OpOverload):
         return Verdict("higher_order", f"{op_name(node.target)} is no tensor operator that can be typed")
-    return _kept_by_types(node)
+    return _kept_by_operator(node) or _kept_by_types(node)
 
 
-def _kept_by_types(node: fx.Node) -> Verdict | None:
-    base = base_op(node.target)
-    if base == "_assert_tensor_metadata":
+def _kept_by_operator(node: fx.Node) -> Verdict | None:
+    if base_op(node.target) == "_assert_tensor_metadata":
         return Verdict("assertion", "it only checks a type")
     if node.target in op_table.BITCASTS:
         return Verdict("bitcast", "it reads the bits of its input as another type")
+    return None
+
+
+def _kept_by_types(node: fx.Node) -> Verdict | None:
     outputs = {value.dtype for _, value in tensor_values(node)}
     inputs = {value.dtype for argument in node.all_input_nodes for _, value in tensor_values(argument)}
     types = outputs | inputs
@@ -108,7 +111,7 @@ def _kept_by_types(node: fx.Node) -> Verdict | None:
         return Verdict("float64", "it has a float64 tensor, which the user asked for")
     if not any(is_measurable(dtype) for dtype in types):
         return Verdict("integer", "it has no floating-point tensor")
-    if base in op_table.STATED_TYPE and _states_type(node):
+    if base_op(node.target) in op_table.STATED_TYPE and _states_type(node):
         return Verdict("stated_type", "the user's own conversion keeps the type that it states")
     low = [dtype for dtype in types if is_measurable(dtype) and dtype != torch.float32]
     if low:
@@ -120,9 +123,7 @@ def _states_type(node: fx.Node) -> bool:
     return isinstance(argument_of(node, "dtype"), torch.dtype)
 
 
-def _inline(
-    source: fx.GraphModule, prefix: str, graph: fx.Graph, values: dict[fx.Node, Any]
-) -> Any:
+def _inline(source: fx.GraphModule, prefix: str, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
     """Copy the nodes of `source` into `graph`; `values` maps its nodes to what stands for them there."""
     for node in source.graph.nodes:
         if node in values:
@@ -134,9 +135,7 @@ def _inline(
             assert region is not None
             name, child = region
             holders = [n for n in child.graph.nodes if n.op == "placeholder"]
-            bound: dict[fx.Node, Any] = dict(
-                zip(holders, (values[n] for n in node.args[2:]), strict=True)
-            )
+            bound: dict[fx.Node, Any] = dict(zip(holders, (values[n] for n in node.args[2:]), strict=True))
             values[node] = _inline(child, f"{prefix}{name}.", graph, bound)
         elif node.target is getitem and isinstance(values.get(node.args[0]), (tuple, list)):
             values[node] = values[node.args[0]][node.args[1]]

@@ -169,7 +169,8 @@ class Interior:
         limit = torch.finfo(facts.low_type).max
         for hidden in facts.hidden:
             if not hidden.bound <= limit:
-                reason = f"its {hidden.name} may reach {hidden.bound:.3g}, above {limit:g}, the most that {_short(facts)} holds"
+                most = f"above {limit:g}, the most that {_short(facts)} holds"
+                reason = f"its {hidden.name} may reach {hidden.bound:.3g}, {most}"
                 return Verdict("interior", reason, hidden.bound, limit)
         if facts.epsilon is not None and not holds(facts.epsilon, facts.low_type):
             reason = f"its eps {facts.epsilon:g} is lost in {_short(facts)}"
@@ -261,7 +262,9 @@ def _above(
     batch = "" if worst.absmax_batch is None or worst.is_weight else f" in batch {worst.absmax_batch}"
     share = "" if quantile >= 1.0 else f" (quantile {quantile:g})"
     seen_text = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
-    return Verdict(rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit)
+    return Verdict(
+        rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
+    )
 
 
 def _measured(tensors: tuple[TensorFacts, ...]) -> list[TensorFacts]:

@@ -30,8 +30,9 @@ class LowWeights:
 def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTypes) -> LowWeights:
     """Convert, one at a time, the fp32 weights that all readers take in the low type; share the others.
 
-    Buffers that a call writes into are copied, so that running the result leaves the caller's program alone. A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with one
-    that stays, or when a finite value of it would become inf.
+    A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with one
+    that stays, or when a finite value of it would become inf. Buffers that a call writes into are copied, so that
+    running the result leaves the caller's program alone.
     """
     targets = input_targets(program)
     mutated = mutated_inputs(program)

@@ -405,13 +405,9 @@ def caller_is_left_alone(case: Case) -> None:
 
 def all_high_is_the_program(case: Case) -> None:
     """A plan without low nodes leaves names, targets, arguments and results as they were, to the bit."""
-    decisions = (
-        dataclasses.replace(d, precision=HIGH) if d.precision == LOW else d for d in case.plan.decisions
-    )
+    decisions = (dataclasses.replace(d, precision=HIGH) if d.precision == LOW else d for d in case.plan.decisions)
     same = insert_casts(case.program, dataclasses.replace(case.plan, decisions=tuple(decisions)))
-    nodes = [
-        [(n.name, n.target, str(n.args), str(n.kwargs)) for n in p.graph.nodes] for p in (same, case.program)
-    ]
+    nodes = [[(n.name, n.target, str(n.args), str(n.kwargs)) for n in p.graph.nodes] for p in (same, case.program)]
     assert nodes[0] == nodes[1]
     for mine, theirs in zip(ProgramRunner(same).run(_fresh(case.inputs)), case.reference, strict=True):
         assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
