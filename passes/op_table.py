@@ -84,10 +84,18 @@ NEVER_LOW = frozenset(
 NEVER_LOW_EXCEPT = frozenset({"linalg_vector_norm", "special_softmax", "special_log_softmax", "special_expit"})
 
 # Operators that hide values, by what they hide. `interior` bounds them from what was measured at their inputs.
-SUMS = frozenset({"sum", "mean", "cumsum", "nansum", "nanmean", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-                  "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})  # fmt: skip
-SQUARES = frozenset({"layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "rms_norm",
-                     "_fused_rms_norm", "instance_norm", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"})  # fmt: skip
+SUMS = frozenset(
+    """
+    sum mean cumsum nansum nanmean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+    adaptive_avg_pool3d
+    """.split()  # noqa: SIM905
+)
+SQUARES = frozenset(
+    """
+    layer_norm native_layer_norm group_norm native_group_norm rms_norm _fused_rms_norm instance_norm var std var_mean
+    std_mean norm linalg_vector_norm
+    """.split()  # noqa: SIM905
+)
 EXPONENTIALS = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"})
 ATTENTION = frozenset({"scaled_dot_product_attention"})
 EPSILONS: dict[str, str] = {

@@ -304,7 +304,8 @@ class Reductions(nn.Module):
     def forward(self, a, b, c, d, e):
         return (
             F.linear(a, b), torch.addmm(a[:, :5], a, b.t()), a @ b.t(),
-            torch.bmm(c, c.mT), torch.baddbmm(c @ c.mT, c, c.mT), self.conv1(c), self.conv2(d), self.conv3(e), self.up(d), F.scaled_dot_product_attention(c, c, c),
+            torch.bmm(c, c.mT), torch.baddbmm(c @ c.mT, c, c.mT), self.conv1(c),
+            self.conv2(d), self.conv3(e), self.up(d), F.scaled_dot_product_attention(c, c, c),
             c.sum(), c.mean(1), c.var((0, 2)), self.norm(c.view(2, 4, 7).expand(5, 2, 4, 7).permute(1, 2, 0, 3)),
             self.group(d), c.cumsum(1),
         )  # fmt: skip

@@ -1,9 +1,15 @@
-"""Every rule alone, on hand-made facts: met, not met, at the limit, and what it says."""
+"""Each rule alone, called with a hand-made `NodeFacts`: met, not met, and exactly at its limit."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
 
 from passes import Hidden, Literal, NodeFacts, TensorFacts
 from passes.facts import holds
@@ -24,19 +30,429 @@ from passes.rules import (
     storage_sqnr,
 )
 
-
-def tensor(name="node", absmax=1.0, **more):
-    """Facts of a tensor with values evenly spread over -absmax..absmax."""
-    measured = {"min": -absmax, "max": absmax, "mean": 0.0, "rms": absmax / math.sqrt(3), "smallest": absmax / 1000}
-    return TensorFacts(name, absmax=absmax, **{**measured, **more})
+HALF, BRAIN = torch.float16, torch.bfloat16
 
 
-def weight(absmax, **more):
-    return tensor("p_weight", absmax, kind="parameter", **more)
+def tensor(absmax: float | None = 1.0, name: str = "x", kind: str = "activation", **facts: object) -> TensorFacts:
+    """A measured tensor with values from -absmax to absmax."""
+    low = None if absmax is None else -absmax
+    return TensorFacts(**{"name": name, "kind": kind, "min": low, "max": absmax, "absmax": absmax, **facts})
 
 
-def node(*inputs, output=None, **more):
-    return NodeFacts("node", inputs=inputs, outputs=(output or tensor("node"),), **more)
+def node(*inputs: TensorFacts, output: TensorFacts | None = None, **facts: object) -> NodeFacts:
+    """A node `n` with these inputs and one output."""
+    return NodeFacts(**{"name": "n", "inputs": inputs, "outputs": (output or tensor(name="n"),), **facts})
+
+
+def measured(values: torch.Tensor, histogram: bool = True, **facts: object) -> TensorFacts:
+    """What calibration would say of `values`."""
+    wide = values.double()
+    exponents = torch.frexp(values[values != 0]).exponent + 126
+    bins = torch.bincount(exponents.long().clamp(0, 254), minlength=256)
+    bins[0] += int((values == 0).sum())
+    return tensor(
+        float(wide.abs().max()),
+        min=float(wide.min()),
+        max=float(wide.max()),
+        mean=float(wide.mean()),
+        rms=float(wide.square().mean().sqrt()),
+        histogram=tuple(bins.tolist()) if histogram else None,
+        **facts,
+    )
+
+
+class TestDataMax:
+    def test_above_the_limit_keeps_the_node_high(self) -> None:
+        """An input beyond the limit is met, with the number that was seen and the limit it was held to."""
+        verdict = DataMax(512.0)(node(tensor(512.5, absmax_batch=3)))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("data_max", 512.5, 512.0)
+        assert verdict.reason == "its input x reached 512.5 in batch 3, above data_max 512"
+
+    def test_the_limit_itself_is_allowed(self) -> None:
+        """The comparison is strict: exactly 512 is no reason, the next fp32 number is."""
+        assert DataMax(512.0)(node(tensor(512.0))) is None
+        above = float(torch.nextafter(torch.tensor(512.0), torch.tensor(math.inf)))
+        assert DataMax(512.0)(node(tensor(above))) is not None
+
+    def test_the_output_counts(self) -> None:
+        """A node answers for its own output, and the largest of several is named."""
+        verdict = DataMax(512.0)(node(tensor(600.0), output=tensor(900.0, name="n")))
+        assert verdict.evidence == 900.0
+        assert verdict.reason.startswith("its output reached 900")
+
+    def test_nothing_finite_is_high(self) -> None:
+        """A tensor of which nothing finite was seen has no largest magnitude, and NaN keeps the node high."""
+        verdict = DataMax(512.0)(node(tensor(None)))
+        assert math.isnan(verdict.evidence)
+        assert "nothing finite" in verdict.reason
+
+    def test_nan_as_evidence_is_high(self) -> None:
+        """NaN compares as false with everything, and yet the rule is met."""
+        assert DataMax(512.0)(node(tensor(math.nan))) is not None
+
+    def test_a_number_is_told_before_nan(self) -> None:
+        """Of a tensor without a number and one above the limit, the latter is the evidence."""
+        verdict = DataMax(512.0)(node(tensor(None, name="a"), tensor(700.0, name="b")))
+        assert verdict.evidence == 700.0
+
+    @pytest.mark.parametrize("absmax", [1e30, None])
+    def test_infinity_switches_it_off(self, absmax: float | None) -> None:
+        """With inf as the limit not even NaN is a reason."""
+        assert DataMax(math.inf)(node(tensor(absmax))) is None
+
+    @pytest.mark.parametrize("kind", ["parameter", "buffer", "constant"])
+    def test_weights_are_not_its_business(self, kind: str) -> None:
+        """A running variance of 3000 is no overflow: weights are judged by init_max."""
+        assert DataMax(512.0)(node(tensor(3000.0, kind=kind))) is None
+
+    def test_graph_inputs_are(self) -> None:
+        """The user's own inputs are activations to this rule."""
+        assert DataMax(512.0)(node(tensor(3000.0, kind="input"))) is not None
+
+    def test_unmeasured_tensors_are_left_to_unmeasured(self) -> None:
+        """Nothing is concluded from numbers that were never measured."""
+        assert DataMax(512.0)(node(tensor(9e9, measured=False))) is None
+
+    def test_quantile_leaves_the_peak_out(self) -> None:
+        """999 values below 2 and one of 900: the share 0.99 stays within 2, which is the end of its bin."""
+        histogram = [0] * 256
+        histogram[127], histogram[136] = 999, 1  # [1, 2) and [512, 1024)
+        facts = node(tensor(900.0, histogram=tuple(histogram)))
+        assert DataMax(512.0, 1.0)(facts) is not None
+        assert DataMax(512.0, 0.99)(facts) is None
+        assert DataMax(1.9, 0.99)(facts).evidence == 2.0
+        assert "(quantile 0.99)" in DataMax(1.9, 0.99)(facts).reason
+
+    def test_quantile_never_exceeds_the_peak(self) -> None:
+        """The end of a bin is cut off at the largest magnitude that was seen."""
+        histogram = [0] * 256
+        histogram[136] = 10
+        assert tensor(600.0, histogram=tuple(histogram)).magnitude(0.5) == 600.0
+
+    def test_quantile_without_histogram_is_the_peak(self) -> None:
+        """Without a histogram nothing is known below the peak."""
+        assert tensor(600.0).magnitude(0.5) == 600.0
+
+    @given(seen=st.floats(0, 1e30), limits=st.tuples(st.floats(1e-3, 1e30), st.floats(1e-3, 1e30)))
+    @seed(0)
+    def test_raising_the_limit_only_frees(self, seen: float, limits: tuple[float, float]) -> None:
+        """What is allowed under a limit is allowed under a higher one."""
+        facts = node(tensor(seen))
+        if DataMax(min(limits))(facts) is None:
+            assert DataMax(max(limits))(facts) is None
+
+
+class TestInitMax:
+    @pytest.mark.parametrize("kind", ["parameter", "buffer", "constant"])
+    def test_weights_above_the_limit(self, kind: str) -> None:
+        """A weight is judged by init_max; batches have no part in it."""
+        verdict = InitMax(65504.0)(node(tensor(70000.0, kind=kind, absmax_batch=0)))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("init_max", 70000.0, 65504.0)
+        assert verdict.reason == f"its {kind} x reached 7e+04, above init_max 65504"
+
+    def test_the_limit_itself_is_allowed(self) -> None:
+        """Exactly the largest finite half is allowed."""
+        assert InitMax(65504.0)(node(tensor(65504.0, kind="parameter"))) is None
+
+    def test_activations_are_not_its_business(self) -> None:
+        """Inputs and activations are judged by data_max."""
+        assert InitMax(1.0)(node(tensor(9.0), tensor(9.0, kind="input"))) is None
+
+    def test_nan_is_high_and_infinity_switches_off(self) -> None:
+        """A weight without a finite value keeps its readers high, unless the rule is off."""
+        facts = node(tensor(None, kind="parameter"))
+        assert InitMax(1.0)(facts) is not None
+        assert InitMax(math.inf)(facts) is None
+
+
+class TestMovement:
+    def test_a_decided_input_is_not_judged_again(self) -> None:
+        """A view of what a decided node made has no range rule."""
+        facts = node(tensor(9e9, precision="low"), output=tensor(9e9, name="n"), moves=True)
+        assert DataMax(512.0)(facts) is None
+
+    def test_a_source_is_judged(self) -> None:
+        """A view of an input, or of what a kept node made, answers for it: nobody else does."""
+        facts = node(tensor(9e9, kind="input", precision=None), moves=True)
+        assert DataMax(512.0)(facts).evidence == 9e9
+        weights = node(tensor(9e9, kind="parameter", precision=None), moves=True)
+        assert InitMax(512.0)(weights).evidence == 9e9
+
+    def test_storage_judges_sources_only(self) -> None:
+        """An offset that the producer answers for is not held against its view."""
+        offset = measured(torch.tensor([400.05, 400.10]))
+        assert Storage()(node(replace(offset, precision="high"), moves=True)) is None
+        assert Storage()(node(offset, moves=True)) is not None
+
+    def test_it_follows_its_inputs(self) -> None:
+        """High if any input is (cat), low if all are."""
+        high, low = tensor(name="h", precision="high"), tensor(name="l", precision="low")
+        verdict = Follows()(node(low, high, moves=True))
+        assert verdict.rule == "follows"
+        assert "its input h is high" in verdict.reason
+        assert Follows()(node(low, low, moves=True)) is None
+
+    def test_kept_and_given_inputs_bind_nothing(self) -> None:
+        """An input without a decision leaves the choice open."""
+        assert Follows()(node(tensor(kind="input"), moves=True)) is None
+
+    def test_others_do_not_follow(self) -> None:
+        """An op that computes is decided by its own evidence."""
+        assert Follows()(node(tensor(precision="high"))) is None
+
+
+class TestLiteralRange:
+    @pytest.mark.parametrize(
+        ("value", "low_type", "limit"),
+        [
+            (1e-12, HALF, 2.0**-24),
+            (-1e9, HALF, 65504.0),
+            (100000.0, HALF, 65504.0),
+            (70000.0, HALF, 65504.0),
+            (65520.0, HALF, 65504.0),
+            (1e39, BRAIN, torch.finfo(BRAIN).max),
+            (1e-45, BRAIN, 2.0**-133),
+        ],
+    )
+    def test_what_the_low_type_does_not_hold(self, value: float, low_type: torch.dtype, limit: float) -> None:
+        """The literal is the evidence; the limit is the largest or the least value of the low type."""
+        verdict = LiteralRange()(node(literals=(Literal("other", value),), low_type=low_type))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("literal", value, limit)
+
+    @pytest.mark.parametrize(
+        ("value", "low_type"),
+        [
+            (1e-5, HALF),
+            (0.0, HALF),
+            (-0.0, HALF),
+            (0.1, HALF),
+            (65504.0, HALF),
+            (65519.0, HALF),
+            (-math.inf, HALF),
+            (math.nan, HALF),
+            (1e-12, BRAIN),
+            (-1e9, BRAIN),
+            (100000.0, BRAIN),
+            (1e-5, BRAIN),
+        ],
+    )
+    def test_what_the_low_type_holds(self, value: float, low_type: torch.dtype) -> None:
+        """Rounding is allowed, zero is, and what is not finite in fp32 either: other rules see to that."""
+        assert LiteralRange()(node(literals=(Literal("other", value),), low_type=low_type)) is None
+
+    def test_each_literal_counts(self) -> None:
+        """The one that is not held is named, as the sentence says what becomes of it."""
+        literals = (Literal("min", 0.0), Literal("max", 100000.0))
+        verdict = LiteralRange()(node(literals=literals))
+        assert verdict.reason == "its literal max=100000 becomes inf in fp16"
+        assert "becomes 0 in fp16" in LiteralRange()(node(literals=(Literal("other", 1e-12),))).reason
+
+    def test_it_needs_no_ranges(self) -> None:
+        """Literals stand in the graph."""
+        assert LiteralRange()(node(literals=(Literal("other", 1e9),), has_ranges=False)) is not None
+
+    @given(value=st.floats(allow_nan=False, allow_infinity=False), low_type=st.sampled_from([HALF, BRAIN]))
+    @seed(0)
+    def test_held_means_within_one_percent(self, value: float, low_type: torch.dtype) -> None:
+        """`holds` says what rounding to the low type, done by torch, says."""
+        stored = torch.tensor(value, dtype=torch.float64).to(low_type).double().item()
+        within = math.isfinite(stored) and abs(stored - value) <= 0.01 * abs(value)
+        assert holds(value, low_type) == within
+
+
+class TestStorage:
+    @pytest.mark.parametrize("histogram", [True, False])
+    def test_an_offset_is_caught(self, histogram: bool) -> None:
+        """400.05 and 400.10 become the same half."""
+        verdict = Storage()(node(measured(torch.tensor([400.05, 400.10] * 8), histogram)))
+        assert (verdict.rule, verdict.limit) == ("storage", 20.0)
+        assert verdict.evidence < 0
+
+    @pytest.mark.parametrize("histogram", [True, False])
+    def test_a_faint_signal_is_caught(self, histogram: bool) -> None:
+        """Values of 2e-8 are below half of the least half-precision value, and vanish."""
+        values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 2e-8
+        assert Storage()(node(measured(values, histogram))) is not None
+
+    def test_signals_of_a_millionth_keep_their_signal(self) -> None:
+        """1e-6 is subnormal in fp16, and yet 35 dB above the rounding: nothing to catch."""
+        values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 1e-6
+        assert Storage()(node(measured(values))) is None
+        assert storage_sqnr(measured(values), HALF) == pytest.approx(35, abs=1)
+
+    @pytest.mark.parametrize("histogram", [True, False])
+    def test_images_are_fine(self, histogram: bool) -> None:
+        """Pixels from 0 to 255 are far above the rounding."""
+        values = torch.arange(256.0).repeat(4)
+        assert Storage()(node(measured(values, histogram))) is None
+
+    def test_constant_tensors_are_exempt(self) -> None:
+        """A tensor of one value carries no signal to lose."""
+        assert Storage()(node(measured(torch.full((8,), 400.05)))) is None
+        assert Storage()(node(measured(torch.zeros(8)))) is None
+
+    @pytest.mark.parametrize("kind", ["parameter", "buffer", "constant"])
+    def test_weights_are_exempt(self, kind: str) -> None:
+        """Weights have `init_max`, and vanishing ones are named in the plan."""
+        assert Storage()(node(measured(torch.tensor([400.05, 400.10]), kind=kind))) is None
+
+    def test_exactly_at_the_limit(self) -> None:
+        """The limit itself is enough signal."""
+        facts = measured(torch.tensor([1.0, 2.0, 3.0]))
+        seen = storage_sqnr(facts, HALF)
+        assert Storage(limit=seen)(node(facts)) is None
+        assert Storage(limit=math.nextafter(seen, math.inf))(node(facts)).evidence == seen
+
+    def test_overflow_leaves_nothing(self) -> None:
+        """A value that becomes inf in the low type leaves no signal."""
+        facts = measured(torch.tensor([1.0, 70000.0]))
+        assert storage_sqnr(facts, HALF) == -math.inf
+        assert storage_sqnr(facts, BRAIN) > 20
+
+    def test_bf16_rounds_coarser(self) -> None:
+        """An offset of 10 with a spread of 0.1 survives fp16, and not bf16."""
+        values = 10 + 0.1 * torch.randn(4096, generator=torch.Generator().manual_seed(0))
+        assert Storage()(node(measured(values), low_type=HALF)) is None
+        assert Storage()(node(measured(values), low_type=BRAIN)) is not None
+
+    @settings(max_examples=60, deadline=None)
+    @given(offset=st.floats(-1000, 1000), spread=st.floats(-3, 3), low_type=st.sampled_from([HALF, BRAIN]))
+    @seed(0)
+    def test_the_prediction_is_what_rounding_does(self, offset: float, spread: float, low_type: torch.dtype) -> None:
+        """Predicted and real SQNR of rounding a Gaussian agree within 3 dB, where there is an SQNR to speak of."""
+        values = offset + 10.0**spread * torch.randn(20000, generator=torch.Generator().manual_seed(1))
+        noise = (values.to(low_type).double() - values.double()).square().mean()
+        real = 10 * math.log10(float(values.double().var(correction=0) / noise))
+        predicted = storage_sqnr(measured(values), low_type)
+        assert abs(predicted - real) < 3 or max(predicted, real) < 10
+
+
+class TestInterior:
+    def test_a_bound_above_the_low_type(self) -> None:
+        """A hidden sum of squares beyond 65504 keeps the node high; the bound is the evidence."""
+        verdict = Interior()(node(hidden=(Hidden("sum", 10.0), Hidden("sum of squares", 65505.0))))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("interior", 65505.0, 65504.0)
+        assert "its sum of squares may reach 6.55e+04" in verdict.reason
+
+    def test_exactly_at_the_limit(self) -> None:
+        """The largest finite half is held."""
+        assert Interior()(node(hidden=(Hidden("sum", 65504.0),))) is None
+
+    def test_an_unknown_bound_is_high(self) -> None:
+        """NaN, from a peak that nobody measured, keeps the node high."""
+        assert math.isnan(Interior()(node(hidden=(Hidden("sum", math.nan),))).evidence)
+
+    def test_bf16_reaches_further(self) -> None:
+        """What overflows fp16 is far within bf16."""
+        assert Interior()(node(hidden=(Hidden("sum", 1e30),), low_type=BRAIN)) is None
+
+    def test_a_vanishing_epsilon(self) -> None:
+        """An eps that fp16 makes zero no longer guards the division; 1e-5 is held."""
+        verdict = Interior()(node(epsilon=1e-12))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("interior", 1e-12, 2.0**-24)
+        assert Interior()(node(epsilon=1e-5)) is None
+        assert Interior()(node(epsilon=1e-12, low_type=BRAIN)) is None
+
+    def test_without_ranges_it_says_nothing(self) -> None:
+        """Bounds come from what was measured."""
+        assert Interior()(node(hidden=(Hidden("sum", math.nan),), has_ranges=False)) is None
+
+
+class TestMaxDepthOfReduction:
+    def test_more_terms_than_allowed(self) -> None:
+        """The depth is the evidence, as a float."""
+        verdict = MaxDepthOfReduction(512)(node(depth=513))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("max_depth_of_reduction", 513.0, 512.0)
+        assert "sums 513 terms" in verdict.reason
+
+    @pytest.mark.parametrize("depth", [None, 1, 512])
+    def test_as_many_as_allowed(self, depth: int | None) -> None:
+        """Strict, and no opinion on what sums nothing."""
+        assert MaxDepthOfReduction(512)(node(depth=depth)) is None
+
+
+class TestNonfinite:
+    def test_nan_or_inf_in_fp32_itself(self) -> None:
+        """One is enough, of an input or an output, and the first batch is named."""
+        verdict = Nonfinite()(node(tensor(nonfinite=2, nonfinite_batch=7)))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("nonfinite", 2.0, 0.0)
+        assert verdict.reason == "its input x has 2 NaN or Inf in fp32, first in batch 7"
+        assert Nonfinite()(node(output=tensor(name="n", nonfinite=1))).reason.startswith("its output has 1")
+
+    def test_weights_count(self) -> None:
+        """A weight with Inf keeps its readers high."""
+        assert "its parameter x" in Nonfinite()(node(tensor(kind="parameter", nonfinite=1))).reason
+
+    def test_movement_counts(self) -> None:
+        """Even what only moves NaN stays high."""
+        assert Nonfinite()(node(tensor(nonfinite=1, precision="low"), moves=True)) is not None
+
+    def test_none(self) -> None:
+        """All finite is no reason."""
+        assert Nonfinite()(node(tensor())) is None
+
+
+class TestUnmeasured:
+    def test_missing_evidence_is_never_safe(self) -> None:
+        """With ranges, a node with an unmeasured tensor stays high and names it."""
+        verdict = Unmeasured()(node(tensor(), tensor(name="y", measured=False)))
+        assert verdict.rule == "unmeasured"
+        assert verdict.reason == "calibration has not measured y"
+
+    def test_without_ranges_there_is_nothing_to_miss(self) -> None:
+        """Without a RangeTable the rule does not apply."""
+        assert Unmeasured()(node(tensor(measured=False), has_ranges=False)) is None
+
+    def test_all_measured(self) -> None:
+        """Measured tensors are no reason."""
+        assert Unmeasured()(node(tensor())) is None
+
+
+class TestLegality:
+    @pytest.mark.parametrize("base", ["linalg_inv", "fft_rfft", "_fft_c2c", "quantile", "_ctc_loss", "cdist", "stft"])
+    def test_no_target_runs_it_in_half(self, base: str) -> None:
+        """The fixed list is the same on every machine, and no include lifts it."""
+        facts = node(base=base, op=f"aten.{base}.default")
+        assert Legality()(facts).rule == "legality"
+        assert Legality(allow_custom=True)(facts) is not None
+
+    @pytest.mark.parametrize("base", ["linear", "softmax", "linalg_vector_norm", "special_softmax", "mean"])
+    def test_ordinary_operators(self, base: str) -> None:
+        """Everything else is legal; no rule decides by an op's name alone."""
+        assert Legality()(node(base=base)) is None
+
+    def test_custom_ops_only_when_included(self) -> None:
+        """Of a custom op nothing is known, until the user says that its kernels take half."""
+        facts = node(custom=True, op="mine.op.default")
+        assert Legality()(facts).reason.startswith("mine.op.default is a custom op")
+        assert Legality(allow_custom=True)(facts) is None
+
+
+class TestUserLists:
+    @pytest.mark.parametrize(
+        ("pattern", "met"),
+        [("n$", True), ("^n", True), ("nn", False), ("encoder", True), (r"encoder\.\d", True), (r"\d", False), ("ead", False)],
+    )
+    def test_patterns_match_name_or_module_from_the_start(self, pattern: str, met: bool) -> None:
+        """As `re.match`, on the node name and on the dotted module path."""
+        verdict = NodesToExclude((pattern,))(node(module="encoder.0.head"))
+        assert (verdict is not None) == met
+
+    def test_the_pattern_is_named(self) -> None:
+        """The reason tells which of several patterns it was."""
+        assert NodesToExclude(("zz", "n"))(node()).reason == "it matches nodes_to_exclude 'n'"
+
+    def test_the_root_has_no_path_to_match(self) -> None:
+        """An empty module path is not matched by a pattern that allows nothing."""
+        assert NodesToExclude(("(encoder)?$",))(node(module="")) is None
+
+    @pytest.mark.parametrize(
+        ("target", "met"), [("aten.add.Tensor", True), ("aten.add", True), ("aten.add.Scalar", False), ("add", False)]
+    )
+    def test_targets_with_and_without_overload(self, target: str, met: bool) -> None:
+        """By full name, or for all overloads."""
+        verdict = TargetsToExclude(frozenset([target]))(node(op="aten.add.Tensor"))
+        assert (verdict is not None) == met
 
 
 @pytest.mark.parametrize(
@@ -46,235 +462,28 @@ def node(*inputs, output=None, **more):
         (InitMax(1.0), "init_max"),
         (LiteralRange(), "literal"),
         (MaxDepthOfReduction(1), "max_depth_of_reduction"),
-        (NodesToExclude(("x",)), "nodes_to_exclude"),
+        (NodesToExclude(()), "nodes_to_exclude"),
+        (Nonfinite(), "nonfinite"),
         (Storage(), "storage"),
-        (Interior(), "interior"),
-        (Unmeasured(), "unmeasured"),
     ],
 )
-def test_the_class_name_is_the_id(rule, name):
+def test_rules_are_called_what_their_verdicts_say(rule: object, name: str) -> None:
+    """The id of a rule is its class in snake case; a function's own name is its id."""
     assert rule_id(rule) == name
 
 
-def test_a_functions_name_is_its_id():
-    def my_own(facts):
+def test_a_function_has_its_own_name() -> None:
+    """A user's function is a rule as it is."""
+
+    def no_softmax(facts: NodeFacts) -> None:
         return None
 
-    assert rule_id(my_own) == "my_own"
+    assert rule_id(no_softmax) == "no_softmax"
 
 
-class TestDataMax:
-    def test_it_is_strict(self):
-        assert DataMax(512.0)(node(tensor("x", 512.0))) is None
-        verdict = DataMax(512.0)(node(tensor("x", 512.5, absmax_batch=3)))
-        assert (verdict.rule, verdict.evidence, verdict.limit) == ("data_max", 512.5, 512.0)
-        assert "its input x reached 512.5 in batch 3" in verdict.reason
-
-    def test_its_own_output_counts(self):
-        verdict = DataMax(512.0)(node(tensor("x"), output=tensor("node", 1e6)))
-        assert verdict.reason.startswith("its output reached 1e+06")
-
-    def test_the_largest_is_named(self):
-        verdict = DataMax(1.0)(node(tensor("x", 5.0), tensor("y", 50.0), tensor("z", 7.0)))
-        assert verdict.evidence == 50.0
-        assert "input y" in verdict.reason
-
-    def test_nothing_finite_keeps_it_high(self):
-        empty = tensor("x", 1.0, min=None, max=None, mean=None, rms=None, smallest=None)
-        verdict = DataMax(512.0)(node(TensorFacts("x", absmax=None), empty))
-        assert "nothing finite" in verdict.reason
-
-    def test_infinity_switches_it_off(self):
-        assert DataMax(math.inf)(node(tensor("x", 1e30), TensorFacts("y", absmax=None))) is None
-
-    def test_weights_are_not_its_business(self):
-        assert DataMax(512.0)(node(tensor("x"), weight(3000.0))) is None
-
-    def test_an_op_that_only_moves_data_answers_for_sources_alone(self):
-        large = tensor("x", 1e6)
-        assert DataMax(512.0)(node(large, moves=True)).evidence == 1e6
-        decided = tensor("x", 1e6, precision="low")
-        assert DataMax(512.0)(node(decided, output=tensor("node", 1e6), moves=True)) is None
-
-    def test_a_quantile_leaves_outliers_out(self):
-        histogram = [0] * 256
-        histogram[127 + 3] = 999  # 8 to 16
-        histogram[127 + 12] = 1  # 4096 to 8192
-        spiky = tensor("x", 5000.0, histogram=tuple(histogram))
-        assert DataMax(512.0)(node(spiky)).evidence == 5000.0
-        assert DataMax(512.0, quantile=0.999)(node(spiky)) is None
-        verdict = DataMax(15.0, quantile=0.999)(node(spiky))
-        assert verdict.evidence == 16.0  # the upper end of the bin: never too small
-        assert "quantile 0.999" in verdict.reason
-
-    def test_what_was_not_measured_is_left_to_unmeasured(self):
-        assert DataMax(512.0)(node(TensorFacts("x", measured=False))) is None
-
-
-class TestInitMax:
-    def test_it_judges_weights_and_nothing_else(self):
-        assert InitMax(65504.0)(node(tensor("x", 1e6), weight(65504.0))) is None
-        verdict = InitMax(65504.0)(node(tensor("x"), weight(1e5)))
-        assert (verdict.rule, verdict.evidence, verdict.limit) == ("init_max", 1e5, 65504.0)
-        assert "its parameter p_weight" in verdict.reason
-
-    def test_infinity_switches_it_off(self):
-        assert InitMax(math.inf)(node(weight(1e9))) is None
-
-
-class TestLiteral:
-    @pytest.mark.parametrize(
-        ("value", "low_type", "held"),
-        [
-            (1e-12, torch.float16, False),
-            (1e-8, torch.float16, False),
-            (1e-5, torch.float16, True),
-            (-1e9, torch.float16, False),
-            (100_000.0, torch.float16, False),
-            (65504.0, torch.float16, True),
-            (2049.0, torch.float16, True),
-            (0.0, torch.float16, True),
-            (math.inf, torch.float16, True),
-            (-math.inf, torch.float16, True),
-            (1e-12, torch.bfloat16, True),
-            (-1e9, torch.bfloat16, True),
-            (1e-45, torch.bfloat16, False),
-            (3.4e38, torch.bfloat16, False),
-        ],
-    )
-    def test_what_a_type_holds(self, value, low_type, held):
-        assert holds(value, low_type) is held
-        verdict = LiteralRange()(node(literals=(Literal("other", value),), low_type=low_type))
-        assert (verdict is None) is held
-
-    def test_it_says_what_the_number_becomes(self):
-        small = LiteralRange()(node(literals=(Literal("other", 1e-12),)))
-        assert (small.rule, small.evidence) == ("literal", 1e-12)
-        assert "other=1e-12 becomes 0 in fp16" in small.reason
-        large = LiteralRange()(node(literals=(Literal("value", -1e9),)))
-        assert (large.evidence, large.limit) == (-1e9, 65504.0)
-        assert "becomes -inf in fp16" in large.reason
-
-
-class TestInterior:
-    def test_a_bound_above_the_largest_finite_value_is_met(self):
-        assert Interior()(node(hidden=(Hidden("sum", 65504.0),))) is None
-        verdict = Interior()(node(hidden=(Hidden("sum", 65505.0),)))
-        assert (verdict.rule, verdict.evidence, verdict.limit) == ("interior", 65505.0, 65504.0)
-        assert Interior()(node(hidden=(Hidden("sum", 65505.0),), low_type=torch.bfloat16)) is None
-
-    def test_an_unknown_bound_is_not_safe(self):
-        assert Interior()(node(hidden=(Hidden("sum", math.nan),))) is not None
-
-    def test_an_epsilon_that_vanishes_is_met(self):
-        assert "eps 1e-12 is lost in fp16" in Interior()(node(epsilon=1e-12)).reason
-        assert Interior()(node(epsilon=1e-5)) is None
-        assert Interior()(node(epsilon=1e-12, low_type=torch.bfloat16)) is None
-
-    def test_it_needs_ranges(self):
-        assert Interior()(node(hidden=(Hidden("sum", 1e9),), has_ranges=False)) is None
-
-
-def spread(low, high, histogram=True):
-    """Facts of 1001 values evenly spread from low to high, as calibration would measure them."""
-    values = torch.linspace(low, high, 1001, dtype=torch.float64)
-    bits = values.float().view(torch.int32)
-    bins = torch.bincount((bits & 0x7FFFFFFF) >> 23, minlength=256)
-    return TensorFacts(
-        "x",
-        min=float(values.min()),
-        max=float(values.max()),
-        absmax=float(values.abs().max()),
-        smallest=float(values.abs()[values != 0].min()),
-        mean=float(values.mean()),
-        rms=float(values.square().mean().sqrt()),
-        histogram=tuple(bins.tolist()) if histogram else None,
-    )
-
-
-def real_sqnr(low, high, low_type):
-    values = torch.linspace(low, high, 1001, dtype=torch.float64).float().double()
-    noise = values.to(low_type).double() - values
-    return float(10 * torch.log10(values.var(correction=0) / noise.square().mean()))
-
-
-class TestStorage:
-    @pytest.mark.parametrize("histogram", [True, False])
-    @pytest.mark.parametrize(
-        ("low", "high", "kept"),
-        [(400.05, 400.10, True), (1e-9, 3e-8, True), (-1e-7, 1e-7, True), (0.0, 255.0, False), (-3.0, 3.0, False)],
-    )
-    def test_offsets_and_faint_signals_stay(self, low, high, kept, histogram):
-        verdict = Storage()(node(spread(low, high, histogram)))
-        assert (verdict is not None) is kept
-        if kept:
-            assert (verdict.rule, verdict.limit) == ("storage", 20.0)
-            assert verdict.evidence < 20.0
-
-    @pytest.mark.parametrize(("low", "high"), [(-3.0, 3.0), (0.0, 255.0), (10.0, 12.0), (1e-6, 1e-5)])
-    @pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16])
-    def test_the_prediction_is_near_what_rounding_does(self, low, high, low_type):
-        assert storage_sqnr(spread(low, high), low_type) == pytest.approx(real_sqnr(low, high, low_type), abs=3.0)
-
-    def test_weights_and_constant_tensors_are_exempt(self):
-        faint = spread(1e-9, 3e-8)
-        as_weight = TensorFacts("p", "parameter", True, *(getattr(faint, f) for f in ("min", "max", "absmax")))
-        assert Storage()(node(as_weight)) is None
-        same = tensor("x", 400.05, min=400.05, max=400.05, mean=400.05, rms=400.05)
-        assert Storage()(node(same)) is None
-
-    def test_what_overflows_keeps_nothing(self):
-        verdict = Storage()(node(tensor("x", 1e5)))
-        assert verdict.evidence == -math.inf
-        assert Storage()(node(tensor("x", 1e5), low_type=torch.bfloat16)) is None
-
-
-class TestTheOthers:
-    def test_max_depth_of_reduction_is_strict(self):
-        assert MaxDepthOfReduction(64)(node(depth=64)) is None
-        assert MaxDepthOfReduction(64)(node(depth=None)) is None
-        verdict = MaxDepthOfReduction(64)(node(depth=65))
-        assert (verdict.evidence, verdict.limit) == (65.0, 64.0)
-
-    def test_nonfinite_names_count_and_batch(self):
-        assert Nonfinite()(node(tensor("x"))) is None
-        verdict = Nonfinite()(node(tensor("x", nonfinite=7, nonfinite_batch=2)))
-        assert (verdict.rule, verdict.evidence) == ("nonfinite", 7.0)
-        assert "7 NaN or Inf in fp32, first in batch 2" in verdict.reason
-
-    def test_unmeasured_applies_only_where_there_are_ranges(self):
-        unknown = TensorFacts("x", measured=False)
-        assert "has not measured x" in Unmeasured()(node(unknown)).reason
-        assert Unmeasured()(node(unknown, has_ranges=False)) is None
-        assert Unmeasured()(node(tensor("x"))) is None
-
-    @pytest.mark.parametrize("base", ["linalg_inv", "fft_rfft", "quantile", "ctc_loss", "cdist"])
-    def test_what_no_target_has_in_half_is_illegal(self, base):
-        assert Legality()(node(base=base, op=f"aten.{base}.default")).rule == "legality"
-
-    @pytest.mark.parametrize("base", ["linear", "linalg_vector_norm", "softmax"])
-    def test_ordinary_operators_are_legal(self, base):
-        assert Legality()(node(base=base)) is None
-
-    def test_a_custom_op_is_illegal_until_included(self):
-        assert Legality()(node(op="mine.op.default", custom=True)).rule == "legality"
-        assert Legality(allow_custom=True)(node(op="mine.op.default", custom=True)) is None
-
-    def test_nodes_are_excluded_by_name_and_by_module(self):
-        facts = NodeFacts("conv2d_1", module="encoder.block.conv")
-        assert NodesToExclude(("^conv2d$",))(facts) is None
-        assert NodesToExclude(("^conv2d_1$",))(facts).rule == "nodes_to_exclude"
-        assert NodesToExclude((r"encoder\.",))(facts) is not None
-        assert NodesToExclude(("block",))(facts) is None  # re.match: from the beginning
-
-    def test_targets_are_excluded_with_or_without_overload(self):
-        facts = NodeFacts("add", op="aten.add.Tensor")
-        assert TargetsToExclude(frozenset({"aten.add.Tensor"}))(facts) is not None
-        assert TargetsToExclude(frozenset({"aten.add"}))(facts) is not None
-        assert TargetsToExclude(frozenset({"aten.add.Scalar"}))(facts) is None
-
-    def test_an_op_that_moves_data_follows_its_inputs(self):
-        low, high = tensor("a", precision="low"), tensor("b", precision="high")
-        assert Follows()(node(low, moves=True)) is None
-        assert "its input b is high" in Follows()(node(low, high, moves=True)).reason
-        assert Follows()(node(high)) is None
+@pytest.mark.parametrize("absent", [(), (tensor(),)])
+def test_a_quiet_node_meets_no_rule(absent: Sequence[TensorFacts]) -> None:
+    """Small, measured, finite: every rule has no opinion, so the node runs low."""
+    facts = node(*absent, op="aten.relu.default", base="relu")
+    rules = [Legality(), Unmeasured(), Nonfinite(), DataMax(512), InitMax(512), LiteralRange(), Interior(), Storage()]
+    assert [rule(facts) for rule in rules] == [None] * len(rules)
