@@ -28,7 +28,7 @@ from benchmarks import machine
 from benchmarks.networks import NETWORKS, made
 from calib import calibrate
 
-ROUNDS, BATCHES = 7, 4
+ROUNDS, BATCHES = 5, 4
 MEMORY_KINDS = ("forward", "interpreter", "histogram=False", "all statistics", "Torch-TensorRT tracer")
 
 
@@ -159,7 +159,7 @@ def main() -> None:
         child(options.child[0], options.child[1], int(options.child[2]))
         return
     lines = ["# Cost of calibration\n", machine.header()]
-    lines += ["## Time per batch, ratio to the eager forward: median (range of 7 rounds)\n"]
+    lines += ["## Time per batch, ratio to the eager forward: median (range of 5 rounds)\n"]
     lines += [
         "| network | forward | fx.Interpreter | histogram=False | all statistics | Torch-TensorRT tracer, 5 batches |"
     ]

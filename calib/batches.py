@@ -255,24 +255,32 @@ def _sizes_of_symbols(inputs: Iterable[tuple[Leaf, Any]]) -> dict[Any, int]:
 def _check_sizes(
     leaf: Leaf, value: Any, sizes: dict[Any, int], bounds: dict[Any, tuple[int, int | None]], at: str
 ) -> None:
+    # An engine checks its inputs on every call, so what came is put into words only when it is wrong: printing a
+    # tensor reads it, which on a GPU takes longer than many a network.
     for dimension, (expected, size) in enumerate(zip(leaf.sizes, _shape(leaf, value), strict=True)):
-        came = f"{at}: expected {leaf}, got {value}: it"
-        if isinstance(value, torch.Tensor):
-            came = f"{at}: expected {leaf}, got {dtype_name(value.dtype)}{list(value.shape)}: dimension {dimension}"
         if isinstance(expected, int):
             if size != expected:
                 raise BatchError(
-                    f"{came} is {size}, not {expected}. Export the program with that dimension dynamic "
-                    "(dynamic_shapes=), or give batches of that size (DataLoader(drop_last=True) for the last one)."
+                    f"{at}: {_came(leaf, value, dimension)} is {size}, not {expected}. Export the program with that "
+                    "dimension dynamic (dynamic_shapes=), or give batches of that size (DataLoader(drop_last=True) for "
+                    "the last one)."
                 )
             continue
-        wanted = expected.subs(sizes)
+        wanted = sizes[expected] if expected in sizes else expected.subs(sizes)
         if isinstance(wanted, (int, sympy.Integer)) and int(wanted) != size:
-            raise BatchError(f"{came} is {size}, but {expected} is {int(wanted)} in this batch.")
+            came = _came(leaf, value, dimension)
+            raise BatchError(f"{at}: {came} is {size}, but {expected} is {int(wanted)} in this batch.")
         low, high = bounds.get(expected, (0, None))
         if size < low or (high is not None and size > high):
             most = "infinity" if high is None else high
-            raise BatchError(f"{came} is {size}, outside the exported range {low} to {most} of {expected}.")
+            came = _came(leaf, value, dimension)
+            raise BatchError(f"{at}: {came} is {size}, outside the exported range {low} to {most} of {expected}.")
+
+
+def _came(leaf: Leaf, value: Any, dimension: int) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"expected {leaf}, got {value}: it"
+    return f"expected {leaf}, got {dtype_name(value.dtype)}{list(value.shape)}: dimension {dimension}"
 
 
 def numbered(

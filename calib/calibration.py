@@ -180,10 +180,10 @@ def _warn_nonfinite(run: _Run, table: RangeTable) -> None:
     if bad.height:
         first = bad.sort("nonfinite_batch", maintain_order=True).row(0, named=True)
         seen = ", ".join(f"{first[name]} {name}" for name in ("nan", "posinf", "neginf") if first[name])
+        place = f"{first['node']} ({first['module'] or 'root'}, {first['source'] or 'no source'})"
         warnings.warn(
-            f"NaN or Inf in fp32 itself: first in batch {first['nonfinite_batch']} at node {first['node']} "
-            f"({first['module'] or 'root'}, {first['source'] or 'no source'}): {seen}; {bad.height} tensors in all. "
-            "They stay in fp32. If only some batches do this, pass on_nonfinite='skip'.",
+            f"NaN or Inf in fp32 itself: first in batch {first['nonfinite_batch']} at node {place}, with {seen} over all "
+            f"batches; {bad.height} tensors have some. They stay in fp32. If only some batches do this, pass on_nonfinite='skip'.",
             stacklevel=3,
         )
 

@@ -75,6 +75,8 @@ class _WatchedInterpreter(fx.Interpreter):
             return interpreter.run(*operands)
         assert node.target is AUTOCAST_REGION
         device_type, dtype, enabled, cache_enabled = args[:4]
+        if self._device is not None:
+            device_type = self._device.type  # a region moves with its program
         with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled):
             return interpreter.run(*operands)
 

@@ -237,6 +237,8 @@ def specs_of(frame: pl.DataFrame) -> list[TensorSpec]:
 
 
 def _merge_two(first: RangeTable, second: RangeTable) -> RangeTable:
+    if not first.frame.select("node", "output").equals(second.frame.select("node", "output")):
+        raise MismatchError("the tables have other rows: one was filtered or changed by hand")
     total, other = first.statistics(), second.statistics()
     if (total.histograms is None) != (other.histograms is None):
         total, other = replace(total, histograms=None), replace(other, histograms=None)

@@ -72,8 +72,7 @@ def candidates(program: ExportedProgram) -> list[Candidate]:
         name = qualified_name(node)
         region = child_of(node)
         if region is not None:
-            prefix = name.removesuffix(node.name) if _NAME in node.meta else ""
-            inside = walk(region[1], f"{prefix}{region[0].rpartition('.')[2]}.")
+            inside = walk(region[1], f"{region[0]}.")  # qualified already: `_copy` prefixes what `get_attr` names
             found.extend(Candidate(s.name, s.node, True) for s in inside if s.node.op == "call_function")
         found.append(Candidate(name, node, False))
     return found

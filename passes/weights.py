@@ -39,12 +39,14 @@ def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTyp
     holders = {n.name: n for n in source.graph.nodes if n.op == "placeholder" and n.name in targets}
     wanted = {name for name, node in holders.items() if name not in mutated and _only_low(node, types)}
     stays = {_storage(program, targets[name]) for name in holders if name not in wanted}
+    # Export gives all readers of tied weights one of the names, so the others are read by nobody.
+    read = {_storage(program, targets[name]) for name in wanted if holders[name].users} - stays
     state, constants = dict(program.state_dict), dict(program.constants)
     converted: dict[tuple[Any, ...], torch.Tensor] = {}
     stored = set()
     for name in sorted(wanted):
         tensor = state_tensor(program, targets[name])
-        if tensor is None or _storage(program, targets[name]) in stays or not _fits(tensor, types.low_type):
+        if tensor is None or _storage(program, targets[name]) not in read or not _fits(tensor, types.low_type):
             continue
         key = _key(tensor)
         if key not in converted:  # tied weights stay tied
@@ -59,7 +61,7 @@ def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTyp
 
 def _only_low(node: fx.Node, types: NodeTypes) -> bool:
     is_float = [value.dtype == torch.float32 for _, value in tensor_values(node)]
-    return is_float == [True] and bool(node.users) and all(user in types.low for user in node.users)
+    return is_float == [True] and all(user in types.low for user in node.users)
 
 
 def _written_state(program: ExportedProgram, targets: dict[str, str], mutated: set[str]) -> dict[str, torch.Tensor]:

@@ -107,6 +107,13 @@ def test_reading_writes_nothing() -> None:
     assert mutated_inputs(exported(lambda x: x.t().reshape(9).unsqueeze(0) * 2, noise(3, 3))) == set()
 
 
+def test_dropping_gradient_history_writes_nothing() -> None:
+    """`detach_` is in place by its name and schema, and changes no value."""
+    program = exported(lambda x: x.detach_() * 2, noise(3, 3))
+    assert any(node.target == torch.ops.aten.detach_.default for node in program.graph.nodes)
+    assert mutated_inputs(program) == set()
+
+
 class Writer(nn.Module):
     """Writes to a buffer, to a slice of another, to one input; reads the other two."""
 

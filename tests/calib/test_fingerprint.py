@@ -207,6 +207,25 @@ def test_symbolic_sizes_are_told_from_fixed_ones() -> None:
     assert difference(block(), fixed) == "node x has another op, edge, argument, dtype or shape"
 
 
+def zeros_beside(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.zeros(3, dtype=torch.float64, device=x.device)
+
+
+def test_device_is_no_part_of_the_fingerprint() -> None:
+    """A program on another device, its factory ops too, is the same program."""
+    assert difference(exported(zeros_beside, noise(3)), exported(zeros_beside, noise(3).to("meta"))) is None
+
+
+def test_order_of_keywords_is_no_part_of_the_fingerprint() -> None:
+    """The same keyword arguments written in another order, as loading may write them, are the same."""
+    program = exported(zeros_beside, noise(3))
+    digests = node_digests(program)
+    longest = max(program.graph.nodes, key=lambda node: len(node.kwargs))
+    longest.kwargs = dict(reversed(longest.kwargs.items()))
+    assert len(longest.kwargs) > 1
+    assert node_digests(program) == digests
+
+
 def test_first_difference_reads_digests_in_order() -> None:
     """The first node of ours that differs is named, then one of theirs that we lack; order counts too."""
     digests = {"a": "1", "b": "2"}

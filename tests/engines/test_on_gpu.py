@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim
 
 import engines
-from calib import BatchError, calibrate
+from calib import BatchError, BuildError, calibrate
 from engines import Engine, verify
 
 pytestmark = pytest.mark.gpu
@@ -106,3 +106,58 @@ def test_calibration_does_not_wait_for_the_gpu_within_a_batch(program, batches):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert int(observer.total.batches.sum()) > 0
+
+
+class Regions(nn.Module):
+    """A convolution, then a linear inside `torch.autocast(fp32)`, as in Torch-TensorRT's proposal."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).mean((2, 3))
+        with torch.autocast("cuda", dtype=torch.float32):
+            return self.head(x)
+
+
+def test_a_network_with_an_autocast_region_builds_and_runs(batches):
+    torch.manual_seed(0)
+    model = Regions().eval().cuda()
+    engine = engines.compile(
+        model, (batches[0].cuda(),), calibration_dataloader=batches[:1], backend="tensorrt", progress=False
+    )
+    assert "conv2d" in engine.plan.low_precision_nodes
+    x = batches[0].cuda()
+    torch.testing.assert_close(engine(x), model(x), rtol=1e-2, atol=1e-2)
+    assert engine(x).dtype == torch.float32
+
+
+def test_whole_bf16_and_other_settings_reach_torch_tensorrt(batches):
+    torch.manual_seed(0)
+    model = Small().eval().cuda()
+    arguments = {"calibration_dataloader": batches[:1], "backend": "tensorrt", "progress": False}
+    engine = engines.compile(
+        model, (batches[0].cuda(),), low_precision_type=torch.bfloat16, optimization_level=1, **arguments
+    )
+    verify(engine, torch.export.export(model, (batches[0].cuda(),)), [batches[0] * 0.9], progress=False).require(
+        min_sqnr_db=25.0
+    )
+    with pytest.raises(BuildError, match="has no setting 'optimisation_level'; near names: optimization_level"):
+        engines.compile(model, (batches[0].cuda(),), optimisation_level=1, **arguments)
+
+
+def test_weak_typing_is_refused_where_tensorrt_has_it_no_more():
+    from engines.torch_tensorrt_adapter import installed_flavour
+
+    if installed_flavour()[0] != "torch-tensorrt-rtx":
+        pytest.skip("the standard flavour may still have weak typing")
+    model = Small().eval().cuda()
+    with pytest.raises(BuildError, match=r"weak typing.*is not in torch-tensorrt-rtx"):
+        engines.compile(
+            model,
+            (torch.randn(2, 3, 8, 8).cuda(),),
+            use_explicit_typing=False,
+            enable_autocast=False,
+            backend="tensorrt",
+        )
