@@ -182,8 +182,9 @@ def _warn_nonfinite(run: _Run, table: RangeTable) -> None:
         seen = ", ".join(f"{first[name]} {name}" for name in ("nan", "posinf", "neginf") if first[name])
         place = f"{first['node']} ({first['module'] or 'root'}, {first['source'] or 'no source'})"
         warnings.warn(
-            f"NaN or Inf in fp32 itself: first in batch {first['nonfinite_batch']} at node {place}, with {seen} over all "
-            f"batches; {bad.height} tensors have some. They stay in fp32. If only some batches do this, pass on_nonfinite='skip'.",
+            f"NaN or Inf in fp32 itself: first in batch {first['nonfinite_batch']} at node {place}: {seen} over all "
+            f"batches; {bad.height} tensors in all. They stay in fp32. If only some batches do this, pass "
+            "on_nonfinite='skip'.",
             stacklevel=3,
         )
 

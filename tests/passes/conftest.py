@@ -23,7 +23,16 @@ from torch.utils import _pytree as pytree
 from calib.aliasing import storage_roots, written_arguments
 from calib.execution import ProgramRunner
 from calib.fingerprint import fingerprint, node_digests, weights_hash
-from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, op_name, size_hint, state_tensor, tensor_values
+from calib.graph import (
+    REGION_CHILD,
+    base_op,
+    dtype_name,
+    is_measurable,
+    op_name,
+    size_hint,
+    state_tensor,
+    tensor_values,
+)
 from passes import PrecisionPlan, classify, insert_casts
 from passes.node_types import NodeTypes, dtype_position, needs_dtype, states_type
 from passes.plan import HIGH, KEPT, LOW
@@ -60,15 +69,18 @@ def plan_of() -> Callable[..., PrecisionPlan]:
     """plan_of(program, low, low_type): the plan in which just the nodes in `low` are low, whatever any rule says.
 
     low: node names, or a function of the position among the nodes that can be decided, so that plans can be drawn.
+    legal: but for legality, which custom and fft operators do not meet.
     """
 
     def plan_of(
         program: ExportedProgram,
         low: Collection[str] | Callable[[int], bool],
         low_type: torch.dtype = torch.float16,
+        legal: bool = False,
     ) -> PrecisionPlan:
         plan = classify(program, None, low_precision_type=low_type)
-        decided = [d.node for d in plan.decisions if d.precision != KEPT]
+        fixed = {KEPT} if not legal else {KEPT, "legality"}
+        decided = [d.node for d in plan.decisions if not {d.precision, d.rule} & fixed]
         chosen = {name for i, name in enumerate(decided) if low(i)} if callable(low) else set(low)
         assert chosen <= set(decided), f"{chosen - set(decided)} cannot be planned; there are {decided}"
         by_hand = {n: (LOW, None) if n in chosen else (HIGH, "by_hand") for n in decided}

@@ -27,7 +27,9 @@ def after(
 ) -> Callable[..., list[str]]:
     """after(function, low, *inputs): the picture of its program with just `low` low, having run it."""
 
-    def after(model: Any, low: set[str], *inputs: Any, low_type: torch.dtype = torch.float16, **options: Any) -> list[str]:
+    def after(
+        model: Any, low: set[str], *inputs: Any, low_type: torch.dtype = torch.float16, **options: Any
+    ) -> list[str]:
         inputs = inputs or (X,)
         program = export(model, *inputs)
         mixed = insert_casts(program, plan_of(program, low, low_type), **options)
@@ -580,7 +582,12 @@ def test_an_operator_that_refuses_stays_as_exported(
     assert "node strict" in caplog.text
     assert "cannot run in torch.float16 and stays in its exported type" in caplog.text
     computed = [line for line in picture(mixed) if "cast" not in line]
-    assert computed == ["tanh: tanh f16", "strict: picture_tests.strict.default f32", "sin: sin f16", "output: sin_as_float32"]
+    assert computed == [
+        "tanh: tanh f16",
+        "strict: picture_tests.strict.default f32",
+        "sin: sin f16",
+        "output: sin_as_float32",
+    ]
     torch.testing.assert_close(run(mixed, X)[0], run(program, X)[0], rtol=1e-2, atol=1e-2)
 
 
@@ -604,5 +611,5 @@ def test_programs_without_metadata_are_refused(export: Any, plan_of: Any) -> Non
     object.__setattr__(bare, "check", lambda _: None)
     for node in program.graph.nodes:
         node.meta.pop("val", None)
-    with pytest.raises(PlanError, match="carry no fake tensors; export it with torch.export.export"):
+    with pytest.raises(PlanError, match=r"carry no fake tensors; export it with torch\.export\.export"):
         insert_casts(program, bare)

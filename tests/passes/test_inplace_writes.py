@@ -108,9 +108,7 @@ class TestVisibleWrites:
         ]
 
     @pytest.mark.parametrize("coins", range(16))
-    def test_numbers_are_right_under_every_plan(
-        self, after: Callable[..., list[str]], coins: int
-    ) -> None:
+    def test_numbers_are_right_under_every_plan(self, after: Callable[..., list[str]], coins: int) -> None:
         """y = linear(x); a = 2 y; y += 1; b = 3 y: whatever is low, a is of the old y and b of the new one."""
         torch.manual_seed(0)
         linear = nn.Linear(4, 4)

@@ -83,9 +83,7 @@ def test_unknown_nodes_are_named_with_near_ones(plan: PrecisionPlan) -> None:
 def test_str_is_a_compact_table(plan: PrecisionPlan) -> None:
     """Counts by precision and rule, the shares of nodes and of work, and the notes."""
     lines = str(plan).splitlines()
-    assert lines[0] == (
-        "PrecisionPlan: 1 float16, 3 high, 2 kept; 25.0% of nodes and 0.0% of work in low precision"
-    )
+    assert lines[0] == ("PrecisionPlan: 1 float16, 3 high, 2 kept; 25.0% of nodes and 0.0% of work in low precision")
     assert lines[1].split() == ["precision", "rule", "nodes"]
     assert [line.split() for line in lines[2:6]] == [
         ["low", "1"],
@@ -203,7 +201,9 @@ class TestFitting:
         with pytest.raises(MismatchError, match="this plan is for another program: node"):
             insert_casts(other, plan)
 
-    def test_a_plan_fits_the_program_saved_and_loaded(self, program: ExportedProgram, plan: PrecisionPlan, tmp_path: Path) -> None:
+    def test_a_plan_fits_the_program_saved_and_loaded(
+        self, program: ExportedProgram, plan: PrecisionPlan, tmp_path: Path
+    ) -> None:
         """Saving and loading the program changes nothing that a plan knows it by."""
         torch.export.save(program, tmp_path / "program.pt2")
         loaded = torch.export.load(tmp_path / "program.pt2")

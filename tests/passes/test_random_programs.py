@@ -342,7 +342,7 @@ def drawn(plan_of: Callable[..., Any], case_of: Callable[..., Any]) -> Callable[
 
 
 @seed(0)
-@settings(RELAXED, max_examples=40)
+@settings(RELAXED, max_examples=80)
 @given(recipe=RECIPE, coins=COINS, low_type=LOW_TYPE)
 def test_random_programs_under_random_plans(
     drawn: Callable[..., Any], law: Callable[[Any], None], recipe: Recipe, coins: int, low_type: torch.dtype

@@ -1,4 +1,4 @@
-"""How many terms an operator sums into one element, against numbers worked out by hand, and what its inside may reach."""
+"""How many terms an operator sums into one element, against numbers worked out by hand, and what it may hide."""
 
 from __future__ import annotations
 

@@ -431,7 +431,15 @@ class TestLegality:
 class TestUserLists:
     @pytest.mark.parametrize(
         ("pattern", "met"),
-        [("n$", True), ("^n", True), ("nn", False), ("encoder", True), (r"encoder\.\d", True), (r"\d", False), ("ead", False)],
+        [
+            ("n$", True),
+            ("^n", True),
+            ("nn", False),
+            ("encoder", True),
+            (r"encoder\.\d", True),
+            (r"\d", False),
+            ("ead", False),
+        ],
     )
     def test_patterns_match_name_or_module_from_the_start(self, pattern: str, met: bool) -> None:
         """As `re.match`, on the node name and on the dotted module path."""
