@@ -191,12 +191,18 @@ class Storage:
         for tensor in _measured(facts.judged):
             decibels = None if tensor.is_weight else storage_sqnr(tensor, facts.low_type)
             if decibels is not None and not decibels >= self.limit:
-                reason = (
-                    f"{_role(facts, tensor)} would keep {decibels:.3g} dB of signal over rounding in {_short(facts)}, "
-                    f"below {self.limit:g} dB (mean {tensor.mean:.4g}, rms {tensor.rms:.4g})"
-                )
-                return Verdict("storage", reason, decibels, self.limit)
+                return Verdict("storage", self._reason(facts, tensor, decibels), decibels, self.limit)
         return None
+
+    def _reason(self, facts: NodeFacts, tensor: TensorFacts, decibels: float) -> str:
+        what, low = _role(facts, tensor), _short(facts)
+        most = torch.finfo(facts.low_type).max
+        if tensor.absmax is not None and tensor.absmax > most:
+            return f"{what} reached {tensor.absmax:.4g}, which becomes inf in {low} (it holds {most:g})"
+        return (
+            f"{what} would keep {decibels:.3g} dB of signal over rounding in {low}, below {self.limit:g} dB "
+            f"(mean {tensor.mean:.4g}, rms {tensor.rms:.4g})"
+        )
 
 
 @dataclass(frozen=True)
