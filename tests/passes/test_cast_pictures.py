@@ -211,15 +211,13 @@ class TestStatedTypes:
         by_name = {node.name: node for node in mixed.graph.nodes}
         assert by_name["sin"].args == (by_name["tanh"],)
 
-    def test_a_pair_that_rounds_stays(self, export: Any, plan_of: Any, run: Any) -> None:
+    def test_a_pair_that_rounds_stays(self, export: Any, plan_of: Any) -> None:
         """
         before: x - to(float16) - to(float32) - sin
         after:  the same: fp32 -> fp16 -> fp32 is the user's own rounding
         """
         program = export(lambda x: x.half().float().sin() + x.tanh(), X)
         mixed = insert_casts(program, plan_of(program, {"tanh"}, torch.bfloat16))
-        rounded = run(mixed, X + 1e-4)[0] - run(mixed, X + 1e-4)[0]
-        assert rounded.abs().max() == 0
         sin = next(node for node in mixed.graph.nodes if node.name == "sin")
         assert str(sin.args[0]) == "to_1"
 
@@ -328,9 +326,9 @@ class TestDtypeArguments:
         before: factory - add
         after:  factory(dtype=float16) - add(low): no cast between them
         """
-        lines = after(lambda x: x + factory(), set()) and after_low(after, factory)
-        assert [line.split()[-1] for line in lines[:3]] == ["f16", "args_0", "f16"]
-        assert lines[-1] == "output: add_as_float32"
+        name = after(lambda x: x + factory(), set())[0].split(":")[0]
+        lines = after(lambda x: x + factory(), {name, "add"})
+        assert [line.split()[-1] for line in lines] == ["f16", "args_0", "f16", "add", "add_as_float32"]
 
     def test_a_high_factory_stays(self, after: Callable[..., list[str]]) -> None:
         """
@@ -363,12 +361,6 @@ class TestDtypeArguments:
         """
         lines = after(lambda x, i: x * (i / 2), {"div", "mul"}, X, torch.arange(4))
         assert {"div: div f32", "div_as_float16: cast f16 <- div", "mul: mul f16"} <= set(lines)
-
-
-def after_low(after: Callable[..., list[str]], factory: Callable[[], Any]) -> list[str]:
-    """`x + factory()` with both nodes low, whatever export calls the factory's node."""
-    line = after(lambda x: x + factory(), set())[0]
-    return after(lambda x: x + factory(), {line.split(":")[0], "add"})
 
 
 class TestMultipleOutputs:
