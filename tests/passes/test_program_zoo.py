@@ -238,8 +238,8 @@ SMOOTH: dict[str, tuple[Any, ...]] = {
     "parameter given out": (With(lambda m, x: (x * m.p, m.p, m.p[:2]), p=nn.Parameter(torch.ones(8))),),
     "half layer": (With(lambda m, x: m.a(x.half()).float() + x, a=seeded(lambda: nn.Linear(8, 8).half())),),
     "double layer": (With(lambda m, x: m.a(x.double()).float() + x, a=seeded(lambda: nn.Linear(8, 8).double())),),
-    # Of bidirectional ones torch 2.11 itself records shapes that are not those of the kernel.
-    "lstm": (seeded(lambda: nn.LSTM(8, 6, 2, batch_first=True)),),
+    # A batch of one: of larger ones torch 2.11 itself records hidden states of another shape than the kernel's.
+    "lstm": (With(lambda m, x: m.a(x[:1]), a=seeded(lambda: nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True))),),
     "gru": (seeded(lambda: nn.GRU(8, 6)),),
     "lstm cell": (With(lambda m, x: m.cell(x[0]), cell=seeded(lambda: nn.LSTMCell(8, 6))),),
     "encoder layer": (seeded(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)),),
