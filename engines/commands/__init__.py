@@ -1,0 +1,1 @@
+"""The commands of `calibcast`, each a thin layer over the Python calls."""

@@ -1,0 +1,186 @@
+"""The stages as commands: calibrate, plan, build, verify. And the demo of them all."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from calib.errors import BatchError, CalibcastError
+from engines.commands.options import Data, MaxBatches, Model, Transform, check_folder, inputs, note
+
+
+def calibrate(  # noqa: PLR0913 - a command line has options
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the range table to write, Parquet")],
+    transform: Transform = None,
+    max_batches: MaxBatches = None,
+    device: Annotated[
+        str | None, typer.Option(help="where to run: cpu, cuda, cuda:1; default: where the model is")
+    ] = None,
+    no_histogram: Annotated[bool, typer.Option("--no-histogram", help="ranges only: faster")] = False,
+    on_nonfinite: Annotated[str, typer.Option(help="NaN or Inf in a batch: warn, skip or stop")] = "warn",
+) -> None:
+    """Run data through MODEL and write the range of every tensor.
+
+    Example: calibcast calibrate net.pt2 --data loaders.py:calibration -o ranges.parquet
+    """
+    from calib.calibration import calibrate as run
+
+    program, batches, function = inputs(model, data, transform)
+    check_folder(output)
+    try:
+        ranges = run(
+            program, batches, transform=function, max_batches=max_batches, histogram=not no_histogram,
+            device=device, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
+    except BatchError as error:
+        if error.ranges is not None:
+            partial = output.with_suffix(f".partial{output.suffix}")
+            error.ranges.save(partial)
+            note(f"what was measured before is in {partial}: {error.ranges}")
+        raise
+    ranges.save(output)
+    typer.echo(f"{ranges}\nwrote {output}")
+
+
+def plan(  # noqa: PLR0913
+    model: Model,
+    ranges: Annotated[Path | None, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the plan to write, JSON")] = None,
+    low_precision_type: Annotated[str, typer.Option(help="fp16 or bf16")] = "fp16",
+    data_max: Annotated[float, typer.Option(help="largest magnitude of inputs and activations; inf: no limit")] = 512.0,
+    init_max: Annotated[
+        float | None, typer.Option(help="largest magnitude of weights; default: the type's largest")
+    ] = None,
+    max_depth_of_reduction: Annotated[int | None, typer.Option(help="most terms summed into one element")] = None,
+    nodes_to_exclude: Annotated[
+        list[str] | None, typer.Option(help="regex on node name or module path; repeatable")
+    ] = None,
+    targets_to_exclude: Annotated[
+        list[str] | None,
+        typer.Option("--targets-to-exclude", "--op-types-to-exclude", help="such as aten.add.Tensor; repeatable"),
+    ] = None,
+    nodes_to_include: Annotated[list[str] | None, typer.Option(help="low whatever the rules say; repeatable")] = None,
+    targets_to_include: Annotated[list[str] | None, typer.Option(help="low whatever the rules say; repeatable")] = None,
+    range_quantile: Annotated[float, typer.Option(help="judge data_max by this share of the magnitudes")] = 1.0,
+) -> None:
+    """Decide the type of every node of MODEL from its ranges, and say why.
+
+    Without ranges only the rules that need none apply. Example: calibcast plan net.pt2 ranges.parquet -o plan.json
+    """
+    from calib.ranges import RangeTable
+    from engines.locations import load_model
+    from passes.classification import classify
+
+    if output is not None:
+        check_folder(output)
+    decided = classify(
+        load_model(model),
+        None if ranges is None else RangeTable.load(ranges),
+        low_precision_type=low_precision_type,
+        data_max=data_max,
+        init_max=init_max,
+        max_depth_of_reduction=max_depth_of_reduction,
+        nodes_to_exclude=nodes_to_exclude or (),
+        targets_to_exclude=targets_to_exclude or (),
+        nodes_to_include=nodes_to_include or (),
+        targets_to_include=targets_to_include or (),
+        range_quantile=range_quantile,
+    )
+    typer.echo(str(decided))
+    for name in decided.high_precision_nodes:
+        typer.echo(f"  {decided.explain(name)}")
+    if output is not None:
+        decided.save(output)
+        typer.echo(f"wrote {output}")
+
+
+def build(
+    model: Model,
+    plan_file: Annotated[Path, typer.Argument(metavar="P.json", help="a plan from calibcast plan")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the engine's folder")],
+    ranges: Annotated[
+        Path | None, typer.Option(help="kept with the engine, and gives the sizes of dynamic inputs")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, tensorrt or eager")] = "auto",
+) -> None:
+    """Insert the casts of a plan into MODEL and build an engine.
+
+    Example: calibcast build net.pt2 plan.json --ranges ranges.parquet -o engine
+    """
+    from calib.ranges import RangeTable
+    from engines.building import build as run
+    from engines.locations import load_model
+    from passes.cast_insertion import insert_casts
+    from passes.plan import PrecisionPlan
+
+    program, decided = load_model(model), PrecisionPlan.load(plan_file)
+    table = None if ranges is None else RangeTable.load(ranges)
+    if table is not None:
+        table.check(program)
+    engine = run(insert_casts(program, decided), decided, table, backend=backend)
+    engine.save(output)
+    typer.echo(f"{decided}\nbackend {engine.backend} ({engine.why})\nwrote {output}")
+
+
+def verify(  # noqa: PLR0913
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="an engine's folder")],
+    model: Model,
+    data: Data,
+    transform: Transform = None,
+    max_batches: MaxBatches = None,
+    min_sqnr_db: Annotated[float | None, typer.Option(help="gate: least SQNR of each output, dB")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the report to write, JSON")] = None,
+) -> None:
+    """Compare an engine with the fp32 MODEL on data that calibration did not see. Exit code 3 when the gate says no.
+
+    Example: calibcast verify engine net.pt2 --data loaders.py:held_out --min-sqnr-db 40
+    """
+    from engines.engine import Engine
+    from engines.verification import verify as run
+
+    program, batches, function = inputs(model, data, transform)
+    if output is not None:
+        check_folder(output)
+    report = run(Engine.load(folder), program, batches, transform=function, max_batches=max_batches)
+    typer.echo(str(report))
+    if output is not None:
+        _write_report(output, report)
+        typer.echo(f"wrote {output}")
+    if min_sqnr_db is not None:
+        report.require(min_sqnr_db=min_sqnr_db)
+    elif not report.passed:
+        raise CalibcastError("the engine fails: it is NaN or Inf where the fp32 model is finite")
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the artifacts")] = Path("calibcast-demo"),
+) -> None:
+    """The whole path on real handwritten digits, with a network that fp16 cannot run. Under a minute, no GPU needed."""
+    from engines.demo import run_demo
+
+    run_demo(output, typer.echo)
+
+
+def _write_report(path: Path, report: Any) -> None:
+    from calib.artifacts import save_json
+
+    # JSON has no inf and NaN; as text they survive every reader.
+    rows = [
+        {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        for row in report.frame.to_dicts()
+    ]
+    content = {
+        "passed": report.passed,
+        "batches": report.batches,
+        "problems": list(report.problems),
+        "reference_problem": report.reference_problem,
+        "metrics": dict(report.metrics),
+        "outputs": json.loads(json.dumps(rows)),
+    }
+    save_json(path, "verification", content)
