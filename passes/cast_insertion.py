@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import ExitStack
 from operator import getitem
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from calib.aliasing import shared_arguments, written_arguments
-from calib.errors import PlanError
+from calib.errors import PlanError, first_line
 from calib.graph import REGION_CHILD, base_op, is_measurable, size_hint, where
+from passes.derivation import REFUSALS, derived
 from passes.node_types import NodeTypes, dtype_position, needs_dtype
 from passes.plan import PrecisionPlan
 from passes.regions import flatten, qualified_name
@@ -46,14 +46,23 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     plan.check(program)
     # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
-    types = NodeTypes.of(source, plan)
-    weights = low_weights(program, source, types)
-    graph = _Emission(program, source, types, weights, keep_io_types).run()
-    return _assemble(program, source, graph, weights)
+    refused: frozenset[fx.Node] = frozenset()
+    while True:
+        types = NodeTypes.of(source, plan, refused)
+        weights = low_weights(program, source, types)
+        emission = _Emission(program, source, types, weights, keep_io_types)
+        graph = emission.run()
+        if not emission.refused:
+            return _assemble(program, source, graph, weights)
+        # Anew, as what these nodes read, and what shares storage with them, is then typed otherwise, too.
+        refused |= emission.refused
 
 
 class _Emission:
-    """One walk over the source graph. `self._made` maps its nodes to their copies."""
+    """One walk over the source graph. `self._made` maps its nodes to their copies.
+
+    refused: nodes of the source that cannot run in the low type; where there are any, the result is of no use.
+    """
 
     def __init__(
         self,
@@ -74,6 +83,7 @@ class _Emission:
         if fake_mode is None:
             raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
         self._fake_mode = fake_mode
+        self.refused: set[fx.Node] = set()
 
     def run(self) -> fx.Graph:
         for node in self._source.graph.nodes:
@@ -97,8 +107,8 @@ class _Emission:
         made = self._cast_and_copy(node, wanted)
         if wanted == self._types.low_type:
             self._lower_dtype_argument(node, made)
-        if not self._derive(node, made):
-            self._fall_back(node, made)
+        if not self._derive(node, made) and wanted == self._types.low_type:
+            self.refused.add(node)
         self._note_aliases(node, made)
 
     def _cast_and_copy(self, node: fx.Node, wanted: torch.dtype | str) -> fx.Node:
@@ -179,46 +189,16 @@ class _Emission:
             return True
         if not isinstance(node.target, torch._ops.OpOverload):
             return True  # a region or another higher-order op: its operands have their exported types
-        found = self._run_fake(node, made)
-        if found is None:
+        try:
+            found = derived(node, made, self._fake_mode)
+        except REFUSALS as error:
+            _log.warning(
+                "%s cannot run in %s and stays in its exported type: %s",
+                where(node, qualified_name(node)), self._types.low_type, first_line(error),
+            )  # fmt: skip
             return False
         self._set_value(made, found)
         return True
-
-    def _run_fake(self, node: fx.Node, made: fx.Node) -> Any:
-        writes = node.target._schema.is_mutable  # type: ignore[union-attr]
-
-        def value(n: fx.Node) -> Any:
-            fake = n.meta["val"]
-            # An in-place op would change the shape or version of a fake tensor that other nodes share.
-            return pytree.tree_map_only(torch.Tensor, torch.clone, fake) if writes else fake
-
-        shape_env = self._fake_mode.shape_env
-        try:
-            with self._fake_mode, torch.no_grad(), _quiet(shape_env):
-                args, kwargs = fx.map_arg((made.args, made.kwargs), value)
-                result = node.target(*args, **kwargs)  # type: ignore[operator]
-                # Sizes are those of the export: a type changes none, and symbols of data-dependent sizes stay.
-                return pytree.tree_map(_retyped, node.meta["val"], result)
-        except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
-            _log.warning(
-                "%s cannot run in %s and stays in its exported type: %s",
-                where(node, qualified_name(node)), self._types.low_type, error,
-            )  # fmt: skip
-            return None
-
-    def _fall_back(self, node: fx.Node, made: fx.Node) -> None:
-        """Give a node that refused the planned type its exported types."""
-
-        def argument(n: fx.Node) -> fx.Node:
-            if not _is_float(n):
-                return self._made[n]
-            with self._graph.inserting_before(made):
-                return self._cast(self._made[n], n.meta["val"].dtype)
-
-        made.args = fx.map_arg(node.args, argument)
-        made.kwargs = fx.map_arg(node.kwargs, argument)
-        made.meta = copy.copy(node.meta)
 
     def _note_aliases(self, node: fx.Node, made: fx.Node) -> None:
         """Track shared storage, and forget the casts of what `node` has written into: a cast is of one version."""
@@ -304,19 +284,6 @@ def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignatu
     ]
     inputs = [InputSpec(spec.kind, spec.arg, spec.target, spec.persistent) for spec in old.input_specs]
     return ExportGraphSignature(input_specs=inputs, output_specs=specs)
-
-
-def _retyped(old: Any, new: Any) -> Any:
-    return old.to(new.dtype) if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) else old
-
-
-def _quiet(shape_env: Any) -> Any:
-    """No new guards and no new symbols for the user's program."""
-    stack = ExitStack()
-    if shape_env is not None:
-        stack.enter_context(shape_env.suppress_guards())
-        stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
-    return stack
 
 
 def _is_float(node: fx.Node) -> bool:

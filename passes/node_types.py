@@ -31,11 +31,17 @@ class NodeTypes:
     never_written: bool
 
     @classmethod
-    def of(cls, graph_module: fx.GraphModule, plan: PrecisionPlan) -> NodeTypes:
-        """Settle `plan` on a graph: all nodes that share written storage are low only if all are planned so."""
+    def of(
+        cls, graph_module: fx.GraphModule, plan: PrecisionPlan, refused: frozenset[fx.Node] = frozenset()
+    ) -> NodeTypes:
+        """Settle `plan` on a graph: all nodes that share written storage are low only if all are planned so.
+
+        refused: nodes that cannot run in the low type, whatever the plan says.
+        """
         planned = set(plan.low_precision_nodes)
         nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
-        low = {node for node in nodes if qualified_name(node) in planned and _can_be_low(node, plan.low_precision_type)}
+        possible = [node for node in nodes if node not in refused and _can_be_low(node, plan.low_precision_type)]
+        low = {node for node in possible if qualified_name(node) in planned}
         for tie in ties_of(graph_module):
             typed = {n for n in tie.nodes if n.op == "call_function" and n.target is not getitem}
             if tie.pinned is not None or not typed <= low:
