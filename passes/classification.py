@@ -25,6 +25,7 @@ from passes.facts import (
     NodeFacts,
     evidence_of,
     magnified_nodes,
+    offset_free_nodes,
 )
 from passes.plan import HIGH, KEPT, LOW, Decision, PrecisionPlan
 from passes.regions import Candidate, candidates, kept_reason
@@ -162,6 +163,7 @@ def _reader(
         low_type,
         HiddenEvidence.of(ranges),
         magnified_nodes(names, evidence, low_type),
+        offset_free_nodes(names),
     )
 
 

@@ -156,6 +156,8 @@ class LiteralRange:
     def __call__(self, facts: NodeFacts) -> Verdict | None:
         limit = torch.finfo(facts.low_type).max
         for literal in facts.literals:
+            if literal.name == "min" and _never_reached(facts, literal.value):
+                continue
             if not holds(literal.value, facts.low_type):
                 stored = float(torch.tensor(literal.value, dtype=torch.float64).to(facts.low_type))
                 reason = f"its literal {literal.name}={literal.value:g} becomes {stored:g} in {_short(facts)}"
@@ -212,7 +214,8 @@ class Interior:
 class Storage:
     """Storing a tensor in the low type leaves less than `limit` dB between its variation and the rounding.
 
-    Catches offsets (400.05 and 400.10 become equal). A tensor that is faint as a whole, its peak below four times the
+    Catches offsets (400.05 and 400.10 become equal), where a reader may take the offset away; a gate of 0.5 that is
+    only multiplied is held to its magnitude instead. A tensor that is faint as a whole, its peak below four times the
     smallest normal value, must keep `faint` dB, as the rounding of subnormal values is not relative to them; and what
     a division or a logarithm blows up must be normal. Weights and constant tensors are exempt.
     """
@@ -266,8 +269,8 @@ class Follows:
 def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     """Predicted signal to quantisation noise ratio, dB, of storing `tensor` in `low_type`; None where it is constant.
 
-    -inf where a value would overflow.
-    Signal: the variance, rms^2 - mean^2. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
+    -inf where a value would overflow. Signal: the variance, rms^2 - mean^2, or rms^2 where no reader takes the mean
+    away. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
     from each bin of the histogram, or without one bounded from rms.
     """
     if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.min == tensor.max:
@@ -275,14 +278,14 @@ def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     info = torch.finfo(low_type)
     if tensor.absmax > info.max:
         return -math.inf  # becomes inf
-    variance = tensor.rms**2 - tensor.mean**2
+    signal = tensor.rms**2 - (tensor.mean**2 if tensor.offset_counts else 0.0)
     if tensor.histogram is None:
         noise = (tensor.rms * info.eps) ** 2 / 12 + (info.smallest_normal * info.eps) ** 2 / 12
     else:
         noise = _noise(tensor.histogram, info)
     if noise == 0.0:
         return None
-    return 10 * math.log10(variance / noise) if variance > 0 else -math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
 def _noise(histogram: tuple[int, ...], info: torch.finfo) -> float:
@@ -318,6 +321,12 @@ def _above(
     return Verdict(
         rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
     )
+
+
+def _never_reached(facts: NodeFacts, bound: float) -> bool:
+    """Whether a small positive lower bound, such as the 1e-12 of a normalisation, is below all that was measured."""
+    lows = [t.min for t in facts.inputs]
+    return 0 < bound < 1 and bool(lows) and all(low is not None and low > 100 * bound for low in lows)
 
 
 def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
