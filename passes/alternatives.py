@@ -15,7 +15,7 @@ from calib.errors import PlanError
 from calib.graph import dtype_name
 from calib.ranges import RangeTable
 from passes.cast_count import CastCounter
-from passes.classification import Judge, check_limits, decide, judge_of, low_type_of, reader_of
+from passes.classification import Judge, check_limits, decide, judge_of, low_type_of, masked_nodes, reader_of
 from passes.facts import FactReader
 from passes.flips import Flips, flips_of, low_at
 from passes.plan import LOW, PrecisionPlan
@@ -100,7 +100,7 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
         base.check(program)
     settings = {name: value if isinstance(value, str) else _kept(value) for name, value in settings.items()}
     decider = _Decider(program, ranges, settings)
-    counter = CastCounter(program, keep_io_types)
+    counter = CastCounter(program, keep_io_types, masked_nodes(ranges))
     default = Setting(torch.float16, 512.0, 1.0)
     before = set(decider.low_nodes(default) if base is None else base.low_precision_nodes)
     losses = {low_type: LossTable(ranges.frame, low_type) for low_type in {setting.low_type for setting in asked}}

@@ -30,7 +30,7 @@ from passes.fake_runs import RefusedError, run_on_fakes
 from passes.node_types import can_be_low, settled, states_type, with_low_dtype
 from passes.regions import flatten, qualified_name
 from passes.ties import Tie, ties_of
-from passes.weights import WeightReaders
+from passes.weights import WeightReaders, masks_to_saturate
 
 Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for what is no tensor
 
@@ -82,7 +82,10 @@ class _Call:
 class CastCounter:
     """Counts for one program. Make it once, then ask `count` for each plan."""
 
-    def __init__(self, program: ExportedProgram, keep_io_types: bool = True) -> None:
+    def __init__(
+        self, program: ExportedProgram, keep_io_types: bool = True, masks: Collection[str] | None = None
+    ) -> None:
+        """`masks`: as `PrecisionPlan.masks`."""
         source = flatten(program.graph_module)
         nodes = list(source.graph.nodes)
         self.never_written = not any(written_arguments(node) for node in nodes)
@@ -91,7 +94,7 @@ class CastCounter:
         self.outputs = list(_outputs(program, nodes, keep_io_types))
         self.activation_bytes = sum(size for call in self.calls for size in call.bytes)
         self._ties: list[Tie] = ties_of(source)
-        self._readers = WeightReaders.of(program, source)
+        self._readers = WeightReaders.of(program, source, masks_to_saturate(program, source, masks))
         self._mode = detect_fake_mode([node.meta.get("val") for node in nodes])
         self.low_types = cache(self._low_types)
         self._able = cache(self._able_nodes)

@@ -16,7 +16,16 @@ from calib.errors import PlanError, known
 from calib.fingerprint import node_digests
 from calib.graph import dtype_name, input_kinds, module_path, op_name
 from calib.ranges import RangeTable
-from passes.facts import LOW_TYPES, WEIGHT_KINDS, Evidence, FactReader, NodeFacts, evidence_of
+from passes.facts import (
+    LOW_TYPES,
+    WEIGHT_KINDS,
+    Evidence,
+    FactReader,
+    HiddenEvidence,
+    NodeFacts,
+    evidence_of,
+    magnified_nodes,
+)
 from passes.flips import flips_of
 from passes.plan import HIGH, KEPT, LOW, Decision, PrecisionPlan
 from passes.regions import Candidate, candidates, kept_reason
@@ -27,6 +36,7 @@ from passes.rules import (
     Interior,
     Legality,
     LiteralRange,
+    Mask,
     MaxDepthOfReduction,
     NodesToExclude,
     Nonfinite,
@@ -70,6 +80,7 @@ def classify(  # noqa: PLR0913 - the public contract
     range_quantile: float = 1.0,
     rules: Iterable[Rule] = (),
     weights: str = "warn",
+    wide_accumulation: Iterable[str] = (),
 ) -> PrecisionPlan:
     """Decide for each node whether it runs in `low_precision_type` or stays in its exported type.
 
@@ -86,6 +97,8 @@ def classify(  # noqa: PLR0913 - the public contract
         targets_to_exclude, targets_to_include: operators, or their names (`aten.add.Tensor`, `aten.add`).
         range_quantile: judge `data_max` by the magnitude that this share of elements stays within.
         rules: more rules, each called with a `NodeFacts` and answering a `Verdict` or None.
+        wide_accumulation: operators (`layer_norm`, `mean`) that the backend accumulates in fp32 whatever their type, so
+            that `interior` has nothing to say of them.
         weights: what to do when the ranges were measured with other weights: "warn", "refuse" or "ignore".
 
     Raises:
@@ -100,6 +113,7 @@ def classify(  # noqa: PLR0913 - the public contract
         nodes, ranges, low_type, data_max=data_max, init_max=init_max, max_depth_of_reduction=max_depth_of_reduction,
         nodes_to_exclude=nodes_to_exclude, targets_to_exclude=targets_to_exclude, nodes_to_include=nodes_to_include,
         targets_to_include=targets_to_include, range_quantile=range_quantile, rules=rules,
+        wide_accumulation=wide_accumulation,
     )  # fmt: skip
     reader = reader_of(program, ranges, nodes, low_type)
     decisions = decide(nodes, reader, judge)
@@ -109,7 +123,9 @@ def classify(  # noqa: PLR0913 - the public contract
         for name, other in LOW_TYPES.items():
             facts = reader if other == low_type else reader_of(program, ranges, nodes, other, reader.evidence)
             flips[name] = flips_of(nodes, facts, judge.in_type(other))
-    return PrecisionPlan(tuple(decisions), low_type, node_digests(program), judge.settings, notes, flips)
+    return PrecisionPlan(
+        tuple(decisions), low_type, node_digests(program), judge.settings, notes, masked_nodes(ranges), flips
+    )
 
 
 def judge_of(  # noqa: PLR0913 - what `classify` is called with
@@ -126,6 +142,7 @@ def judge_of(  # noqa: PLR0913 - what `classify` is called with
     targets_to_include: Iterable[Target] = (),
     range_quantile: float = 1.0,
     rules: Iterable[Rule] = (),
+    wide_accumulation: Iterable[str] = (),
 ) -> Judge:
     """All rules with these settings, checked. Raises PlanError as `classify` does."""
     check_limits(data_max, init_max, max_depth_of_reduction, range_quantile, ranges)
@@ -141,9 +158,10 @@ def judge_of(  # noqa: PLR0913 - what `classify` is called with
         Nonfinite(),
         DataMax(float(data_max), range_quantile),
         InitMax(limit),
+        Mask(),
         LiteralRange(),
         *(() if max_depth_of_reduction is None else (MaxDepthOfReduction(max_depth_of_reduction),)),
-        Interior(),
+        Interior(frozenset(wide_accumulation)),
         Storage(),
         *rules,
         Follows(),
@@ -162,6 +180,13 @@ def judge_of(  # noqa: PLR0913 - what `classify` is called with
     return Judge(every, included, float(data_max), low_type, init_max, settings)
 
 
+def masked_nodes(ranges: RangeTable | None) -> tuple[str, ...] | None:
+    """The nodes in which calibration has seen mask values; None without ranges."""
+    if ranges is None:
+        return None
+    return tuple(ranges.frame.filter(pl.col("masked") > 0)["node"].unique(maintain_order=True))
+
+
 def reader_of(
     program: ExportedProgram,
     ranges: RangeTable | None,
@@ -170,8 +195,16 @@ def reader_of(
     evidence: Evidence | None = None,
 ) -> FactReader:
     """The facts of a program's nodes by these ranges. `evidence`: of the ranges, where it has been read before."""
-    found = evidence_of(ranges) if evidence is None else evidence
-    return FactReader(found, ranges is not None, input_kinds(program), _names(program, nodes), low_type)
+    names, found = _names(program, nodes), evidence_of(ranges) if evidence is None else evidence
+    return FactReader(
+        found,
+        ranges is not None,
+        input_kinds(program),
+        names,
+        low_type,
+        HiddenEvidence.of(ranges),
+        magnified_nodes(names, found, low_type),
+    )
 
 
 def low_type_of(value: torch.dtype | str) -> torch.dtype:

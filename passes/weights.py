@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch.export import ExportedProgram
 
 from calib.aliasing import mutated_inputs
 from calib.graph import input_targets, state_tensor, tensor_values
+from calib.masks import mask_nodes, mask_sources
 from passes.node_types import NodeTypes
+from passes.regions import qualified_name
 
 # Elements converted at a time when looking for values that the low type does not hold.
 _CHUNK = 1 << 22
@@ -34,7 +36,7 @@ class WeightReaders:
 
     targets: name in the state of each placeholder that holds a weight. readers: of each, in the flat graph; None where
     it must stay, as it is not fp32 or is written to. storage: of each, the address of its memory, by which tied
-    weights are known.
+    weights are known. masks: names of those that are saturated.
     """
 
     program: ExportedProgram = field(repr=False)
@@ -42,10 +44,11 @@ class WeightReaders:
     mutated: set[str]
     readers: dict[str, frozenset[fx.Node] | None]
     storage: dict[str, int]
+    masks: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, program: ExportedProgram, source: fx.GraphModule) -> WeightReaders:
-        """`source`: the program's flat graph."""
+    def of(cls, program: ExportedProgram, source: fx.GraphModule, masks: Collection[fx.Node] = ()) -> WeightReaders:
+        """`source`: the program's flat graph; `masks`: its nodes that hold mask values."""
         targets, mutated = input_targets(program), mutated_inputs(program)
         holders = {n.name: n for n in source.graph.nodes if n.op == "placeholder" and n.name in targets}
         readers = {
@@ -53,7 +56,7 @@ class WeightReaders:
             for name, node in holders.items()
         }
         storage = {name: _storage(program, targets[name]) for name in holders}
-        return cls(program, targets, mutated, readers, storage)
+        return cls(program, targets, mutated, readers, storage, frozenset(node.name for node in masks))
 
     def stored_low(self, low: frozenset[fx.Node], fits: Callable[[str], bool]) -> list[str]:
         """Names of the placeholders whose weights only nodes in `low` read, and which fit.
@@ -68,17 +71,27 @@ class WeightReaders:
         return [name for name in sorted(wanted) if self.storage[name] in read and fits(name)]
 
     def fits(self, name: str, low_type: torch.dtype) -> bool:
-        """Whether it is a tensor of which no finite value becomes inf in the low type."""
-        tensor = state_tensor(self.program, self.targets[name])
+        """Whether it is a tensor of which no finite value becomes inf in the low type, masks saturated."""
+        tensor = self.value(name, low_type)
         return tensor is not None and _fits(tensor, low_type)
 
+    def value(self, name: str, low_type: torch.dtype) -> torch.Tensor | None:
+        """What is to be converted: the weight, or the saturated mask; None where it is no tensor."""
+        tensor = state_tensor(self.program, self.targets[name])
+        if tensor is None or name not in self.masks:
+            return tensor
+        return tensor.detach().clamp(min=saturation(low_type))
 
-def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTypes) -> LowWeights:
+
+def low_weights(
+    program: ExportedProgram, source: fx.GraphModule, types: NodeTypes, masks: Collection[fx.Node] = ()
+) -> LowWeights:
     """Convert, one at a time, the fp32 weights that all readers take in the low type; share the others.
 
-    Buffers that a call writes into are copied, so that running the result leaves the caller's program alone.
+    Those in `masks` are saturated. Buffers that a call writes into are copied, so that running the result leaves the
+    caller's program alone.
     """
-    readers = WeightReaders.of(program, source)
+    readers = WeightReaders.of(program, source, masks)
     targets = readers.targets
     state, constants = dict(program.state_dict), dict(program.constants)
     converted: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -86,14 +99,32 @@ def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTyp
     for name in stored:
         tensor = state_tensor(program, targets[name])
         assert tensor is not None
-        key = _key(tensor)
+        key = (*_key(tensor), name in readers.masks)
         if key not in converted:  # tied weights stay tied
+            tensor = readers.value(name, types.low_type)
+            assert tensor is not None
             converted[key] = _converted(tensor, types.low_type)
         home = state if targets[name] in program.state_dict else constants
         home[targets[name]] = converted[key]
     for target, copied in _written_state(program, targets, readers.mutated).items():
         (state if target in program.state_dict else constants)[target] = copied
     return LowWeights(frozenset(stored), state, constants)
+
+
+def saturation(low_type: torch.dtype) -> float:
+    """What mask values below it become in the low type: half the least finite value.
+
+    exp(-32752) is 0 for any scores, and adding scores of thousands to it still gives a finite value.
+    """
+    return float(torch.finfo(low_type).min) / 2
+
+
+def masks_to_saturate(program: ExportedProgram, source: fx.GraphModule, seen: Collection[str] | None) -> set[fx.Node]:
+    """The nodes in which calibration has `seen` mask values; without ranges, those that a number in the graph masks."""
+    if seen is None:
+        return mask_nodes(source, set())
+    names = set(seen)
+    return {node for node in mask_nodes(source, mask_sources(program)) if qualified_name(node) in names}
 
 
 def _is_fp32(node: fx.Node) -> bool:
