@@ -1,5 +1,6 @@
 """Decide and rewrite: ranges to a precision plan to a graph with casts."""
 
+from passes.alternatives import what_if
 from passes.cast_insertion import insert_casts
 from passes.classification import classify
 from passes.facts import Hidden, Literal, NodeFacts, TensorFacts
@@ -17,4 +18,5 @@ __all__ = [
     "Verdict",
     "classify",
     "insert_casts",
+    "what_if",
 ]

@@ -8,9 +8,11 @@ keeps the node high; a limit of inf switches a rule off.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -282,21 +284,25 @@ def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     if tensor.histogram is None:
         noise = (tensor.rms * info.eps) ** 2 / 12 + (info.smallest_normal * info.eps) ** 2 / 12
     else:
-        noise = _noise(tensor.histogram, info)
+        noise = _noise(tensor.histogram, low_type)
     if noise == 0.0:
         return None
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def _noise(histogram: tuple[int, ...], info: torch.finfo) -> float:
-    total, finite = 0.0, sum(histogram[:255])
-    for exponent, count in enumerate(histogram[:255]):
-        if count and exponent:
-            low = 2.0 ** (exponent - 127)
-            step = max(low, info.smallest_normal) * info.eps
-            # A value far below the step is lost whole: its own square is all the noise that it makes.
-            total += count * min(step * step / 12, 4 * low * low)
-    return total / finite if finite else 0.0
+def _noise(histogram: tuple[int, ...], low_type: torch.dtype) -> float:
+    finite = sum(histogram[:255])
+    return sum(map(operator.mul, histogram, _noise_by_bin(low_type))) / finite if finite else 0.0
+
+
+@cache
+def _noise_by_bin(low_type: torch.dtype) -> tuple[float, ...]:
+    """The squared rounding error that an element of each bin makes; none of zeros, nor of what is not finite."""
+    info = torch.finfo(low_type)
+    lows = [2.0 ** (exponent - 127) for exponent in range(1, 255)]
+    steps = [max(low, info.smallest_normal) * info.eps for low in lows]
+    # A value far below the step is lost whole: its own square is all the noise that it makes.
+    return (0.0, *(min(step * step / 12, 4 * low * low) for low, step in zip(lows, steps, strict=True)), 0.0)
 
 
 def matched(patterns: tuple[str, ...], name: str, module: str) -> str | None:
