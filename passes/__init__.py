@@ -2,11 +2,13 @@
 
 from passes.cast_insertion import insert_casts
 from passes.classification import classify
+from passes.comparison import Comparison, compare
 from passes.facts import Hidden, Literal, NodeFacts, TensorFacts
 from passes.plan import Decision, PrecisionPlan
 from passes.rules import Rule, Verdict
 
 __all__ = [
+    "Comparison",
     "Decision",
     "Hidden",
     "Literal",
@@ -16,5 +18,6 @@ __all__ = [
     "TensorFacts",
     "Verdict",
     "classify",
+    "compare",
     "insert_casts",
 ]
