@@ -42,13 +42,22 @@ class TensorErrors:
         self._first = torch.full((rows,), -1, dtype=torch.int64, device=device)
         self._unlike = [0] * rows
 
-    def update(self, row: int, ours: torch.Tensor, theirs: torch.Tensor, batch: int) -> None:
-        """Take in one tensor of one batch, without waiting for the device."""
+    def update(
+        self, row: int, ours: torch.Tensor, theirs: torch.Tensor, batch: int, masked_at_most: float | None = None
+    ) -> None:
+        """Take in one tensor of one batch, without waiting for the device.
+
+        masked_at_most: of a mask, elements at or below it in both mean the same, however far apart; left out.
+        """
         if ours.shape != theirs.shape:
             self._unlike[row] += 1
             return
         for mine, other in _pieces(ours.detach(), theirs.detach()):
-            sums, peaks, counts = _compared(mine.to(torch.float64), other.to(torch.float64))
+            mine, other = mine.to(torch.float64), other.to(torch.float64)
+            if masked_at_most is not None:
+                meant = (mine > masked_at_most) | (other > masked_at_most) | mine.isnan() | other.isnan()
+                mine, other = torch.where(meant, mine, 0), torch.where(meant, other, 0)
+            sums, peaks, counts = _compared(mine, other)
             self._sums[row] += sums
             self._peaks[row] = torch.maximum(self._peaks[row], peaks)
             self._counts[row] += counts
