@@ -22,14 +22,16 @@ from torch.utils import _pytree as pytree
 
 from calib.aliasing import shared_arguments, written_arguments
 from calib.errors import PlanError
-from calib.graph import REGION_CHILD, base_op, is_measurable, size_hint, where
+from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint, where
+from calib.masks import mask_nodes, mask_sources
 from passes.node_types import NodeTypes, dtype_position, needs_dtype
 from passes.plan import PrecisionPlan
 from passes.regions import flatten, qualified_name
-from passes.weights import LowWeights, low_weights
+from passes.weights import LowWeights, low_weights, saturation
 
 _log = logging.getLogger("calibcast")
 CAST = torch.ops.aten._to_copy.default
+CLAMP = torch.ops.aten.clamp.default
 
 
 def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: bool = True) -> ExportedProgram:
@@ -47,9 +49,18 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
     types = NodeTypes.of(source, plan)
-    weights = low_weights(program, source, types)
-    graph = _Emission(program, source, types, weights, keep_io_types).run()
+    masks = _masks_to_saturate(program, source, plan)
+    weights = low_weights(program, source, types, masks)
+    graph = _Emission(program, source, types, weights, keep_io_types, masks).run()
     return _assemble(program, source, graph, weights)
+
+
+def _masks_to_saturate(program: ExportedProgram, source: fx.GraphModule, plan: PrecisionPlan) -> set[fx.Node]:
+    """The nodes in which calibration has seen mask values; without ranges, those that a number in the graph masks."""
+    if plan.masks is None:
+        return mask_nodes(source, set())
+    seen = set(plan.masks)
+    return {node for node in mask_nodes(source, mask_sources(program)) if qualified_name(node) in seen}
 
 
 class _Emission:
@@ -62,12 +73,15 @@ class _Emission:
         types: NodeTypes,
         weights: LowWeights,
         keep_io_types: bool,
+        masks: set[fx.Node],
     ) -> None:
         self._program, self._source, self._types, self._weights = program, source, types, weights
         self._keep_io_types = keep_io_types
         self._graph = fx.Graph()
         self._made: dict[fx.Node, fx.Node] = {}
         self._names = {node.name for node in source.graph.nodes}
+        self._masks = masks
+        self._made_masks: set[fx.Node] = set()
         self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._sharing: dict[fx.Node, set[fx.Node]] = {}  # node of the copy -> nodes that share its storage
         fake_mode = detect_fake_mode([node.meta.get("val") for node in source.graph.nodes])
@@ -117,23 +131,34 @@ class _Emission:
         made.name, made.target = node.name, node.target
         made.meta = copy.copy(node.meta)
         self._made[node] = made
+        if node in self._masks:
+            self._made_masks.add(made)
         self._sharing[made] = {made}
         return made
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """`node` in `dtype`: itself, a cast that is there already, or a new one."""
-        value = node.meta["val"]
-        if value.dtype == dtype:
+        if node.meta["val"].dtype == dtype:
             return node
         found = self._casts.get((node, dtype)) or self._undone(node, dtype)
         if found is None:
-            found = self._graph.call_function(CAST, (node,), {"dtype": dtype})
-            found.name = self._new_name(f"{node.name}_as_{str(dtype).removeprefix('torch.')}")
-            found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-            with self._fake_mode:
-                self._set_value(found, value.to(dtype))
-            self._sharing[found] = {found}
+            wide = self._saturated(node) if node in self._made_masks and dtype == self._types.low_type else node
+            found = self._insert(CAST, (wide,), {"dtype": dtype}, f"{node.name}_as_{dtype_name(dtype)}")
         self._casts[node, dtype] = found
+        return found
+
+    def _saturated(self, node: fx.Node) -> fx.Node:
+        """A mask whose lowest values the low type holds, with room for the scores that they are added to."""
+        return self._insert(CLAMP, (node, saturation(self._types.low_type)), {}, f"{node.name}_saturated")
+
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
+        node = args[0]
+        found = self._graph.call_function(target, args, kwargs)
+        found.name = self._new_name(name)
+        found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+        with self._fake_mode:
+            self._set_value(found, target(node.meta["val"], *args[1:], **kwargs))
+        self._sharing[found] = {found}
         return found
 
     def _undone(self, node: fx.Node, dtype: torch.dtype) -> fx.Node | None:

@@ -17,7 +17,15 @@ from calib.errors import PlanError, known
 from calib.fingerprint import node_digests
 from calib.graph import dtype_name, input_kinds, module_path, op_name
 from calib.ranges import RangeTable
-from passes.facts import LOW_TYPES, WEIGHT_KINDS, FactReader, NodeFacts, evidence_of
+from passes.facts import (
+    LOW_TYPES,
+    WEIGHT_KINDS,
+    FactReader,
+    HiddenEvidence,
+    NodeFacts,
+    evidence_of,
+    magnified_nodes,
+)
 from passes.plan import HIGH, KEPT, LOW, Decision, PrecisionPlan
 from passes.regions import Candidate, candidates, kept_reason
 from passes.rules import (
@@ -27,6 +35,7 @@ from passes.rules import (
     Interior,
     Legality,
     LiteralRange,
+    Mask,
     MaxDepthOfReduction,
     NodesToExclude,
     Nonfinite,
@@ -70,6 +79,7 @@ def classify(  # noqa: PLR0913 - the public contract
     range_quantile: float = 1.0,
     rules: Iterable[Rule] = (),
     weights: str = "warn",
+    wide_accumulation: Iterable[str] = (),
 ) -> PrecisionPlan:
     """Decide for each node whether it runs in `low_precision_type` or stays in its exported type.
 
@@ -86,6 +96,8 @@ def classify(  # noqa: PLR0913 - the public contract
         targets_to_exclude, targets_to_include: operators, or their names (`aten.add.Tensor`, `aten.add`).
         range_quantile: judge `data_max` by the magnitude that this share of elements stays within.
         rules: more rules, each called with a `NodeFacts` and answering a `Verdict` or None.
+        wide_accumulation: operators (`layer_norm`, `mean`) that the backend accumulates in fp32 whatever their type, so
+            that `interior` has nothing to say of them.
         weights: what to do when the ranges were measured with other weights: "warn", "refuse" or "ignore".
 
     Raises:
@@ -109,15 +121,16 @@ def classify(  # noqa: PLR0913 - the public contract
         Nonfinite(),
         DataMax(float(data_max), range_quantile),
         InitMax(limit),
+        Mask(),
         LiteralRange(),
         *(() if max_depth_of_reduction is None else (MaxDepthOfReduction(max_depth_of_reduction),)),
-        Interior(),
+        Interior(frozenset(wide_accumulation)),
         Storage(),
         *rules,
         Follows(),
     )
     judge = _Judge(every, included, float(data_max), low_type)
-    reader = FactReader(evidence_of(ranges), ranges is not None, input_kinds(program), _names(program, nodes), low_type)
+    reader = _reader(program, ranges, nodes, low_type)
     decisions = _decide(nodes, reader, judge)
     settings = {
         "data_max": float(data_max),
@@ -131,7 +144,25 @@ def classify(  # noqa: PLR0913 - the public contract
         "rules": [rule_id(rule) for rule in every],
     }
     notes = _notes(ranges, low_type, decisions)
-    return PrecisionPlan(tuple(decisions), low_type, node_digests(program), settings, notes)
+    masks = (
+        None if ranges is None else tuple(ranges.frame.filter(pl.col("masked") > 0)["node"].unique(maintain_order=True))
+    )
+    return PrecisionPlan(tuple(decisions), low_type, node_digests(program), settings, notes, masks)
+
+
+def _reader(
+    program: ExportedProgram, ranges: RangeTable | None, nodes: list[Candidate], low_type: torch.dtype
+) -> FactReader:
+    names, evidence = _names(program, nodes), evidence_of(ranges)
+    return FactReader(
+        evidence,
+        ranges is not None,
+        input_kinds(program),
+        names,
+        low_type,
+        HiddenEvidence.of(ranges),
+        magnified_nodes(names, evidence, low_type),
+    )
 
 
 def low_type_of(value: torch.dtype | str) -> torch.dtype:

@@ -19,6 +19,7 @@ from calib.batches import numbered, signature_of
 from calib.errors import MismatchError
 from calib.execution import ProgramRunner, Ran, naming_batch, tensors_of
 from calib.graph import REGION_CHILD, TensorSpec, base_op, dtype_name, op_name, tensor_specs, tensor_values, walk, where
+from calib.masks import MASK_AT_MOST, mask_tensors
 from passes.lineage import readings
 from passes.tensor_errors import COLUMNS, TensorErrors, rounding_db
 
@@ -82,6 +83,7 @@ class Comparison:
       `nonfinite_alone`. `loss_db`: how far the SQNR falls from there to the node's result, 0 where it does not. From
       exact inputs, what rounding to the low type costs is no loss (71 dB remain in fp16, 53 dB in bf16). A large
       loss is a culprit; a low SQNR without a loss is a victim.
+      Of a mask, values that are at or below -1e4 in both say the same: they are left out, as in calibration.
     - `nonfinite`, `nonfinite_reference`: counts of NaN and Inf; `nonfinite_alone`: in the cast graph where the program
       is finite, `first_nonfinite_batch`: the first batch with such.
     - `unlike`: batches in which the two had other shapes, as sizes depend on data. They are not compared.
@@ -151,6 +153,7 @@ class _Comparing:
         self._rows = {(spec.node, spec.output): row for row, spec in enumerate(specs)}
         self._weights = {spec.node for spec in specs if spec.kind not in {"activation", "input"}}
         self._named = {spec.node for spec in specs}
+        self._masks = mask_tensors(theirs.program)
         self._errors = TensorErrors(len(specs), theirs.device)
         self._types: dict[int, torch.dtype] = {}
         self._batches = 0
@@ -175,11 +178,12 @@ class _Comparing:
 
     def _compare(self, ours: Ran, theirs: Ran, index: int) -> None:
         mine = dict(tensors_of(ours.node, ours.result))
+        masked = MASK_AT_MOST if theirs.name in self._masks else None
         for output, tensor in tensors_of(theirs.node, theirs.result):
             row = self._rows.get((theirs.name, output))
             if row is not None and output in mine:
                 self._types[row] = mine[output].dtype
-                self._errors.update(row, mine[output], tensor, index)
+                self._errors.update(row, mine[output], tensor, index, masked)
 
     def result(self) -> Comparison:
         columns = self._errors.columns()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,14 @@ class LowWeights:
     constants: dict[str, Any]
 
 
-def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTypes) -> LowWeights:
+def low_weights(
+    program: ExportedProgram, source: fx.GraphModule, types: NodeTypes, masks: Collection[fx.Node] = ()
+) -> LowWeights:
     """Convert, one at a time, the fp32 weights that all readers take in the low type; share the others.
 
     A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with one
-    that stays, or when a finite value of it would become inf. Buffers that a call writes into are copied, so that
-    running the result leaves the caller's program alone.
+    that stays, or when a finite value of it would become inf; those in `masks` are saturated. Buffers that a call
+    writes into are copied, so that running the result leaves the caller's program alone.
     """
     targets = input_targets(program)
     mutated = mutated_inputs(program)
@@ -46,9 +49,13 @@ def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTyp
     stored = set()
     for name in sorted(wanted):
         tensor = state_tensor(program, targets[name])
-        if tensor is None or _storage(program, targets[name]) not in read or not _fits(tensor, types.low_type):
+        if tensor is None or _storage(program, targets[name]) not in read:
             continue
-        key = _key(tensor)
+        key = (*_key(tensor), holders[name] in masks)
+        if holders[name] in masks:
+            tensor = tensor.detach().clamp(min=saturation(types.low_type))
+        if not _fits(tensor, types.low_type):
+            continue
         if key not in converted:  # tied weights stay tied
             converted[key] = _converted(tensor, types.low_type)
         home = state if targets[name] in program.state_dict else constants
@@ -57,6 +64,14 @@ def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTyp
     for target, copied in _written_state(program, targets, mutated).items():
         (state if target in program.state_dict else constants)[target] = copied
     return LowWeights(frozenset(stored), state, constants)
+
+
+def saturation(low_type: torch.dtype) -> float:
+    """What mask values below it become in the low type: half the least finite value.
+
+    exp(-32752) is 0 for any scores, and adding scores of thousands to it still gives a finite value.
+    """
+    return float(torch.finfo(low_type).min) / 2
 
 
 def _only_low(node: fx.Node, types: NodeTypes) -> bool:
