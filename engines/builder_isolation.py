@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 
 from calib.artifacts import save_program
 from calib.errors import ArtifactError, BuildError
-from engines.builder_job import BUILT, PROGRAM, BuilderJob, BuilderResult
+from engines.builder_job import BUILT, PROGRAM, BuilderJob, BuilderResult, custom_modules
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LOG = "builder.log"
 _TAIL = 20_000  # characters of a builder's own output that are read for names
-CONVERTING, BUILDING, WRITING = "converting the graph", "building the engine", "writing the engine"
-_STAGES = {"lower": "lowering the graph", "build": BUILDING, "write": WRITING, "load": "loading the program"}
+LOADING, CONVERTING = "loading the program", "converting the graph"
+BUILDING, WRITING = "building the engine", "writing the engine"
+_STAGES = {"lower": "lowering the graph", "build": BUILDING, "write": WRITING, "load": LOADING}
 _CONTEXT_WORDS = ("execution context", "createexecutioncontext", "create_execution_context")
 _MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
 
@@ -88,7 +89,7 @@ def build_isolated(
     """
     with tempfile.TemporaryDirectory(prefix="calibcast-build-") as name:
         work = Path(name)
-        job.save(work)
+        replace(job, imports=custom_modules(program)).save(work)
         save_program(program, work / PROGRAM)
         with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
             heard = _Progress(bar)
@@ -101,7 +102,8 @@ def build_isolated(
 
 def _run(work: Path, heard: _Progress, timeout: float | None) -> int | None:
     """The exit status of the builder, or None when it was ended for taking too long."""
-    path = os.pathsep.join(part for part in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if part)
+    # What the caller can import, the builder can: its custom operators are registered by importing them.
+    path = os.pathsep.join([str(_ROOT), *(part or os.getcwd() for part in sys.path)])
     with (work / _LOG).open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "engines.builder_process", str(work)],

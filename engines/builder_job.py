@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
 from calib.artifacts import load_json, parsed, save_json
 from calib.errors import BuildError
+from calib.graph import walk
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]  # smallest, most frequent, largest
@@ -22,13 +24,15 @@ _KIND, _RESULT = "builder job", "builder result"
 
 @dataclass(frozen=True)
 class BuilderJob:
-    """One build. profiles: of each flat input. device: where the engine is to run. settings: of Torch-TensorRT."""
+    """One build. profiles: of each flat input. device: where the engine is to run. settings: of Torch-TensorRT.
+    imports: modules that register the program's custom operators."""
 
     profiles: tuple[Profile, ...]
     settings: Mapping[str, Any]
     device: str = "cuda"
     ahead_of_time: bool = False
     weakly_typed: tuple[str, ...] | None = None
+    imports: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> None:
         """Write the job. Raises BuildError for a setting that cannot be told to another process."""
@@ -47,7 +51,17 @@ class BuilderJob:
                 device=content["device"],
                 ahead_of_time=content["ahead_of_time"],
                 weakly_typed=None if low is None else tuple(low),
+                imports=tuple(content["imports"]),
             )
+
+
+def custom_modules(program: ExportedProgram) -> tuple[str, ...]:
+    """The modules in which custom operators of `program` were defined with `torch.library.custom_op`."""
+    definitions = importlib.import_module("torch._library.custom_ops").OPDEFS
+    targets = {step.node.target for step in walk(program.graph_module)}
+    names = {target._schema.name for target in targets if isinstance(target, torch._ops.OpOverload)}
+    modules = {definitions[name]._init_fn.__module__ for name in names if name in definitions}
+    return tuple(sorted(modules - {"__main__"}))
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ crash of the builder ends this process and no other.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
@@ -22,6 +23,7 @@ from torch.export import ExportedProgram
 
 from calib.artifacts import load_program
 from calib.batches import signature_of
+from calib.errors import BuildError
 from calib.execution import input_structure
 from calib.graph import dtype_name, tensor_values
 from engines import torch_tensorrt_adapter as adapter
@@ -29,7 +31,7 @@ from engines.ahead_of_time import pretend_gpu
 from engines.builder_job import BUILT, PROGRAM, BuilderJob, BuilderResult
 from engines.engine_files import WiringError, write_parts
 from engines.program_device import copied, on_device
-from engines.torch_tensorrt_internals import Conversion, Event, stamp, stamped_name, watched_conversion
+from engines.torch_tensorrt_internals import Event, stamp, stamped_name, watched_conversion
 
 # What Torch-TensorRT saves by itself, for a compiled module that has no files of ours.
 WHOLE = "engine.pt2"
@@ -49,14 +51,40 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
     low = None if job.weakly_typed is None else frozenset(getattr(torch, name) for name in job.weakly_typed)
     settings = dict(job.settings) | ({"lazy_engine_init": True} if job.ahead_of_time else {})
     event({"stage": "lower"})
+
+    def run(**more: Any) -> fx.GraphModule:
+        made: fx.GraphModule = adapter.compile_program(moved, args, kwargs, {**settings, **more}, low)
+        return made
+
     with watched_conversion(event, job.ahead_of_time) as conversion:
-        compiled = adapter.compile_program(moved, args, kwargs, settings, low)
+        try:
+            compiled = run()
+        except AssertionError as error:
+            if "require_full_compilation" not in str(error):
+                raise
+            # Torch-TensorRT does not say which nodes; a dry run leaves them where they can be seen.
+            _refuse_partial(run(require_full_compilation=False, dryrun=True), settings)
     seconds = time.perf_counter() - start
     event({"stage": "write"})
     folder.mkdir(parents=True, exist_ok=True)
     _write(compiled, folder, job.ahead_of_time)
     inspected = () if job.ahead_of_time else tuple(adapter.inspected(engine) for engine in _engines(compiled))
-    return _result(compiled, conversion, inspected, seconds)
+    outside = _outside(compiled, settings)
+    return BuilderResult(
+        layers=tuple(conversion.rows()),
+        torch_nodes={name: why for name, (why, _) in outside.items()},
+        torch_types={name: types for name, (_, types) in outside.items()},
+        inspected=inspected,
+        seconds=seconds,
+    )
+
+
+def _refuse_partial(compiled: fx.GraphModule, settings: dict[str, Any]) -> NoReturn:
+    nodes = ", ".join(f"{name} ({why})" for name, (why, _) in _outside(compiled, settings).items())
+    raise BuildError(
+        f"require_full_compilation=True, and TensorRT does not take every node. Not taken: {nodes}. Without "
+        "the setting these run in PyTorch, beside the engine."
+    )
 
 
 def _write(compiled: fx.GraphModule, folder: Path, ahead_of_time: bool) -> None:
@@ -74,26 +102,20 @@ def _engines(compiled: fx.GraphModule) -> list[bytes]:
     return [bytes(part.serialized_engine) for part in parts]
 
 
-def _result(
-    compiled: fx.GraphModule, conversion: Conversion, inspected: tuple[str, ...], seconds: float
-) -> BuilderResult:
-    nodes: dict[str, str] = {}
-    types: dict[str, list[str]] = {}
-    for node in _torch_nodes(compiled):
-        name = stamped_name(node) or node.name
-        nodes[name] = f"no converter for {node.target}, or kept out by a setting"
-        found = {dtype_name(value.dtype) for _, value in tensor_values(node) if value.dtype.is_floating_point}
-        types[name] = sorted(found)
-    return BuilderResult(
-        layers=tuple(conversion.rows()), torch_nodes=nodes, torch_types=types, inspected=inspected, seconds=seconds
-    )
-
-
-def _torch_nodes(compiled: fx.GraphModule) -> list[fx.Node]:
-    parts = [part for _, part in compiled.named_children() if isinstance(part, fx.GraphModule)]
-    plain = [node for node in compiled.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    inner = [node for part in parts for node in part.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    return plain + inner
+def _outside(compiled: fx.GraphModule, settings: dict[str, Any]) -> dict[str, tuple[str, list[str]]]:
+    """The nodes that run in PyTorch: by name, why, and which floating types they give."""
+    parts = [part for name, part in compiled.named_children() if "_run_on_acc" not in name]
+    graphs = [compiled.graph, *(part.graph for part in parts if isinstance(part, fx.GraphModule))]
+    chosen = set(settings.get("torch_executed_ops") or ())
+    found: dict[str, tuple[str, list[str]]] = {}
+    for node in (node for graph in graphs for node in graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        kept = node.target in chosen or str(node.target) in chosen
+        why = "kept out by torch_executed_ops" if kept else f"no converter takes {node.target} with these arguments"
+        types = {dtype_name(value.dtype) for _, value in tensor_values(node) if value.dtype.is_floating_point}
+        found[stamped_name(node) or node.name] = why, sorted(types)
+    return found
 
 
 def main(folder: Path) -> int:
@@ -109,6 +131,8 @@ def main(folder: Path) -> int:
         pretend_gpu()
     try:
         event({"stage": "load"})
+        for name in job.imports:
+            importlib.import_module(name)
         result = compile_job(job, load_program(folder / PROGRAM), folder / BUILT, event)
     except Exception as error:  # the builder, its converters and the partitioner each raise their own
         result = BuilderResult(error=(type(error).__name__, str(error).strip()[:8000] or repr(error)))

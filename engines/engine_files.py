@@ -40,7 +40,7 @@ def write_parts(module: fx.GraphModule, folder: Path) -> None:
             steps.append({"item": node.name, "of": _reference(node.args[0]), "index": node.args[1]})
         elif node.op == "call_module" and not node.kwargs:
             name = str(node.target)
-            parts[name] = _written(name, module.get_submodule(name), node, folder)
+            parts[name] = _written(name, module.get_submodule(name), folder)
             steps.append({"call": node.name, "part": name, "arguments": [_reference(a) for a in node.args]})
         elif node.op == "output":
             leaves = pytree.tree_leaves(node.args[0])
@@ -58,9 +58,9 @@ def _reference(value: Any) -> Any:
     raise WiringError(f"an argument is a {type(value).__name__}")
 
 
-def _written(name: str, part: Any, node: fx.Node, folder: Path) -> dict[str, Any]:
+def _written(name: str, part: Any, folder: Path) -> dict[str, Any]:
     if isinstance(part, fx.GraphModule):
-        save_program(_exported(name, part, node), folder / f"{name}.pt2")
+        save_program(_exported(name, part), folder / f"{name}.pt2")
         return {"kind": "torch"}
     if getattr(part, "aliased_io", None):
         raise WiringError(f"{name} updates a buffer inside the engine")
@@ -74,12 +74,11 @@ def _written(name: str, part: Any, node: fx.Node, folder: Path) -> dict[str, Any
     }
 
 
-def _exported(name: str, part: fx.GraphModule, node: fx.Node) -> torch.export.ExportedProgram:
+def _exported(name: str, part: fx.GraphModule) -> torch.export.ExportedProgram:
     """A part that runs in PyTorch, exported on zeros of the sizes that it was compiled for."""
-    values: list[Any] = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in node.args]
-    values = [value[0] if isinstance(value, (list, tuple)) else value for value in values]
+    values: list[Any] = [node.meta.get("val") for node in part.graph.nodes if node.op == "placeholder"]
     if not all(isinstance(value, torch.Tensor) for value in values):
-        raise WiringError(f"{name} takes a size as an input")
+        raise WiringError(f"{name} takes something other than tensors")
     examples = tuple(torch.zeros([_hint(s) for s in v.shape], dtype=v.dtype, device=v.device) for v in values)
     auto = torch.export.Dim.AUTO
     dynamic = tuple({i: auto for i, s in enumerate(v.shape) if not isinstance(s, int)} for v in values)

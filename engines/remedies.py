@@ -11,7 +11,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from calib.graph import base_op, module_path, tensor_values
-from engines.builder_isolation import BUILDING, CONVERTING, WRITING, BuilderError
+from engines.builder_isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
 from passes.plan import HIGH, PrecisionPlan
 
 ATTENTION = "scaled_dot_product_attention"
@@ -45,7 +45,7 @@ def region_of(failure: BuilderError, program: ExportedProgram) -> tuple[str, ...
     found = set(named)
     if 0 < len(found) <= _MOST:
         return tuple(node.name for node in program.graph.nodes if node.name in found)
-    if failure.stage in {BUILDING, WRITING} and failure.kind != "memory":
+    if failure.stage in {BUILDING, WRITING} and failure.kind not in {"memory", "unsupported"}:
         return tuple(node.name for node in _suspects(program))
     return ()
 
@@ -96,6 +96,11 @@ def advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[st
         )
     elif failure.kind == "hang":
         what = "give it more time (build_timeout=), or a lower optimization_level="
+    elif failure.stage == LOADING:
+        what = (
+            "if the program has an operator of your own, define it with torch.library.custom_op in a module that can "
+            "be imported, or pass isolate=False"
+        )
     elif failure.kind == "unsupported":
         what = "leave it in PyTorch with torch_executed_ops={...}, and do not pass require_full_compilation=True"
     else:

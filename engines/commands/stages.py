@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,17 +141,21 @@ def demo(
 def _write_report(path: Path, report: Any) -> None:
     from calib.artifacts import save_json
 
-    # JSON has no inf and NaN; as text they survive every reader.
-    rows = [
-        {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        for row in report.frame.to_dicts()
-    ]
     content = {
         "passed": report.passed,
         "batches": report.batches,
         "problems": list(report.problems),
         "reference_problem": report.reference_problem,
         "metrics": dict(report.metrics),
-        "outputs": json.loads(json.dumps(rows)),
+        "outputs": _plain_rows(report.frame),
+        "attribution": None if report.attribution is None else _plain_rows(report.attribution),
     }
     save_json(path, "verification", content)
+
+
+def _plain_rows(frame: Any) -> list[dict[str, Any]]:
+    # JSON has no inf and NaN; as text they survive every reader.
+    return [
+        {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        for row in frame.to_dicts()
+    ]
