@@ -156,7 +156,8 @@ def _with_progress(original: Callable[..., Any], trt: Any, conversion: Conversio
         config = original(self, *args, **kwargs)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         # The configuration does not keep its monitor alive.
-        self.calibcast_monitor = config.progress_monitor = Monitor()
+        self.calibcast_monitor = monitor = Monitor()
+        config.progress_monitor = monitor
         engine = conversion.networks - 1
         made = [{"name": x.name, "node": x.node} for x in conversion.layers if x.engine == engine and x.node]
         event({"stage": "build", "engine": engine, "layers": made})
