@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from calib.errors import CalibcastError, GateError
-from engines.commands import review, stages
+from engines.commands import diagnosis, engine, review, stages
 from engines.commands.options import note
 from engines.locations import LocationError
 
@@ -32,7 +32,16 @@ app = typer.Typer(
 )
 
 # In the order in which `calibcast --help` lists them.
-for command in (stages.calibrate, stages.plan, stages.build, stages.verify, review.report, stages.demo):
+for command in (
+    stages.calibrate,
+    stages.plan,
+    diagnosis.diagnose,
+    engine.build,
+    engine.inspect,
+    stages.verify,
+    review.report,
+    stages.demo,
+):
     app.command()(command)
 
 

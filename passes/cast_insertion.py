@@ -20,16 +20,17 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from calib.aliasing import shared_arguments, written_arguments
-from calib.errors import PlanError, first_line
-from calib.graph import REGION_CHILD, base_op, is_measurable, size_hint, where
-from passes.derivation import REFUSALS, derived
-from passes.node_types import NodeTypes, dtype_position, needs_dtype
+from calib.errors import PlanError
+from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint, where
+from passes.fake_runs import RefusedError, run_on_fakes
+from passes.node_types import NodeTypes, with_low_dtype
 from passes.plan import PrecisionPlan
 from passes.regions import flatten, qualified_name
-from passes.weights import LowWeights, low_weights
+from passes.weights import LowWeights, low_weights, masks_to_saturate, saturation
 
 _log = logging.getLogger("calibcast")
 CAST = torch.ops.aten._to_copy.default
+CLAMP = torch.ops.aten.clamp.default
 
 
 def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: bool = True) -> ExportedProgram:
@@ -46,11 +47,12 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     plan.check(program)
     # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
+    masks = masks_to_saturate(program, source, plan.masks)
     refused: frozenset[fx.Node] = frozenset()
     while True:
         types = NodeTypes.of(source, plan, refused)
-        weights = low_weights(program, source, types)
-        emission = _Emission(program, source, types, weights, keep_io_types)
+        weights = low_weights(program, source, types, masks)
+        emission = _Emission(program, source, types, weights, keep_io_types, masks)
         graph = emission.run()
         if not emission.refused:
             return _assemble(program, source, graph, weights)
@@ -71,12 +73,15 @@ class _Emission:
         types: NodeTypes,
         weights: LowWeights,
         keep_io_types: bool,
+        masks: set[fx.Node],
     ) -> None:
         self._program, self._source, self._types, self._weights = program, source, types, weights
         self._keep_io_types = keep_io_types
         self._graph = fx.Graph()
         self._made: dict[fx.Node, fx.Node] = {}
         self._names = {node.name for node in source.graph.nodes}
+        self._masks = masks
+        self._made_masks: set[fx.Node] = set()
         self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._sharing: dict[fx.Node, set[fx.Node]] = {}  # node of the copy -> nodes that share its storage
         fake_mode = detect_fake_mode([node.meta.get("val") for node in source.graph.nodes])
@@ -106,9 +111,12 @@ class _Emission:
         wanted = self._types.of_inputs(node)
         made = self._cast_and_copy(node, wanted)
         if wanted == self._types.low_type:
-            self._lower_dtype_argument(node, made)
-        if not self._derive(node, made) and wanted == self._types.low_type:
-            self.refused.add(node)
+            made.args, made.kwargs = with_low_dtype(node, made.args, made.kwargs, self._types.low_type)
+        try:
+            self._derive(node, made)
+        except RefusedError as error:
+            if wanted == self._types.low_type:  # else it keeps its exported types, which it has
+                self._refuse(node, error)
         self._note_aliases(node, made)
 
     def _cast_and_copy(self, node: fx.Node, wanted: torch.dtype | str) -> fx.Node:
@@ -127,23 +135,34 @@ class _Emission:
         made.name, made.target = node.name, node.target
         made.meta = copy.copy(node.meta)
         self._made[node] = made
+        if node in self._masks:
+            self._made_masks.add(made)
         self._sharing[made] = {made}
         return made
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """`node` in `dtype`: itself, a cast that is there already, or a new one."""
-        value = node.meta["val"]
-        if value.dtype == dtype:
+        if node.meta["val"].dtype == dtype:
             return node
         found = self._casts.get((node, dtype)) or self._undone(node, dtype)
         if found is None:
-            found = self._graph.call_function(CAST, (node,), {"dtype": dtype})
-            found.name = self._new_name(f"{node.name}_as_{str(dtype).removeprefix('torch.')}")
-            found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-            with self._fake_mode:
-                self._set_value(found, value.to(dtype))
-            self._sharing[found] = {found}
+            wide = self._saturated(node) if node in self._made_masks and dtype == self._types.low_type else node
+            found = self._insert(CAST, (wide,), {"dtype": dtype}, f"{node.name}_as_{dtype_name(dtype)}")
         self._casts[node, dtype] = found
+        return found
+
+    def _saturated(self, node: fx.Node) -> fx.Node:
+        """A mask whose lowest values the low type holds, with room for the scores that they are added to."""
+        return self._insert(CLAMP, (node, saturation(self._types.low_type)), {}, f"{node.name}_saturated")
+
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
+        node = args[0]
+        found = self._graph.call_function(target, args, kwargs)
+        found.name = self._new_name(name)
+        found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+        with self._fake_mode:
+            self._set_value(found, target(node.meta["val"], *args[1:], **kwargs))
+        self._sharing[found] = {found}
         return found
 
     def _undone(self, node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
@@ -165,40 +184,26 @@ class _Emission:
         self._names.add(name)
         return name
 
-    def _lower_dtype_argument(self, node: fx.Node, made: fx.Node) -> None:
-        """A `dtype=` of float32, or a factory's default, is part of the node's type and follows its plan."""
-        position = dtype_position(node)
-        if position is None:
-            return
-        index, name = position
-        stated = node.args[index] if index < len(node.args) else node.kwargs.get(name)
-        if stated == torch.float32 and index < len(node.args):
-            made.args = (*made.args[:index], self._types.low_type, *made.args[index + 1 :])
-        elif stated == torch.float32 or needs_dtype(node):
-            made.kwargs = {**made.kwargs, name: self._types.low_type}
-
-    def _derive(self, node: fx.Node, made: fx.Node) -> bool:
-        """Find the types of the outputs by running the operator on fake values; False where it refuses."""
+    def _derive(self, node: fx.Node, made: fx.Node) -> None:
+        """Find the types of the outputs by running the operator on fake values. Raises RefusedError."""
         same_arguments = made.args == _mapped(node.args, self._made) and made.kwargs == _mapped(node.kwargs, self._made)
         if same_arguments and not any(self._changed(n) for n in node.all_input_nodes):
-            return True
+            return
         if node.target is getitem:
             producer = made.args[0]
             assert isinstance(producer, fx.Node)
             self._set_value(made, producer.meta["val"][node.args[1]])
-            return True
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return True  # a region or another higher-order op: its operands have their exported types
-        try:
-            found = derived(node, made, self._fake_mode)
-        except REFUSALS as error:
-            _log.warning(
-                "%s cannot run in %s and stays in its exported type: %s",
-                where(node, qualified_name(node)), self._types.low_type, first_line(error),
-            )  # fmt: skip
-            return False
-        self._set_value(made, found)
-        return True
+        elif isinstance(node.target, torch._ops.OpOverload):
+            args, kwargs = fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
+            self._set_value(made, run_on_fakes(node, args, kwargs, self._fake_mode))
+        # Else it is a region or another higher-order op: its operands have their exported types.
+
+    def _refuse(self, node: fx.Node, error: RefusedError) -> None:
+        self.refused.add(node)
+        _log.warning(
+            "%s cannot run in %s and stays in its exported type: %s",
+            where(node, qualified_name(node)), self._types.low_type, error,
+        )  # fmt: skip
 
     def _note_aliases(self, node: fx.Node, made: fx.Node) -> None:
         """Track shared storage, and forget the casts of what `node` has written into: a cast is of one version."""
