@@ -14,7 +14,7 @@ from calib.aliasing import storage_roots, written_arguments
 from calib.execution import ProgramRunner
 from calib.graph import REGION_CHILD, is_measurable, tensor_values
 from passes import PrecisionPlan, insert_casts
-from passes.node_types import NodeTypes, dtype_position
+from passes.node_types import NodeTypes, dtype_position, refuses_number
 from passes.plan import HIGH, LOW
 from passes.regions import qualified_name
 from passes.ties import ties_of
@@ -36,7 +36,8 @@ def types_follow_the_plan(case: Case) -> None:
     low_type, low = case.plan.low_precision_type, NodeTypes.of(case.source, case.plan).low
     tied = {node for tie in ties_of(case.source) for node in tie.nodes}
     planned = set(case.plan.low_precision_nodes)
-    assert {n for n in case.source.graph.nodes if qualified_name(n) in planned} - low <= tied
+    refused = {node for node in case.source.graph.nodes if refuses_number(node, low_type)}
+    assert {n for n in case.source.graph.nodes if qualified_name(n) in planned} - low <= tied | refused
     decided = planned | set(case.plan.high_precision_nodes)
     for source, made in case.pairs():
         if qualified_name(source) in decided:
