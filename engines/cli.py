@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from calib.errors import CalibcastError, GateError
-from engines.commands import diagnosis, review, stages
+from engines.commands import diagnosis, engine, review, stages
 from engines.commands.options import note
 from engines.locations import LocationError
 
@@ -35,9 +35,10 @@ app = typer.Typer(
 for command in (
     stages.calibrate,
     stages.plan,
-    stages.build,
-    stages.verify,
     diagnosis.diagnose,
+    engine.build,
+    engine.inspect,
+    stages.verify,
     review.report,
     stages.demo,
 ):

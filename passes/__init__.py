@@ -1,5 +1,6 @@
 """Decide and rewrite: ranges to a precision plan to a graph with casts."""
 
+from passes.alternatives import what_if
 from passes.cast_insertion import insert_casts
 from passes.classification import classify
 from passes.comparison import Comparison, compare
@@ -20,4 +21,5 @@ __all__ = [
     "classify",
     "compare",
     "insert_casts",
+    "what_if",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from calib.graph import base_op, is_measurable, module_path, op_name, tensor_values
+from calib.aliasing import operands
+from calib.graph import REGION_CHILD, base_op, child_of, is_measurable, module_path, op_name, tensor_values
 from calib.operators import MOVES
 from calib.ranges import RangeTable
 from passes import op_table
@@ -27,6 +28,7 @@ class TensorFacts:
 
     masked, mask_min: how many mask values it has, and the lowest finite one; no other number here counts them.
     magnified: it has values that the low type does not hold in full, and they end up under a division or a logarithm.
+    offset_counts: something that reads it may take its mean away, so that its variation is what must survive.
     precision: how the node that made it was decided, or None for an input, a weight or a kept node.
     """
 
@@ -43,6 +45,7 @@ class TensorFacts:
     masked: int = 0
     mask_min: float | None = None
     magnified: bool = False
+    offset_counts: bool = True
     absmax_batch: int | None = None
     nonfinite_batch: int | None = None
     histogram: tuple[int, ...] | None = field(default=None, repr=False)
@@ -187,6 +190,7 @@ class FactReader:
     low_type: torch.dtype
     hidden: HiddenEvidence = field(default_factory=HiddenEvidence)
     magnified: frozenset[str] = frozenset()
+    offset_free: frozenset[str] = frozenset()
 
     def read(self, node: fx.Node, precisions: Mapping[str, str]) -> NodeFacts:
         """Facts of `node`, given how the nodes before it were decided."""
@@ -222,32 +226,64 @@ class FactReader:
 
     def _input_facts(self, argument: fx.Node, precisions: Mapping[str, str]) -> list[TensorFacts]:
         producer, output = producer_of(argument)
-        name = self.names[producer]
         values = tensor_values(argument)
+        if producer.target in REGION_CHILD:
+            return [
+                self._look_up(*self._inside(producer, output or 0), None) for _, v in values if is_measurable(v.dtype)
+            ]
+        name = self.names[producer]
         return [
             self._look_up(name, output if output is not None else position, precisions.get(name))
             for position, value in values
             if is_measurable(value.dtype)
         ]
 
+    def _inside(self, region: fx.Node, output: int) -> tuple[str, int]:
+        """The name and position under which calibration measured an output of a region: that of the node in it."""
+        found = child_of(region)
+        assert found is not None
+        _, child = found
+        results = next(iter(reversed(child.graph.nodes))).args[0]
+        result = results[output] if isinstance(results, (list, tuple)) else results
+        producer, position = producer_of(result)
+        if producer.op == "placeholder":
+            holders = [n for n in child.graph.nodes if n.op == "placeholder"]
+            producer, position = producer_of(operands(region)[holders.index(producer)])
+        if producer.target in REGION_CHILD:
+            return self._inside(producer, position or 0)
+        return self.names.get(producer, producer.name), position or 0
+
     def _look_up(self, name: str, output: int, precision: str | None) -> TensorFacts:
         kind = self.kinds.get(name, "activation")
         found = self.evidence.get((name, output))
         if found is None:
             return TensorFacts(name, kind, measured=False, precision=precision)
-        magnified = name in self.magnified
-        return found if precision is None and not magnified else _placed(found, precision, magnified)
+        magnified, counts = name in self.magnified, name not in self.offset_free
+        return found if precision is None and counts and not magnified else _placed(found, precision, magnified, counts)
 
 
-def _placed(facts: TensorFacts, precision: str | None, magnified: bool) -> TensorFacts:
+def _placed(facts: TensorFacts, precision: str | None, magnified: bool, offset_counts: bool) -> TensorFacts:
     # dataclasses.replace calls __init__ by keyword and is slow on large graphs; the copy is as frozen as the original.
     copy = object.__new__(TensorFacts)
     copy.__dict__.update(facts.__dict__)
-    copy.__dict__.update(precision=precision, magnified=magnified)
+    copy.__dict__.update(precision=precision, magnified=magnified, offset_counts=offset_counts)
     return copy
 
 
 _SAME_PLACE = MOVES | {"sqrt"}
+
+
+def offset_free_nodes(names: Mapping[fx.Node, str]) -> frozenset[str]:
+    """Nodes of which nothing, through views, takes the mean away: a gate that is multiplied, weights of a mean."""
+    movement = MOVES | op_table.STATED_TYPE
+    made = [node for node in names if node.op in {"call_function", "placeholder"} and node.target is not getitem]
+    return frozenset(names[node] for node in made if not _reaches(node, movement, _takes_offset))
+
+
+def _takes_offset(reader: fx.Node, node: fx.Node) -> bool:
+    known = isinstance(reader.target, torch._ops.OpOverload) and base_op(reader.target) != ""
+    # The caller may do anything with an output, and so may a region or a custom op.
+    return base_op(reader.target) in op_table.TAKES_OFFSET if known else reader.target is not getitem
 
 
 def magnified_nodes(names: Mapping[fx.Node, str], evidence: Evidence, low_type: torch.dtype) -> frozenset[str]:
@@ -264,20 +300,20 @@ def magnified_nodes(names: Mapping[fx.Node, str], evidence: Evidence, low_type: 
         facts = evidence.get((names.get(producer, producer.name), output or 0))
         if facts is None or facts.smallest is None or not facts.smallest < tiny:
             continue
-        if _blown_up(node) or any(user in found and _hands_on(user) for user in node.users):
+        if _reaches(node, _SAME_PLACE, _magnifies) or any(user in found and _hands_on(user) for user in node.users):
             found.add(node)
     return frozenset(names.get(producer, producer.name) for producer, _ in map(producer_of, found))
 
 
-def _blown_up(node: fx.Node) -> bool:
-    """Whether a division or a logarithm reads it, or views of it, or its root, which need not be small itself."""
+def _reaches(node: fx.Node, through: frozenset[str], found: Callable[[fx.Node, fx.Node], bool]) -> bool:
+    """Whether some reader is `found`, directly or after operators that are `through`."""
     waiting, seen = [node], {node}
     while waiting:
         current = waiting.pop()
         for user in current.users:
-            if _magnifies(user, current):
+            if found(user, current):
                 return True
-            if user not in seen and (base_op(user.target) in _SAME_PLACE or user.target is getitem):
+            if user not in seen and (base_op(user.target) in through or user.target is getitem):
                 seen.add(user)
                 waiting.append(user)
     return False

@@ -77,6 +77,18 @@ HANDS_ON = MOVES | frozenset(
     """.split()  # noqa: SIM905
 )
 
+# Operators that may take an offset away and leave the variation: of 400.05 and 400.10 what tells them apart. Products,
+# activations and movement keep an offset; it is then judged where they are read.
+TAKES_OFFSET = frozenset(
+    """
+    add sub rsub addcmul addcdiv lerp linear addmm conv1d conv2d conv3d convolution _convolution conv_transpose1d
+    conv_transpose2d conv_transpose3d layer_norm native_layer_norm group_norm native_group_norm instance_norm batch_norm
+    _native_batch_norm_legit_no_training var std var_mean std_mean softmax _softmax _safe_softmax log_softmax
+    _log_softmax logsumexp eq ne lt le gt ge argmax argmin topk sort argsort floor ceil round frac remainder fmod sin
+    cos diff unique searchsorted bucketize lstm gru rnn_tanh rnn_relu mse_loss l1_loss
+    """.split()  # noqa: SIM905
+)
+
 # Operators with no half-precision kernels worth the name, on any backend: the same list on every machine, as a plan
 # must not depend on where it was made. Measured over 108 operators of 66 architectures; `linalg_vector_norm` is an
 # ordinary reduction and not among them.

@@ -65,7 +65,9 @@ class PrecisionPlan:
 
     decisions: one per `call_function` node, in graph order. digests: of the graph that it is for. settings: what
     `classify` was called with. notes: what a reader should know, such as weights that become inf or zero. masks: nodes
-    in which calibration has seen mask values, which are saturated when they are cast; None without ranges.
+    in which calibration has seen mask values, which are saturated when they are cast; None without ranges. flips: by
+    low type ("float16", "bfloat16") and node, the least `data_max` at which it is low, None where it never is; empty
+    without ranges.
     """
 
     decisions: tuple[Decision, ...]
@@ -74,6 +76,7 @@ class PrecisionPlan:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     masks: tuple[str, ...] | None = None
+    flips: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _by_node(self) -> dict[str, Decision]:
@@ -152,6 +155,7 @@ class PrecisionPlan:
             "settings": dict(self.settings),
             "notes": list(self.notes),
             "masks": None if self.masks is None else list(self.masks),
+            "flips": {name: dict(nodes) for name, nodes in self.flips.items()},
             "digests": dict(self.digests),
             "decisions": [asdict(decision) for decision in self.decisions],
         }
@@ -176,6 +180,7 @@ class PrecisionPlan:
                 settings=dict(content["settings"]),
                 notes=tuple(content["notes"]),
                 masks=None if content["masks"] is None else tuple(content["masks"]),
+                flips=dict(content.get("flips", {})),
             )
 
     @classmethod

@@ -8,9 +8,11 @@ keeps the node high; a limit of inf switches a rule off.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -156,6 +158,8 @@ class LiteralRange:
     def __call__(self, facts: NodeFacts) -> Verdict | None:
         limit = torch.finfo(facts.low_type).max
         for literal in facts.literals:
+            if literal.name == "min" and _never_reached(facts, literal.value):
+                continue
             if not holds(literal.value, facts.low_type):
                 stored = float(torch.tensor(literal.value, dtype=torch.float64).to(facts.low_type))
                 reason = f"its literal {literal.name}={literal.value:g} becomes {stored:g} in {_short(facts)}"
@@ -212,7 +216,8 @@ class Interior:
 class Storage:
     """Storing a tensor in the low type leaves less than `limit` dB between its variation and the rounding.
 
-    Catches offsets (400.05 and 400.10 become equal). A tensor that is faint as a whole, its peak below four times the
+    Catches offsets (400.05 and 400.10 become equal), where a reader may take the offset away; a gate of 0.5 that is
+    only multiplied is held to its magnitude instead. A tensor that is faint as a whole, its peak below four times the
     smallest normal value, must keep `faint` dB, as the rounding of subnormal values is not relative to them; and what
     a division or a logarithm blows up must be normal. Weights and constant tensors are exempt.
     """
@@ -266,8 +271,8 @@ class Follows:
 def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     """Predicted signal to quantisation noise ratio, dB, of storing `tensor` in `low_type`; None where it is constant.
 
-    -inf where a value would overflow.
-    Signal: the variance, rms^2 - mean^2. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
+    -inf where a value would overflow. Signal: the variance, rms^2 - mean^2, or rms^2 where no reader takes the mean
+    away. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
     from each bin of the histogram, or without one bounded from rms.
     """
     if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.min == tensor.max:
@@ -275,25 +280,29 @@ def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     info = torch.finfo(low_type)
     if tensor.absmax > info.max:
         return -math.inf  # becomes inf
-    variance = tensor.rms**2 - tensor.mean**2
+    signal = tensor.rms**2 - (tensor.mean**2 if tensor.offset_counts else 0.0)
     if tensor.histogram is None:
         noise = (tensor.rms * info.eps) ** 2 / 12 + (info.smallest_normal * info.eps) ** 2 / 12
     else:
-        noise = _noise(tensor.histogram, info)
+        noise = _noise(tensor.histogram, low_type)
     if noise == 0.0:
         return None
-    return 10 * math.log10(variance / noise) if variance > 0 else -math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def _noise(histogram: tuple[int, ...], info: torch.finfo) -> float:
-    total, finite = 0.0, sum(histogram[:255])
-    for exponent, count in enumerate(histogram[:255]):
-        if count and exponent:
-            low = 2.0 ** (exponent - 127)
-            step = max(low, info.smallest_normal) * info.eps
-            # A value far below the step is lost whole: its own square is all the noise that it makes.
-            total += count * min(step * step / 12, 4 * low * low)
-    return total / finite if finite else 0.0
+def _noise(histogram: tuple[int, ...], low_type: torch.dtype) -> float:
+    finite = sum(histogram[:255])
+    return sum(map(operator.mul, histogram, _noise_by_bin(low_type))) / finite if finite else 0.0
+
+
+@cache
+def _noise_by_bin(low_type: torch.dtype) -> tuple[float, ...]:
+    """The squared rounding error that an element of each bin makes; none of zeros, nor of what is not finite."""
+    info = torch.finfo(low_type)
+    lows = [2.0 ** (exponent - 127) for exponent in range(1, 255)]
+    steps = [max(low, info.smallest_normal) * info.eps for low in lows]
+    # A value far below the step is lost whole: its own square is all the noise that it makes.
+    return (0.0, *(min(step * step / 12, 4 * low * low) for low, step in zip(lows, steps, strict=True)), 0.0)
 
 
 def matched(patterns: tuple[str, ...], name: str, module: str) -> str | None:
@@ -318,6 +327,12 @@ def _above(
     return Verdict(
         rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
     )
+
+
+def _never_reached(facts: NodeFacts, bound: float) -> bool:
+    """Whether a small positive lower bound, such as the 1e-12 of a normalisation, is below all that was measured."""
+    lows = [t.min for t in facts.inputs]
+    return 0 < bound < 1 and bool(lows) and all(low is not None and low > 100 * bound for low in lows)
 
 
 def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:

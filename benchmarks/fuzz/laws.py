@@ -10,6 +10,7 @@ from torch import fx
 from torch.export.graph_signature import OutputKind
 
 from benchmarks.fuzz.case import Case, fresh, run_checked, snapshot
+from benchmarks.fuzz.count_laws import casts_are_counted_without_a_graph, what_if_is_classify_and_insert
 from benchmarks.fuzz.oracle import CastingInterpreter, placeholder_values
 from calib.aliasing import storage_roots, written_arguments
 from calib.execution import ProgramRunner
@@ -225,4 +226,6 @@ LAWS = (
     saving_changes_nothing,
     caller_is_left_alone,
     all_high_is_the_program,
+    casts_are_counted_without_a_graph,
+    what_if_is_classify_and_insert,
 )

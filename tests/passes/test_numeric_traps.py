@@ -267,3 +267,51 @@ def test_a_backend_that_accumulates_in_fp32_is_believed() -> None:
     program, ranges, _ = planned(Trap(trap.network, trap.harmful, trap.harmless, {}), trap.harmful)
     assert classify(program, ranges, wide_accumulation=["group_norm"])["group_norm"].precision == "low"
     assert classify(program, ranges, wide_accumulation=["layer_norm"])["group_norm"].rule == "interior"
+
+
+class _Gate(nn.Module):
+    """A squeeze-and-excite gate: sigmoid values near 0.5, multiplied or compared."""
+
+    def __init__(self, compared: bool) -> None:
+        super().__init__()
+        self.compared = compared
+
+    def forward(self, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(0.001 * g)[:, :, None]
+        return (gate - 0.5) * 1e4 if self.compared else x * gate.expand(8, 16, 4)
+
+
+@pytest.mark.parametrize("compared", [False, True], ids=["multiplied", "its offset taken away"])
+def test_an_offset_matters_where_it_is_taken_away(compared: bool) -> None:
+    """0.5001 against 0.4999 is noise to a product, and all there is to a difference."""
+    x, g = noise(8, 16, 4), noise(8, 16, seed=1)
+    program = torch.export.export(_Gate(compared).eval(), (x, g))
+    plan = classify(program, calibrate(program, [(x, g)], progress=False), torch.bfloat16)
+    rule = plan["sigmoid"].rule
+    assert rule == ("storage" if compared else None), plan.explain("sigmoid")
+
+
+class _Region(nn.Module):
+    """An autocast region, nested, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.before(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = x @ x.T
+            with torch.autocast("cpu", enabled=False):
+                z = y.float() * 2
+        return self.after(z) + y.float()
+
+
+def test_what_a_region_gives_is_measured_inside_it() -> None:
+    """Its readers find the numbers of the node in it, nested too: they are decided by ranges, not for want of them."""
+    x = noise(8, 8)
+    program = torch.export.export(_Region().eval(), (x,))
+    plan = classify(program, calibrate(program, [x], progress=False))
+    assert plan["linear_1"].precision == "low", plan.explain("linear_1")
+    huge = classify(program, calibrate(program, [1000 * x], progress=False))
+    assert huge["linear_1"].rule == "data_max"
