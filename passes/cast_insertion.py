@@ -17,15 +17,15 @@ from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
-from torch.utils import _pytree as pytree
 
 from calib.aliasing import shared_arguments, written_arguments
 from calib.errors import PlanError
-from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint, where
-from passes.fake_runs import RefusedError, run_on_fakes
-from passes.node_types import NodeTypes, with_low_dtype
+from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint
+from passes.dtype_arguments import with_low_dtype
+from passes.low_types import retyped, types_of
+from passes.node_types import NodeTypes
 from passes.plan import PrecisionPlan
-from passes.regions import flatten, qualified_name
+from passes.regions import flatten
 from passes.weights import LowWeights, low_weights, masks_to_saturate, saturation
 
 _log = logging.getLogger("calibcast")
@@ -47,24 +47,15 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     plan.check(program)
     # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
+    types = NodeTypes.of(source, plan)
     masks = masks_to_saturate(program, source, plan.masks)
-    refused: frozenset[fx.Node] = frozenset()
-    while True:
-        types = NodeTypes.of(source, plan, refused)
-        weights = low_weights(program, source, types, masks)
-        emission = _Emission(program, source, types, weights, keep_io_types, masks)
-        graph = emission.run()
-        if not emission.refused:
-            return _assemble(program, source, graph, weights)
-        # Anew, as what these nodes read, and what shares storage with them, is then typed otherwise, too.
-        refused |= emission.refused
+    weights = low_weights(program, source, types, masks)
+    graph = _Emission(program, source, types, weights, keep_io_types, masks).run()
+    return _assemble(program, source, graph, weights)
 
 
 class _Emission:
-    """One walk over the source graph. `self._made` maps its nodes to their copies.
-
-    refused: nodes of the source that cannot run in the low type; where there are any, the result is of no use.
-    """
+    """One walk over the source graph. `self._made` maps its nodes to their copies."""
 
     def __init__(
         self,
@@ -88,7 +79,6 @@ class _Emission:
         if fake_mode is None:
             raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
         self._fake_mode = fake_mode
-        self.refused: set[fx.Node] = set()
 
     def run(self) -> fx.Graph:
         for node in self._source.graph.nodes:
@@ -112,11 +102,7 @@ class _Emission:
         made = self._cast_and_copy(node, wanted)
         if wanted == self._types.low_type:
             made.args, made.kwargs = with_low_dtype(node, made.args, made.kwargs, self._types.low_type)
-        try:
-            self._derive(node, made)
-        except RefusedError as error:
-            if wanted == self._types.low_type:  # else it keeps its exported types, which it has
-                self._refuse(node, error)
+        self._type(node, made)
         self._note_aliases(node, made)
 
     def _cast_and_copy(self, node: fx.Node, wanted: torch.dtype | str) -> fx.Node:
@@ -184,26 +170,16 @@ class _Emission:
         self._names.add(name)
         return name
 
-    def _derive(self, node: fx.Node, made: fx.Node) -> None:
-        """Find the types of the outputs by running the operator on fake values. Raises RefusedError."""
-        same_arguments = made.args == _mapped(node.args, self._made) and made.kwargs == _mapped(node.kwargs, self._made)
-        if same_arguments and not any(self._changed(n) for n in node.all_input_nodes):
-            return
+    def _type(self, node: fx.Node, made: fx.Node) -> None:
+        """Give `made` the types that come of its inputs. What is not low takes and gives what it did at export."""
         if node.target is getitem:
             producer = made.args[0]
             assert isinstance(producer, fx.Node)
-            self._set_value(made, producer.meta["val"][node.args[1]])
-        elif isinstance(node.target, torch._ops.OpOverload):
-            args, kwargs = fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
-            self._set_value(made, run_on_fakes(node, args, kwargs, self._fake_mode))
-        # Else it is a region or another higher-order op: its operands have their exported types.
-
-    def _refuse(self, node: fx.Node, error: RefusedError) -> None:
-        self.refused.add(node)
-        _log.warning(
-            "%s cannot run in %s and stays in its exported type: %s",
-            where(node, qualified_name(node)), self._types.low_type, error,
-        )  # fmt: skip
+            if self._changed(node.all_input_nodes[0]):
+                self._set_value(made, producer.meta["val"][node.args[1]])
+        elif node in self._types.low and self._types.outputs[node] != types_of(node.meta["val"]):
+            with self._fake_mode:
+                self._set_value(made, retyped(node.meta["val"], self._types.outputs[node]))
 
     def _note_aliases(self, node: fx.Node, made: fx.Node) -> None:
         """Track shared storage, and forget the casts of what `node` has written into: a cast is of one version."""
@@ -234,7 +210,7 @@ class _Emission:
 
     def _changed(self, node: fx.Node) -> bool:
         """Whether the copy of `node` gives other types than `node`."""
-        return _types(self._made[node]) != _types(node)
+        return types_of(self._made[node].meta.get("val")) != types_of(node.meta.get("val"))
 
     def _set_type(self, node: fx.Node, dtype: torch.dtype) -> None:
         with self._fake_mode:
@@ -299,12 +275,3 @@ def _is_float(node: fx.Node) -> bool:
 def _place(value: torch.Tensor) -> tuple[torch.device, list[int]]:
     """Device and strides: a `.to` may change them along with the type. As numbers, since comparing symbols guards."""
     return value.device, [size_hint(stride) for stride in value.stride()]
-
-
-def _types(node: fx.Node) -> list[Any]:
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-
-
-def _mapped(arguments: Any, made: dict[fx.Node, fx.Node]) -> Any:
-    return fx.map_arg(arguments, lambda n: made[n])
