@@ -41,8 +41,12 @@ def _retyped(old: Any, new: Any) -> Any:
 
 
 def _quiet(shape_env: Any) -> ExitStack:
-    """No new guards and no new symbols for the user's program."""
+    """No new guards and no new symbols for the user's program, and no kernel of oneDNN.
+
+    In fp32 and bf16, `lstm` would go to its own, which asks for the number of elements of a dynamic batch.
+    """
     stack = ExitStack()
+    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
     if shape_env is not None:
         stack.enter_context(shape_env.suppress_guards())
         stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
