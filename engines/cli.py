@@ -18,6 +18,7 @@ from calib.errors import CalibcastError, GateError
 from engines.commands import review, stages
 from engines.commands.options import note
 from engines.locations import LocationError
+from engines.usage import UsageError
 
 app = typer.Typer(
     name="calibcast",
@@ -32,7 +33,16 @@ app = typer.Typer(
 )
 
 # In the order in which `calibcast --help` lists them.
-for command in (stages.calibrate, stages.plan, stages.build, stages.verify, review.report, stages.demo):
+for command in (
+    stages.calibrate,
+    stages.plan,
+    stages.build,
+    stages.verify,
+    review.report,
+    review.what_if,
+    review.diff,
+    stages.demo,
+):
     app.command()(command)
 
 
@@ -66,7 +76,7 @@ def _run(arguments: list[str] | None) -> int:
         return int(error.exit_code)
 
 
-_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, GateError: 3}
+_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, UsageError: 2, GateError: 3}
 
 
 def _terminated(*_: Any) -> None:
