@@ -69,7 +69,7 @@ def _longest_runs(old: pl.DataFrame, new: pl.DataFrame) -> Iterator[tuple[int, i
         return
     for columns in _LIKENESS:
         mine, theirs = old.select(columns).rows(), new.select(columns).rows()
-        found = []
+        found: list[tuple[int, int]] = []
         for run in SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks():
             pairs = zip(old["old_row"][run.a : run.a + run.size], new["new_row"][run.b : run.b + run.size], strict=True)
             found.extend(pairs)
