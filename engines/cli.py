@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from calib.errors import CalibcastError, GateError
-from engines.commands import review, stages
+from engines.commands import diagnosis, engine, review, stages
 from engines.commands.options import note
 from engines.locations import LocationError
 from engines.usage import UsageError
@@ -36,7 +36,9 @@ app = typer.Typer(
 for command in (
     stages.calibrate,
     stages.plan,
-    stages.build,
+    diagnosis.diagnose,
+    engine.build,
+    engine.inspect,
     stages.verify,
     review.report,
     review.what_if,

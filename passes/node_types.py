@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from calib.aliasing import written_arguments
 from calib.graph import base_op, is_measurable, tensor_values
@@ -15,6 +17,12 @@ from passes import op_table
 from passes.plan import PrecisionPlan
 from passes.regions import qualified_name
 from passes.ties import Tie, ties_of
+
+# Operators that raise "value cannot be converted to type Half without overflow", where others give inf; tried on CPU.
+_CHECKS_NUMBERS = frozenset(
+    {"masked_fill", "fill", "full", "full_like", "new_full", "scalar_tensor", "index_fill", "fill_diagonal", "scatter"}
+    | {"clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "threshold", "pow", "constant_pad_nd", "pad", "linspace"}
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,24 @@ def settled(low: set[fx.Node], ties: list[Tie]) -> frozenset[fx.Node]:
 
 
 def can_be_low(node: fx.Node, low_type: torch.dtype) -> bool:
-    """Not what states its own type or reads bits, nor what has a third type, whatever a hand-made plan says."""
+    """Not what states its own type or reads bits, nor what has a third type, whatever a hand-made plan says.
+
+    Nor what would be given a number that its kernel refuses, which on fake tensors it does not.
+    """
     if not isinstance(node.target, torch._ops.OpOverload) or states_type(node) or node.target in op_table.BITCASTS:
         return False
+    if refuses_number(node, low_type):
+        return False
     return {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} <= {torch.float32, low_type}
+
+
+def refuses_number(node: fx.Node, low_type: torch.dtype) -> bool:
+    """Whether a kernel raises because a finite number in the call is beyond `low_type`: masked_fill(-1e9) in fp16."""
+    if base_op(node.target) not in _CHECKS_NUMBERS:
+        return False
+    most = torch.finfo(low_type).max
+    numbers = pytree.tree_leaves((node.args, node.kwargs))
+    return any(isinstance(n, (int, float)) and math.isfinite(n) and abs(n) > most for n in numbers)
 
 
 def states_type(node: fx.Node) -> bool:

@@ -1,8 +1,7 @@
-"""The stages as commands: calibrate, plan, build, verify. And the demo of them all."""
+"""The stages as commands: calibrate, plan, verify (build has a file of its own). And the demo of them all."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,34 +99,6 @@ def plan(  # noqa: PLR0913
         typer.echo(f"wrote {output}")
 
 
-def build(
-    model: Model,
-    plan_file: Annotated[Path, typer.Argument(metavar="P.json", help="a plan from calibcast plan")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="the engine's folder")],
-    ranges: Annotated[
-        Path | None, typer.Option(help="kept with the engine, and gives the sizes of dynamic inputs")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, tensorrt or eager")] = "auto",
-) -> None:
-    """Insert the casts of a plan into MODEL and build an engine.
-
-    Example: calibcast build net.pt2 plan.json --ranges ranges.parquet -o engine
-    """
-    from calib.ranges import RangeTable
-    from engines.building import build as run
-    from engines.locations import load_model
-    from passes.cast_insertion import insert_casts
-    from passes.plan import PrecisionPlan
-
-    program, decided = load_model(model), PrecisionPlan.load(plan_file)
-    table = None if ranges is None else RangeTable.load(ranges)
-    if table is not None:
-        table.check(program)
-    engine = run(insert_casts(program, decided), decided, table, backend=backend)
-    engine.save(output)
-    typer.echo(f"{decided}\nbackend {engine.backend} ({engine.why})\nwrote {output}")
-
-
 def verify(  # noqa: PLR0913
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="an engine's folder")],
     model: Model,
@@ -170,17 +141,21 @@ def demo(
 def _write_report(path: Path, report: Any) -> None:
     from calib.artifacts import save_json
 
-    # JSON has no inf and NaN; as text they survive every reader.
-    rows = [
-        {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        for row in report.frame.to_dicts()
-    ]
     content = {
         "passed": report.passed,
         "batches": report.batches,
         "problems": list(report.problems),
         "reference_problem": report.reference_problem,
         "metrics": dict(report.metrics),
-        "outputs": json.loads(json.dumps(rows)),
+        "outputs": _plain_rows(report.frame),
+        "attribution": None if report.attribution is None else _plain_rows(report.attribution),
     }
     save_json(path, "verification", content)
+
+
+def _plain_rows(frame: Any) -> list[dict[str, Any]]:
+    # JSON has no inf and NaN; as text they survive every reader.
+    return [
+        {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        for row in frame.to_dicts()
+    ]
