@@ -18,6 +18,7 @@ from calib.errors import CalibcastError, GateError
 from engines.commands import diagnosis, engine, review, stages
 from engines.commands.options import note
 from engines.locations import LocationError
+from engines.usage import UsageError
 
 app = typer.Typer(
     name="calibcast",
@@ -40,6 +41,8 @@ for command in (
     engine.inspect,
     stages.verify,
     review.report,
+    review.what_if,
+    review.diff,
     stages.demo,
 ):
     app.command()(command)
@@ -75,7 +78,7 @@ def _run(arguments: list[str] | None) -> int:
         return int(error.exit_code)
 
 
-_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, GateError: 3}
+_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, UsageError: 2, GateError: 3}
 
 
 def _terminated(*_: Any) -> None:
