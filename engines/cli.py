@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from calib.errors import CalibcastError, GateError
-from engines.commands import engine, review, stages
+from engines.commands import diagnosis, engine, review, stages
 from engines.commands.options import note
 from engines.locations import LocationError
 
@@ -33,8 +33,15 @@ app = typer.Typer(
 
 # In the order in which `calibcast --help` lists them.
 for command in (
-    stages.calibrate, stages.plan, engine.build, stages.verify, engine.inspect, review.report, stages.demo
-):  # fmt: skip
+    stages.calibrate,
+    stages.plan,
+    diagnosis.diagnose,
+    engine.build,
+    engine.inspect,
+    stages.verify,
+    review.report,
+    stages.demo,
+):
     app.command()(command)
 
 

@@ -20,8 +20,8 @@ import polars as pl
 from torch.export import ExportedProgram
 
 from calib.graph import dtype_name, tensor_values
+from calib.operators import MOVES
 from engines.inspection import EngineLayer
-from passes.op_table import MOVES
 from passes.plan import KEPT, LOW, PrecisionPlan
 
 EXACT, FUSED, UNKNOWN = "exact", "fused", "unknown"
