@@ -114,8 +114,8 @@ def write(options: argparse.Namespace, rows: Path) -> None:
     text = [
         "# Precision and latency on a GPU\n",
         machine.header(),
-        f"{options.rounds} interleaved rounds; medians with the range. Errors against eager fp32 (TF32 off), on held-out "
-        "data; TensorRT may use TF32 for what is fp32.",
+        f"{options.rounds} interleaved rounds; medians with the range. Errors against eager fp32 (TF32 off), on "
+        "held-out data; TensorRT may use TF32 for what is fp32.",
         markdown(_read(rows)),
     ]
     path = Path(options.output)
