@@ -111,8 +111,8 @@ def minilm_folder() -> Path:
 
 _TEXT = """
 the engine runs in exactly the types that its graph spells out and nobody looks at it again until the numbers are wrong
-so we measured every tensor on our own data kept what overflowed in fp32 and built it once more yesterday rain fell on the
-old harbour while two small boats came home late with nothing but stories about a whale
+so we measured every tensor on our own data kept what overflowed in fp32 and built it once more yesterday rain fell on
+the old harbour while two small boats came home late with nothing but stories about a whale
 """
 
 
