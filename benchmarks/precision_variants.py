@@ -75,9 +75,10 @@ class Network:
         model, found = self.subject.model, dict[str, Prepared]()
         with tf32(False):
             self.ranges = calibrate(self.program, self.subject.calibration, progress=False)
-        engines = [variant for variant in variants if variant in ENGINES]
-        with ThreadPoolExecutor(max_workers=max(1, len(engines))) as pool:
-            building = {variant: pool.submit(self._engine, variant) for variant in engines}
+        # Export and cast insertion change global state of torch, so only the waiting for builders is done in threads.
+        works = {variant: self._cast(variant) for variant in variants if variant in ENGINES}
+        with ThreadPoolExecutor(max_workers=max(1, len(works))) as pool:
+            building = {variant: pool.submit(self._engine, variant, *work) for variant, work in works.items()}
             for variant in variants:
                 doing(variant)
                 if variant in building:
@@ -99,29 +100,36 @@ class Network:
             run(*self.inputs)
         return Prepared(run, time.perf_counter() - start)
 
-    def _engine(self, variant: str) -> Prepared:
-        return _tried(lambda: self._built(variant))
-
-    def _built(self, variant: str) -> Prepared:
-        from engines import build
+    def _cast(self, variant: str) -> tuple[Any, Any, float]:
+        """The program that an engine variant is built from, its plan or None, and the seconds that it took."""
         from passes import classify, insert_casts
 
-        common: dict[str, Any] = {"backend": "tensorrt", "progress": False, "on_failure": "error"}
-        common["ahead_of_time"] = self.device == "cpu"
-        start = time.perf_counter()
-        if variant == "TensorRT fp32":
-            engine = build(self.program, **common)
-        elif variant == "TensorRT whole-half":
-            half = copy.deepcopy(self.subject.model).half()
-            inputs = _halved(self.inputs)
+        start, plan, program = time.perf_counter(), None, self.program
+        if variant == "TensorRT whole-half":
             with torch.no_grad():
-                program = torch.export.export(half, inputs)
-            engine = build(program, **common)
-        else:
+                program = torch.export.export(copy.deepcopy(self.subject.model).half(), _halved(self.inputs))
+        elif variant != "TensorRT fp32":
             low_type = torch.float16 if "fp16" in variant else torch.bfloat16
             plan = classify(self.program, self.ranges, low_precision_type=low_type)
-            mixed = insert_casts(self.program, plan)
-            engine = build(mixed, plan, self.ranges, **{**common, "on_failure": "fallback"})
+            program = insert_casts(self.program, plan)
+        return program, plan, time.perf_counter() - start
+
+    def _engine(self, variant: str, program: Any, plan: Any, seconds: float) -> Prepared:
+        return _tried(lambda: self._built(variant, program, plan, seconds))
+
+    def _built(self, variant: str, program: Any, plan: Any, seconds: float) -> Prepared:
+        from engines import build
+
+        start = time.perf_counter() - seconds
+        engine = build(
+            program,
+            plan,
+            self.ranges if plan is not None else None,
+            backend="tensorrt",
+            ahead_of_time=self.device == "cpu",
+            on_failure="error" if plan is None else "fallback",
+            progress=False,
+        )
         record = engine.record
         share = record["half_layers"] / record["typed_layers"] if record["typed_layers"] else None
         whole = variant == "TensorRT whole-half"
