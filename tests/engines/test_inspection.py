@@ -21,6 +21,7 @@ def test_a_detailed_layer_of_tensorrt_8_gives_name_and_types():
         name="PWN(PWN(relu_1), add_1)",
         reads=("float16",),
         writes=("float16",),
+        inputs=("x",),
         outputs=("(Unnamed Layer* 1) [ElementWise]_output",),
         shapes=((10, 2),),
     )
