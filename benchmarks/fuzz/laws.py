@@ -7,6 +7,7 @@ import io
 
 import torch
 from torch import fx
+from torch.export.graph_signature import OutputKind
 
 from benchmarks.fuzz.case import Case, fresh, run_checked, snapshot
 from benchmarks.fuzz.count_laws import casts_are_counted_without_a_graph, what_if_is_classify_and_insert
@@ -15,7 +16,8 @@ from calib.aliasing import storage_roots, written_arguments
 from calib.execution import ProgramRunner
 from calib.graph import REGION_CHILD, is_measurable, tensor_values
 from passes import PrecisionPlan, insert_casts
-from passes.node_types import NodeTypes, dtype_position
+from passes.dtype_arguments import dtype_position
+from passes.node_types import NodeTypes, refuses_number
 from passes.plan import HIGH, LOW
 from passes.regions import qualified_name
 from passes.ties import ties_of
@@ -37,7 +39,8 @@ def types_follow_the_plan(case: Case) -> None:
     low_type, low = case.plan.low_precision_type, NodeTypes.of(case.source, case.plan).low
     tied = {node for tie in ties_of(case.source) for node in tie.nodes}
     planned = set(case.plan.low_precision_nodes)
-    assert {n for n in case.source.graph.nodes if qualified_name(n) in planned} - low <= tied
+    refused = {node for node in case.source.graph.nodes if refuses_number(node, low_type)}
+    assert {n for n in case.source.graph.nodes if qualified_name(n) in planned} - low <= tied | refused
     decided = planned | set(case.plan.high_precision_nodes)
     for source, made in case.pairs():
         if qualified_name(source) in decided:
@@ -126,6 +129,20 @@ def surface_stays(case: Case) -> None:
     assert types[0] == types[1]
 
 
+def outputs_may_come_as_computed(case: Case) -> None:
+    """Without `keep_io_types`, no cast stands before a user's output; buffers keep their types all the same."""
+    free = insert_casts(case.program, case.plan, keep_io_types=False)
+    outputs, theirs = (next(iter(reversed(graph.nodes))).args[0] for graph in (free.graph, case.source.graph))
+    kept = {node.name: float_types(node) for node in case.mixed.graph.nodes}
+    for spec, mine, other in zip(case.program.graph_signature.output_specs, outputs, theirs, strict=True):
+        if not isinstance(mine, fx.Node):
+            assert mine == other
+        elif spec.kind == OutputKind.USER_OUTPUT:
+            assert (mine.name, float_types(mine)) == (other.name, kept[other.name])
+        else:
+            assert float_types(mine) == float_types(other)
+
+
 def metadata_is_real(case: Case) -> None:
     """Run in PyTorch, each node's tensors have the types and sizes that its metadata says; so have the outputs."""
     for mine, theirs in zip(case.outputs, case.reference, strict=True):
@@ -202,6 +219,7 @@ LAWS = (
     integers_are_never_cast,
     written_storage_has_one_type,
     surface_stays,
+    outputs_may_come_as_computed,
     metadata_is_real,
     numbers_stay_close,
     casting_interpreter_agrees,

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from benchmarks.fuzz.case import fresh
 from calib.graph import base_op, is_measurable, state_tensor
 from passes import PrecisionPlan
-from passes.node_types import dtype_position, needs_dtype, states_type
+from passes.dtype_arguments import dtype_position, needs_dtype
+from passes.node_types import refuses_number, states_type
 from passes.regions import qualified_name
 
 
@@ -32,7 +33,7 @@ class CastingInterpreter(fx.Interpreter):
         if base_op(n.target) == "_assert_tensor_metadata":
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if qualified_name(n) not in self._low:
+        if qualified_name(n) not in self._low or refuses_number(n, self._low_type):
             args, kwargs = self._as_exported(n)
         else:
             if needs_dtype(n) and dtype_position(n) is not None:

@@ -27,6 +27,9 @@ KINDS: dict[str, Mapping[str, Function]] = {
 STEPS: dict[str, Function] = {name: step for steps in KINDS.values() for name, step in steps.items()}
 
 
+NAMES = ("input", "y", "ids", "mask")
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a random program: `op` on the float tensors number `a` and `b` of those there are, modulo."""
@@ -84,8 +87,8 @@ def exported(recipe: Recipe) -> ExportedProgram:
     batch = {0: Dim("batch", min=2, max=64)} if recipe.dynamic else None
     if not recipe.keywords:
         return torch.export.export(model, inputs, dynamic_shapes=(batch,) * 4)
-    named = dict(zip(("ids", "mask"), inputs[2:], strict=True))
-    shapes = dict.fromkeys(("input", "y", "ids", "mask"), batch)
+    named = dict(zip(NAMES[2:], inputs[2:], strict=True))
+    shapes = dict.fromkeys(NAMES, batch)
     return torch.export.export(model, inputs[:2], named, dynamic_shapes=shapes)
 
 

@@ -70,9 +70,14 @@ def measured(request):
     return Measured(program, calibrate(program, calibration, progress=False), held_out)
 
 
+def similarities(embeddings: torch.Tensor) -> torch.Tensor:
+    """Of each sentence to each other one; -2 to itself."""
+    return (embeddings @ embeddings.T).fill_diagonal_(-2)
+
+
 def neighbours(embeddings: torch.Tensor) -> torch.Tensor:
     """The most similar other sentence of each."""
-    return (embeddings @ embeddings.T).fill_diagonal_(-2).argmax(1)
+    return similarities(embeddings).argmax(1)
 
 
 def planned(measured: Measured, low_type: torch.dtype) -> tuple[PrecisionPlan, ExportedProgram]:
@@ -90,7 +95,11 @@ def test_fp16_embeddings_are_those_of_fp32(measured):
     exact = measured.embeddings(measured.program)
     mixed = measured.embeddings(planned(measured, torch.float16)[1])
     assert torch.nn.functional.cosine_similarity(exact, mixed).min() >= 0.9999
-    assert torch.equal(neighbours(exact), neighbours(mixed))
+    # For one sentence fp32 itself has two neighbours that differ by 0.0002: a tie that any rounding may turn.
+    first, second = similarities(exact).topk(2).values.unbind(1)
+    clear = first - second > 5e-4
+    assert clear.sum() >= 35
+    assert torch.equal(neighbours(exact)[clear], neighbours(mixed)[clear])
 
 
 def test_bf16_embeddings_are_near_those_of_fp32(measured):
