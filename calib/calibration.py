@@ -14,6 +14,8 @@ from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 from calib.batches import Signature, numbered, signature_of
+from calib.captured_execution import captured_or_plain
+from calib.device_observer import observer_for
 from calib.errors import BatchError, CalibcastError, ProgramError
 from calib.execution import ProgramRunner, refuse_training
 from calib.fingerprint import inputs_hash, node_digests, weights_hash
@@ -126,7 +128,7 @@ def _prepare(program: ExportedProgram, device: torch.device | str | None, histog
         raise ProgramError("the program has no floating-point tensor, so there is no range to measure and no type")
     try:
         runner = ProgramRunner(program, device)
-        observer = Observer(specs, runner.device, histogram, mask_tensors(program))
+        observer = observer_for(specs, runner.device, histogram, mask_tensors(program))
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise CalibcastError(f"the program cannot be moved to device={device!r}: {error}") from error
     return _Run(program, runner, specs, observer, signature_of(program), on_nonfinite)
@@ -137,14 +139,14 @@ def _measure(run: _Run, bar: tqdm[tuple[int, Any, list[Any]]]) -> None:
     _measure_weights(run)
     state = set(input_targets(run.program))
     observer = run.observer
+    step = captured_or_plain(run.runner, observer)
 
     def watch(name: str, *rest: Any) -> None:
         if name not in state:
             observer.watch(name, *rest)
 
     for index, _, flat in bar:
-        observer.start(index)
-        run.runner.run_batch(flat, index, watch)
+        step(flat, index, watch)
         if run.on_nonfinite != "warn" and (row := observer.first_nonfinite()) is not None:
             _leave_out(run, index, run.specs[row])
             continue
