@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from calib.errors import BatchError, known
+from calib.errors import BatchError, CalibcastError, known
 from calib.graph import dtype_name
 
 _MISSING = object()
@@ -308,7 +308,7 @@ def numbered(
             batch = next(batches)
         except StopIteration:
             break
-        except BatchError:
+        except CalibcastError:
             raise
         except Exception as error:
             raise BatchError(

@@ -1,7 +1,7 @@
 """The command line: thin layers over the Python calls, reading files and writing files.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 2 a bad command line; 3 a gate that the
-user set said no; 130 and 143 for signals; 1 everything else.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 2 a bad command line or job file; 3 a gate
+that the user set said no; 130 and 143 for signals; 1 everything else.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import typer
 
 from calib.errors import CalibcastError, GateError
-from engines.commands import review, stages
+from engines.commands import job, review, stages
 from engines.commands.options import note
+from engines.job.errors import JobError
 from engines.locations import LocationError
 
 app = typer.Typer(
@@ -32,7 +33,17 @@ app = typer.Typer(
 )
 
 # In the order in which `calibcast --help` lists them.
-for command in (stages.calibrate, stages.plan, stages.build, stages.verify, review.report, stages.demo):
+for command in (
+    stages.calibrate,
+    stages.plan,
+    stages.build,
+    stages.verify,
+    review.report,
+    job.merge,
+    job.init,
+    job.run,
+    stages.demo,
+):
     app.command()(command)
 
 
@@ -66,7 +77,7 @@ def _run(arguments: list[str] | None) -> int:
         return int(error.exit_code)
 
 
-_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, GateError: 3}
+_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, JobError: 2, GateError: 3}
 
 
 def _terminated(*_: Any) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -142,6 +140,7 @@ def verify(  # noqa: PLR0913
     Example: calibcast verify engine net.pt2 --data loaders.py:held_out --min-sqnr-db 40
     """
     from engines.engine import Engine
+    from engines.report_file import save_report
     from engines.verification import verify as run
 
     program, batches, function = inputs(model, data, transform)
@@ -150,7 +149,7 @@ def verify(  # noqa: PLR0913
     report = run(Engine.load(folder), program, batches, transform=function, max_batches=max_batches)
     typer.echo(str(report))
     if output is not None:
-        _write_report(output, report)
+        save_report(output, report)
         typer.echo(f"wrote {output}")
     if min_sqnr_db is not None:
         report.require(min_sqnr_db=min_sqnr_db)
@@ -165,22 +164,3 @@ def demo(
     from engines.demo import run_demo
 
     run_demo(output, typer.echo)
-
-
-def _write_report(path: Path, report: Any) -> None:
-    from calib.artifacts import save_json
-
-    # JSON has no inf and NaN; as text they survive every reader.
-    rows = [
-        {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        for row in report.frame.to_dicts()
-    ]
-    content = {
-        "passed": report.passed,
-        "batches": report.batches,
-        "problems": list(report.problems),
-        "reference_problem": report.reference_problem,
-        "metrics": dict(report.metrics),
-        "outputs": json.loads(json.dumps(rows)),
-    }
-    save_json(path, "verification", content)
