@@ -23,6 +23,7 @@ from calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
 from calib.execution import ProgramRunner, refuse_training
 from calib.fingerprint import inputs_hash, node_digests, weights_hash
 from calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
+from calib.masks import mask_tensors
 from calib.observer import Observer
 from calib.order import batch_hash, refuse_unseeded, resumed, rewind
 from calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size, table_of
@@ -229,7 +230,7 @@ def prepare(program: ExportedProgram, device: torch.device | str | None, histogr
         raise ProgramError("the program has no floating-point tensor, so there is no range to measure and no type")
     try:
         runner = ProgramRunner(program, device)
-        observer = Observer(specs, runner.device, histogram)
+        observer = Observer(specs, runner.device, histogram, mask_tensors(program))
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise CalibcastError(f"the program cannot be moved to device={device!r}: {error}") from error
     return Run(program, runner, specs, observer, signature_of(program), on_nonfinite)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from calib.aliasing import mutated_inputs
 from calib.errors import BatchError, ProgramError
-from calib.graph import AUTOCAST_REGION, GRAD_REGION, REGION_CHILD, child_of, program_device, state_tensor, where
+from calib.graph import AUTOCAST_REGION, REGION_CHILD, child_of, program_device, state_tensor, where
 
 # watch(name, node, result, arguments): called after a node has run and before anything can change its result.
 # `name` is qualified inside regions; `arguments` holds the tensors that it read, by node.
@@ -29,30 +30,61 @@ class NodeError(Exception):
         self.name, self.node = name, node
 
 
-class _WatchedInterpreter(fx.Interpreter):
-    """`fx.Interpreter` that enters regions, reports each result, and can move device arguments.
+class Ran(NamedTuple):
+    """A node that has just run: its name (qualified inside regions), its result, and by node what it has read."""
 
-    The base class frees each value after its last reader has run.
+    name: str
+    node: fx.Node
+    result: Any
+    arguments: dict[fx.Node, Any]
+
+
+class _SteppedInterpreter(fx.Interpreter):
+    """`fx.Interpreter` that enters regions, stops after each node, and can move device arguments.
+
+    Each value is freed after its last reader has run. What a region sets for its thread is set for one node at a
+    time, so that two programs can be run in turns.
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, watch: Watch | None, device: torch.device | None, prefix: str = ""
+        self,
+        graph_module: fx.GraphModule,
+        device: torch.device | None,
+        prefix: str = "",
+        regions: tuple[tuple[Any, ...], ...] = (),
     ) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
-        self._watch, self._device, self._prefix = watch, device, prefix
+        self._device, self._prefix, self._regions = device, prefix, regions
+
+    def steps(self, *operands: Any) -> Generator[Ran, None, Any]:
+        """Run the graph, yielding after each node; what is returned is the graph's result."""
+        self.env, self.args_iter = {}, iter(operands)
+        result = None
+        for node in self.graph.nodes:
+            result = yield from self._step(node)
+            if node.users:
+                self.env[node] = result
+            for used in self.user_to_last_uses.get(node, ()):
+                del self.env[used]
+        return result
+
+    def _step(self, node: fx.Node) -> Generator[Ran, None, Any]:
+        result = (yield from self._region_steps(node)) if node.target in REGION_CHILD else self.run_node(node)
+        if node.op != "output":
+            yield Ran(self._prefix + node.name, node, result, self.env)
+        return result
 
     def run_node(self, n: fx.Node) -> Any:
-        name = self._prefix + n.name
         try:
-            result = self._run_region(n) if n.target in REGION_CHILD else super().run_node(n)
-        except NodeError:
-            raise
+            with ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                for device_type, dtype, enabled, cache_enabled in self._regions:
+                    region = torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+                    stack.enter_context(region)
+                return super().run_node(n)
         except Exception as error:
-            raise NodeError(name, n, error) from error
-        if self._watch is not None and n.op != "output":
-            self._watch(name, n, result, self.env)
-        return result
+            raise NodeError(self._prefix + n.name, n, error) from error
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._device is not None:
@@ -64,21 +96,18 @@ class _WatchedInterpreter(fx.Interpreter):
                 raise
             return _emulated(target, args, kwargs)
 
-    def _run_region(self, node: fx.Node) -> Any:
+    def _region_steps(self, node: fx.Node) -> Generator[Ran, None, Any]:
         region = child_of(node)
         assert region is not None
         name, child = region
         args, _ = self.fetch_args_kwargs_from_env(node)
-        interpreter = _WatchedInterpreter(child, self._watch, self._device, f"{self._prefix}{name}.")
-        operands = args[REGION_CHILD[node.target] + 1 :]
-        if node.target is GRAD_REGION:
-            return interpreter.run(*operands)
-        assert node.target is AUTOCAST_REGION
-        device_type, dtype, enabled, cache_enabled = args[:4]
-        if self._device is not None:
-            device_type = self._device.type  # a region moves with its program
-        with torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled):
-            return interpreter.run(*operands)
+        regions = self._regions
+        if node.target is AUTOCAST_REGION:
+            # A region moves with its program.
+            device_type = args[0] if self._device is None else self._device.type
+            regions = (*regions, (device_type, *args[1:4]))
+        inside = _SteppedInterpreter(child, self._device, f"{self._prefix}{name}.", regions)
+        return (yield from inside.steps(*args[REGION_CHILD[node.target] + 1 :]))
 
 
 class ProgramRunner:
@@ -109,27 +138,48 @@ class ProgramRunner:
         """Move the tensors among flat inputs to the device that the program runs on."""
         return [v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in flat]
 
-    def run(self, flat: Sequence[Any], watch: Watch | None = None) -> list[Any]:
-        """The flat user outputs for the flat user inputs. Raises NodeError where a node raises."""
+    def steps(self, flat: Sequence[Any]) -> Generator[Ran, None, list[Any]]:
+        """Run on the flat user inputs, stopping after each node: before anything can change what it gave.
+
+        What is returned are the flat user outputs. Raises NodeError where a node raises.
+        """
         inputs = iter(flat)
         values = []
         for spec, state in zip(self.program.graph_signature.input_specs, self._state, strict=True):
             value = next(inputs) if spec.kind == InputKind.USER_INPUT else state
             mutated = spec.arg.name in self._mutated and isinstance(value, torch.Tensor)
             values.append(value.clone() if mutated else value)
-        interpreter = _WatchedInterpreter(self.program.graph_module, watch, self._moved)
-        with torch.no_grad():
-            results = interpreter.run(*values)
+        results = yield from _SteppedInterpreter(self.program.graph_module, self._moved).steps(*values)
         specs = self.program.graph_signature.output_specs
         return [r for r, spec in zip(results, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
 
+    def run(self, flat: Sequence[Any], watch: Watch | None = None) -> list[Any]:
+        """The flat user outputs for the flat user inputs. Raises NodeError where a node raises."""
+        steps = self.steps(flat)
+        with torch.no_grad():
+            while True:
+                try:
+                    ran = next(steps)
+                except StopIteration as end:
+                    results: list[Any] = end.value
+                    return results
+                if watch is not None:
+                    watch(*ran)
+
     def run_batch(self, flat: Sequence[Any], index: int, watch: Watch | None = None) -> list[Any]:
         """`run`, with a node's error told as a BatchError that names batch and node."""
-        try:
+        with naming_batch(flat, index):
             return self.run(self.to_device(flat), watch)
-        except NodeError as error:
-            shapes = ", ".join(str(tuple(v.shape)) for v in flat if isinstance(v, torch.Tensor))
-            raise BatchError(f"batch {index} (input shapes {shapes}): {error}") from error.__cause__
+
+
+@contextmanager
+def naming_batch(flat: Sequence[Any], index: int) -> Iterator[None]:
+    """Tell a node's error as a BatchError that names batch and node."""
+    try:
+        yield
+    except NodeError as error:
+        shapes = ", ".join(str(tuple(v.shape)) for v in flat if isinstance(v, torch.Tensor))
+        raise BatchError(f"batch {index} (input shapes {shapes}): {error}") from error.__cause__
 
 
 def input_structure(program: ExportedProgram, flat: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -40,6 +40,7 @@ class Tally:
     values: list[float] = field(default_factory=lambda: list(NOTHING))
     counts: list[int] = field(default_factory=lambda: [0] * len(COUNTS))
     histogram: torch.Tensor | None = None  # int64 [256]
+    mask_min: float = math.inf  # lowest finite mask value
 
     def _add(self, values: tuple[float, float, float, float, float], times: int) -> None:
         mine = self.values
@@ -58,12 +59,19 @@ class HostKernel:
         self._scratch = torch.empty(_HOST_STEP, dtype=torch.int32)
         self._counter = ExponentCounter() if histogram else None
 
-    def measure(self, tensor: torch.Tensor) -> Tally:
-        """Statistics of a floating-point host tensor of any shape, strides and width."""
+    def measure(self, tensor: torch.Tensor, mask_at_most: float | None = None) -> Tally:
+        """Statistics of a floating-point host tensor of any shape, strides and width.
+
+        Values at or below `mask_at_most` are mask values: counted in `masked`, and left out of everything else.
+        """
         tally = Tally(histogram=torch.zeros(BINS, dtype=torch.int64) if self._histogram else None)
         dense, times = without_repeats(tensor)
         tally.counts[0] = dense.numel() * times
         for piece in pieces(dense, _HOST_STEP):
+            if mask_at_most is not None:
+                piece = _without_mask(piece, mask_at_most, tally, times)
+                if not piece.numel():
+                    continue
             if piece.dtype == torch.float64:
                 self._double(piece, tally, times)
             else:
@@ -155,11 +163,14 @@ class ExponentCounter:
         self._total += torch.bincount(filled[paired:], minlength=BINS)
 
 
-def measure_on_device(tensor: torch.Tensor, histogram: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+DeviceTally = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
+def measure_on_device(tensor: torch.Tensor, histogram: bool, mask_at_most: float | None = None) -> DeviceTally:
     """Statistics of a floating-point tensor without a word to the host.
 
-    Returns `VALUES` as float64 [5], `COUNTS` as int64 [6], and the histogram as int64 [256] or None, on the
-    tensor's device.
+    Returns `VALUES` as float64 [5], `COUNTS` as int64 [6], the histogram as int64 [256] or None, and the lowest finite
+    mask value as float64 [], on the tensor's device.
     """
     dense, times = without_repeats(tensor)
     device = tensor.device
@@ -167,8 +178,13 @@ def measure_on_device(tensor: torch.Tensor, histogram: bool) -> tuple[torch.Tens
     values = [low, -low, low.clone(), torch.zeros_like(low), torch.zeros_like(low)]
     counts = torch.zeros(len(COUNTS), dtype=torch.int64, device=device)
     bins = torch.zeros(BINS, dtype=torch.int64, device=device) if histogram else None
+    mask_min = low.clone()
     for piece in pieces(dense, _DEVICE_STEP):
-        found, counted = _device_step(piece)
+        masked = None if mask_at_most is None else piece <= mask_at_most
+        if masked is not None:
+            lowest = torch.where(masked & torch.isfinite(piece), piece, math.inf).amin()
+            mask_min = torch.minimum(mask_min, lowest.double())
+        found, counted = _device_step(piece, masked)
         values[0] = torch.minimum(values[0], found[0])
         values[1] = torch.maximum(values[1], found[1])
         values[2] = torch.minimum(values[2], found[2])
@@ -176,15 +192,20 @@ def measure_on_device(tensor: torch.Tensor, histogram: bool) -> tuple[torch.Tens
         values[4] = values[4] + found[4] * times
         counts += counted * times
         if bins is not None:
-            bins.add_(_device_histogram(piece), alpha=times)
+            bins.add_(_device_histogram(piece, masked), alpha=times)
     counts[0].fill_(dense.numel() * times)  # `counts[0] = number` would wait for the device
-    return torch.stack(values), counts, bins
+    return torch.stack(values), counts, bins, mask_min
 
 
-def _device_step(x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _device_step(x: torch.Tensor, masked: torch.Tensor | None) -> tuple[list[torch.Tensor], torch.Tensor]:
     if x.element_size() == 1:  # float8 has hardly an operator of its own
         x = x.float()
+    none = torch.zeros((), dtype=torch.int64, device=x.device)
+    hidden = none if masked is None else masked.sum()
     finite = torch.isfinite(x)
+    neginf = x == -math.inf
+    if masked is not None:
+        finite, neginf = finite & ~masked, neginf & ~masked
     magnitude = x.abs()
     kept = torch.where(finite, x, 0)
     nonzero = finite & (magnitude > 0)
@@ -195,19 +216,21 @@ def _device_step(x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         kept.sum(dtype=torch.float64),
         kept.double().square_().sum(),
     ]
-    none = torch.zeros((), dtype=torch.int64, device=x.device)
-    counted = [none, torch.isnan(x).sum(), (x == math.inf).sum(), (x == -math.inf).sum(), (magnitude == 0).sum(), none]
+    counted = [none, torch.isnan(x).sum(), (x == math.inf).sum(), neginf.sum(), (magnitude == 0).sum(), hidden]
     return [value.double() for value in found], torch.stack(counted)
 
 
-def _device_histogram(x: torch.Tensor) -> torch.Tensor:
+def _device_histogram(x: torch.Tensor, masked: torch.Tensor | None) -> torch.Tensor:
     if x.dtype == torch.float64:
         exponents = (torch.frexp(x).exponent + 126).clamp(0, BINS - 2)
         exponents = torch.where(x == 0, 0, torch.where(torch.isfinite(x), exponents, BINS - 1))
     else:
         exponents = (x.float().view(torch.int32) & _MAGNITUDE) >> 23
     # bincount would wait for the device to learn its size; histc with given bounds does not.
-    return torch.histc(exponents.float() + 0.5, bins=BINS, min=0, max=BINS).long()
+    places = exponents.float() + 0.5
+    if masked is not None:
+        places = torch.where(masked, -1.0, places)  # outside the bounds, so not counted
+    return torch.histc(places, bins=BINS, min=0, max=BINS).long()
 
 
 def without_repeats(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -247,6 +270,19 @@ def pieces(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
         rows = max(1, tensor.size(widest) * limit // tensor.numel())
         for part in torch.split(tensor, rows, widest):
             yield from pieces(part, limit)
+
+
+def _without_mask(x: torch.Tensor, at_most: float, tally: Tally, times: int) -> torch.Tensor:
+    """Count mask values, note the lowest finite one, and give the rest."""
+    masked = x <= at_most
+    hidden = x[masked]
+    if not hidden.numel():
+        return x
+    tally.counts[5] += hidden.numel() * times
+    finite = hidden[torch.isfinite(hidden)]
+    if finite.numel():
+        tally.mask_min = min(tally.mask_min, float(finite.min()))
+    return x[~masked]
 
 
 def _count_nonfinite(x: torch.Tensor, tally: Tally, times: int) -> torch.Tensor:

@@ -11,7 +11,9 @@ from torch import fx
 
 from calib.execution import tensors_of
 from calib.graph import TensorSpec
+from calib.hidden import hidden_values
 from calib.kernel import HostKernel, is_dense, measure_on_device
+from calib.masks import MASK_AT_MOST
 from calib.statistics import Statistics
 
 Row = tuple[str, int]  # (qualified node name, output position)
@@ -25,8 +27,15 @@ class Observer:
     One batch is measured into its own rows and merged at its end, so that a batch can be dropped whole.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec], device: torch.device, histogram: bool) -> None:
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        device: torch.device,
+        histogram: bool,
+        masks: frozenset[str] = frozenset(),
+    ) -> None:
         self._rows: dict[Row, int] = {(spec.node, spec.output): i for i, spec in enumerate(specs)}
+        self._masks = {row for (name, _), row in self._rows.items() if name in masks}
         self._on_host = device.type == "cpu"
         self._histogram = histogram
         self._kernel = HostKernel(histogram) if self._on_host else None
@@ -47,6 +56,10 @@ class Observer:
             row = self._rows.get((name, output))
             if row is not None and tensor.numel():
                 self._record(row, name, node, tensor, arguments)
+        row = self._rows.get((name, 0))
+        hidden = hidden_values(node, arguments) if row is not None else None
+        if hidden is not None:
+            self._batch.hidden[row, :2] = hidden
 
     def measure(self, name: str, tensor: torch.Tensor) -> None:
         """Measure a tensor that no run gives: a parameter, a buffer, a constant."""
@@ -72,7 +85,7 @@ class Observer:
 
     def _record(self, row: int, name: str, node: fx.Node, tensor: torch.Tensor, arguments: dict[fx.Node, Any]) -> None:
         identity = _identity(tensor)
-        source = self._same_elements(name, node, identity, arguments) if identity is not None else None
+        source = self._same_elements(row, name, node, identity, arguments) if identity is not None else None
         if source is None:
             self._write(row, tensor)
         else:
@@ -81,26 +94,34 @@ class Observer:
             self._seen[row] = identity
 
     def _same_elements(
-        self, name: str, node: fx.Node, identity: _Identity, arguments: dict[fx.Node, Any]
+        self, row: int, name: str, node: fx.Node, identity: _Identity, arguments: dict[fx.Node, Any]
     ) -> int | None:
         """The row of an argument with the very same elements: of a view, a permutation, an idle dropout."""
         prefix = name.removesuffix(node.name)
         for argument in node.all_input_nodes:
-            row = self._rows.get(_row_of(argument, prefix))
-            if row is not None and self._seen.get(row) == identity:
+            source = self._rows.get(_row_of(argument, prefix))
+            if source is not None and self._seen.get(source) == identity and self._alike(source, row):
                 value = arguments.get(argument)
                 if isinstance(value, torch.Tensor) and _identity(value) == identity:
-                    return row
+                    return source
         return None
+
+    def _alike(self, source: int, row: int) -> bool:
+        """Whether two rows are measured in the same way: mask values are counted apart in both, or in neither."""
+        return (source in self._masks) == (row in self._masks)
 
     def _write(self, row: int, tensor: torch.Tensor) -> None:
         batch = self._batch
+        at_most = MASK_AT_MOST if row in self._masks else None
+        mask_min: float | torch.Tensor
         if self._kernel is not None and tensor.device.type == "cpu":
-            tally = self._kernel.measure(tensor)
+            tally = self._kernel.measure(tensor, at_most)
             values = torch.tensor(tally.values, dtype=torch.float64)
-            counts, bins = torch.tensor(tally.counts), tally.histogram
+            counts, bins, mask_min = torch.tensor(tally.counts), tally.histogram, tally.mask_min
         else:
-            values, counts, bins = measure_on_device(tensor, self._histogram)
+            values, counts, bins, mask_min = measure_on_device(tensor, self._histogram, at_most)
+        if at_most is not None:
+            batch.hidden[row, 2] = mask_min
         batch.values[row] = values
         batch.counts[row] = counts
         if batch.histograms is not None and bins is not None:
@@ -112,6 +133,7 @@ class Observer:
         for array in (batch.values, batch.counts, batch.histograms, batch.batches):
             if array is not None:
                 array[row] = array[source]
+        batch.hidden[row, 2] = batch.hidden[source, 2]
 
 
 def _row_of(node: fx.Node, prefix: str) -> Row:

@@ -19,7 +19,7 @@ from calib.errors import ArtifactError, MismatchError
 from calib.fingerprint import fingerprint, first_difference, node_digests, weights_hash
 from calib.graph import TensorSpec
 from calib.kernel import BINS
-from calib.statistics import NO_BATCH, Statistics
+from calib.statistics import HIDDEN, NO_BATCH, NO_HIDDEN, Statistics
 
 SCHEMA: dict[str, Any] = {
     "node": pl.String,
@@ -47,6 +47,8 @@ SCHEMA: dict[str, Any] = {
     "nonfinite_batch": pl.Int64,
     "histogram": pl.List(pl.Int64),
 }
+# Beside the frame, for those rows that have them: see `calib.hidden` and `calib.masks`.
+HIDDEN_SCHEMA: dict[str, Any] = {"node": pl.String, "output": pl.Int64, **dict.fromkeys(HIDDEN, pl.Float64)}
 _KIND = "ranges"
 _HEADER_KEY = "calibcast"
 # Sizes kept per dimension of an input, and hashes of batches: enough to choose profiles and to notice reuse.
@@ -81,11 +83,14 @@ class Calibration:
 class RangeTable:
     """Ranges of every floating-point tensor of a program on the user's data.
 
-    `frame` has the columns of `SCHEMA`, one row per tensor, unique by (node, output), in graph order.
+    `frame` has the columns of `SCHEMA`, one row per tensor, unique by (node, output), in graph order. `hidden` has
+    those rows whose node forms sums inside (`hidden_max`: the largest; `hidden_min`: the least mean square deviation
+    that a norm divides by the root of) or that have mask values (`mask_min`: the lowest finite one).
     """
 
     frame: pl.DataFrame
     calibration: Calibration
+    hidden: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=HIDDEN_SCHEMA))
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -106,8 +111,9 @@ class RangeTable:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as Parquet, whole or not at all. Raises ArtifactError when it cannot be written."""
         header = {_HEADER_KEY: _KIND, "schema": SCHEMA_VERSION, "calibration": asdict(self.calibration)}
+        whole = self.frame.join(self.hidden, on=["node", "output"], how="left", maintain_order="left")
         with written_whole(path) as temporary:
-            self.frame.write_parquet(temporary, metadata={_HEADER_KEY: json.dumps(header)})
+            whole.write_parquet(temporary, metadata={_HEADER_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RangeTable:
@@ -124,7 +130,8 @@ class RangeTable:
         with parsed(source, _KIND):
             fields = header["calibration"]
             fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
-            return cls(_checked(frame, source), Calibration(**fields))
+            checked = _checked(frame, source)
+            return cls(checked.select(list(SCHEMA)), Calibration(**fields), _hidden_rows(checked))
 
     @classmethod
     def merge(cls, tables: Sequence[RangeTable]) -> RangeTable:
@@ -191,7 +198,14 @@ class RangeTable:
         has_histograms = bool(rows) and all(row is not None for row in rows)
         histograms = torch.tensor(rows, dtype=torch.int64).reshape(len(frame), BINS) if has_histograms else None
         batches = torch.tensor(frame["batches"].to_list(), dtype=torch.int64)
-        return Statistics(values, counts, histograms, batches, batch("absmax_batch"), batch("nonfinite_batch"))
+        beside = frame.select("node", "output").join(
+            self.hidden, on=["node", "output"], how="left", maintain_order="left"
+        )
+        hidden = torch.tensor(
+            [beside[name].fill_null(none).to_list() for name, none in zip(HIDDEN, NO_HIDDEN, strict=True)],
+            dtype=torch.float64,
+        ).T.contiguous()
+        return Statistics(values, counts, histograms, batches, batch("absmax_batch"), batch("nonfinite_batch"), hidden)
 
 
 def table_of(specs: Sequence[TensorSpec], statistics: Statistics, calibration: Calibration) -> RangeTable:
@@ -216,7 +230,7 @@ def table_of(specs: Sequence[TensorSpec], statistics: Statistics, calibration: C
         "elements": statistics.counts[:, 0].tolist(),
         "min": numbers(statistics.values[:, 0], some),
         "max": numbers(statistics.values[:, 1], some),
-        "absmax": numbers(statistics.absmax(), some),
+        "absmax": numbers(statistics.absmax().abs(), some),
         "smallest": numbers(smallest, torch.isfinite(smallest)),
         "mean": numbers(statistics.values[:, 3] / finite, some),
         "rms": numbers((statistics.values[:, 4] / finite).clamp_min(0).sqrt(), some),
@@ -227,7 +241,17 @@ def table_of(specs: Sequence[TensorSpec], statistics: Statistics, calibration: C
         "nonfinite_batch": batch(statistics.nonfinite_batch),
         "histogram": [None] * len(specs) if statistics.histograms is None else statistics.histograms.tolist(),
     }
-    return RangeTable(pl.DataFrame(data, schema=SCHEMA), calibration)
+    hidden = {
+        name: [None if v == nothing else v for v in statistics.hidden[:, column].tolist()]
+        for column, (name, nothing) in enumerate(zip(HIDDEN, NO_HIDDEN, strict=True))
+    }
+    names = {"node": data["node"], "output": data["output"]}
+    beside = pl.DataFrame({**names, **hidden}, schema=HIDDEN_SCHEMA)
+    return RangeTable(pl.DataFrame(data, schema=SCHEMA), calibration, _hidden_rows(beside))
+
+
+def _hidden_rows(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame.select(list(HIDDEN_SCHEMA)).filter(pl.any_horizontal(pl.col(HIDDEN).is_not_null()))
 
 
 def specs_of(frame: pl.DataFrame) -> list[TensorSpec]:
@@ -290,10 +314,13 @@ def _checked(frame: pl.DataFrame, source: Path) -> pl.DataFrame:
     missing = [name for name in SCHEMA if name not in frame.columns]
     if missing:
         raise ArtifactError(f"{source} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-    wrong = [name for name, dtype in SCHEMA.items() if frame.schema[name] != dtype]
+    # Without the columns of `hidden` nothing was measured inside; rules then bound it from the peaks.
+    frame = frame.with_columns(pl.lit(None, pl.Float64).alias(name) for name in HIDDEN if name not in frame.columns)
+    expected = SCHEMA | HIDDEN_SCHEMA
+    wrong = [name for name, dtype in expected.items() if frame.schema[name] != dtype]
     if wrong:
         name = wrong[0]
-        raise ArtifactError(f"{source}: column {name} is {frame.schema[name]}, expected {SCHEMA[name]}")
+        raise ArtifactError(f"{source}: column {name} is {frame.schema[name]}, expected {expected[name]}")
     if frame.select("node", "output").is_duplicated().any():
         raise ArtifactError(f"{source} has two rows for one tensor: it was changed by hand or merged by another tool")
-    return frame.select(list(SCHEMA))
+    return frame

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from calib.kernel import BINS, COUNTS, NOTHING, VALUES
 
 # No batch: larger than any index, so that the earliest of two is the smaller.
 NO_BATCH = 1 << 62
+# What an operator hides (`calib.hidden`), and the lowest finite mask value of a tensor.
+HIDDEN = ("hidden_max", "hidden_min", "mask_min")
+NO_HIDDEN = (-math.inf, math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class Statistics:
     """Statistics of R tensors, one row each. The arrays are updated in place, and are all there is to a merge.
 
     values: float64 [R, 5] as in `VALUES`; counts: int64 [R, 6] as in `COUNTS`; histograms: int64 [R, 256] or None;
-    batches, absmax_batch, nonfinite_batch: int64 [R].
+    batches, absmax_batch, nonfinite_batch: int64 [R]; hidden: float64 [R, 3] as in `HIDDEN`.
     """
 
     values: torch.Tensor
@@ -26,6 +30,7 @@ class Statistics:
     batches: torch.Tensor
     absmax_batch: torch.Tensor
     nonfinite_batch: torch.Tensor
+    hidden: torch.Tensor
 
     @classmethod
     def empty(cls, rows: int, histogram: bool, device: torch.device | str = "cpu") -> Statistics:
@@ -41,12 +46,15 @@ class Statistics:
             batches=integers(rows),
             absmax_batch=integers(rows, fill=NO_BATCH),
             nonfinite_batch=integers(rows, fill=NO_BATCH),
+            hidden=torch.tensor(NO_HIDDEN, dtype=torch.float64, device=device).repeat(rows, 1),
         )
 
     def clear(self) -> None:
         """Back to `empty`, without a new allocation."""
         for column, nothing in enumerate(NOTHING):
             self.values[:, column].fill_(nothing)  # a copy from the host would wait for the device
+        for column, nothing in enumerate(NO_HIDDEN):
+            self.hidden[:, column].fill_(nothing)
         for array in (self.counts, self.histograms, self.batches):
             if array is not None:
                 array.zero_()
@@ -68,6 +76,8 @@ class Statistics:
         mine[:, 1] = torch.maximum(mine[:, 1], theirs[:, 1])
         mine[:, 2] = torch.minimum(mine[:, 2], theirs[:, 2])
         mine[:, 3:] += theirs[:, 3:]
+        self.hidden[:, 0] = torch.maximum(self.hidden[:, 0], other.hidden[:, 0])
+        self.hidden[:, 1:] = torch.minimum(self.hidden[:, 1:], other.hidden[:, 1:])
         self.counts.add_(other.counts)
         self.batches.add_(other.batches)
         if self.histograms is not None and other.histograms is not None:
@@ -82,6 +92,7 @@ class Statistics:
             self.batches[rows],
             self.absmax_batch[rows],
             self.nonfinite_batch[rows],
+            self.hidden[rows],
         )
 
     def absmax(self) -> torch.Tensor:
@@ -106,7 +117,9 @@ class Statistics:
             self.batches.to(device),
             self.absmax_batch.to(device),
             self.nonfinite_batch.to(device),
+            self.hidden.to(device),
         )
 
 
+assert HIDDEN[0] == "hidden_max", "merge takes the largest of column 0, and the least of the others"
 assert VALUES[3:] == ("sum", "sum_of_squares"), "merge adds the columns from 3 on"

@@ -17,10 +17,12 @@ def backend_named(name: str) -> Backend:
     return BACKENDS[name]
 
 
-def chosen(name: str) -> tuple[Backend, str]:
-    """The backend for `name`, and why. `auto` takes TensorRT where it can run, else eager."""
+def chosen(name: str, ahead_of_time: bool = False) -> tuple[Backend, str]:
+    """The backend for `name`, and why. `auto` takes TensorRT where it can run, or is only to be built, else eager."""
     if name != "auto":
         return backend_named(name), "as asked"
+    if ahead_of_time:
+        return BACKENDS["tensorrt"], "auto: only TensorRT is built ahead of time"
     problem = BACKENDS["tensorrt"].unavailable()
     if problem is None:
         return BACKENDS["tensorrt"], "auto: a GPU and Torch-TensorRT are present"

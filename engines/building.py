@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -10,16 +11,29 @@ from torch.export import ExportedProgram
 from calib.ranges import RangeTable
 from engines.backends import chosen
 from engines.engine import Engine
+from engines.engine_cache import DEFAULT_SIZE
+from engines.ledger_text import require_precision, unknown_share
+from engines.runtimes import BuildRequest
 from passes.plan import PrecisionPlan
 
 _log = logging.getLogger("calibcast")
 
 
-def build(
+def build(  # noqa: PLR0913 - the public contract
     mixed: ExportedProgram,
     plan: PrecisionPlan | None = None,
     ranges: RangeTable | None = None,
     backend: str = "auto",
+    *,
+    ahead_of_time: bool = False,
+    strict_precision: bool = False,
+    allow_unknown: bool = False,
+    on_failure: str = "error",
+    isolate: bool = True,
+    build_timeout: float | None = 1800.0,
+    cache: bool | str | Path = True,
+    cache_size: int = DEFAULT_SIZE,
+    progress: bool = True,
     **settings: Any,
 ) -> Engine:
     """Build an engine that runs `mixed` in exactly the types of its graph.
@@ -27,14 +41,54 @@ def build(
     Args:
         mixed: from `insert_casts`, or any exported program.
         plan, ranges: what decided the types; kept with the engine. Of dynamic inputs, `ranges` also gives the sizes
-            that the engine is built for.
+            that the engine is built for: smallest, most frequent, largest.
         backend: "tensorrt", "eager", or "auto": TensorRT where a GPU and Torch-TensorRT are present, else eager.
-        settings: of the backend, by its own names; for TensorRT those of `torch_tensorrt.dynamo.compile`.
+        ahead_of_time: build without a GPU (TensorRT-RTX alone can); the engine is saved, and runs where one is.
+        strict_precision: refuse an engine whose ledger contradicts the plan, or, unless `allow_unknown`, has nodes that
+            could not be found in the engine.
+        on_failure: "error", or "fallback": when the builder fails and a remedy is known (decompose attention, keep the
+            nodes in fp32), apply it and say so in `engine.record`.
+        isolate: build in a process of its own, so that a crash or a hang of the builder is an error here. Without, it
+            is quicker by that process's start, and a crash is a crash of this process.
+        build_timeout: seconds after which the builder process counts as hung; None waits for ever.
+        cache: keep engines in the user's cache folder (True; see `CALIBCAST_CACHE`), in a folder, or not (False).
+        cache_size: bytes that the cache may take; what was not used for longest goes first.
+        settings: of the backend, by its own names; for TensorRT those of `torch_tensorrt.dynamo.compile`, such as
+            `require_full_compilation`, `optimization_level`, `disable_tf32`, `torch_executed_ops`.
 
     Raises:
-        BuildError: unknown backend or setting, a missing package, or the builder said no.
+        BuildError: unknown backend or setting, a missing package, or the builder failed: at which nodes, what to do.
+        GateError: `strict_precision` says no (`report`: the rows).
     """
-    found, why = chosen(backend)
+    found, why = chosen(backend, ahead_of_time)
     _log.info("backend %s (%s)", found.name, why)
-    runtime = found.build(mixed, ranges, dict(settings))
-    return Engine(mixed, runtime, found.name, why, plan, ranges, settings, found.versions())
+    request = BuildRequest(
+        program=mixed,
+        plan=plan,
+        ranges=ranges,
+        settings=settings,
+        ahead_of_time=ahead_of_time,
+        on_failure=on_failure,
+        isolate=isolate,
+        build_timeout=build_timeout,
+        cache=cache,
+        cache_size=cache_size,
+        progress=progress,
+    )
+    built = found.build(request)
+    if built.ledger.height:
+        _log.info("ledger: %.1f%% of the planned nodes unknown", 100 * unknown_share(built.ledger))
+    if strict_precision:
+        require_precision(built.ledger, allow_unknown)
+    return Engine(
+        program=built.program,
+        runtime=built.runtime,
+        backend=found.name,
+        why=why,
+        plan=built.plan,
+        ranges=ranges,
+        settings=settings,
+        versions=found.versions(),
+        ledger=built.ledger,
+        record=built.record,
+    )

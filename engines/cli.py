@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from calib.errors import CalibcastError, GateError
-from engines.commands import job, review, stages
+from engines.commands import diagnosis, engine, job, review, stages
 from engines.commands.options import note
 from engines.job.errors import JobError
 from engines.locations import LocationError
@@ -36,7 +36,9 @@ app = typer.Typer(
 for command in (
     stages.calibrate,
     stages.plan,
-    stages.build,
+    diagnosis.diagnose,
+    engine.build,
+    engine.inspect,
     stages.verify,
     review.report,
     job.merge,

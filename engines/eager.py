@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.export import ExportedProgram
 from calib.batches import Signature, signature_of
 from calib.errors import BatchError, BuildError
 from calib.execution import NodeError, ProgramRunner, output_structure
-from calib.ranges import RangeTable
+from engines.ledger import eager_ledger, plan_of
+from engines.runtimes import BuildRequest, Built
 
 
 class EagerRuntime:
@@ -44,13 +46,17 @@ class EagerBackend:
     def unavailable(self) -> str | None:
         return None
 
-    def build(self, program: ExportedProgram, ranges: RangeTable | None, settings: dict[str, Any]) -> EagerRuntime:
+    def build(self, request: BuildRequest) -> Built:
+        settings = dict(request.settings)
         device = settings.pop("device", None)
+        if request.ahead_of_time:
+            raise BuildError("backend='eager' has nothing to build ahead of time; use backend='tensorrt'")
         if settings:
             raise BuildError(f"backend='eager' takes no setting but device; got {', '.join(sorted(settings))}")
-        return EagerRuntime(program, device)
+        ledger = eager_ledger(plan_of(request.plan, request.program), request.program)
+        return Built(EagerRuntime(request.program, device), request.program, request.plan, ledger)
 
-    def load(self, folder: Path, program: ExportedProgram) -> EagerRuntime:
+    def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> EagerRuntime:
         return EagerRuntime(program)
 
     def versions(self) -> dict[str, str]:

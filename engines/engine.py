@@ -10,19 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 from torch.export import ExportedProgram
 
-from calib.artifacts import load_json, load_program, parsed, save_json, save_program
+from calib.artifacts import load_json, load_program, parsed, save_json, save_program, written_whole
 from calib.errors import ArtifactError, MismatchError
 from calib.fingerprint import fingerprint, node_digests, weights_hash
 from calib.ranges import RangeTable
 from engines.backends import backend_named
+from engines.ledger import empty_ledger
 from engines.runtimes import Runtime
 from passes.plan import PrecisionPlan
 
 _KIND = "engine"
 _MANIFEST, _PROGRAM, _PLAN, _RANGES = "manifest.json", "program.pt2", "plan.json", "ranges.parquet"
+_LEDGER = "ledger.parquet"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Engine:
     """A built engine. Call it like the model: `engine(*args, **kwargs)`, in the model's own output structure.
 
     program: the cast graph that it was built from. plan, ranges: what decided the types, or None. backend, why:
-    which one, and why it was chosen. settings: what `build` was given. versions: what it was built with.
+    which one, and why it was chosen. settings: what `build` was given. versions: what it was built with. ledger: which
+    engine layer each planned node went into, and its types (`engines.ledger`). record: how the build went: seconds,
+    cache, remedies that were applied, nodes that run in PyTorch.
     """
 
     program: ExportedProgram = field(repr=False)
@@ -41,6 +46,8 @@ class Engine:
     ranges: RangeTable | None = field(default=None, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    ledger: pl.DataFrame = field(default_factory=empty_ledger, repr=False)
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run. Raises BatchError for inputs that do not match the model's signature."""
@@ -83,11 +90,14 @@ class Engine:
             self.plan.save(folder / _PLAN)
         if self.ranges is not None:
             self.ranges.save(folder / _RANGES)
+        with written_whole(folder / _LEDGER) as temporary:
+            self.ledger.write_parquet(temporary)
         manifest = {
             "backend": self.backend,
             "why": self.why,
             "settings": {name: repr(value) for name, value in self.settings.items()},
             "built_with": dict(self.versions),
+            "build": dict(self.record),
             "fingerprint": fingerprint(node_digests(self.program)),
             "weights": weights_hash(self.program),
             "plan": None if self.plan is None else self.plan.fingerprint,
@@ -97,7 +107,11 @@ class Engine:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Engine:
-        """Read an engine folder. Raises ArtifactError when it is incomplete, MismatchError when its parts disagree."""
+        """Read an engine folder.
+
+        Raises ArtifactError when it is incomplete, MismatchError when its parts disagree or it was built for another
+        GPU or another version of TensorRT, and BuildError when it needs a GPU and there is none.
+        """
         source = Path(folder)
         if not source.is_dir():
             raise ArtifactError(f"{source} is no folder; expected an engine written by calibcast build")
@@ -110,11 +124,32 @@ class Engine:
                 raise MismatchError(f"{source / _PROGRAM} is not the program that {_MANIFEST} was written for")
             return cls(
                 program=program,
-                runtime=backend.load(source, program),
+                runtime=backend.load(source, program, manifest),
                 backend=backend.name,
                 why=manifest["why"],
                 plan=None if manifest["plan"] is None else PrecisionPlan.load(source / _PLAN),
                 ranges=None if manifest["ranges"] is None else RangeTable.load(source / _RANGES),
                 settings=manifest["settings"],
                 versions=manifest["built_with"],
+                ledger=read_ledger(source),
+                record=manifest.get("build") or {},
             )
+
+
+def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
+    """The ledger in an engine's folder, without loading the engine, so without a GPU.
+
+    Raises ArtifactError when there is none, or it cannot be read.
+    """
+    source = Path(folder) / _LEDGER
+    if not source.is_file():
+        raise ArtifactError(f"{source}: no such file; expected an engine written by calibcast build")
+    try:
+        return pl.read_parquet(source)
+    except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
+        raise ArtifactError(f"{source} is not a readable ledger (truncated or foreign): {error}") from error
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an engine's folder says of itself, without loading the engine. Raises ArtifactError."""
+    return load_json(Path(folder) / _MANIFEST, _KIND)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import polars as pl
 import torch
 from torch.export import ExportedProgram
 
 from calib.ranges import RangeTable
+from passes.plan import PrecisionPlan
 
 
 class Runtime(Protocol):
@@ -23,6 +27,35 @@ class Runtime(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build, and how. The names are those of `engines.build`, where each is explained."""
+
+    program: ExportedProgram
+    plan: PrecisionPlan | None = None
+    ranges: RangeTable | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    ahead_of_time: bool = False
+    on_failure: str = "error"
+    isolate: bool = True
+    build_timeout: float | None = 1800.0
+    cache: bool | str | Path = True
+    cache_size: int = 10 << 30
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of it. program, plan: what was built, which `on_failure` may have changed. ledger: as in
+    `engines.ledger`. record: what the manifest says about the build."""
+
+    runtime: Runtime
+    program: ExportedProgram
+    plan: PrecisionPlan | None
+    ledger: pl.DataFrame
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Backend(Protocol):
     """Builds and loads runtimes. `name` is what `build(backend=...)` is given."""
 
@@ -32,12 +65,12 @@ class Backend(Protocol):
         """Why this backend cannot run here, and what to do; None when it can."""
         ...
 
-    def build(self, program: ExportedProgram, ranges: RangeTable | None, settings: dict[str, Any]) -> Runtime:
-        """Build `program` in the types that its graph spells out. Raises BuildError."""
+    def build(self, request: BuildRequest) -> Built:
+        """Build a program in the types that its graph spells out. Raises BuildError."""
         ...
 
-    def load(self, folder: Path, program: ExportedProgram) -> Runtime:
-        """Read back what `Runtime.save` wrote. Raises ArtifactError or BuildError."""
+    def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> Runtime:
+        """Read back what `Runtime.save` wrote. Raises ArtifactError, MismatchError or BuildError."""
         ...
 
     def versions(self) -> dict[str, str]:

@@ -78,7 +78,7 @@ def compile_program(
     """
     package = load_package()
     compiler = package.dynamo.compile
-    names = set(inspect.signature(compiler).parameters) - {"exported_program", "kwargs"}
+    names = setting_names()
     for name in settings:
         if name not in names:
             raise BuildError(f"torch_tensorrt.dynamo.compile has no setting {name!r}; {known(name, names)}")
@@ -119,6 +119,22 @@ def save_module(module: Any, path: str) -> None:
 def load_module(path: str) -> Any:
     """Read back what `save_module` wrote, as a callable module."""
     return load_package().load(path).module()
+
+
+def setting_names() -> set[str]:
+    """The settings that `torch_tensorrt.dynamo.compile` takes, without importing it where that needs a GPU."""
+    compiler = load_package().dynamo.compile
+    return set(inspect.signature(compiler).parameters) - {"exported_program", "kwargs"}
+
+
+def inspected(engine: bytes) -> str:
+    """What TensorRT's engine inspector says of a serialised engine, as JSON. Needs a GPU: it deserialises."""
+    load_package()  # binds the name `tensorrt` to the flavour that is installed
+    trt = importlib.import_module("tensorrt")
+    found = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(engine)
+    if found is None:
+        raise BuildError("TensorRT does not deserialise the engine: it is damaged, or of another version or GPU")
+    return str(found.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def package_versions() -> dict[str, str]:

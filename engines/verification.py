@@ -22,6 +22,7 @@ from calib.errors import CalibcastError, GateError, MismatchError
 from calib.execution import ProgramRunner, input_structure, output_names, output_structure, tensors_of
 from calib.fingerprint import inputs_hash
 from calib.graph import where
+from engines.attribution import Attribution
 from engines.metrics import OutputError
 
 _log = logging.getLogger("calibcast")
@@ -45,6 +46,7 @@ class VerificationReport:
     """Evidence, not a bool: how far each output is from the reference, over all batches.
 
     frame: one row per tensor output, with the columns of `SCHEMA`. metrics: the user's own, averaged over samples.
+    attribution: whose error it is, as in `engines.attribution`; None where that was not asked.
     problems: what makes the engine fail before any threshold. reference_problem: where fp32 itself is NaN or Inf.
     """
 
@@ -54,6 +56,7 @@ class VerificationReport:
     problems: tuple[str, ...] = ()
     reference_problem: str | None = None
     floating: tuple[str, ...] = field(default=(), repr=False)
+    attribution: pl.DataFrame | None = field(default=None, repr=False)
 
     @property
     def passed(self) -> bool:
@@ -72,6 +75,11 @@ class VerificationReport:
             lines.append(
                 f"  {row['output']:<20}{row['max_abs']:>11.3g}{row['rel_l2']:>11.3g}{row['sqnr_db']:>9.1f}"
                 f"{row['cosine']:>11.7f}{top1:>8}{row['nonfinite']:>11}"
+            )
+        for row in () if self.attribution is None else self.attribution.iter_rows(named=True):
+            lines.append(
+                f"  {row['output']}: the plan alone {row['plan_sqnr_db']:.1f} dB, the engine against the plan "
+                f"{row['engine_sqnr_db']:.1f} dB: to blame is {row['blame']}"
             )
         lines += [f"  {name}: {value:.6g}" for name, value in self.metrics.items()]
         lines += [f"  problem: {problem}" for problem in self.problems]
@@ -128,6 +136,7 @@ def verify(  # noqa: PLR0913 - the public contract
     max_batches: int | None = None,
     metrics: Mapping[str, Metric] | None = None,
     progress: bool = True,
+    attribute: bool | None = None,
 ) -> VerificationReport:
     """Run `engine` and the fp32 `program` on the same batches and compare every output, streaming.
 
@@ -139,6 +148,8 @@ def verify(  # noqa: PLR0913 - the public contract
         metrics: name -> function(engine_output, reference_output) or (engine_output, reference_output, batch), a
             number per batch; averaged over samples (the first dimension of the first input). Outputs come as host
             tensors, in the structure that the model returns; the batch as the dataloader gave it.
+        attribute: also run the engine's cast graph in PyTorch on the same batches, to tell the plan's error from the
+            engine's. None: where the engine is something other than its cast graph in PyTorch.
 
     Raises:
         MismatchError: the engine's outputs have another structure or shape. BatchError: as in `calibrate`.
@@ -146,7 +157,7 @@ def verify(  # noqa: PLR0913 - the public contract
     """
     signature = signature_of(program)
     runner = ProgramRunner(program, getattr(engine, "device", None))
-    comparison = _Comparison(engine, runner, dict(metrics or {}))
+    comparison = _Comparison(engine, runner, dict(metrics or {}), _attribution(engine, runner, attribute))
     with tqdm(numbered(dataloader, signature, transform, max_batches), "verify", unit="batch",
               disable=None if progress else True) as bar:  # fmt: skip
         for index, batch, flat in bar:
@@ -154,11 +165,25 @@ def verify(  # noqa: PLR0913 - the public contract
     return comparison.report()
 
 
+def _attribution(engine: Callable[..., Any], runner: ProgramRunner, asked: bool | None) -> Attribution | None:
+    mixed = getattr(engine, "program", None)
+    if asked and not isinstance(mixed, ExportedProgram):
+        raise CalibcastError("attribute=True needs an Engine: its cast graph is what errors are told apart by")
+    wanted = getattr(engine, "backend", "eager") != "eager" if asked is None else asked
+    return Attribution(mixed, runner.device) if wanted and isinstance(mixed, ExportedProgram) else None
+
+
 class _Comparison:
     """What has been compared so far."""
 
-    def __init__(self, engine: Callable[..., Any], runner: ProgramRunner, metrics: dict[str, Metric]) -> None:
-        self._engine, self._runner, self._metrics = engine, runner, metrics
+    def __init__(
+        self,
+        engine: Callable[..., Any],
+        runner: ProgramRunner,
+        metrics: dict[str, Metric],
+        attribution: Attribution | None,
+    ) -> None:
+        self._engine, self._runner, self._metrics, self._attribution = engine, runner, metrics, attribution
         self._program = runner.program
         self._errors = [OutputError(name) for name in output_names(runner.program)]
         self._compared: set[int] = set()
@@ -181,6 +206,8 @@ class _Comparison:
             if isinstance(theirs, torch.Tensor):
                 self._compare(error, mine, theirs, index)
                 self._compared.add(position)
+        if self._attribution is not None:
+            self._attribution.update(flat, ours, reference, index)
         if self._reference_problem is None and any(_has_nan(value) for value in reference):
             self._reference_problem = _first_nonfinite(self._runner, flat, index)
         self._measure(index, output, output_structure(self._program, reference), batch, flat)
@@ -237,6 +264,7 @@ class _Comparison:
             problems=tuple(f"{error.output}: {error.problem}" for error in errors if error.only_engine),
             reference_problem=self._reference_problem,
             floating=tuple(error.output for error in errors if error.floating),
+            attribution=None if self._attribution is None else self._attribution.frame(self._compared),
         )
         _log.info("%s", report)
         return report

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import ExitStack
 from operator import getitem
 from typing import Any
 
@@ -22,14 +21,16 @@ from torch.utils import _pytree as pytree
 
 from calib.aliasing import shared_arguments, written_arguments
 from calib.errors import PlanError
-from calib.graph import REGION_CHILD, base_op, is_measurable, size_hint, where
-from passes.node_types import NodeTypes, dtype_position, needs_dtype
+from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint, where
+from passes.fake_runs import RefusedError, run_on_fakes
+from passes.node_types import NodeTypes, with_low_dtype
 from passes.plan import PrecisionPlan
 from passes.regions import flatten, qualified_name
-from passes.weights import LowWeights, low_weights
+from passes.weights import LowWeights, low_weights, masks_to_saturate, saturation
 
 _log = logging.getLogger("calibcast")
 CAST = torch.ops.aten._to_copy.default
+CLAMP = torch.ops.aten.clamp.default
 
 
 def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: bool = True) -> ExportedProgram:
@@ -47,8 +48,9 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
     types = NodeTypes.of(source, plan)
-    weights = low_weights(program, source, types)
-    graph = _Emission(program, source, types, weights, keep_io_types).run()
+    masks = masks_to_saturate(program, source, plan.masks)
+    weights = low_weights(program, source, types, masks)
+    graph = _Emission(program, source, types, weights, keep_io_types, masks).run()
     return _assemble(program, source, graph, weights)
 
 
@@ -62,12 +64,15 @@ class _Emission:
         types: NodeTypes,
         weights: LowWeights,
         keep_io_types: bool,
+        masks: set[fx.Node],
     ) -> None:
         self._program, self._source, self._types, self._weights = program, source, types, weights
         self._keep_io_types = keep_io_types
         self._graph = fx.Graph()
         self._made: dict[fx.Node, fx.Node] = {}
         self._names = {node.name for node in source.graph.nodes}
+        self._masks = masks
+        self._made_masks: set[fx.Node] = set()
         self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._sharing: dict[fx.Node, set[fx.Node]] = {}  # node of the copy -> nodes that share its storage
         fake_mode = detect_fake_mode([node.meta.get("val") for node in source.graph.nodes])
@@ -96,7 +101,7 @@ class _Emission:
         wanted = self._types.of_inputs(node)
         made = self._cast_and_copy(node, wanted)
         if wanted == self._types.low_type:
-            self._lower_dtype_argument(node, made)
+            made.args, made.kwargs = with_low_dtype(node, made.args, made.kwargs, self._types.low_type)
         if not self._derive(node, made):
             self._fall_back(node, made)
         self._note_aliases(node, made)
@@ -117,23 +122,34 @@ class _Emission:
         made.name, made.target = node.name, node.target
         made.meta = copy.copy(node.meta)
         self._made[node] = made
+        if node in self._masks:
+            self._made_masks.add(made)
         self._sharing[made] = {made}
         return made
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """`node` in `dtype`: itself, a cast that is there already, or a new one."""
-        value = node.meta["val"]
-        if value.dtype == dtype:
+        if node.meta["val"].dtype == dtype:
             return node
         found = self._casts.get((node, dtype)) or self._undone(node, dtype)
         if found is None:
-            found = self._graph.call_function(CAST, (node,), {"dtype": dtype})
-            found.name = self._new_name(f"{node.name}_as_{str(dtype).removeprefix('torch.')}")
-            found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-            with self._fake_mode:
-                self._set_value(found, value.to(dtype))
-            self._sharing[found] = {found}
+            wide = self._saturated(node) if node in self._made_masks and dtype == self._types.low_type else node
+            found = self._insert(CAST, (wide,), {"dtype": dtype}, f"{node.name}_as_{dtype_name(dtype)}")
         self._casts[node, dtype] = found
+        return found
+
+    def _saturated(self, node: fx.Node) -> fx.Node:
+        """A mask whose lowest values the low type holds, with room for the scores that they are added to."""
+        return self._insert(CLAMP, (node, saturation(self._types.low_type)), {}, f"{node.name}_saturated")
+
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
+        node = args[0]
+        found = self._graph.call_function(target, args, kwargs)
+        found.name = self._new_name(name)
+        found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+        with self._fake_mode:
+            self._set_value(found, target(node.meta["val"], *args[1:], **kwargs))
+        self._sharing[found] = {found}
         return found
 
     def _undone(self, node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
@@ -155,18 +171,6 @@ class _Emission:
         self._names.add(name)
         return name
 
-    def _lower_dtype_argument(self, node: fx.Node, made: fx.Node) -> None:
-        """A `dtype=` of float32, or a factory's default, is part of the node's type and follows its plan."""
-        position = dtype_position(node)
-        if position is None:
-            return
-        index, name = position
-        stated = node.args[index] if index < len(node.args) else node.kwargs.get(name)
-        if stated == torch.float32 and index < len(node.args):
-            made.args = (*made.args[:index], self._types.low_type, *made.args[index + 1 :])
-        elif stated == torch.float32 or needs_dtype(node):
-            made.kwargs = {**made.kwargs, name: self._types.low_type}
-
     def _derive(self, node: fx.Node, made: fx.Node) -> bool:
         """Find the types of the outputs by running the operator on fake values; False where it refuses."""
         same_arguments = made.args == _mapped(node.args, self._made) and made.kwargs == _mapped(node.kwargs, self._made)
@@ -186,21 +190,10 @@ class _Emission:
         return True
 
     def _run_fake(self, node: fx.Node, made: fx.Node) -> Any:
-        writes = node.target._schema.is_mutable  # type: ignore[union-attr]
-
-        def value(n: fx.Node) -> Any:
-            fake = n.meta["val"]
-            # An in-place op would change the shape or version of a fake tensor that other nodes share.
-            return pytree.tree_map_only(torch.Tensor, torch.clone, fake) if writes else fake
-
-        shape_env = self._fake_mode.shape_env
+        args, kwargs = fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
         try:
-            with self._fake_mode, torch.no_grad(), _quiet(shape_env):
-                args, kwargs = fx.map_arg((made.args, made.kwargs), value)
-                result = node.target(*args, **kwargs)  # type: ignore[operator]
-                # Sizes are those of the export: a type changes none, and symbols of data-dependent sizes stay.
-                return pytree.tree_map(_retyped, node.meta["val"], result)
-        except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
+            return run_on_fakes(node, args, kwargs, self._fake_mode)
+        except RefusedError as error:
             _log.warning(
                 "%s cannot run in %s and stays in its exported type: %s",
                 where(node, qualified_name(node)), self._types.low_type, error,
@@ -304,19 +297,6 @@ def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignatu
     ]
     inputs = [InputSpec(spec.kind, spec.arg, spec.target, spec.persistent) for spec in old.input_specs]
     return ExportGraphSignature(input_specs=inputs, output_specs=specs)
-
-
-def _retyped(old: Any, new: Any) -> Any:
-    return old.to(new.dtype) if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) else old
-
-
-def _quiet(shape_env: Any) -> Any:
-    """No new guards and no new symbols for the user's program."""
-    stack = ExitStack()
-    if shape_env is not None:
-        stack.enter_context(shape_env.suppress_guards())
-        stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
-    return stack
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from operator import getitem
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -17,7 +16,18 @@ from calib.errors import PlanError, known
 from calib.fingerprint import node_digests
 from calib.graph import dtype_name, input_kinds, module_path, op_name
 from calib.ranges import RangeTable
-from passes.facts import LOW_TYPES, WEIGHT_KINDS, FactReader, NodeFacts, evidence_of
+from passes.facts import (
+    LOW_TYPES,
+    WEIGHT_KINDS,
+    Evidence,
+    FactReader,
+    HiddenEvidence,
+    NodeFacts,
+    evidence_of,
+    magnified_nodes,
+    offset_free_nodes,
+)
+from passes.flips import flips_of
 from passes.plan import HIGH, KEPT, LOW, Decision, PrecisionPlan
 from passes.regions import Candidate, candidates, kept_reason
 from passes.rules import (
@@ -27,6 +37,7 @@ from passes.rules import (
     Interior,
     Legality,
     LiteralRange,
+    Mask,
     MaxDepthOfReduction,
     NodesToExclude,
     Nonfinite,
@@ -38,8 +49,8 @@ from passes.rules import (
     matched,
     rule_id,
 )
-from passes.ties import Tie, ties_of
-from passes.work import work_of
+from passes.ties import Tie, named_ties
+from passes.work import WorkCounter
 
 Target = Any  # an OpOverload, an OpOverloadPacket, or a name of either
 
@@ -70,6 +81,7 @@ def classify(  # noqa: PLR0913 - the public contract
     range_quantile: float = 1.0,
     rules: Iterable[Rule] = (),
     weights: str = "warn",
+    wide_accumulation: Iterable[str] = (),
 ) -> PrecisionPlan:
     """Decide for each node whether it runs in `low_precision_type` or stays in its exported type.
 
@@ -86,6 +98,8 @@ def classify(  # noqa: PLR0913 - the public contract
         targets_to_exclude, targets_to_include: operators, or their names (`aten.add.Tensor`, `aten.add`).
         range_quantile: judge `data_max` by the magnitude that this share of elements stays within.
         rules: more rules, each called with a `NodeFacts` and answering a `Verdict` or None.
+        wide_accumulation: operators (`layer_norm`, `mean`) that the backend accumulates in fp32 whatever their type, so
+            that `interior` has nothing to say of them.
         weights: what to do when the ranges were measured with other weights: "warn", "refuse" or "ignore".
 
     Raises:
@@ -93,10 +107,46 @@ def classify(  # noqa: PLR0913 - the public contract
         MismatchError: the ranges are of another program.
     """
     low_type = low_type_of(low_precision_type)
-    _check_limits(data_max, init_max, max_depth_of_reduction, range_quantile, ranges)
     if ranges is not None:
         ranges.check(program, weights)
     nodes = candidates(program)
+    judge = judge_of(
+        nodes, ranges, low_type, data_max=data_max, init_max=init_max, max_depth_of_reduction=max_depth_of_reduction,
+        nodes_to_exclude=nodes_to_exclude, targets_to_exclude=targets_to_exclude, nodes_to_include=nodes_to_include,
+        targets_to_include=targets_to_include, range_quantile=range_quantile, rules=rules,
+        wide_accumulation=wide_accumulation,
+    )  # fmt: skip
+    reader = reader_of(program, ranges, nodes, low_type)
+    decisions = decide(nodes, reader, judge)
+    notes = _notes(ranges, low_type, decisions)
+    flips = {}
+    if ranges is not None:  # for both types, as a reader of the plan may ask for the other one, too
+        for name, other in LOW_TYPES.items():
+            facts = reader if other == low_type else reader_of(program, ranges, nodes, other, reader.evidence)
+            flips[name] = flips_of(nodes, facts, judge.in_type(other))
+    return PrecisionPlan(
+        tuple(decisions), low_type, node_digests(program), judge.settings, notes, masked_nodes(ranges), flips
+    )
+
+
+def judge_of(  # noqa: PLR0913 - what `classify` is called with
+    nodes: list[Candidate],
+    ranges: RangeTable | None,
+    low_type: torch.dtype,
+    *,
+    data_max: float = 512.0,
+    init_max: float | None = None,
+    max_depth_of_reduction: int | None = None,
+    nodes_to_exclude: Iterable[str] = (),
+    targets_to_exclude: Iterable[Target] = (),
+    nodes_to_include: Iterable[str] = (),
+    targets_to_include: Iterable[Target] = (),
+    range_quantile: float = 1.0,
+    rules: Iterable[Rule] = (),
+    wide_accumulation: Iterable[str] = (),
+) -> Judge:
+    """All rules with these settings, checked. Raises PlanError as `classify` does."""
+    check_limits(data_max, init_max, max_depth_of_reduction, range_quantile, ranges)
     exclude = _patterns(nodes_to_exclude, "nodes_to_exclude", nodes)
     include = _patterns(nodes_to_include, "nodes_to_include", nodes)
     targets = _targets(targets_to_exclude, "targets_to_exclude", nodes)
@@ -109,16 +159,14 @@ def classify(  # noqa: PLR0913 - the public contract
         Nonfinite(),
         DataMax(float(data_max), range_quantile),
         InitMax(limit),
+        Mask(),
         LiteralRange(),
         *(() if max_depth_of_reduction is None else (MaxDepthOfReduction(max_depth_of_reduction),)),
-        Interior(),
+        Interior(frozenset(wide_accumulation)),
         Storage(),
         *rules,
         Follows(),
     )
-    judge = _Judge(every, included, float(data_max), low_type)
-    reader = FactReader(evidence_of(ranges), ranges is not None, input_kinds(program), _names(program, nodes), low_type)
-    decisions = _decide(nodes, reader, judge)
     settings = {
         "data_max": float(data_max),
         "init_max": limit,
@@ -130,8 +178,35 @@ def classify(  # noqa: PLR0913 - the public contract
         "range_quantile": range_quantile,
         "rules": [rule_id(rule) for rule in every],
     }
-    notes = _notes(ranges, low_type, decisions)
-    return PrecisionPlan(tuple(decisions), low_type, node_digests(program), settings, notes)
+    return Judge(every, included, float(data_max), low_type, init_max, settings)
+
+
+def masked_nodes(ranges: RangeTable | None) -> tuple[str, ...] | None:
+    """The nodes in which calibration has seen mask values; None without ranges."""
+    if ranges is None:
+        return None
+    return tuple(ranges.frame.filter(pl.col("masked") > 0)["node"].unique(maintain_order=True))
+
+
+def reader_of(
+    program: ExportedProgram,
+    ranges: RangeTable | None,
+    nodes: list[Candidate],
+    low_type: torch.dtype,
+    evidence: Evidence | None = None,
+) -> FactReader:
+    """The facts of a program's nodes by these ranges. `evidence`: of the ranges, where it has been read before."""
+    names, found = _names(program, nodes), evidence_of(ranges) if evidence is None else evidence
+    return FactReader(
+        found,
+        ranges is not None,
+        input_kinds(program),
+        names,
+        low_type,
+        HiddenEvidence.of(ranges),
+        magnified_nodes(names, found, low_type),
+        offset_free_nodes(names),
+    )
 
 
 def low_type_of(value: torch.dtype | str) -> torch.dtype:
@@ -148,13 +223,21 @@ def low_type_of(value: torch.dtype | str) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """Turns facts into a decision by all rules."""
+class Judge:
+    """Turns facts into a decision by all rules. settings: what it was made from, as a plan keeps them."""
 
     rules: tuple[Rule, ...]
-    included: _Included
+    included: Callable[[NodeFacts], bool]
     data_max: float
     low_type: torch.dtype
+    init_max: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def in_type(self, low_type: torch.dtype) -> Judge:
+        """The same rules for another low type, whose largest value is the limit of weights unless the user gave one."""
+        limit = float(torch.finfo(low_type).max) if self.init_max is None else float(self.init_max)
+        rules = tuple(InitMax(limit) if isinstance(rule, InitMax) else rule for rule in self.rules)
+        return replace(self, low_type=low_type, rules=rules)
 
     def decide(self, facts: NodeFacts, work: int, tied: Verdict | None) -> Decision:
         included = self.included(facts)
@@ -199,11 +282,12 @@ def _verdict(rule: Rule, facts: NodeFacts) -> Verdict | None:
     return verdict
 
 
-def _decide(nodes: list[Candidate], reader: FactReader, judge: _Judge) -> list[Decision]:
+def decide(nodes: list[Candidate], reader: FactReader, judge: Judge) -> list[Decision]:
     """Decide in graph order, again until ties have settled: each round can only turn low nodes high."""
     kept = {candidate.name: kept_reason(candidate) for candidate in nodes}
-    work = {candidate.name: work_of(candidate.node) for candidate in nodes}
-    ties = _named_ties(nodes)
+    count_work = WorkCounter()
+    work = {candidate.name: count_work(candidate.node) for candidate in nodes}
+    ties = named_ties(nodes)
     forced: dict[str, Verdict] = {}
     while True:
         precisions: dict[str, str] = {}
@@ -235,13 +319,6 @@ def _keep(candidate: Candidate, reason: Verdict, work: int) -> Decision:
     )
 
 
-def _named_ties(nodes: list[Candidate]) -> list[tuple[Tie, list[str]]]:
-    names = {candidate.node: candidate.name for candidate in nodes if not candidate.inside}
-    owner = next((candidate.node.graph.owning_module for candidate in nodes if not candidate.inside), None)
-    ties = [] if owner is None else ties_of(owner)
-    return [(tie, [names[n] for n in names if n in tie.nodes and n.target is not getitem]) for tie in ties]
-
-
 def _forced_by_ties(
     ties: list[tuple[Tie, list[str]]], precisions: Mapping[str, str], forced: Mapping[str, Verdict]
 ) -> dict[str, Verdict]:
@@ -266,9 +343,10 @@ def _names(program: ExportedProgram, nodes: list[Candidate]) -> dict[fx.Node, st
     return names
 
 
-def _check_limits(
+def check_limits(
     data_max: float, init_max: float | None, depth: int | None, quantile: float, ranges: RangeTable | None
 ) -> None:
+    """Raise PlanError for a limit that is not positive, and for a quantile outside (0, 1] or without histograms."""
     for name, value in (("data_max", data_max), ("init_max", init_max), ("max_depth_of_reduction", depth)):
         if value is not None and (isinstance(value, bool) or not value > 0):
             raise PlanError(f"{name}={value}: give a positive number, or inf to switch the rule off")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from calib.graph import base_op, is_measurable, module_path, op_name, tensor_values
+from calib.aliasing import operands
+from calib.graph import REGION_CHILD, base_op, child_of, is_measurable, module_path, op_name, tensor_values
+from calib.operators import MOVES
 from calib.ranges import RangeTable
 from passes import op_table
 from passes.reductions import depth_of_reduction, hidden_values
@@ -24,6 +26,9 @@ WEIGHT_KINDS = frozenset({"parameter", "buffer", "constant"})
 class TensorFacts:
     """What was measured of one tensor. `measured` False: nothing was, and nothing else here means anything.
 
+    masked, mask_min: how many mask values it has, and the lowest finite one; no other number here counts them.
+    magnified: it has values that the low type does not hold in full, and they end up under a division or a logarithm.
+    offset_counts: something that reads it may take its mean away, so that its variation is what must survive.
     precision: how the node that made it was decided, or None for an input, a weight or a kept node.
     """
 
@@ -37,6 +42,10 @@ class TensorFacts:
     mean: float | None = None
     rms: float | None = None
     nonfinite: int = 0
+    masked: int = 0
+    mask_min: float | None = None
+    magnified: bool = False
+    offset_counts: bool = True
     absmax_batch: int | None = None
     nonfinite_batch: int | None = None
     histogram: tuple[int, ...] | None = field(default=None, repr=False)
@@ -86,7 +95,8 @@ class NodeFacts:
 
     inputs, outputs: its floating-point tensors. literals: numbers that become tensor values. epsilon: the op's own,
     if it has one. depth: how many products or terms are summed into one output element. hidden: bounds of values
-    that the op hides. moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given.
+    that the op hides. least_spread: the least variance (or mean square) that a norm divides by the root of.
+    moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given.
     """
 
     name: str
@@ -99,6 +109,7 @@ class NodeFacts:
     epsilon: float | None = None
     depth: int | None = None
     hidden: tuple[Hidden, ...] = ()
+    least_spread: float | None = None
     moves: bool = False
     custom: bool = False
     has_ranges: bool = True
@@ -137,19 +148,35 @@ def evidence_of(ranges: RangeTable | None) -> Evidence:
     if ranges is None:
         return {}
     found: dict[tuple[str, int], TensorFacts] = {}
+    lowest = {(row["node"], row["output"]): row["mask_min"] for row in ranges.hidden.iter_rows(named=True)}
     for row in ranges.frame.iter_rows(named=True):
         if row["batches"]:
             found[row["node"], row["output"]] = TensorFacts(
                 name=row["node"],
                 kind=row["kind"],
                 nonfinite=row["nan"] + row["posinf"] + row["neginf"],
+                mask_min=lowest.get((row["node"], row["output"])),
                 histogram=None if row["histogram"] is None else tuple(row["histogram"]),
                 **{name: row[name] for name in _COPIED},
             )
     return found
 
 
-_COPIED = ("min", "max", "absmax", "smallest", "mean", "rms", "absmax_batch", "nonfinite_batch")
+_COPIED = ("min", "max", "absmax", "smallest", "mean", "rms", "masked", "absmax_batch", "nonfinite_batch")
+
+
+@dataclass(frozen=True)
+class HiddenEvidence:
+    """What calibration measured inside nodes, by name: the largest sum, and the least spread; None for not measured."""
+
+    largest: Mapping[str, float | None] = field(default_factory=dict)
+    least: Mapping[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ranges: RangeTable | None) -> HiddenEvidence:
+        """The hidden rows of a table."""
+        rows = [] if ranges is None else [r for r in ranges.hidden.iter_rows(named=True) if r["output"] == 0]
+        return cls({r["node"]: r["hidden_max"] for r in rows}, {r["node"]: r["hidden_min"] for r in rows})
 
 
 @dataclass(frozen=True)
@@ -161,6 +188,9 @@ class FactReader:
     kinds: Mapping[str, str]
     names: Mapping[fx.Node, str]
     low_type: torch.dtype
+    hidden: HiddenEvidence = field(default_factory=HiddenEvidence)
+    magnified: frozenset[str] = frozenset()
+    offset_free: frozenset[str] = frozenset()
 
     def read(self, node: fx.Node, precisions: Mapping[str, str]) -> NodeFacts:
         """Facts of `node`, given how the nodes before it were decided."""
@@ -174,6 +204,7 @@ class FactReader:
             if is_measurable(value.dtype)
         )
         base = base_op(node.target)
+        measured = self.hidden.largest.get(self.names[node])
         epsilon = op_table.EPSILONS.get(base)
         return NodeFacts(
             name=self.names[node],
@@ -185,8 +216,9 @@ class FactReader:
             literals=tuple(_literals(node, base)),
             epsilon=_number(argument_of(node, epsilon)) if epsilon else None,
             depth=depth_of_reduction(node, base),
-            hidden=tuple(Hidden(name, bound) for name, bound in hidden_values(node, base, peaks)),
-            moves=base in op_table.MOVES and bool(inputs),
+            hidden=tuple(Hidden(name, bound) for name, bound in hidden_values(node, base, peaks, measured)),
+            least_spread=self.hidden.least.get(self.names[node]),
+            moves=base in MOVES and bool(inputs),
             custom=not base,
             has_ranges=self.has_ranges,
             low_type=self.low_type,
@@ -194,28 +226,110 @@ class FactReader:
 
     def _input_facts(self, argument: fx.Node, precisions: Mapping[str, str]) -> list[TensorFacts]:
         producer, output = producer_of(argument)
-        name = self.names[producer]
         values = tensor_values(argument)
+        if producer.target in REGION_CHILD:
+            return [
+                self._look_up(*self._inside(producer, output or 0), None) for _, v in values if is_measurable(v.dtype)
+            ]
+        name = self.names[producer]
         return [
             self._look_up(name, output if output is not None else position, precisions.get(name))
             for position, value in values
             if is_measurable(value.dtype)
         ]
 
+    def _inside(self, region: fx.Node, output: int) -> tuple[str, int]:
+        """The name and position under which calibration measured an output of a region: that of the node in it."""
+        found = child_of(region)
+        assert found is not None
+        _, child = found
+        results = next(iter(reversed(child.graph.nodes))).args[0]
+        result = results[output] if isinstance(results, (list, tuple)) else results
+        producer, position = producer_of(result)
+        if producer.op == "placeholder":
+            holders = [n for n in child.graph.nodes if n.op == "placeholder"]
+            producer, position = producer_of(operands(region)[holders.index(producer)])
+        if producer.target in REGION_CHILD:
+            return self._inside(producer, position or 0)
+        return self.names.get(producer, producer.name), position or 0
+
     def _look_up(self, name: str, output: int, precision: str | None) -> TensorFacts:
         kind = self.kinds.get(name, "activation")
         found = self.evidence.get((name, output))
         if found is None:
             return TensorFacts(name, kind, measured=False, precision=precision)
-        return found if precision is None else _with_precision(found, precision)
+        magnified, counts = name in self.magnified, name not in self.offset_free
+        return found if precision is None and counts and not magnified else _placed(found, precision, magnified, counts)
 
 
-def _with_precision(facts: TensorFacts, precision: str) -> TensorFacts:
+def _placed(facts: TensorFacts, precision: str | None, magnified: bool, offset_counts: bool) -> TensorFacts:
     # dataclasses.replace calls __init__ by keyword and is slow on large graphs; the copy is as frozen as the original.
     copy = object.__new__(TensorFacts)
     copy.__dict__.update(facts.__dict__)
-    copy.__dict__["precision"] = precision
+    copy.__dict__.update(precision=precision, magnified=magnified, offset_counts=offset_counts)
     return copy
+
+
+_SAME_PLACE = MOVES | {"sqrt"}
+
+
+def offset_free_nodes(names: Mapping[fx.Node, str]) -> frozenset[str]:
+    """Nodes of which nothing, through views, takes the mean away: a gate that is multiplied, weights of a mean."""
+    movement = MOVES | op_table.STATED_TYPE
+    made = [node for node in names if node.op in {"call_function", "placeholder"} and node.target is not getitem]
+    return frozenset(names[node] for node in made if not _reaches(node, movement, _takes_offset))
+
+
+def _takes_offset(reader: fx.Node, node: fx.Node) -> bool:
+    known = isinstance(reader.target, torch._ops.OpOverload) and base_op(reader.target) != ""
+    # The caller may do anything with an output, and so may a region or a custom op.
+    return base_op(reader.target) in op_table.TAKES_OFFSET if known else reader.target is not getitem
+
+
+def magnified_nodes(names: Mapping[fx.Node, str], evidence: Evidence, low_type: torch.dtype) -> frozenset[str]:
+    """Nodes with nonzero values below the smallest normal of the low type that a division or a logarithm blows up.
+
+    Found backward: through roots, sums and views as long as their results are as small.
+    """
+    tiny = float(torch.finfo(low_type).smallest_normal)
+    found: set[fx.Node] = set()
+    calls = [node for node in names if node.op == "call_function"]
+    sources = [node for node in names if node.op != "call_function"]
+    for node in [*reversed(calls), *sources]:
+        producer, output = producer_of(node)
+        facts = evidence.get((names.get(producer, producer.name), output or 0))
+        if facts is None or facts.smallest is None or not facts.smallest < tiny:
+            continue
+        if _reaches(node, _SAME_PLACE, _magnifies) or any(user in found and _hands_on(user) for user in node.users):
+            found.add(node)
+    return frozenset(names.get(producer, producer.name) for producer, _ in map(producer_of, found))
+
+
+def _reaches(node: fx.Node, through: frozenset[str], found: Callable[[fx.Node, fx.Node], bool]) -> bool:
+    """Whether some reader is `found`, directly or after operators that are `through`."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        for user in current.users:
+            if found(user, current):
+                return True
+            if user not in seen and (base_op(user.target) in through or user.target is getitem):
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def _hands_on(reader: fx.Node) -> bool:
+    return reader.target is getitem or base_op(reader.target) in op_table.HANDS_ON
+
+
+def _magnifies(reader: fx.Node, node: fx.Node) -> bool:
+    base = base_op(reader.target)
+    position = op_table.MAGNIFIES.get(base)
+    if position is not None:
+        return len(reader.args) > position and reader.args[position] is node
+    exponent = reader.args[1] if base == "pow" and len(reader.args) > 1 else None
+    return isinstance(exponent, (int, float)) and exponent < 0 and reader.args[0] is node
 
 
 def producer_of(node: fx.Node) -> tuple[fx.Node, int | None]:

@@ -7,19 +7,7 @@ from __future__ import annotations
 
 import torch
 
-# Operators whose outputs are elements of their inputs, moved. They have no range rule: they follow their inputs.
-MOVES = frozenset(
-    """
-    alias as_strided atleast_1d atleast_2d atleast_3d broadcast_tensors broadcast_to cat channel_shuffle chunk clone
-    column_stack concat concatenate contiguous copy detach diagonal diagonal_copy dropout dsplit dstack expand
-    expand_as feature_dropout alpha_dropout feature_alpha_dropout fill_diagonal flatten flip fliplr flipud gather
-    hsplit hstack index index_select lift_fresh lift_fresh_copy masked_select matrix_H mH mT meshgrid moveaxis movedim
-    narrow narrow_copy numpy_T permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape
-    reshape_as resolve_conj resolve_neg roll rot90 select slice split split_with_sizes squeeze stack swapaxes
-    swapdims t take take_along_dim tensor_split tile transpose tril triu unbind unflatten unfold unsafe_chunk
-    unsafe_split unsafe_split_with_sizes unsqueeze view view_as _unsafe_view vsplit vstack
-    """.split()  # noqa: SIM905 - a list of words reads as one
-)
+from calib.operators import ATTENTION, MASKING, MOVES
 
 # A type that the user wrote down: `.to(dtype)` and what it becomes. It keeps the type that it states.
 STATED_TYPE = frozenset({"to", "_to_copy", "convert_element_type", "type_as", "_to_dtype"})
@@ -70,6 +58,37 @@ LITERALS: dict[str, tuple[str, ...]] = {
     "ge": ("other",),
 }
 
+# Operators by whose small inputs, or by the root or logarithm of which, a result is blown up: op -> the argument.
+MAGNIFIES: dict[str, int] = {
+    "div": 1,
+    "floor_divide": 1,
+    "remainder": 1,
+    "fmod": 1,
+    "reciprocal": 0,
+    "rsqrt": 0,
+    "log": 0,
+    "log2": 0,
+    "log10": 0,
+}
+# Operators that hand small values on to where they are magnified.
+HANDS_ON = MOVES | frozenset(
+    """
+    sqrt abs neg square pow add sub mul div sum mean clamp clamp_min clip maximum minimum norm linalg_vector_norm
+    """.split()  # noqa: SIM905
+)
+
+# Operators that may take an offset away and leave the variation: of 400.05 and 400.10 what tells them apart. Products,
+# activations and movement keep an offset; it is then judged where they are read.
+TAKES_OFFSET = frozenset(
+    """
+    add sub rsub addcmul addcdiv lerp linear addmm conv1d conv2d conv3d convolution _convolution conv_transpose1d
+    conv_transpose2d conv_transpose3d layer_norm native_layer_norm group_norm native_group_norm instance_norm batch_norm
+    _native_batch_norm_legit_no_training var std var_mean std_mean softmax _softmax _safe_softmax log_softmax
+    _log_softmax logsumexp eq ne lt le gt ge argmax argmin topk sort argsort floor ceil round frac remainder fmod sin
+    cos diff unique searchsorted bucketize lstm gru rnn_tanh rnn_relu mse_loss l1_loss
+    """.split()  # noqa: SIM905
+)
+
 # Operators with no half-precision kernels worth the name, on any backend: the same list on every machine, as a plan
 # must not depend on where it was made. Measured over 108 operators of 66 architectures; `linalg_vector_norm` is an
 # ordinary reduction and not among them.
@@ -83,21 +102,6 @@ NEVER_LOW = frozenset(
 )
 NEVER_LOW_EXCEPT = frozenset({"linalg_vector_norm", "special_softmax", "special_log_softmax", "special_expit"})
 
-# Operators that hide values, by what they hide. `interior` bounds them from what was measured at their inputs.
-SUMS = frozenset(
-    """
-    sum mean cumsum nansum nanmean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d
-    """.split()  # noqa: SIM905
-)
-SQUARES = frozenset(
-    """
-    layer_norm native_layer_norm group_norm native_group_norm rms_norm _fused_rms_norm instance_norm var std var_mean
-    std_mean norm linalg_vector_norm
-    """.split()  # noqa: SIM905
-)
-EXPONENTIALS = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp"})
-ATTENTION = frozenset({"scaled_dot_product_attention"})
 EPSILONS: dict[str, str] = {
     "layer_norm": "eps",
     "native_layer_norm": "eps",
@@ -109,6 +113,9 @@ EPSILONS: dict[str, str] = {
     "batch_norm": "eps",
     "_native_batch_norm_legit_no_training": "eps",
 }
+
+# Of what a mask passes through, what computes with it instead of choosing.
+MASK_ARITHMETIC = MASKING - {"where", "masked_fill"}
 
 CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "_convolution"})
 TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})

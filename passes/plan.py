@@ -64,7 +64,10 @@ class PrecisionPlan:
     """A type for each node of a program: `low_precision_type`, its exported type (`high`), or none of ours (`kept`).
 
     decisions: one per `call_function` node, in graph order. digests: of the graph that it is for. settings: what
-    `classify` was called with. notes: what a reader should know, such as weights that become inf or zero.
+    `classify` was called with. notes: what a reader should know, such as weights that become inf or zero. masks: nodes
+    in which calibration has seen mask values, which are saturated when they are cast; None without ranges. flips: by
+    low type ("float16", "bfloat16") and node, the least `data_max` at which it is low, None where it never is; empty
+    without ranges.
     """
 
     decisions: tuple[Decision, ...]
@@ -72,6 +75,8 @@ class PrecisionPlan:
     digests: Mapping[str, str] = field(repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    masks: tuple[str, ...] | None = None
+    flips: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _by_node(self) -> dict[str, Decision]:
@@ -149,6 +154,8 @@ class PrecisionPlan:
             "low_precision_type": dtype_name(self.low_precision_type),
             "settings": dict(self.settings),
             "notes": list(self.notes),
+            "masks": None if self.masks is None else list(self.masks),
+            "flips": {name: dict(nodes) for name, nodes in self.flips.items()},
             "digests": dict(self.digests),
             "decisions": [asdict(decision) for decision in self.decisions],
         }
@@ -172,6 +179,8 @@ class PrecisionPlan:
                 digests=dict(content["digests"]),
                 settings=dict(content["settings"]),
                 notes=tuple(content["notes"]),
+                masks=None if content["masks"] is None else tuple(content["masks"]),
+                flips=dict(content.get("flips", {})),
             )
 
     @classmethod

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from calib import operators
 from calib.graph import size_hint
+from calib.hidden import group_count, reduced_dimensions
 from passes import op_table
 
 
@@ -18,7 +20,7 @@ def depth_of_reduction(node: fx.Node, base: str) -> int | None:
     shapes = _shapes(node)
     if not shapes:
         return None
-    if base in op_table.SUMS | op_table.SQUARES | op_table.EXPONENTIALS:
+    if base in operators.SUMS | operators.SQUARES | operators.EXPONENTIALS:
         return _reduced(node, base, shapes[0])
     if base in op_table.RECURRENT:
         return _recurrent_depth(node)
@@ -32,13 +34,16 @@ def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int 
         return left[-1] if left else 1
     if len(shapes) > 1 and base in op_table.CONVOLUTIONS | op_table.TRANSPOSED:
         return _convolution_depth(node, base, shapes[1])
-    if len(shapes) > 1 and base in op_table.ATTENTION:
+    if len(shapes) > 1 and base in operators.ATTENTION:
         return max(shapes[1][-2], shapes[0][-1])  # keys, summed over by the values; features, by the logits
     return None
 
 
-def hidden_values(node: fx.Node, base: str, magnitudes: Sequence[float]) -> list[tuple[str, float]]:
-    """Bounds of what an operator hides, from the peaks at its inputs. NaN where a peak is unknown.
+def hidden_values(
+    node: fx.Node, base: str, magnitudes: Sequence[float], measured: float | None
+) -> list[tuple[str, float]]:
+    """What an operator hides, and how large that gets: `measured` by calibration, or else bounded from the peaks at its
+    inputs. NaN where a peak is unknown.
 
     sum of n terms: n max|x|. Sum of squares: n max|x|^2. Softmax, after subtracting the maximum: n exponentials of
     at most 1. Attention: logits before scaling, d max|q| max|k|.
@@ -47,16 +52,16 @@ def hidden_values(node: fx.Node, base: str, magnitudes: Sequence[float]) -> list
     if depth is None or not magnitudes:
         return []
     peak = magnitudes[0]
-    if base in op_table.SUMS:
-        return [("sum", depth * peak)]
-    if base in op_table.SQUARES:
-        return [("sum of squares", depth * peak * peak)]
-    if base in op_table.EXPONENTIALS:
+    if base in operators.SUMS:
+        return [("sum", depth * peak if measured is None else measured)]
+    if base in operators.SQUARES:
+        return [("sum of squares", depth * peak * peak if measured is None else measured)]
+    if base in operators.EXPONENTIALS:
         return [("sum of exponentials", float(depth))]
-    if base in op_table.ATTENTION and len(magnitudes) > 1:
+    if base in operators.ATTENTION and len(magnitudes) > 1:
         shapes = _shapes(node)
-        keys = shapes[1][-2]
-        return [("attention logits", shapes[0][-1] * peak * magnitudes[1]), ("sum of exponentials", float(keys))]
+        logits = shapes[0][-1] * peak * magnitudes[1] if measured is None else measured
+        return [("attention logits", logits), ("sum of exponentials", float(shapes[1][-2]))]
     return []
 
 
@@ -79,18 +84,12 @@ def _recurrent_depth(node: fx.Node) -> int:
 
 
 def _reduced(node: fx.Node, base: str, shape: list[int]) -> int:
-    if base in {"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"}:
-        normalized = node.args[1] if len(node.args) > 1 else shape[-1:]
-        return math.prod(size_hint(s) for s in _list(normalized) if isinstance(s, (int, torch.SymInt)))
-    if base == "group_norm":
-        return math.prod(shape[1:]) // max(1, int(node.args[1]))  # type: ignore[arg-type]
-    if base == "native_group_norm":
-        return math.prod(shape[1:]) // max(1, int(node.args[6]))  # type: ignore[arg-type]
-    if base == "instance_norm":
-        return math.prod(shape[2:])
-    if base.startswith(("avg_pool", "adaptive_avg_pool")):
+    if "pool" in base:
         return _pooled(node, base, shape)
-    return math.prod(shape[d] for d in _dimensions(node, base, len(shape))) if shape else 1
+    groups = group_count(node, base)
+    if groups is not None:
+        return math.prod(shape[1:]) // max(1, groups)
+    return math.prod(shape[d] for d in reduced_dimensions(node, base, len(shape)))
 
 
 def _pooled(node: fx.Node, base: str, shape: list[int]) -> int:
@@ -101,17 +100,6 @@ def _pooled(node: fx.Node, base: str, shape: list[int]) -> int:
         return math.prod(size)
     # Of an adaptive pool the size is that of the output.
     return math.prod(math.ceil(whole / max(1, part)) for whole, part in zip(shape[-rank:], size, strict=False))
-
-
-def _dimensions(node: fx.Node, base: str, rank: int) -> list[int]:
-    """The dimensions that an operator reduces; all of them where it names none."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    chosen: Any = None
-    for position, argument in enumerate(schema.arguments):
-        if argument.name == "dim":
-            chosen = node.args[position] if position < len(node.args) else node.kwargs.get("dim")
-    dimensions = [d for d in _list(chosen) if isinstance(d, int)]
-    return [d % rank for d in dimensions] if dimensions else list(range(rank))
 
 
 def _list(value: Any) -> list[Any]:

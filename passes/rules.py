@@ -8,13 +8,16 @@ keeps the node high; a limit of inf switches a rule off.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
+from calib.operators import ATTENTION, SOFTMAX
 from passes import op_table
 from passes.facts import NodeFacts, TensorFacts, holds
 
@@ -116,6 +119,25 @@ class DataMax:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """It computes with finite mask values, as `scores + mask` does.
+
+    Where a whole row is masked, the low type would round its scores to the spacing of -65504 instead of losing them all
+    alike, as fp32 does with -1e9. Softmax and attention, which only read masks, are not concerned: what they get is
+    saturated when it is cast.
+    """
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if facts.base not in op_table.MASK_ARITHMETIC:
+            return None
+        lowest = min((t.mask_min for t in facts.inputs if t.mask_min is not None), default=None)
+        if lowest is None:
+            return None
+        reason = f"it computes with mask values down to {lowest:.4g}, which {_short(facts)} would round or overflow"
+        return Verdict("mask", reason, lowest, -float(torch.finfo(facts.low_type).max))
+
+
+@dataclass(frozen=True)
 class InitMax:
     """A magnitude among the node's parameters, buffers and constants exceeds `limit`."""
 
@@ -136,6 +158,8 @@ class LiteralRange:
     def __call__(self, facts: NodeFacts) -> Verdict | None:
         limit = torch.finfo(facts.low_type).max
         for literal in facts.literals:
+            if literal.name == "min" and _never_reached(facts, literal.value):
+                continue
             if not holds(literal.value, facts.low_type):
                 stored = float(torch.tensor(literal.value, dtype=torch.float64).to(facts.low_type))
                 reason = f"its literal {literal.name}={literal.value:g} becomes {stored:g} in {_short(facts)}"
@@ -158,49 +182,77 @@ class MaxDepthOfReduction:
 
 @dataclass(frozen=True)
 class Interior:
-    """A value that the op hides may pass the largest finite low value, or its epsilon vanishes in the low type.
+    """A value that the op hides passes the largest finite low value, or its epsilon vanishes in the low type.
 
-    Bounds come from the peaks at the inputs, so they hold for any data with these peaks; they are not estimates.
+    The value is the largest that calibration measured along the reduced dimensions, or without that a bound from the
+    peaks at the inputs. `wide`: operators (`layer_norm`) that the backend is known to accumulate in fp32 anyway.
     """
 
+    wide: frozenset[str] = frozenset()
+
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if not facts.has_ranges:
+        if not facts.has_ranges or facts.base in self.wide:
             return None
         limit = torch.finfo(facts.low_type).max
         for hidden in facts.hidden:
             if not hidden.bound <= limit:
                 most = f"above {limit:g}, the most that {_short(facts)} holds"
-                reason = f"its {hidden.name} may reach {hidden.bound:.3g}, {most}"
+                reason = f"its {hidden.name} reaches up to {hidden.bound:.3g}, {most}"
                 return Verdict("interior", reason, hidden.bound, limit)
-        if facts.epsilon is not None and not holds(facts.epsilon, facts.low_type):
-            reason = f"its eps {facts.epsilon:g} is lost in {_short(facts)}"
-            return Verdict("interior", reason, facts.epsilon, _least(facts))
-        return None
+        return self._lost_epsilon(facts)
+
+    def _lost_epsilon(self, facts: NodeFacts) -> Verdict | None:
+        """An eps that vanishes does no harm where what it is added to is always larger than the low type's least."""
+        if facts.epsilon is None or holds(facts.epsilon, facts.low_type):
+            return None
+        spread, tiny = facts.least_spread, float(torch.finfo(facts.low_type).smallest_normal)
+        if spread is not None and spread >= tiny:
+            return None
+        seen = "" if spread is None else f", and a variance of {spread:.3g} needs it"
+        return Verdict("interior", f"its eps {facts.epsilon:g} is lost in {_short(facts)}{seen}", facts.epsilon, tiny)
 
 
 @dataclass(frozen=True)
 class Storage:
     """Storing a tensor in the low type leaves less than `limit` dB between its variation and the rounding.
 
-    Catches offsets (400.05 and 400.10 become equal) and faint signals. Weights and constant tensors are exempt.
+    Catches offsets (400.05 and 400.10 become equal), where a reader may take the offset away; a gate of 0.5 that is
+    only multiplied is held to its magnitude instead. A tensor that is faint as a whole, its peak below four times the
+    smallest normal value, must keep `faint` dB, as the rounding of subnormal values is not relative to them; and what
+    a division or a logarithm blows up must be normal. Weights and constant tensors are exempt.
     """
 
     limit: float = 20.0
+    faint: float = 40.0
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
         for tensor in _measured(facts.judged):
-            decibels = None if tensor.is_weight else storage_sqnr(tensor, facts.low_type)
-            if decibels is not None and not decibels >= self.limit:
-                return Verdict("storage", self._reason(facts, tensor, decibels), decibels, self.limit)
+            verdict = None if tensor.is_weight else self._lost(facts, tensor)
+            if verdict is not None:
+                return verdict
         return None
 
-    def _reason(self, facts: NodeFacts, tensor: TensorFacts, decibels: float) -> str:
+    def _lost(self, facts: NodeFacts, tensor: TensorFacts) -> Verdict | None:
+        tiny = float(torch.finfo(facts.low_type).smallest_normal)
+        if tensor.magnified and tensor.smallest is not None:
+            reason = (
+                f"{_role(facts, tensor)} has values down to {tensor.smallest:.3g}, below {tiny:.3g}, the smallest that "
+                f"{_short(facts)} holds in full, and a division or a logarithm blows them up"
+            )
+            return Verdict("storage", reason, tensor.smallest, tiny)
+        decibels = storage_sqnr(tensor, facts.low_type)
+        limit = self.faint if tensor.absmax is not None and tensor.absmax < 4 * tiny else self.limit
+        if decibels is None or decibels >= limit:
+            return None
+        return Verdict("storage", self._reason(facts, tensor, decibels, limit), decibels, limit)
+
+    def _reason(self, facts: NodeFacts, tensor: TensorFacts, decibels: float, limit: float) -> str:
         what, low = _role(facts, tensor), _short(facts)
         most = torch.finfo(facts.low_type).max
         if tensor.absmax is not None and tensor.absmax > most:
             return f"{what} reached {tensor.absmax:.4g}, which becomes inf in {low} (it holds {most:g})"
         return (
-            f"{what} would keep {decibels:.3g} dB of signal over rounding in {low}, below {self.limit:g} dB "
+            f"{what} would keep {decibels:.3g} dB of signal over rounding in {low}, below {limit:g} dB "
             f"(mean {tensor.mean:.4g}, rms {tensor.rms:.4g})"
         )
 
@@ -219,8 +271,8 @@ class Follows:
 def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     """Predicted signal to quantisation noise ratio, dB, of storing `tensor` in `low_type`; None where it is constant.
 
-    -inf where a value would overflow.
-    Signal: the variance, rms^2 - mean^2. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
+    -inf where a value would overflow. Signal: the variance, rms^2 - mean^2, or rms^2 where no reader takes the mean
+    away. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
     from each bin of the histogram, or without one bounded from rms.
     """
     if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.min == tensor.max:
@@ -228,25 +280,29 @@ def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     info = torch.finfo(low_type)
     if tensor.absmax > info.max:
         return -math.inf  # becomes inf
-    variance = tensor.rms**2 - tensor.mean**2
+    signal = tensor.rms**2 - (tensor.mean**2 if tensor.offset_counts else 0.0)
     if tensor.histogram is None:
         noise = (tensor.rms * info.eps) ** 2 / 12 + (info.smallest_normal * info.eps) ** 2 / 12
     else:
-        noise = _noise(tensor.histogram, info)
+        noise = _noise(tensor.histogram, low_type)
     if noise == 0.0:
         return None
-    return 10 * math.log10(variance / noise) if variance > 0 else -math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def _noise(histogram: tuple[int, ...], info: torch.finfo) -> float:
-    total, finite = 0.0, sum(histogram[:255])
-    for exponent, count in enumerate(histogram[:255]):
-        if count and exponent:
-            low = 2.0 ** (exponent - 127)
-            step = max(low, info.smallest_normal) * info.eps
-            # A value far below the step is lost whole: its own square is all the noise that it makes.
-            total += count * min(step * step / 12, 4 * low * low)
-    return total / finite if finite else 0.0
+def _noise(histogram: tuple[int, ...], low_type: torch.dtype) -> float:
+    finite = sum(histogram[:255])
+    return sum(map(operator.mul, histogram, _noise_by_bin(low_type))) / finite if finite else 0.0
+
+
+@cache
+def _noise_by_bin(low_type: torch.dtype) -> tuple[float, ...]:
+    """The squared rounding error that an element of each bin makes; none of zeros, nor of what is not finite."""
+    info = torch.finfo(low_type)
+    lows = [2.0 ** (exponent - 127) for exponent in range(1, 255)]
+    steps = [max(low, info.smallest_normal) * info.eps for low in lows]
+    # A value far below the step is lost whole: its own square is all the noise that it makes.
+    return (0.0, *(min(step * step / 12, 4 * low * low) for low, step in zip(lows, steps, strict=True)), 0.0)
 
 
 def matched(patterns: tuple[str, ...], name: str, module: str) -> str | None:
@@ -260,7 +316,7 @@ def _above(
     """A verdict on the largest of `tensors` when it exceeds `limit`."""
     worst, worst_seen = None, -math.inf
     for tensor in _measured(tuple(tensors)):
-        seen = tensor.magnitude(quantile)
+        seen = _seen(facts, tensor, quantile)
         if not seen <= limit and not (worst is not None and seen <= worst_seen):
             worst, worst_seen = tensor, seen
     if worst is None:
@@ -271,6 +327,19 @@ def _above(
     return Verdict(
         rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
     )
+
+
+def _never_reached(facts: NodeFacts, bound: float) -> bool:
+    """Whether a small positive lower bound, such as the 1e-12 of a normalisation, is below all that was measured."""
+    lows = [t.min for t in facts.inputs]
+    return 0 < bound < 1 and bool(lows) and all(low is not None and low > 100 * bound for low in lows)
+
+
+def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
+    """The magnitude that a node answers for: of a masked tensor, softmax and attention care for the upper end alone."""
+    if tensor.masked and facts.base in SOFTMAX | ATTENTION:
+        return max(0.0, tensor.max or 0.0)
+    return tensor.magnitude(quantile)
 
 
 def _measured(tensors: tuple[TensorFacts, ...]) -> list[TensorFacts]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import getitem
 
 from torch import fx
 
 from calib.aliasing import Roots, shared_arguments, written_arguments
+from passes.regions import Candidate
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,9 @@ class Tie:
 
     nodes: frozenset[fx.Node]
     pinned: str | None
+
+
+NamedTie = tuple[Tie, list[str]]
 
 
 def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
@@ -41,6 +47,14 @@ def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
             for root in targets:  # a writer that gives nothing back belongs to the class all the same
                 sharing[root].add(node)
     return _classes(written, roots, sharing)
+
+
+def named_ties(nodes: Sequence[Candidate]) -> list[NamedTie]:
+    """Each tie with the names of the nodes that it holds together."""
+    names = {candidate.node: candidate.name for candidate in nodes if not candidate.inside}
+    owner = next((candidate.node.graph.owning_module for candidate in nodes if not candidate.inside), None)
+    ties = [] if owner is None else ties_of(owner)
+    return [(tie, [names[n] for n in names if n in tie.nodes and n.target is not getitem]) for tie in ties]
 
 
 def _is_visible(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch.export import ExportedProgram
 
 from calib.aliasing import mutated_inputs
 from calib.graph import input_targets, state_tensor, tensor_values
+from calib.masks import mask_nodes, mask_sources
 from passes.node_types import NodeTypes
+from passes.regions import qualified_name
 
 # Elements converted at a time when looking for values that the low type does not hold.
 _CHUNK = 1 << 22
@@ -27,41 +30,105 @@ class LowWeights:
     constants: dict[str, Any]
 
 
-def low_weights(program: ExportedProgram, source: fx.GraphModule, types: NodeTypes) -> LowWeights:
+@dataclass(frozen=True)
+class WeightReaders:
+    """Which weights may be stored low, and who reads them: what no plan changes.
+
+    targets: name in the state of each placeholder that holds a weight. readers: of each, in the flat graph; None where
+    it must stay, as it is not fp32 or is written to. storage: of each, the address of its memory, by which tied
+    weights are known. masks: names of those that are saturated.
+    """
+
+    program: ExportedProgram = field(repr=False)
+    targets: dict[str, str]
+    mutated: set[str]
+    readers: dict[str, frozenset[fx.Node] | None]
+    storage: dict[str, int]
+    masks: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, program: ExportedProgram, source: fx.GraphModule, masks: Collection[fx.Node] = ()) -> WeightReaders:
+        """`source`: the program's flat graph; `masks`: its nodes that hold mask values."""
+        targets, mutated = input_targets(program), mutated_inputs(program)
+        holders = {n.name: n for n in source.graph.nodes if n.op == "placeholder" and n.name in targets}
+        readers = {
+            name: frozenset(node.users) if name not in mutated and _is_fp32(node) else None
+            for name, node in holders.items()
+        }
+        storage = {name: _storage(program, targets[name]) for name in holders}
+        return cls(program, targets, mutated, readers, storage, frozenset(node.name for node in masks))
+
+    def stored_low(self, low: frozenset[fx.Node], fits: Callable[[str], bool]) -> list[str]:
+        """Names of the placeholders whose weights only nodes in `low` read, and which fit.
+
+        A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with
+        one that stays, or when `fits(name)` says no: a finite value of it would become inf.
+        """
+        wanted = {name for name, readers in self.readers.items() if readers is not None and readers <= low}
+        stays = {self.storage[name] for name in self.readers if name not in wanted}
+        # Export gives all readers of tied weights one of the names, so the others are read by nobody.
+        read = {self.storage[name] for name in wanted if self.readers[name]} - stays
+        return [name for name in sorted(wanted) if self.storage[name] in read and fits(name)]
+
+    def fits(self, name: str, low_type: torch.dtype) -> bool:
+        """Whether it is a tensor of which no finite value becomes inf in the low type, masks saturated."""
+        tensor = self.value(name, low_type)
+        return tensor is not None and _fits(tensor, low_type)
+
+    def value(self, name: str, low_type: torch.dtype) -> torch.Tensor | None:
+        """What is to be converted: the weight, or the saturated mask; None where it is no tensor."""
+        tensor = state_tensor(self.program, self.targets[name])
+        if tensor is None or name not in self.masks:
+            return tensor
+        return tensor.detach().clamp(min=saturation(low_type))
+
+
+def low_weights(
+    program: ExportedProgram, source: fx.GraphModule, types: NodeTypes, masks: Collection[fx.Node] = ()
+) -> LowWeights:
     """Convert, one at a time, the fp32 weights that all readers take in the low type; share the others.
 
-    A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with one
-    that stays, or when a finite value of it would become inf. Buffers that a call writes into are copied, so that
-    running the result leaves the caller's program alone.
+    Those in `masks` are saturated. Buffers that a call writes into are copied, so that running the result leaves the
+    caller's program alone.
     """
-    targets = input_targets(program)
-    mutated = mutated_inputs(program)
-    holders = {n.name: n for n in source.graph.nodes if n.op == "placeholder" and n.name in targets}
-    wanted = {name for name, node in holders.items() if name not in mutated and _only_low(node, types)}
-    stays = {_storage(program, targets[name]) for name in holders if name not in wanted}
-    # Export gives all readers of tied weights one of the names, so the others are read by nobody.
-    read = {_storage(program, targets[name]) for name in wanted if holders[name].users} - stays
+    readers = WeightReaders.of(program, source, masks)
+    targets = readers.targets
     state, constants = dict(program.state_dict), dict(program.constants)
     converted: dict[tuple[Any, ...], torch.Tensor] = {}
-    stored = set()
-    for name in sorted(wanted):
+    stored = readers.stored_low(types.low, lambda name: readers.fits(name, types.low_type))
+    for name in stored:
         tensor = state_tensor(program, targets[name])
-        if tensor is None or _storage(program, targets[name]) not in read or not _fits(tensor, types.low_type):
-            continue
-        key = _key(tensor)
+        assert tensor is not None
+        key = (*_key(tensor), name in readers.masks)
         if key not in converted:  # tied weights stay tied
+            tensor = readers.value(name, types.low_type)
+            assert tensor is not None
             converted[key] = _converted(tensor, types.low_type)
         home = state if targets[name] in program.state_dict else constants
         home[targets[name]] = converted[key]
-        stored.add(name)
-    for target, copied in _written_state(program, targets, mutated).items():
+    for target, copied in _written_state(program, targets, readers.mutated).items():
         (state if target in program.state_dict else constants)[target] = copied
     return LowWeights(frozenset(stored), state, constants)
 
 
-def _only_low(node: fx.Node, types: NodeTypes) -> bool:
-    is_float = [value.dtype == torch.float32 for _, value in tensor_values(node)]
-    return is_float == [True] and all(user in types.low for user in node.users)
+def saturation(low_type: torch.dtype) -> float:
+    """What mask values below it become in the low type: half the least finite value.
+
+    exp(-32752) is 0 for any scores, and adding scores of thousands to it still gives a finite value.
+    """
+    return float(torch.finfo(low_type).min) / 2
+
+
+def masks_to_saturate(program: ExportedProgram, source: fx.GraphModule, seen: Collection[str] | None) -> set[fx.Node]:
+    """The nodes in which calibration has `seen` mask values; without ranges, those that a number in the graph masks."""
+    if seen is None:
+        return mask_nodes(source, set())
+    names = set(seen)
+    return {node for node in mask_nodes(source, mask_sources(program)) if qualified_name(node) in names}
+
+
+def _is_fp32(node: fx.Node) -> bool:
+    return [value.dtype == torch.float32 for _, value in tensor_values(node)] == [True]
 
 
 def _written_state(program: ExportedProgram, targets: dict[str, str], mutated: set[str]) -> dict[str, torch.Tensor]:
@@ -87,7 +154,11 @@ def _storage(program: ExportedProgram, target: str) -> int:
 def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
     """Whether no finite value becomes inf: then the cast is left to run time, where `init_max` governs it."""
     for piece in torch.split(tensor.detach().reshape(-1), _CHUNK):
-        if not torch.equal(torch.isfinite(piece.to(low_type)), torch.isfinite(piece)):
+        ends = torch.stack(torch.aminmax(piece)) if piece.numel() else piece
+        if not ends.isfinite().all():  # NaN and Inf of its own hide the rest
+            if not torch.equal(torch.isfinite(piece.to(low_type)), torch.isfinite(piece)):
+                return False
+        elif not ends.to(low_type).isfinite().all():
             return False
     return True
 

@@ -13,6 +13,22 @@ from calib.graph import base_op, size_hint
 from passes.op_table import WORKS
 
 
+class WorkCounter:
+    """`work_of`, counted once for nodes that are alike, of which deep networks are made."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, int] = {}
+
+    def __call__(self, node: fx.Node) -> int:
+        """FLOPs of one call of `node`."""
+        if node.op != "call_function" or base_op(node.target) not in WORKS:
+            return 0
+        kind = f"{node.target} {fx.map_arg((node.args, node.kwargs), _said)}"
+        if kind not in self._found:
+            self._found[kind] = work_of(node)
+        return self._found[kind]
+
+
 def work_of(node: fx.Node) -> int:
     """FLOPs of one call at the exported sizes; 0 for what the counter does not count.
 
@@ -28,6 +44,11 @@ def work_of(node: fx.Node) -> int:
     except (RuntimeError, NotImplementedError):  # no meta kernel for these types: the work is unknown, not an error
         return 0
     return int(counter.get_total_flops())
+
+
+def _said(node: fx.Node) -> str:
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return str([(v.dtype, v.shape) if isinstance(v, torch.Tensor) else v for v in leaves])
 
 
 def _on_meta(node: fx.Node) -> Any:

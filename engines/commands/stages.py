@@ -1,4 +1,4 @@
-"""The stages as commands: calibrate, plan, build, verify. And the demo of them all."""
+"""The stages as commands: calibrate, plan, verify (build has a file of its own). And the demo of them all."""
 
 from __future__ import annotations
 
@@ -96,34 +96,6 @@ def plan(  # noqa: PLR0913
     if output is not None:
         decided.save(output)
         typer.echo(f"wrote {output}")
-
-
-def build(
-    model: Model,
-    plan_file: Annotated[Path, typer.Argument(metavar="P.json", help="a plan from calibcast plan")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="the engine's folder")],
-    ranges: Annotated[
-        Path | None, typer.Option(help="kept with the engine, and gives the sizes of dynamic inputs")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, tensorrt or eager")] = "auto",
-) -> None:
-    """Insert the casts of a plan into MODEL and build an engine.
-
-    Example: calibcast build net.pt2 plan.json --ranges ranges.parquet -o engine
-    """
-    from calib.ranges import RangeTable
-    from engines.building import build as run
-    from engines.locations import load_model
-    from passes.cast_insertion import insert_casts
-    from passes.plan import PrecisionPlan
-
-    program, decided = load_model(model), PrecisionPlan.load(plan_file)
-    table = None if ranges is None else RangeTable.load(ranges)
-    if table is not None:
-        table.check(program)
-    engine = run(insert_casts(program, decided), decided, table, backend=backend)
-    engine.save(output)
-    typer.echo(f"{decided}\nbackend {engine.backend} ({engine.why})\nwrote {output}")
 
 
 def verify(  # noqa: PLR0913

@@ -126,6 +126,12 @@ class Build(_Table):
     """The engine."""
 
     backend: str = Field("auto", description="auto, tensorrt or eager")
+    ahead_of_time: bool = Field(False, description="build where there is no GPU; verification then judges the cast "
+                                "program in PyTorch")  # fmt: skip
+    strict_precision: bool = Field(False, description="a gate: the engine's own types must be those of the plan")
+    allow_unknown: bool = Field(False, description="for that gate: nodes may be missing in what the engine tells")
+    on_failure: Literal["error", "fallback"] = Field("error", description="fallback: apply known remedies, and say so")
+    build_timeout: float | None = Field(1800.0, gt=0, description="seconds after which the builder counts as hung")
     keep_io_types: bool = Field(True, description="inputs and outputs keep the model's types")
     settings: dict[str, Any] = Field({}, description="of the backend, by its own names")
 

@@ -244,16 +244,18 @@ class JobRun:
         return {"summary": f"{casts} nodes more than the exported program", "program": fingerprint(node_digests(mixed))}
 
     def _build(self) -> Stage:
-        settings = _plain(self.file.job.build, "backend", "settings")
-        backend, _ = chosen(self.file.job.build.backend)
+        asked = self.file.job.build
+        settings = {name: v for name, v in _plain(asked).items() if name not in {"keep_io_types", "build_timeout"}}
+        backend, _ = chosen(asked.backend, asked.ahead_of_time)
         inputs = {"backend": json.dumps([backend.name, backend.versions()], sort_keys=True)}
         return Stage("build", (ENGINE,), ("calibrate", "plan", "cast"), inputs, settings, self._engine)
 
     def _engine(self) -> dict[str, Any]:
         settings, folder = self.file.job.build, self.folder.path
+        options = settings.model_dump(exclude={"keep_io_types", "backend", "settings"})
         engine = build(
             load_program(folder / MIXED), PrecisionPlan.load(folder / PLAN), RangeTable.load(folder / RANGES),
-            settings.backend, **settings.settings,
+            settings.backend, progress=self.bar, **options, **settings.settings,
         )  # fmt: skip
         engine.save(folder / ENGINE)
         return {"summary": f"backend {engine.backend} ({engine.why})", "backend": engine.backend}
@@ -276,11 +278,20 @@ class JobRun:
         total = counts(data.batches.length, share)[0]
         items = feed(data.batches.read(share, Done()), inputs, self.signature)
         feeding = Feeding(items, self.signature, self.file.job.limits, Progress("verify", total, bar=self.bar), total)
-        engine = Engine.load(self.folder.path / ENGINE)
+        engine, judged = self._judged_engine()
         report = verify(engine, self.program, feeding, feeding.inputs, metrics=functions, progress=False)
         save_report(self.folder.path / VERIFICATION, report)
-        return {"summary": str(report).splitlines()[0], "metrics": dict(report.metrics),
-                "report": feeding.report.to_json()}  # fmt: skip
+        summary = f"{str(report).splitlines()[0]} ({judged})"
+        data_report = feeding.report.to_json()
+        return {"summary": summary, "judged": judged, "metrics": dict(report.metrics), "report": data_report}
+
+    def _judged_engine(self) -> tuple[Engine, str]:
+        """The engine as it was saved; where it was built for a GPU that is not here, the cast program in PyTorch."""
+        if self.file.job.build.ahead_of_time and not torch.cuda.is_available():
+            mixed = load_program(self.folder.path / MIXED)
+            return build(mixed, backend="eager"), "the cast program in PyTorch: the engine needs a GPU"
+        engine = Engine.load(self.folder.path / ENGINE)
+        return engine, f"the {engine.backend} engine"
 
     def _judge_engine(self, result: Mapping[str, Any]) -> None:
         for line in DataReport.from_json(result["report"]).lines():

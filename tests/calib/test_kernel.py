@@ -52,7 +52,7 @@ def on_host(tensor: torch.Tensor, histogram: bool = True) -> Numbers:
 
 
 def on_device(tensor: torch.Tensor, histogram: bool = True) -> Numbers:
-    values, counts, bins = measure_on_device(tensor, histogram)
+    values, counts, bins, _ = measure_on_device(tensor, histogram)
     assert values.dtype == torch.float64
     assert counts.dtype == torch.int64
     named = dict(zip(VALUES, values.tolist(), strict=True))
@@ -309,7 +309,7 @@ def test_measuring_changes_nothing_and_keeps_no_gradient() -> None:
     tensor = CONTENTS["everything at once"].clone().requires_grad_()
     before = tensor.detach().clone().view(torch.int32)
     on_host(tensor)
-    values, _, _ = measure_on_device(tensor, True)
+    values, *_ = measure_on_device(tensor, True)
     assert not values.requires_grad
     assert torch.equal(tensor.detach().view(torch.int32), before)
 

@@ -144,9 +144,9 @@ def test_views_are_copied_from_their_source(monkeypatch: pytest.MonkeyPatch) -> 
     measured: list[int] = []
     plain = HostKernel.measure
 
-    def counting(self: HostKernel, tensor: torch.Tensor) -> Any:
+    def counting(self: HostKernel, tensor: torch.Tensor, mask_at_most: float | None) -> Any:
         measured.append(tensor.numel())
-        return plain(self, tensor)
+        return plain(self, tensor, mask_at_most)
 
     monkeypatch.setattr(HostKernel, "measure", counting)
     program = exported(lambda x: x.view(4, 6).t().reshape(24).unsqueeze(0), noise(24))

@@ -1,4 +1,4 @@
-"""Jobs for tests: a small network, numbered rows, and processes that can be killed."""
+"""What the tests of engines share: a cache of their own; jobs over numbered rows, and processes that can be killed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ import os
 import socket
 import subprocess
 import sys
+
+# Before anything builds: tests neither read nor fill the user's cache, also from processes that they start.
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+_CACHE = tempfile.TemporaryDirectory(prefix="calibcast-test-cache-")
+os.environ["CALIBCAST_CACHE"] = _CACHE.name
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """A cache of this test alone."""
+    monkeypatch.setenv("CALIBCAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
 
 ROOT = Path(__file__).resolve().parents[2]
 

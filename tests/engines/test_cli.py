@@ -152,7 +152,7 @@ def test_mistakes_are_one_message_and_leave_nothing_behind(here, capsys, argumen
     assert {path.name for path in here.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
 
 
-@pytest.mark.parametrize("command", ["calibrate", "plan", "build", "verify", "report", "demo"])
+@pytest.mark.parametrize("command", ["calibrate", "plan", "build", "verify", "diagnose", "report", "demo"])
 def test_help_teaches(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

@@ -1,13 +1,21 @@
 """What only a GPU can show: run with `python -m pytest -m gpu` where CUDA and Torch-TensorRT are."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim
 
 import engines
-from calib import BatchError, BuildError, calibrate
-from engines import Engine, verify
+from calib import BatchError, BuildError, MismatchError, calibrate
+from engines import Engine, build, verify
+from engines.ledger_text import ledger_text, unknown_share
+from passes import classify, insert_casts
 
 pytestmark = pytest.mark.gpu
 
@@ -161,3 +169,115 @@ def test_weak_typing_is_refused_where_tensorrt_has_it_no_more():
             enable_autocast=False,
             backend="tensorrt",
         )
+
+
+class Attending(nn.Module):
+    """Attention with 8 heads of 64 between linears, as in BERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(512, 512) for _ in range(4))
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        heads = [layer(x).view(batch, length, 8, 64).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        attended = nn.functional.scaled_dot_product_attention(*heads)
+        return x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+
+
+class Outside(nn.Module):
+    """A sine between linears, and two outputs in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        hidden = torch.relu(self.first(x))
+        return {"out": self.second(torch.sin(hidden)), "hidden": hidden}
+
+
+def planned(model, batches, **settings):
+    program = torch.export.export(model.eval().cuda(), (batches[0].cuda(),))
+    ranges = calibrate(program, batches, progress=False)
+    plan = classify(program, ranges, **settings)
+    return program, insert_casts(program, plan), plan, ranges
+
+
+def test_the_ledger_of_a_built_engine_finds_its_nodes(engine):
+    assert engine.record["isolated"] is True
+    assert engine.ledger.height == len(engine.plan.low_precision_nodes) + len(engine.plan.high_precision_nodes)
+    text = ledger_text(engine.ledger)
+    assert unknown_share(engine.ledger) < 0.2, text
+    convolution = engine.ledger.row(by_predicate=pl.col("node") == "conv2d", named=True)
+    assert "float16" in convolution["actual_types"], text
+
+
+def test_an_engine_built_ahead_of_time_runs_here(batches, tmp_path):
+    torch.manual_seed(0)
+    program, mixed, plan, ranges = planned(Small(), batches[:1])
+    built = build(mixed, plan, ranges, backend="tensorrt", ahead_of_time=True, cache=False, progress=False)
+    built.save(tmp_path / "engine")
+    loaded = Engine.load(tmp_path / "engine")
+    report = verify(loaded, program, [batches[0] * 0.9], progress=False)
+    report.require(min_sqnr_db=40.0)
+    assert report.attribution["blame"].to_list()[0] in {"plan", "engine", "both"}
+    assert loaded.ledger.equals(built.ledger)
+
+
+def test_nodes_in_pytorch_and_engines_give_what_the_program_gives(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    _, mixed, plan, ranges = planned(Outside(), [x])
+    engine = build(
+        mixed, plan, ranges, backend="tensorrt", cache=False, torch_executed_ops={torch.ops.aten.sin.default}
+    )
+    assert set(engine.record["fallback_to_pytorch"]) == {"sin"}
+    ours, theirs = engine(x), mixed.module()(x.cuda())
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+    engine.save(tmp_path / "engine")
+    torch.testing.assert_close(Engine.load(tmp_path / "engine")(x), ours, rtol=0, atol=0)
+
+
+def test_a_fresh_process_loads_and_runs_a_saved_engine(engine, batches, tmp_path):
+    engine.save(tmp_path / "engine")
+    torch.save(batches[1], tmp_path / "x.pt")
+    script = (
+        "import sys, torch; from engines import Engine\n"
+        "x = torch.load(sys.argv[2]); torch.save(Engine.load(sys.argv[1])(x).cpu(), sys.argv[3])"
+    )
+    files = [str(tmp_path / name) for name in ("engine", "x.pt", "y.pt")]
+    subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=300, cwd=Path(__file__).parents[2])
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), engine(batches[1].cuda()).cpu(), rtol=0, atol=0)
+
+
+def test_another_gpu_is_refused(engine, tmp_path):
+    engine.save(tmp_path / "engine")
+    path = tmp_path / "engine" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["built_with"]["gpu"] = "NVIDIA L40S"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(MismatchError, match="built for NVIDIA L40S, and here is"):
+        Engine.load(tmp_path / "engine")
+
+
+def test_half_precision_attention_is_built_or_remedied():
+    """TensorRT-RTX 1.4 fails to set half-precision attention up on an H200, inside cuDNN."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 128, 512)
+    program, mixed, plan, ranges = planned(Attending(), [x], data_max=float("inf"))
+    engine = build(mixed, plan, ranges, backend="tensorrt", cache=False, on_failure="fallback")
+    print("remedies:", engine.record["remedies"])
+    verify(engine, program, [x * 0.9], progress=False).require(min_sqnr_db=40.0)
+
+
+def test_building_in_this_process_gives_the_same(batches):
+    torch.manual_seed(0)
+    _, mixed, plan, ranges = planned(Small(), batches[:1])
+    arguments = {"backend": "tensorrt", "cache": False, "progress": False}
+    here = build(mixed, plan, ranges, isolate=False, **arguments)
+    there = build(mixed, plan, ranges, **arguments)
+    x = batches[0].cuda()
+    torch.testing.assert_close(here(x), there(x), rtol=1e-3, atol=1e-3)
+    assert here.record["isolated"] is False
+    assert here.ledger["match"].to_list() == there.ledger["match"].to_list()

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from calib import CalibcastError, GateError, MismatchError, calibrate
+from calib.execution import ProgramRunner
 from engines import build, verify
+from passes import classify, insert_casts
 
 
 class Logits(nn.Module):
@@ -123,3 +125,42 @@ def test_data_that_calibration_saw_warns(program):
     engine = build(program, ranges=calibrate(program, seen, progress=False), backend="eager")
     with pytest.warns(UserWarning, match="2 of 3 batches were also calibrated on"):
         verify(engine, program, seen + batches(1, seed=5), progress=False)
+
+
+class Scaled:
+    """An engine whose error is what it is made with: `factor` on top of its cast graph."""
+
+    backend, device, ranges = "tensorrt", torch.device("cpu"), None
+
+    def __init__(self, program, factor):
+        self.program, self.factor = program, factor
+
+    def __call__(self, x):
+        out = ProgramRunner(self.program).run([x])
+        return {"logits": out[0] * self.factor, "answer": out[1]}
+
+
+@pytest.mark.parametrize(
+    ("low", "factor", "blame"), [(True, 1.0, "plan"), (False, 1.01, "engine"), (False, 1.0, "none")]
+)
+def test_an_error_is_attributed_to_plan_or_engine(program, low, factor, blame):
+    ranges = calibrate(program, batches(1), progress=False)
+    plan = classify(program, ranges, nodes_to_exclude=() if low else ["linear"])
+    report = verify(Scaled(insert_casts(program, plan), factor), program, batches(2, seed=1), progress=False)
+    row = report.attribution.row(0, named=True)
+    assert row["output"] == "output['logits']"
+    assert row["blame"] == blame
+    assert (row["plan_rel_l2"] > 0) == low
+    assert (row["engine_rel_l2"] > 0.005) == (factor != 1.0)
+    assert f"to blame is {blame}" in str(report)
+
+
+def test_the_eager_backend_needs_no_attribution_and_a_function_cannot_have_one(model, program):
+    engine = build(program, backend="eager")
+    assert verify(engine, program, batches(1), progress=False).attribution is None
+    assert (
+        verify(engine, program, batches(1), progress=False, attribute=True).attribution["blame"].to_list()
+        == ["none"] * 2
+    )
+    with pytest.raises(CalibcastError, match="attribute=True needs an Engine"):
+        verify(model, program, batches(1), progress=False, attribute=True)

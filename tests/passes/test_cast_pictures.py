@@ -595,6 +595,29 @@ def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+@pytest.mark.parametrize(
+    ("function", "node"),
+    [
+        (lambda x: x.masked_fill(x > 0, -1e9).softmax(-1), "masked_fill"),
+        (lambda x: x.clamp(min=-1e6) + 1, "clamp"),
+        (lambda x: torch.full_like(x, 1e5).sigmoid() + x, "full_like"),
+        (lambda x: (x + 1).masked_fill_(x > 0, -1e9).softmax(-1), "masked_fill_"),
+    ],
+)
+def test_a_number_that_the_kernel_refuses_in_half_keeps_its_node_as_exported(
+    export: Any, plan_of: Any, run: Any, function: Any, node: str
+) -> None:
+    """Fake tensors take masked_fill(-1e9) in fp16; the real kernel says that it cannot be converted."""
+    program = export(function, X)
+    plan = plan_of(program, lambda _: True)
+    assert node in plan.low_precision_nodes
+    mixed = insert_casts(program, plan)
+    types = {n.name: n.meta["val"].dtype for n in mixed.graph.nodes if n.op == "call_function"}
+    assert types[node] == torch.float32
+    torch.testing.assert_close(run(mixed, X)[0], run(program, X)[0], rtol=2e-2, atol=2e-2)
+    assert insert_casts(program, plan_of(program, lambda _: True, torch.bfloat16)) is not None
+
+
 def test_programs_without_metadata_are_refused(export: Any, plan_of: Any) -> None:
     """Types are derived from fake tensors: without them there is nothing to derive from."""
     program = export(lambda x: x.tanh(), X)

@@ -20,6 +20,7 @@ from passes.rules import (
     Interior,
     Legality,
     LiteralRange,
+    Mask,
     MaxDepthOfReduction,
     NodesToExclude,
     Nonfinite,
@@ -54,6 +55,7 @@ def measured(values: torch.Tensor, histogram: bool = True, **facts: object) -> T
         float(wide.abs().max()),
         min=float(wide.min()),
         max=float(wide.max()),
+        smallest=float(wide[wide != 0].abs().min()) if wide.any() else None,
         mean=float(wide.mean()),
         rms=float(wide.square().mean().sqrt()),
         histogram=tuple(bins.tolist()) if histogram else None,
@@ -274,11 +276,23 @@ class TestStorage:
         values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 2e-8
         assert Storage()(node(measured(values, histogram))) is not None
 
-    def test_signals_of_a_millionth_keep_their_signal(self) -> None:
-        """1e-6 is subnormal in fp16, and yet 35 dB above the rounding: nothing to catch."""
-        values = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 1e-6
+    def test_faint_signals_must_keep_more(self) -> None:
+        """Subnormal values do not round relative to themselves: 1e-6 keeps 35 dB, too little; 1e-5 keeps 55."""
+        values = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+        verdict = Storage()(node(measured(values * 1e-6)))
+        assert (verdict.evidence, verdict.limit) == (pytest.approx(35, abs=1), 40.0)
+        assert Storage()(node(measured(values * 1e-5))) is None
+        assert Storage()(node(measured(values * 1e-6), low_type=BRAIN)) is None
+
+    def test_small_values_that_are_magnified(self) -> None:
+        """A divisor of 1e-6 among ones is lost in fp16; where nothing divides by it, nobody cares."""
+        values = torch.ones(4096)
+        values[0] = 1e-6
+        divisor = replace(measured(values), magnified=True)
+        verdict = Storage()(node(divisor))
+        assert (verdict.rule, verdict.evidence) == ("storage", pytest.approx(1e-6))
+        assert "a division or a logarithm blows them up" in verdict.reason
         assert Storage()(node(measured(values))) is None
-        assert storage_sqnr(measured(values), HALF) == pytest.approx(35, abs=1)
 
     @pytest.mark.parametrize("histogram", [True, False])
     def test_images_are_fine(self, histogram: bool) -> None:
@@ -327,12 +341,33 @@ class TestStorage:
         assert abs(predicted - real) < 3 or max(predicted, real) < 10
 
 
+class TestMask:
+    def test_arithmetic_with_finite_mask_values(self) -> None:
+        """Adding a mask of -1e9 stays in fp32, where a fully masked row loses its scores; one of -inf does no harm."""
+        masked = tensor(0.0, name="mask", masked=4, mask_min=-1e9)
+        verdict = Mask()(node(tensor(), masked, base="add"))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("mask", -1e9, -65504.0)
+        assert Mask()(node(tensor(), tensor(0.0, masked=4), base="add")) is None
+
+    @pytest.mark.parametrize("base", ["softmax", "scaled_dot_product_attention", "where", "masked_fill", "expand"])
+    def test_what_only_reads_or_chooses_is_not_concerned(self, base: str) -> None:
+        """Softmax, attention, where and movement take a saturated mask."""
+        assert Mask()(node(tensor(masked=4, mask_min=-3e38), base=base)) is None
+
+    def test_softmax_answers_for_the_upper_end_of_a_masked_tensor(self) -> None:
+        """-9990, a mask plus a score, is no magnitude to a softmax; +600 is."""
+        masked = tensor(9990.0, max=3.0, masked=4)
+        assert DataMax(512.0)(node(masked, base="softmax")) is None
+        assert DataMax(512.0)(node(masked, base="mul")) is not None
+        assert DataMax(512.0)(node(replace(masked, max=600.0), base="softmax")).evidence == 600.0
+
+
 class TestInterior:
     def test_a_bound_above_the_low_type(self) -> None:
         """A hidden sum of squares beyond 65504 keeps the node high; the bound is the evidence."""
         verdict = Interior()(node(hidden=(Hidden("sum", 10.0), Hidden("sum of squares", 65505.0))))
         assert (verdict.rule, verdict.evidence, verdict.limit) == ("interior", 65505.0, 65504.0)
-        assert "its sum of squares may reach 6.55e+04" in verdict.reason
+        assert "its sum of squares reaches up to 6.55e+04" in verdict.reason
 
     def test_exactly_at_the_limit(self) -> None:
         """The largest finite half is held."""
@@ -349,7 +384,9 @@ class TestInterior:
     def test_a_vanishing_epsilon(self) -> None:
         """An eps that fp16 makes zero no longer guards the division; 1e-5 is held."""
         verdict = Interior()(node(epsilon=1e-12))
-        assert (verdict.rule, verdict.evidence, verdict.limit) == ("interior", 1e-12, 2.0**-24)
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("interior", 1e-12, 2.0**-14)
+        assert Interior()(node(epsilon=1e-12, least_spread=0.0)).rule == "interior"
+        assert Interior()(node(epsilon=1e-12, least_spread=0.1)) is None
         assert Interior()(node(epsilon=1e-5)) is None
         assert Interior()(node(epsilon=1e-12, low_type=BRAIN)) is None
 

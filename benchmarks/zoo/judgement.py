@@ -1,0 +1,230 @@
+"""What casting did to a program: how much is low, how far the outputs moved, and whether that is good enough.
+
+Errors are relative L2 over all batches, of the worst floating-point output. Tolerances: 1% in fp16, 5% in bf16, or
+1.5 times the error of the same graph with everything low, where that is further.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from benchmarks.zoo.architecture import Architecture
+from calib import RangeTable, calibrate
+from calib.batches import signature_of
+from calib.execution import NodeError, ProgramRunner
+from calib.graph import base_op, op_name, size_hint, tensor_values
+from passes import PrecisionPlan, classify, insert_casts
+from passes.plan import HIGH, KEPT, Decision
+from passes.regions import candidates
+
+TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.05}
+SLACK = 1.5
+LEAST_WORK, LEAST_BYTES = 0.95, 0.90
+# High not by a number but because it cannot be otherwise: no half kernels, or storage shared with fp32.
+UNAVOIDABLE = frozenset({"legality", "alias"})
+Outputs = list[list[Any]]  # by batch, by output
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares in the low type: of classified nodes, of their work (FLOPs), of the bytes of their outputs; casts.
+
+    NaN where there is nothing to share.
+    """
+
+    nodes: float
+    work: float
+    bytes: float
+    casts: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model in one type.
+
+    shares: of all that a plan decides on. avoidable: the same, without what cannot be low whatever the data.
+    error, half_error: relative L2; inf where a value is not finite though the reference is. misses: what falls short.
+    high: the decisions on nodes that stay high.
+    """
+
+    shares: Shares
+    avoidable: Shares
+    error: float
+    half_error: float
+    misses: tuple[str, ...]
+    high: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model, measured: its program, ranges, flat inputs (the last batch unseen) and reference outputs."""
+
+    program: ExportedProgram
+    ranges: RangeTable
+    inputs: list[list[Any]]
+    reference: Outputs
+
+    @classmethod
+    def of(cls, architecture: Architecture) -> Trial:
+        """Export and calibrate."""
+        program, batches = architecture.program(), architecture.batches()
+        ranges = calibrate(program, batches, architecture.transform, progress=False)
+        flat = flat_inputs(architecture, program)
+        return cls(program, ranges, flat, outputs_of(program, flat))
+
+    def plan(self, low_type: torch.dtype) -> PrecisionPlan:
+        """The plan with all settings at their defaults."""
+        return classify(self.program, self.ranges, low_precision_type=low_type)
+
+    def judged(self, plan: PrecisionPlan, mixed: ExportedProgram) -> Outcome:
+        """What `mixed`, which carries out `plan`, is worth."""
+        outputs = outputs_of(mixed, self.inputs)
+        outcome = Outcome(
+            shares=shares_of(self.program, plan, mixed),
+            avoidable=shares_of(self.program, plan, mixed, UNAVOIDABLE),
+            error=worst_error(outputs, self.reference),
+            half_error=self.half_error(plan.low_precision_type),
+            misses=(),
+            high=tuple(d for d in plan.decisions if d.precision == HIGH),
+        )
+        changed = changed_surface(self.program, mixed, outputs, self.reference)
+        return replace(outcome, misses=(*changed, *misses_of(outcome, TOLERANCE[plan.low_precision_type])))
+
+    def half_error(self, low_type: torch.dtype) -> float:
+        """The error of the graph with everything low; inf where an operator refuses to run like that."""
+        half = insert_casts(self.program, everything_low(self.program, low_type))
+        try:
+            return worst_error(outputs_of(half, self.inputs), self.reference)
+        except NodeError:  # such as a mask value that fp16 cannot hold
+            return math.inf
+
+
+def flat_inputs(architecture: Architecture, program: ExportedProgram) -> list[list[Any]]:
+    """The calibration batches and an unseen one, as the program's flat inputs."""
+    signature = signature_of(program)
+    batches = [*architecture.batches(), architecture.unseen()]
+    transform = architecture.transform or (lambda batch: batch)
+    return [signature.flatten(transform(batch), index) for index, batch in enumerate(batches)]
+
+
+def outputs_of(program: ExportedProgram, inputs: Iterable[list[Any]]) -> Outputs:
+    """The flat outputs for each batch, every batch from the program's saved state."""
+    runner = ProgramRunner(program)
+    return [
+        [value.clone() if isinstance(value, torch.Tensor) else value for value in runner.run(flat)] for flat in inputs
+    ]
+
+
+def everything_low(program: ExportedProgram, low_type: torch.dtype) -> PrecisionPlan:
+    """The whole-half plan: every node low but what has no half kernels, custom operators, and what storage ties."""
+    targets = {op_name(c.node.target) for c in candidates(program) if base_op(c.node.target)}
+    return classify(program, None, low_precision_type=low_type, targets_to_include=targets)
+
+
+def worst_error(outputs: Outputs, reference: Outputs) -> float:
+    """Relative L2 of the worst floating-point output over all batches; inf where only `outputs` is not finite."""
+    worst = 0.0
+    for mine, theirs in zip(zip(*outputs, strict=True), zip(*reference, strict=True), strict=True):
+        if isinstance(theirs[0], torch.Tensor) and theirs[0].dtype.is_floating_point:
+            worst = max(worst, _relative_error(mine, theirs))
+    return worst
+
+
+def _relative_error(mine: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> float:
+    difference = total = 0.0
+    for one, other in zip(mine, theirs, strict=True):
+        finite = other.isfinite()
+        one, other = one.double()[finite], other.double()[finite]
+        if not one.isfinite().all():
+            return math.inf
+        difference += float((one - other).square().sum())
+        total += float(other.square().sum())
+    return math.sqrt(difference / total) if total else math.inf if difference else 0.0
+
+
+def changed_surface(
+    program: ExportedProgram, mixed: ExportedProgram, outputs: Outputs, reference: Outputs
+) -> list[str]:
+    """What callers would notice: another structure, or another type or shape of an output."""
+    changed = [] if mixed.call_spec == program.call_spec else ["another structure"]
+    for mine, theirs in zip(outputs, reference, strict=True):
+        for place, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+            if not isinstance(other, torch.Tensor):
+                continue
+            if (one.dtype, one.shape) != (other.dtype, other.shape):
+                changed.append(f"output {place} is {one.dtype}{list(one.shape)}, not {other.dtype}{list(other.shape)}")
+    return changed
+
+
+def misses_of(outcome: Outcome, tolerance: float) -> list[str]:
+    """Where an outcome falls short of the tolerances of this module."""
+    short = []
+    half_is_good = outcome.half_error <= tolerance
+    allowed = tolerance if half_is_good or not math.isfinite(outcome.half_error) else SLACK * outcome.half_error
+    if not outcome.error <= allowed:
+        short.append(f"error {outcome.error:.2%}, above {allowed:.2%}")
+    # Where whole-half is not good enough, the table lists what is high, with rule and numbers.
+    if half_is_good and outcome.avoidable.work < LEAST_WORK:
+        short.append(f"{outcome.avoidable.work:.1%} of work low, below {LEAST_WORK:.0%}")
+    if half_is_good and outcome.avoidable.bytes < LEAST_BYTES:
+        short.append(f"{outcome.avoidable.bytes:.1%} of activation bytes low, below {LEAST_BYTES:.0%}")
+    return short
+
+
+def shares_of(
+    program: ExportedProgram, plan: PrecisionPlan, mixed: ExportedProgram, without: frozenset[str] = frozenset()
+) -> Shares:
+    """Shares of what a plan decides on, `without` the nodes that these rules keep high; read off the cast graph."""
+    counted = {d.node: d.work for d in plan.decisions if d.precision != KEPT and d.rule not in without}
+    nodes = {c.name: c.node for c in candidates(program) if c.name in counted and not c.inside}
+    made = {node.name: node for node in mixed.graph.nodes}
+    # Nodes inlined from a `no_grad` region have their dots written as underscores.
+    copies = {name: made[name.replace(".", "__")] for name in nodes if name.replace(".", "__") in made}
+    low = {name for name, copy in copies.items() if _is_low(nodes[name], copy, plan.low_precision_type)}
+    sizes = {name: _bytes(node) for name, node in nodes.items()}
+    return Shares(
+        nodes=_share(len(low), len(nodes)),
+        work=_share(sum(counted[name] for name in low), sum(counted.values())),
+        bytes=_share(sum(sizes[name] for name in low), sum(sizes.values())),
+        casts=count_casts(program, mixed),
+    )
+
+
+def _is_low(node: torch.fx.Node, copy: torch.fx.Node, low_type: torch.dtype) -> bool:
+    """Whether what `node` gives in fp32, or takes in fp32 where it gives no fp32, is in the low type in its copy."""
+    found = {mine.dtype for mine in _counterparts([node], [copy])}
+    return (found or {v.dtype for v in _counterparts(node.all_input_nodes, copy.all_input_nodes)}) == {low_type}
+
+
+def _counterparts(nodes: list[torch.fx.Node], copies: list[torch.fx.Node]) -> list[torch.Tensor]:
+    pairs = [
+        pair for one, other in zip(nodes, copies, strict=False)
+        for pair in zip(tensor_values(one), tensor_values(other), strict=True)
+    ]  # fmt: skip
+    return [mine for (_, theirs), (_, mine) in pairs if theirs.dtype == torch.float32]
+
+
+def count_casts(program: ExportedProgram, mixed: ExportedProgram) -> int:
+    """How many conversions `mixed` has that `program` has not."""
+    return _conversions(mixed) - _conversions(program)
+
+
+def _conversions(program: ExportedProgram) -> int:
+    names = {"aten._to_copy.default", "aten.to.dtype"}
+    return sum(str(node.target) in names for node in program.graph.nodes)
+
+
+def _bytes(node: torch.fx.Node) -> int:
+    """Bytes of a node's fp32 outputs at the exported sizes."""
+    values = [value for _, value in tensor_values(node) if value.dtype == torch.float32]
+    return 4 * sum(math.prod(size_hint(size) for size in value.shape) for value in values)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan

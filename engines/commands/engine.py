@@ -1,0 +1,120 @@
+"""Commands about engines: build one, and look inside."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engines.commands.options import Model, check_folder
+from engines.locations import LocationError
+
+
+def build(  # noqa: PLR0913 - a command line has options
+    model: Model,
+    plan_file: Annotated[Path, typer.Argument(metavar="P.json", help="a plan from calibcast plan")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the engine's folder")],
+    ranges: Annotated[
+        Path | None, typer.Option(help="kept with the engine, and gives the sizes of dynamic inputs")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, tensorrt or eager")] = "auto",
+    ahead_of_time: Annotated[
+        bool, typer.Option("--ahead-of-time", help="build for a GPU elsewhere, without one here (TensorRT-RTX)")
+    ] = False,
+    strict_precision: Annotated[
+        bool, typer.Option("--strict-precision", help="gate: exit code 3 when the engine contradicts the plan")
+    ] = False,
+    allow_unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="let --strict-precision pass nodes that could not be found")
+    ] = False,
+    on_failure: Annotated[str, typer.Option(help="when the builder fails: error, or fallback to a remedy")] = "error",
+    build_timeout: Annotated[float, typer.Option(min=1.0, help="seconds after which a builder counts as hung")] = 1800,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="neither look for the engine nor keep it")] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--setting", metavar="NAME=VALUE", help="of Torch-TensorRT, by its own name; repeatable"),
+    ] = None,
+) -> None:
+    """Insert the casts of a plan into MODEL and build an engine.
+
+    Example: calibcast build net.pt2 plan.json --ranges ranges.parquet -o engine --setting optimization_level=5
+    """
+    from calib.ranges import RangeTable
+    from engines.building import build as run
+    from engines.ledger_text import summary
+    from engines.locations import load_model
+    from passes.cast_insertion import insert_casts
+    from passes.plan import PrecisionPlan
+
+    settings = dict(_setting(text) for text in setting or ())
+    check_folder(output)
+    program, decided = load_model(model), PrecisionPlan.load(plan_file)
+    table = None if ranges is None else RangeTable.load(ranges)
+    if table is not None:
+        table.check(program)
+    engine = run(
+        insert_casts(program, decided),
+        decided,
+        table,
+        backend=backend,
+        ahead_of_time=ahead_of_time,
+        strict_precision=strict_precision,
+        allow_unknown=allow_unknown,
+        on_failure=on_failure,
+        build_timeout=build_timeout,
+        cache=not no_cache,
+        **settings,
+    )
+    engine.save(output)
+    typer.echo(f"{engine.plan}\nbackend {engine.backend} ({engine.why})\n{summary(engine.ledger)}")
+    for line in record_lines(dict(engine.record)):
+        typer.echo(line)
+    typer.echo(f"wrote {output}")
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="an engine's folder")],
+    rows: Annotated[int, typer.Option(min=0, help="how many nodes; 0: all")] = 0,
+) -> None:
+    """Show which engine layer each planned node went into, and in which types. Needs no GPU.
+
+    Example: calibcast inspect engine --rows 20
+    """
+    from engines.engine import read_ledger, read_manifest
+    from engines.ledger_text import ledger_text
+
+    manifest, ledger = read_manifest(folder), read_ledger(folder)
+    built = ", ".join(f"{name} {version}" for name, version in manifest.get("built_with", {}).items())
+    typer.echo(f"{folder}: backend {manifest['backend']} ({manifest['why']}), built with {built}")
+    for line in record_lines(manifest.get("build") or {}):
+        typer.echo(line)
+    typer.echo(ledger_text(ledger, rows or None))
+
+
+def record_lines(record: dict[str, Any]) -> list[str]:
+    """What a reader should know of how an engine was built, a line each."""
+    lines = []
+    if record.get("ahead_of_time"):
+        lines.append("built ahead of time: for any GPU of compute capability 8.0 and later")
+    if record.get("set_by_plan"):
+        lines.append(f"set because of the plan: {record['set_by_plan']}")
+    lines += [f"remedy applied: {remedy}" for remedy in record.get("remedies", [])]
+    outside = record.get("fallback_to_pytorch") or {}
+    if outside:
+        lines.append(f"{len(outside)} nodes run in PyTorch:")
+        lines += [f"  {node}: {why}" for node, why in outside.items()]
+    if (record.get("cache") or {}).get("hit"):
+        lines.append("the engine comes from the cache")
+    return lines
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise LocationError(f"--setting {text!r}: expected NAME=VALUE, such as optimization_level=5")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value  # a plain word, such as tiling_optimization_level=full

@@ -1,0 +1,157 @@
+"""From a build that failed to the nodes that it failed at, what can be done, and doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from calib.graph import base_op, module_path, tensor_values
+from engines.builder_isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
+from passes.plan import HIGH, PrecisionPlan
+
+ATTENTION = "scaled_dot_product_attention"
+_SHOWN = 6
+# More nodes than these are no region that a user could be pointed at.
+_MOST = 64
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something to try after a failure: other settings, or nodes to keep in fp32."""
+
+    text: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    widen: tuple[str, ...] = ()
+
+
+def attention_nodes(program: ExportedProgram) -> list[fx.Node]:
+    """The attention nodes of a program, in graph order."""
+    return [node for node in program.graph.nodes if base_op(node.target) == ATTENTION]
+
+
+def region_of(failure: BuilderError, program: ExportedProgram) -> tuple[str, ...]:
+    """Names of the nodes that a failure points at: those whose layers it names, else the one being converted, else
+    attention, which is what builders fail at most; () where nothing points anywhere."""
+    names = {node.name for node in program.graph.nodes if node.op == "call_function"}
+    if failure.stage == CONVERTING and failure.node in names:
+        return (failure.node,)
+    said = f"{failure.message}\n{failure.log}"
+    named = [str(layer["node"]) for layer in failure.layers if layer["node"] in names and str(layer["name"]) in said]
+    found = set(named)
+    if 0 < len(found) <= _MOST:
+        return tuple(node.name for node in program.graph.nodes if node.name in found)
+    if failure.stage in {BUILDING, WRITING} and failure.kind not in {"memory", "unsupported"}:
+        return tuple(node.name for node in _suspects(program))
+    return ()
+
+
+def _suspects(program: ExportedProgram) -> list[fx.Node]:
+    """Attention nodes in another type than their neighbours, else all attention nodes."""
+    attention = attention_nodes(program)
+    mixed = [node for node in attention if _between_casts(node)]
+    return mixed or attention
+
+
+def _between_casts(node: fx.Node) -> bool:
+    casts = {"to", "_to_copy"}
+    return any(base_op(near.target) in casts for near in [*node.all_input_nodes, *node.users])
+
+
+def remedies(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> list[Remedy]:
+    """What can be tried after `failure`, the least costly first; empty when nothing is known to help."""
+    if failure.kind in {"memory", "hang"}:
+        return []
+    region = region_of(failure, program)
+    found: list[Remedy] = []
+    has_attention = any(node.name in region for node in attention_nodes(program))
+    if has_attention and not settings.get("decompose_attention"):
+        found.append(Remedy("decompose attention (decompose_attention=True)", {"decompose_attention": True}))
+    low = tuple(name for name in region if _is_low(program, name))
+    if low:
+        found.append(Remedy(f"keep {_listed(low)} in fp32", widen=low))
+    return found
+
+
+def _is_low(program: ExportedProgram, name: str) -> bool:
+    node = next(node for node in program.graph.nodes if node.name == name)
+    return any(value.dtype in {torch.float16, torch.bfloat16} for _, value in tensor_values(node))
+
+
+def advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> str:
+    """The error that a user sees: what failed, where, and what to do."""
+    region = region_of(failure, program)
+    place = f" at {_described(region, program)}" if region else f" while {failure.stage or 'starting'}"
+    options = remedies(failure, program, settings)
+    if options:
+        what = ", or ".join(option.text for option in options)
+        return f"{failure.message}{place}. Remedy: {what}; on_failure='fallback' does so by itself."
+    if failure.kind == "memory":
+        what = (
+            "build with smaller sizes (ranges= whose calibration saw smaller batches), workspace_size=, or more memory"
+        )
+    elif failure.kind == "hang":
+        what = "give it more time (build_timeout=), or a lower optimization_level="
+    elif failure.stage == LOADING:
+        what = (
+            "if the program has an operator of your own, define it with torch.library.custom_op in a module that can "
+            "be imported, or pass isolate=False"
+        )
+    elif failure.kind == "unsupported":
+        what = "leave it in PyTorch with torch_executed_ops={...}, and do not pass require_full_compilation=True"
+    else:
+        what = "keep operators out with torch_executed_ops={...}, or leave more nodes in fp32 with nodes_to_exclude="
+    return f"{failure.message}{place}. Remedy: {what}."
+
+
+def _described(names: Sequence[str], program: ExportedProgram) -> str:
+    nodes = {node.name: node for node in program.graph.nodes}
+    shown = [
+        f"{name} ({', '.join(part for part in (base_op(nodes[name].target), module_path(nodes[name])) if part)})"
+        for name in names[:_SHOWN]
+    ]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"node{'s' if len(names) > 1 else ''} {', '.join(shown)}{more}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def raised(plan: PrecisionPlan | None, names: Sequence[str]) -> PrecisionPlan | None:
+    """The plan with `names` kept high because the builder could not take them low."""
+    if plan is None or not names:
+        return plan
+    why: dict[str, Any] = {"precision": HIGH, "rule": "builder", "reason": "the builder failed on it in the low type"}
+    return replace(plan, decisions=tuple(replace(d, **why) if d.node in names else d for d in plan.decisions))
+
+
+def settings_for(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bool) -> tuple[dict[str, Any], str]:
+    """Settings that the plan's own verdicts ask for, and why.
+
+    - Attention that stays high between low nodes is decomposed for TensorRT-RTX, whose builder (1.6) crashes on it.
+    - A node that was forced low although something inside it may overflow gets fp32 accumulation; attention is then
+      decomposed as well, as its hidden values are only reachable so.
+    """
+    if plan is None:
+        return {}, ""
+    forced = [d for d in plan.decisions if d.precision == "low" and any(v.rule == "interior" for v in d.verdicts)]
+    attention = {node.name for node in attention_nodes(program)}
+    high = [name for name in plan.high_precision_nodes if name in attention and plan.low_precision_nodes]
+    found: dict[str, Any] = {}
+    reasons = []
+    if forced:
+        found["use_fp32_acc"] = True
+        reasons.append(f"use_fp32_acc: {_listed(d.node for d in forced)} may overflow inside (interior)")
+    if any(d.node in attention for d in forced):
+        found["decompose_attention"] = True
+        reasons.append("decompose_attention: so that attention accumulates in fp32")
+    elif high and is_rtx:
+        found["decompose_attention"] = True
+        reasons.append(f"decompose_attention: {_listed(high)} stays in fp32 among half-precision nodes")
+    return found, "; ".join(reasons)

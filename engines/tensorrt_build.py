@@ -1,0 +1,177 @@
+"""From a request to an engine's files: out of the cache, or built, with what a failure calls for."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from torch.export import ExportedProgram
+
+from calib.artifacts import load_json, parsed, save_json
+from calib.artifacts import versions as own_versions
+from calib.errors import BuildError
+from calib.fingerprint import node_digests, weights_hash
+from engines.builder_isolation import BuilderError, build_isolated, failure_of
+from engines.builder_job import BuilderJob, BuilderResult, encoded
+from engines.builder_process import compile_job
+from engines.engine_cache import EngineCache, cache_key, default_folder
+from engines.engine_files import WIRING, engine_paths
+from engines.inspection import EngineLayer, parse_inspector, parse_listing
+from engines.ledger import ledger_of, plan_of
+from engines.remedies import Remedy, advice, remedies
+from engines.runtimes import BuildRequest
+from engines.widening import widened
+from passes.plan import PrecisionPlan
+
+_log = logging.getLogger("calibcast")
+LAYERS, _KIND = "layers.json", "layers"
+
+
+def build_files(
+    request: BuildRequest, job: BuilderJob, folder: Path, versions: Mapping[str, str]
+) -> tuple[ExportedProgram, dict[str, Any]]:
+    """Put the engine's files into `folder`; the program that was built, and the record of it for the manifest.
+
+    Raises BuildError that names the nodes at which the builder failed, and what can be done.
+    """
+    if request.on_failure not in {"error", "fallback"}:
+        raise BuildError(f"on_failure={request.on_failure!r}: known are 'error' and 'fallback'")
+    cache = _cache_of(request)
+    key = _key(request, job, versions)
+    with cache.locked(key) if cache is not None else nullcontext():
+        found = None if cache is None else cache.find(key, folder)
+        if found is not None:
+            _log.info("engine %s comes from the cache", key[:12])
+            program = widened(request.program, found["widened"]) if found["widened"] else request.program
+            return program, {**found, "cache": {"key": key, "hit": True}}
+        program, record = _built(request, job, folder)
+        if cache is not None:
+            cache.keep(key, folder, record)
+    return program, {**record, "cache": {"key": key, "hit": False} if cache is not None else None}
+
+
+def _cache_of(request: BuildRequest) -> EngineCache | None:
+    if request.cache is False:
+        return None
+    folder = default_folder() if request.cache is True else Path(request.cache)
+    return EngineCache(folder, request.cache_size)
+
+
+def _key(request: BuildRequest, job: BuilderJob, versions: Mapping[str, str]) -> str:
+    plan = request.plan
+    return cache_key(
+        {
+            "graph": node_digests(request.program),
+            "weights": weights_hash(request.program),
+            "plan": None if plan is None else [[d.node, d.precision] for d in plan.decisions],
+            "low_type": None if plan is None else str(plan.low_precision_type),
+            "settings": {name: _plain(name, value) for name, value in sorted(job.settings.items())},
+            "job": {**asdict(job), "settings": None},
+            "on_failure": request.on_failure,
+            "versions": {**own_versions(), **versions},
+        }
+    )
+
+
+def _plain(name: str, value: Any) -> Any:
+    try:
+        return encoded(name, value)
+    except BuildError:  # only a build in this process can have it
+        return repr(value)
+
+
+def _built(request: BuildRequest, job: BuilderJob, folder: Path) -> tuple[ExportedProgram, dict[str, Any]]:
+    """Build, and again with one remedy after another where that is allowed."""
+    program = request.program
+    applied: list[str] = []
+    changed: tuple[str, ...] = ()
+    options: list[Remedy] | None = None
+    while True:
+        try:
+            result = _attempt(request, job, program, folder)
+            break
+        except BuilderError as failure:
+            if request.on_failure == "error":
+                raise BuildError(advice(failure, program, job.settings)) from failure
+            if options is None:
+                first, options = failure, remedies(failure, program, job.settings)
+            if not options:
+                tried = "; ".join(applied) or "nothing that is known to help"
+                text = advice(first, request.program, request.settings)
+                raise BuildError(f"{text} on_failure='fallback' tried: {tried}. Last: {failure}") from failure
+            remedy = options.pop(0)
+            _log.warning("%s; trying to %s", failure, remedy.text)
+            applied.append(f"{remedy.text}, as {failure}")
+            _emptied(folder)
+            job = replace(job, settings={**job.settings, **remedy.settings})
+            if remedy.widen:
+                changed = remedy.widen
+                program = widened(request.program, changed)
+    record = {
+        "ahead_of_time": job.ahead_of_time,
+        "isolated": request.isolate,
+        "remedies": applied,
+        "widened": list(changed),
+        "fallback_to_pytorch": dict(result.torch_nodes),
+        "build_seconds": round(result.seconds, 3),
+        "applied_settings": {name: _plain(name, value) for name, value in job.settings.items()},
+    }
+    if result.torch_nodes:
+        shown = ", ".join(list(result.torch_nodes)[:8])
+        _log.warning("%d nodes run in PyTorch, beside the engine: %s", len(result.torch_nodes), shown)
+    _write_layers(folder, result)
+    return program, record
+
+
+def _emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _attempt(request: BuildRequest, job: BuilderJob, program: ExportedProgram, folder: Path) -> BuilderResult:
+    if request.isolate or job.ahead_of_time:
+        return build_isolated(job, program, folder, request.build_timeout, request.progress)
+    heard: dict[str, str] = {}
+
+    def event(content: Mapping[str, Any]) -> None:
+        if content["stage"] == "convert":
+            heard["node"] = content["node"]
+
+    try:
+        return compile_job(job, program, folder, event)
+    except BuildError:
+        raise
+    except Exception as error:  # the builder, its converters and the partitioner each raise their own
+        raise failure_of(type(error).__name__, str(error), node=heard.get("node", "")) from error
+
+
+def _write_layers(folder: Path, result: BuilderResult) -> None:
+    """What the ledger is made from, beside the engine: the networks' layers, and what the engines said of theirs."""
+    save_json(
+        folder / LAYERS,
+        _KIND,
+        {"made": list(result.layers), "torch_types": dict(result.torch_types), "inspected": list(result.inspected)},
+    )
+
+
+def ledger_in(folder: Path, plan: PrecisionPlan | None, program: ExportedProgram) -> pl.DataFrame:
+    """The ledger of the engine whose files are in `folder`."""
+    content = load_json(folder / LAYERS, _KIND)
+    with parsed(folder / LAYERS, _KIND):
+        made, torch_types, inspected = content["made"], content["torch_types"], content["inspected"]
+    return ledger_of(plan_of(plan, program), made, layers_in(folder, inspected), torch_types)
+
+
+def layers_in(folder: Path, inspected: list[str]) -> list[EngineLayer]:
+    """The layers of the engines in `folder`: as the inspector told them at build time, else from their own listing."""
+    if inspected:
+        return [layer for text in inspected for layer in parse_inspector(text)]
+    if not (folder / WIRING).is_file():
+        return []
+    return [layer for _, path in engine_paths(folder) for layer in parse_listing(path.read_bytes())]

@@ -1,0 +1,183 @@
+"""`what_if`: what other thresholds and types would decide, and cost, from the statistics that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import polars as pl
+import torch
+from torch.export import ExportedProgram
+
+from calib.errors import PlanError
+from calib.graph import dtype_name
+from calib.ranges import RangeTable
+from passes.cast_count import CastCounter
+from passes.classification import Judge, check_limits, decide, judge_of, low_type_of, masked_nodes, reader_of
+from passes.facts import FactReader
+from passes.flips import Flips, flips_of, low_at
+from passes.plan import LOW, PrecisionPlan
+from passes.regions import Candidate, candidates, kept_reason
+from passes.shares import LossTable
+from passes.ties import named_ties
+from passes.work import WorkCounter
+
+SCHEMA: dict[str, Any] = {
+    "low_precision_type": pl.String,
+    "data_max": pl.Float64,
+    "range_quantile": pl.Float64,
+    "nodes_low": pl.Int64,
+    "nodes_high": pl.Int64,
+    "nodes_share": pl.Float64,
+    "work_low": pl.Int64,
+    "work_share": pl.Float64,
+    "activation_bytes_low": pl.Int64,
+    "activation_share": pl.Float64,
+    "casts": pl.Int64,
+    "bytes_cast": pl.Int64,
+    "overflow": pl.Float64,
+    "overflow_at_least": pl.Float64,
+    "underflow": pl.Float64,
+    "underflow_at_least": pl.Float64,
+    "to_low": pl.List(pl.String),
+    "to_high": pl.List(pl.String),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One question: this low type, this limit, judged by this quantile."""
+
+    low_type: torch.dtype
+    data_max: float
+    quantile: float
+
+
+def what_if(  # noqa: PLR0913 - `classify`'s arguments
+    program: ExportedProgram,
+    ranges: RangeTable,
+    data_max: float | Sequence[float] = (512.0,),
+    low_precision_type: torch.dtype | str | Sequence[torch.dtype | str] = (torch.float16,),
+    range_quantile: float | Sequence[float] = (1.0,),
+    base: PrecisionPlan | None = None,
+    keep_io_types: bool = True,
+    weights: str = "warn",
+    **settings: Any,
+) -> pl.DataFrame:
+    """Decide anew for every combination of these settings, with all rules and without calibrating again.
+
+    Each of `data_max`, `low_precision_type` and `range_quantile` is one value or several; `settings` are further
+    arguments of `classify`, the same for all rows. The frame has one row per combination, with the columns of
+    `SCHEMA`; its numbers are those of `classify` and `insert_casts` with the same arguments:
+
+    nodes_low, nodes_high, work_low (FLOPs); the shares are of all decided nodes and their work.
+    activation_bytes_low: what nodes write in the low type, views apart, in bytes of the exported type, so that its
+    share is one of elements. casts, bytes_cast: how many, and the bytes that they read at the exported sizes.
+    overflow, underflow: shares of the elements of the inputs and activations that exist in the low type which would
+    round to inf, or are nonzero below its smallest normal value: upper bounds, with `.._at_least` the lower. They are
+    equal, and so exact, where powers of two decide.
+    to_low, to_high: nodes that flip against `base`, which is the plan of `classify` with `data_max` 512, fp16, the
+    quantile 1 and `settings`, unless another is given.
+
+    Raises:
+        PlanError: as `classify`; or `base` is of another program.
+        MismatchError: the ranges are of another program.
+    """
+    asked = [
+        Setting(low_type_of(low_type), float(limit), float(quantile))
+        for low_type, limit, quantile in product(
+            _several(low_precision_type), _several(data_max), _several(range_quantile)
+        )
+    ]
+    if not asked:
+        raise PlanError("nothing to ask: give at least one data_max, low_precision_type and range_quantile")
+    for setting in asked:
+        check_limits(setting.data_max, None, None, setting.quantile, ranges)
+    ranges.check(program, weights)
+    if base is not None:
+        base.check(program)
+    settings = {name: value if isinstance(value, str) else _kept(value) for name, value in settings.items()}
+    decider = _Decider(program, ranges, settings)
+    counter = CastCounter(program, keep_io_types, masked_nodes(ranges))
+    default = Setting(torch.float16, 512.0, 1.0)
+    before = set(decider.low_nodes(default) if base is None else base.low_precision_nodes)
+    losses = {low_type: LossTable(ranges.frame, low_type) for low_type in {setting.low_type for setting in asked}}
+    rows = [_row(setting, decider, counter, losses[setting.low_type], before) for setting in asked]
+    return pl.DataFrame(rows, schema=SCHEMA)
+
+
+class _Decider:
+    """Answers which nodes are low at a setting. Facts are read once per type, and rules asked once per quantile."""
+
+    def __init__(self, program: ExportedProgram, ranges: RangeTable, settings: dict[str, Any]) -> None:
+        self._program, self._ranges, self._settings = program, ranges, settings
+        self._nodes: list[Candidate] = candidates(program)
+        self._ties = named_ties(self._nodes)
+        self._readers: dict[torch.dtype, FactReader] = {}
+        self._flips: dict[tuple[torch.dtype, float], Flips] = {}
+        decided = [candidate for candidate in self._nodes if kept_reason(candidate) is None]
+        count = WorkCounter()
+        self.work = {candidate.name: count(candidate.node) for candidate in decided}
+
+    def low_nodes(self, setting: Setting) -> list[str]:
+        """In graph order, as `PrecisionPlan.low_precision_nodes`."""
+        if self._settings.get("rules"):  # a rule of the user's own may look at how the inputs were decided
+            decisions = decide(self._nodes, self._reader(setting.low_type), self._judge(setting))
+            return [decision.node for decision in decisions if decision.precision == LOW]
+        key = (setting.low_type, setting.quantile)
+        if key not in self._flips:
+            self._flips[key] = flips_of(self._nodes, self._reader(setting.low_type), self._judge(setting), self._ties)
+        return low_at(self._flips[key], setting.data_max)
+
+    def _judge(self, setting: Setting) -> Judge:
+        return judge_of(
+            self._nodes, self._ranges, setting.low_type, data_max=setting.data_max, range_quantile=setting.quantile,
+            **self._settings,
+        )  # fmt: skip
+
+    def _reader(self, low_type: torch.dtype) -> FactReader:
+        if low_type not in self._readers:
+            evidence = next((reader.evidence for reader in self._readers.values()), None)
+            self._readers[low_type] = reader_of(self._program, self._ranges, self._nodes, low_type, evidence)
+        return self._readers[low_type]
+
+
+def _row(
+    setting: Setting, decider: _Decider, counter: CastCounter, losses: LossTable, before: set[str]
+) -> dict[str, Any]:
+    low = decider.low_nodes(setting)
+    is_low, work = set(low), decider.work
+    counted = counter.count(low, setting.low_type)
+    work_low = sum(work[name] for name in low)
+    return {
+        "low_precision_type": dtype_name(setting.low_type),
+        "data_max": setting.data_max,
+        "range_quantile": setting.quantile,
+        "nodes_low": len(low),
+        "nodes_high": len(work) - len(low),
+        "nodes_share": _share(len(low), len(work)),
+        "work_low": work_low,
+        "work_share": _share(work_low, sum(work.values())),
+        "activation_bytes_low": counted.activation_bytes_low,
+        "activation_share": _share(counted.activation_bytes_low, counter.activation_bytes),
+        "casts": counted.casts,
+        "bytes_cast": counted.bytes_cast,
+        **vars(losses.of(counted.low)),
+        "to_low": [name for name in low if name not in before],
+        "to_high": [name for name in work if name in before and name not in is_low],
+    }
+
+
+def _several(value: Any) -> Iterator[Any]:
+    yield from (value if isinstance(value, Iterable) and not isinstance(value, str) else [value])
+
+
+def _kept(value: Any) -> Any:
+    """An iterator as a tuple, as it is read once per setting."""
+    return tuple(value) if isinstance(value, Iterator) else value
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")

@@ -1,0 +1,98 @@
+"""The `data_max` at which each node flips: what any `data_max` would decide, without asking the rules again.
+
+Of all rules only `data_max` depends on that limit; `follows` and ties hand its verdict on. So the rules are asked
+once: `data_max` for the number that it holds to its limit, the others for whether they keep the node high anyway.
+A node is then low from one `data_max` on: its own number, or that of the last node that it follows or is tied to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from passes.facts import FactReader, NodeFacts
+from passes.plan import HIGH, LOW
+from passes.regions import Candidate, kept_reason
+from passes.rules import DataMax, Follows
+from passes.ties import NamedTie, named_ties
+
+if TYPE_CHECKING:
+    from passes.classification import Judge
+
+Flips = dict[str, float | None]
+
+
+def flips_of(
+    nodes: Sequence[Candidate], reader: FactReader, judge: Judge, ties: Sequence[NamedTie] | None = None
+) -> Flips:
+    """For each node that is decided, in graph order: the least `data_max` at which it is low; None where it never is.
+
+    inf: only with the rule switched off (nothing finite was measured). The judge's own `data_max` plays no part. A
+    rule of the user's own is asked once, with its inputs as if they were low. ties: of the nodes, where known before.
+    """
+    decided = [candidate for candidate in nodes if kept_reason(candidate) is None]
+    as_if_low = {candidate.name: LOW for candidate in decided}
+    asks = [rule for rule in judge.rules if isinstance(rule, DataMax)]
+    others = replace(judge, rules=tuple(rule for rule in judge.rules if not isinstance(rule, (DataMax, Follows))))
+    flips: Flips = {}
+    followed: dict[str, list[str]] = {}
+    for candidate in decided:
+        facts = reader.read(candidate.node, as_if_low)
+        included = judge.included(facts)
+        if others.decide(facts, 0, None).precision == HIGH:
+            flips[candidate.name] = None
+        else:
+            flips[candidate.name] = 0.0 if included else max((_held(rule, facts) for rule in asks), default=0.0)
+        followed[candidate.name] = [] if included else _followed(facts)
+    return _settled(flips, followed, named_ties(nodes) if ties is None else ties)
+
+
+def low_at(flips: Mapping[str, float | None], data_max: float) -> list[str]:
+    """The nodes that are low at this `data_max`, in graph order."""
+    return [name for name, least in flips.items() if least is not None and data_max >= least]
+
+
+def _held(rule: DataMax, facts: NodeFacts) -> float:
+    """The number that the rule holds to its limit: met while the limit is below."""
+    verdict = replace(rule, limit=0.0)(facts)
+    if verdict is None or verdict.evidence is None:
+        return 0.0
+    return math.inf if math.isnan(verdict.evidence) else verdict.evidence
+
+
+def _followed(facts: NodeFacts) -> list[str]:
+    """The decided nodes whose being high keeps this one high."""
+    if not facts.moves:
+        return []
+    found = []
+    for position, tensor in enumerate(facts.inputs):
+        if tensor.precision is not None:
+            inputs = list(facts.inputs)
+            inputs[position] = replace(tensor, precision=HIGH)
+            if Follows()(replace(facts, inputs=tuple(inputs))) is not None:
+                found.append(tensor.name)
+    return found
+
+
+def _settled(flips: Flips, followed: Mapping[str, list[str]], ties: Sequence[NamedTie]) -> Flips:
+    """Hand thresholds on, in graph order, until ties no longer move any: each can only rise."""
+    while True:
+        for name, others in followed.items():
+            flips[name] = _later([flips[name], *(flips[other] for other in others)])
+        moved = False
+        for tie, members in ties:
+            decided = [name for name in members if name in flips]
+            stays = tie.pinned is not None or len(decided) < len(members)
+            last = None if stays else _later([flips[name] for name in decided])
+            for name in decided:
+                moved |= flips[name] != last
+                flips[name] = last
+        if not moved:
+            return flips
+
+
+def _later(thresholds: Sequence[float | None]) -> float | None:
+    known = [threshold for threshold in thresholds if threshold is not None]
+    return max(known, default=0.0) if len(known) == len(thresholds) else None

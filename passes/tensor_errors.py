@@ -1,0 +1,141 @@
+"""How far the tensors of two runs are apart: a few float64 sums per tensor, whatever the number of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import polars as pl
+import torch
+
+COLUMNS: dict[str, Any] = {
+    "sqnr_db": pl.Float64,
+    "rel_l2": pl.Float64,
+    "max_abs": pl.Float64,
+    "absmax": pl.Float64,
+    "absmax_reference": pl.Float64,
+    "elements": pl.Int64,
+    "nonfinite": pl.Int64,
+    "nonfinite_reference": pl.Int64,
+    "nonfinite_alone": pl.Int64,
+    "first_nonfinite_batch": pl.Int64,
+    "unlike": pl.Int64,
+}
+# Elements compared at a time, which bounds the float64 temporaries to some 50 MB.
+_STEP = 1 << 20
+
+
+class TensorErrors:
+    """Running comparison of many tensors, a row each, kept on the device until `columns` is asked for.
+
+    Differences are over elements that are finite in both.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        def zeros(width: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros((rows, width), dtype=dtype, device=device)
+
+        self._sums = zeros(2, torch.float64)  # squares: of the difference, of the reference
+        self._peaks = zeros(3, torch.float64)  # of the difference, of ours, of the reference
+        self._counts = zeros(5, torch.int64)  # compared, nonfinite: ours, of the reference, ours alone; elements
+        self._first = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self._unlike = [0] * rows
+
+    def update(
+        self, row: int, ours: torch.Tensor, theirs: torch.Tensor, batch: int, masked_at_most: float | None = None
+    ) -> None:
+        """Take in one tensor of one batch, without waiting for the device.
+
+        masked_at_most: of a mask, elements at or below it in both mean the same, however far apart; left out.
+        """
+        if ours.shape != theirs.shape:
+            self._unlike[row] += 1
+            return
+        for mine, other in _pieces(ours.detach(), theirs.detach()):
+            mine, other = mine.to(torch.float64), other.to(torch.float64)
+            if masked_at_most is not None:
+                meant = (mine > masked_at_most) | (other > masked_at_most) | mine.isnan() | other.isnan()
+                mine, other = torch.where(meant, mine, 0), torch.where(meant, other, 0)
+            sums, peaks, counts = _compared(mine, other)
+            self._sums[row] += sums
+            self._peaks[row] = torch.maximum(self._peaks[row], peaks)
+            self._counts[row] += counts
+        unseen = (self._first[row] < 0) & (self._counts[row, 3] > 0)
+        self._first[row] = torch.where(unseen, batch, self._first[row])
+
+    def columns(self) -> dict[str, list[Any]]:
+        """`COLUMNS`, a list of one value per row each."""
+        noise, signal = (self._sums[:, i].tolist() for i in range(2))
+        compared, nonfinite, theirs, alone, elements = (self._counts[:, i].tolist() for i in range(5))
+        max_abs, absmax, absmax_reference = (self._peaks[:, i].tolist() for i in range(3))
+        ratios = [_relative(*row) for row in zip(noise, signal, compared, strict=True)]
+        return {
+            "sqnr_db": [decibels(ratio) for ratio in ratios],
+            "rel_l2": ratios,
+            "max_abs": max_abs,
+            "absmax": absmax,
+            "absmax_reference": absmax_reference,
+            "elements": elements,
+            "nonfinite": nonfinite,
+            "nonfinite_reference": theirs,
+            "nonfinite_alone": alone,
+            "first_nonfinite_batch": [None if batch < 0 else batch for batch in self._first.tolist()],
+            "unlike": list(self._unlike),
+        }
+
+
+def decibels(rel_l2: float) -> float:
+    """SQNR of a relative L2 error: inf for 0, -inf for inf, NaN for NaN."""
+    if rel_l2 == 0.0 or math.isinf(rel_l2):
+        return math.inf if rel_l2 == 0.0 else -math.inf
+    return -20 * math.log10(rel_l2)
+
+
+def rounding_db(dtype: torch.dtype) -> float:
+    """SQNR that rounding to `dtype` leaves at worst: errors uniform over a last place of eps, eps / sqrt(12) of 1.
+
+    71 dB for float16, 53 dB for bfloat16. Subnormals, which lose more, are not counted as rounding.
+    """
+    return decibels(torch.finfo(dtype).eps / math.sqrt(12))
+
+
+def _relative(noise: float, signal: float, compared: int) -> float:
+    if not compared:
+        return math.nan
+    if noise == 0.0:
+        return 0.0
+    return math.sqrt(noise / signal) if signal else math.inf
+
+
+def _compared(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums, peaks and counts of one pair of flat float64 pieces."""
+    finite, finite_theirs = torch.isfinite(ours), torch.isfinite(theirs)
+    both = finite & finite_theirs
+    difference = torch.where(both, ours - theirs, 0).abs_()
+    reference = torch.where(both, theirs, 0)
+    sums = torch.stack([torch.dot(difference, difference), torch.dot(reference, reference)])
+    peaks = torch.stack(
+        [
+            difference.max(),
+            torch.where(finite, ours, 0).abs_().max(),
+            torch.where(finite_theirs, theirs, 0).abs_().max(),
+        ]
+    )
+    alone = (~finite & finite_theirs).sum()
+    size = torch.full_like(alone, ours.numel())
+    return sums, peaks, torch.stack([both.sum(), (~finite).sum(), (~finite_theirs).sum(), alone, size])
+
+
+def _pieces(ours: torch.Tensor, theirs: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Flat pieces of both, element by element the same place, copied only where memory has gaps."""
+    size = ours.numel()
+    if size == 0:
+        return
+    if size <= _STEP:
+        yield ours.reshape(-1), theirs.reshape(-1)
+        return
+    widest = max(range(ours.dim()), key=ours.size)
+    rows = max(1, ours.size(widest) * _STEP // size)
+    for mine, other in zip(torch.split(ours, rows, widest), torch.split(theirs, rows, widest), strict=True):
+        yield from _pieces(mine, other)

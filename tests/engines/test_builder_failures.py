@@ -1,0 +1,222 @@
+"""What goes wrong in a builder is an error here, with nodes and a remedy; TensorRT-RTX's real crash included."""
+
+import sys
+import textwrap
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - torch's own idiom
+
+from calib import BuildError, calibrate
+from engines import build, builder_isolation
+from engines.builder_isolation import BUILDING, CONVERTING, BuilderError, build_isolated, failure_of
+from engines.builder_job import BuilderJob, custom_modules, decoded, encoded
+from engines.remedies import advice, region_of, remedies, settings_for
+from passes import classify, insert_casts
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x):
+        heads = [layer(x).view(2, 16, 4, 16).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        return x + self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(2, 16, 64))
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """Attention in fp32 between fp16 linears: what TensorRT-RTX 1.6 crashes on."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 64)
+    program = torch.export.export(Attention().eval(), (x,))
+    ranges = calibrate(program, [x], progress=False)
+    plan = classify(program, ranges, nodes_to_exclude=["^scaled_dot"])
+    return insert_casts(program, plan), plan, ranges
+
+
+def has_builder():
+    try:
+        return metadata.version("torch-tensorrt-rtx").startswith("2.14")
+    except metadata.PackageNotFoundError:
+        return False
+
+
+needs_builder = pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+
+
+def ahead(mixed, plan=None, **arguments):
+    return build(mixed, plan, backend="tensorrt", ahead_of_time=True, cache=False, progress=False, **arguments)
+
+
+@needs_builder
+def test_a_crash_of_the_builder_names_the_node_and_the_remedy(planned):
+    mixed, plan, _ = planned
+    with pytest.raises(
+        BuildError, match=r"crashed with SIGSEGV at node scaled_dot_product_attention.*decompose_attention=True"
+    ):
+        ahead(mixed, plan, decompose_attention=False)
+
+
+@needs_builder
+def test_fallback_applies_the_remedy_and_says_so(planned, tmp_path):
+    mixed, plan, _ = planned
+    engine = ahead(mixed, plan, decompose_attention=False, on_failure="fallback")
+    (remedy,) = engine.record["remedies"]
+    assert "decompose attention" in remedy
+    assert "SIGSEGV" in remedy
+    assert engine.record["applied_settings"]["decompose_attention"] is True
+    engine.save(tmp_path / "engine")
+    assert "decompose attention" in (tmp_path / "engine" / "manifest.json").read_text()
+
+
+@needs_builder
+def test_a_plan_that_keeps_attention_high_has_it_decomposed(planned):
+    mixed, plan, _ = planned
+    engine = ahead(mixed, plan)
+    assert "scaled_dot_product_attention stays in fp32" in engine.record["set_by_plan"]
+    assert engine.record["remedies"] == []
+
+
+def test_settings_that_a_plan_asks_for(planned):
+    """A node forced low although it may overflow inside gets fp32 accumulation."""
+    mixed, plan, _ = planned
+    assert settings_for(None, mixed, True) == ({}, "")
+    assert settings_for(plan, mixed, True)[0] == {"decompose_attention": True}
+    assert settings_for(plan, mixed, False)[0] == {}
+    program = torch.export.export(Attention().eval(), (torch.randn(2, 16, 64),))
+    loud = calibrate(program, [torch.randn(2, 16, 64) * 3000], progress=False)
+    forced = classify(program, loud, data_max=float("inf"), nodes_to_include=["^scaled_dot"])
+    assert any(v.rule == "interior" for v in forced["scaled_dot_product_attention"].verdicts)
+    found, why = settings_for(forced, program, False)
+    assert found == {"use_fp32_acc": True, "decompose_attention": True}
+    assert "scaled_dot_product_attention may overflow inside" in why
+
+
+def fake_builder(monkeypatch, tmp_path, body):
+    """Let `body` be what a builder process runs."""
+    folder = tmp_path / "fake" / "engines"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "builder_process.py").write_text(
+        "import json, os, signal, sys, time\n"
+        "def event(**content): print(json.dumps(content), flush=True)\n" + textwrap.dedent(body)
+    )
+    monkeypatch.setattr(builder_isolation, "_ROOT", folder.parent)
+    monkeypatch.chdir(tmp_path)
+
+
+def failure(mixed, tmp_path, timeout=60.0):
+    with pytest.raises(BuilderError) as caught:
+        build_isolated(BuilderJob((), {}), mixed, tmp_path / "out", timeout, progress=False)
+    return caught.value
+
+
+LAYERS = '[{"name": "[CONV]-[linear_2]", "node": "linear_2"}]'
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "crash", "crashed with SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGABRT)", "crash", "crashed with SIGABRT"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "memory", "want of memory"),
+        ("sys.exit('libnvinfer.so: not found')", "crash", "status 1; it last said: libnvinfer.so: not found"),
+        ("event(stage='build', engine=0); time.sleep(60)", "hang", "did not end within 2 s"),
+    ],
+)
+def test_however_a_builder_ends_the_caller_lives(planned, tmp_path, monkeypatch, body, kind, message):
+    fake_builder(monkeypatch, tmp_path, body)
+    found = failure(planned[0], tmp_path, timeout=2.0 if kind == "hang" else 60.0)
+    assert found.kind == kind
+    assert message in str(found)
+
+
+def test_what_a_hung_builder_started_ends_with_it(planned, tmp_path, monkeypatch):
+    fake_builder(
+        monkeypatch, tmp_path,
+        "import subprocess; child = subprocess.Popen(['sleep', '60']); open('pid', 'w').write(str(child.pid))\n"
+        "time.sleep(60)",
+    )  # fmt: skip
+    failure(planned[0], tmp_path, timeout=3.0)
+    pid = int((tmp_path / "pid").read_text())
+    status = Path(f"/proc/{pid}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_nodes_are_read_from_the_layers_that_the_builder_names(planned, tmp_path, monkeypatch):
+    body = (
+        f"event(stage='build', engine=0, layers={LAYERS})\n"
+        "print('[E] Error Code 10: no implementation for node [CONV]-[linear_2]', file=sys.stderr); os.abort()"
+    )
+    fake_builder(monkeypatch, tmp_path, body)
+    mixed = planned[0]
+    found = failure(mixed, tmp_path)
+    assert region_of(found, mixed) == ("linear_2",)
+    assert [r.widen for r in remedies(found, mixed, {})] == [("linear_2",)]
+    assert "at node linear_2 (linear, value). Remedy: keep linear_2 in fp32" in advice(found, mixed, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "found", "words"),
+    [
+        ("RuntimeError", "CUDA out of memory. Tried to allocate 2 GiB", "memory", "smaller sizes"),
+        ("MemoryError", "std::bad_alloc", "memory", "workspace_size"),
+        ("UnsupportedOperatorException", "Conversion of function aten.foo not currently supported!", "unsupported",
+         "torch_executed_ops"),
+        ("RuntimeError", "Unable to create TensorRT execution context", "context", "decompose_attention=True"),
+        ("AssertionError", "", "refused", "decompose_attention=True"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_failure_has_its_advice(planned, kind, message, found, words):
+    caught = failure_of(kind, message, stage=BUILDING)
+    assert caught.kind == found
+    assert words in advice(caught, planned[0], {})
+
+
+def test_a_node_that_cannot_be_converted_is_named(planned):
+    caught = failure_of("ValueError", "bad shape", stage=CONVERTING, node="linear_3")
+    assert "ValueError: bad shape at node linear_3 (linear, out)" in advice(caught, planned[0], {})
+
+
+def test_unknown_ways_of_failing_are_refused(planned):
+    with pytest.raises(BuildError, match=r"on_failure='retry': known are 'error' and 'fallback'"):
+        ahead(planned[0], on_failure="retry")
+
+
+def test_settings_survive_the_way_to_the_builder_and_back():
+    values = {
+        "a": 1.5, "b": None, "c": {torch.ops.aten.relu.default, "aten.add.Tensor"}, "d": [torch.float16, (1, 2)],
+        "e": torch.device("cuda:1"), "f": frozenset({"x"}),
+    }  # fmt: skip
+    for name, value in values.items():
+        assert decoded(encoded(name, value)) == value
+        assert type(decoded(encoded(name, value))) is type(value)
+    with pytest.raises(BuildError, match=r"the setting engine=.*cannot be told"):
+        encoded("engine", object())
+
+
+def test_a_builder_imports_the_modules_of_custom_operators(tmp_path, monkeypatch):
+    (tmp_path / "my_operators.py").write_text(
+        "import torch\n"
+        "@torch.library.custom_op('builder_test::double', mutates_args=())\n"
+        "def double(x: torch.Tensor) -> torch.Tensor:\n    return x * 2\n"
+        "@double.register_fake\ndef _(x):\n    return torch.empty_like(x)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import my_operators  # noqa: F401
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return torch.ops.builder_test.double(x) + 1
+
+    program = torch.export.export(Doubled(), (torch.randn(2),))
+    assert custom_modules(program) == ("my_operators",)
+    assert str(tmp_path) in sys.path
+    if has_builder():
+        engine = ahead(program)
+        assert set(engine.record["fallback_to_pytorch"]) == {"double"}

@@ -1,0 +1,77 @@
+"""A compiled program as files: parts and their wiring, read back into something that computes the same."""
+
+from operator import getitem
+
+import pytest
+import torch
+from torch import fx, nn
+
+from calib import ArtifactError
+from engines import engine_files
+from engines.engine_files import WiringError, engine_paths, read_parts, write_parts
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x + 1, x * 2
+
+
+class Serialised(nn.Module):
+    """Like a TensorRT module of Torch-TensorRT, as far as files are concerned."""
+
+    serialized_engine = b"engine bytes"
+    input_binding_names, output_binding_names = ["x"], ["a", "b"]
+    requires_output_allocator = False
+    aliased_io = None
+
+
+def compiled(engine=None):
+    """x -> engine gives (a, b) -> a PyTorch part takes a and b -> outputs (part, b)."""
+    root = nn.Module()
+    root.add_module("_run_on_acc_0", engine or Serialised())
+    part = fx.symbolic_trace(lambda a, b: torch.sin(a) - b)
+    for node in part.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["val"] = torch.empty(2, 3)
+    root.add_module("_run_on_gpu_1", part)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    both = graph.call_module("_run_on_acc_0", (x,))
+    a, b = (graph.call_function(getitem, (both, index)) for index in range(2))
+    graph.output((graph.call_module("_run_on_gpu_1", (a, b)), b))
+    return fx.GraphModule(root, graph)
+
+
+def test_parts_are_read_back_and_wired_as_they_were(tmp_path, monkeypatch):
+    write_parts(compiled(), tmp_path)
+    assert (tmp_path / "_run_on_acc_0.engine").read_bytes() == b"engine bytes"
+    assert engine_paths(tmp_path) == [("_run_on_acc_0", tmp_path / "_run_on_acc_0.engine")]
+    real = engine_files._loaded
+    monkeypatch.setattr(
+        engine_files,
+        "_loaded",
+        lambda name, part, *more: Pair() if part["kind"] == "engine" else real(name, part, *more),
+    )
+    module = read_parts(tmp_path, torch.device("cpu"))
+    x = torch.randn(2, 3)
+    ours, theirs = module(x), (torch.sin(x + 1) - x * 2, x * 2)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_missing_engine_file_is_told(tmp_path):
+    write_parts(compiled(), tmp_path)
+    (tmp_path / "_run_on_acc_0.engine").unlink()
+    with pytest.raises(ArtifactError, match="is missing: the engine was not saved whole"):
+        read_parts(tmp_path, torch.device("cpu"))
+
+
+def test_what_has_no_such_files_is_said_so(tmp_path):
+    class Aliased(Serialised):
+        aliased_io = (("out", ("in", "user")),)
+
+    with pytest.raises(WiringError, match="updates a buffer"):
+        write_parts(compiled(Aliased()), tmp_path)
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.sin, (graph.placeholder("x"),)))
+    with pytest.raises(WiringError, match="stands between the engines"):
+        write_parts(fx.GraphModule(nn.Module(), graph), tmp_path)

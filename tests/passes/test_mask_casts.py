@@ -1,0 +1,121 @@
+"""Masks on their way through a cast graph: saturated, and never a reason for fp32 attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody writes it
+from torch import nn
+
+from calib import calibrate
+from passes import classify, insert_casts
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+class _Attention(nn.Module):
+    """One head over 16 tokens of 8 features; `how` puts the mask in."""
+
+    def __init__(self, how: Callable[..., torch.Tensor], mask: torch.Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.how = how
+        self.register_buffer("kept", mask.clone())  # export would take one tensor for both
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.how(self.query(x), self.key(x), self.value(x), mask, self.kept)
+
+
+def added(q: Any, k: Any, v: Any, mask: Any, kept: Any) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2) + mask).softmax(-1) @ v
+
+
+def from_a_buffer(q: Any, k: Any, v: Any, mask: Any, kept: Any) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2) + kept).softmax(-1) @ v
+
+
+def filled(q: Any, k: Any, v: Any, mask: Any, kept: Any) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2)).masked_fill(mask < 0, LOWEST).softmax(-1) @ v
+
+
+def attention(q: Any, k: Any, v: Any, mask: Any, kept: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def attention_with_a_buffer(q: Any, k: Any, v: Any, mask: Any, kept: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, kept)
+
+
+WAYS = [added, from_a_buffer, filled, attention, attention_with_a_buffer]
+
+
+def mask_of(value: float, whole_row: bool = False) -> torch.Tensor:
+    mask = torch.zeros(16, 16)
+    mask[:, 11:] = value
+    if whole_row:
+        mask[3] = value
+    return mask
+
+
+def case(how: Callable[..., Any], mask: torch.Tensor, low_type: torch.dtype, shift: float = 0.0) -> tuple[Any, ...]:
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(1)) + shift
+    program = torch.export.export(_Attention(how, mask).eval(), (x, mask))
+    plan = classify(program, calibrate(program, [(x, mask)], progress=False), low_type)
+    mixed = insert_casts(program, plan)
+    return plan, program.module()(x, mask), mixed.module()(x, mask), mixed
+
+
+@pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("value", [-math.inf, LOWEST, -1e9, -1e4])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_mask_never_pulls_attention_into_fp32(how: Callable[..., Any], value: float, low_type: torch.dtype) -> None:
+    """Matmul, softmax and attention are low, whatever the sentinel; partly masked rows are what they were in fp32."""
+    plan, expected, found, _ = case(how, mask_of(value), low_type)
+    work = {"matmul", "matmul_1", "softmax", "scaled_dot_product_attention"}
+    assert work.isdisjoint(plan.high_precision_nodes), [plan.explain(name) for name in plan.high_precision_nodes]
+    assert float((found - expected).norm() / expected.norm()) < (1e-3 if low_type == torch.float16 else 1e-2)
+
+
+@pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("how", WAYS)
+def test_a_fully_masked_row_stays_finite(how: Callable[..., Any], low_type: torch.dtype) -> None:
+    """In fp16 alone -65504 - 20 is -inf, and a row of that is NaN."""
+    _, expected, found, _ = case(how, mask_of(LOWEST, whole_row=True), low_type, shift=3.0)
+    assert torch.isfinite(expected).all()
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("how", [added, from_a_buffer, filled])
+def test_a_fully_masked_row_is_right_where_the_mask_meets_the_scores(how: Callable[..., Any]) -> None:
+    """fp32 loses all scores alike against -3.4e38, so every key weighs the same; so it does with the plan."""
+    _, expected, found, _ = case(how, mask_of(LOWEST, whole_row=True), torch.float16, shift=3.0)
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_a_mask_in_a_buffer_is_stored_low() -> None:
+    """Saturated once, when it is converted: no clamp and no cast at run time."""
+    _, _, _, mixed = case(attention_with_a_buffer, mask_of(LOWEST), torch.float16)
+    (stored,) = [tensor for name, tensor in mixed.state_dict.items() if name == "kept"]
+    assert stored.dtype == torch.float16
+    assert float(stored.min()) == -32752.0
+    assert not any(node.target is torch.ops.aten.clamp.default for node in mixed.graph.nodes)
+
+
+def test_a_mask_that_comes_in_is_saturated_by_a_cast() -> None:
+    """Half the least finite value, so that adding scores inside an attention does not overflow either."""
+    _, _, _, mixed = case(attention, mask_of(LOWEST), torch.float16)
+    (clamp,) = [node for node in mixed.graph.nodes if node.target is torch.ops.aten.clamp.default]
+    assert (clamp.name, clamp.args[1]) == ("mask_saturated", -32752.0)
+    assert [user.name for user in clamp.users] == ["mask_as_float16"]
+
+
+def test_without_masks_in_the_data_nothing_is_saturated() -> None:
+    """The plan knows what calibration saw."""
+    plan, _, _, mixed = case(attention, torch.zeros(16, 16), torch.float16)
+    assert plan.masks == ()
+    assert not any(node.target is torch.ops.aten.clamp.default for node in mixed.graph.nodes)
