@@ -26,7 +26,7 @@ from engines.engine_files import WIRING, read_parts
 from engines.profiles import check_profile, profiles
 from engines.remedies import raised, settings_for
 from engines.runtimes import BuildRequest, Built
-from engines.tensorrt_build import build_files, ledger_in
+from engines.tensorrt_build import build_files, layers_of, ledger_in
 
 _log = logging.getLogger("calibcast")
 _PROFILES, _KIND, _PARTS = "profiles.json", "profiles", "tensorrt"
@@ -116,7 +116,9 @@ class TensorrtBackend:
         )
         files = tempfile.TemporaryDirectory(prefix="calibcast-engine-")
         program, record = build_files(replace(request, settings=settings), job, Path(files.name), self.versions())
-        record = {**record, "set_by_plan": why if by_plan else ""}
+        layers = [layer for layer in layers_of(Path(files.name)) if layer.types]
+        counts = {"typed_layers": len(layers), "half_layers": sum(layer.is_half for layer in layers)}
+        record = {**record, **counts, "set_by_plan": why if by_plan else ""}
         plan = raised(request.plan, record["widened"])
         ledger = ledger_in(Path(files.name), plan, program)
         return Built(TensorrtRuntime(files, program, shapes), program, plan, ledger, record)

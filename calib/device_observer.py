@@ -1,0 +1,176 @@
+"""An observer for GPUs: one kernel a tensor instead of some twenty, and nothing else between two nodes.
+
+What a row is (its size, which other row it equals) is known on the host when a node is watched. It is noted there and
+brought to the device once for each way in which a program can run, not for each batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from calib.graph import TensorSpec
+from calib.kernel import BINS, is_dense
+from calib.masks import MASK_AT_MOST
+from calib.observer import Observer
+
+_log = logging.getLogger("calibcast")
+# Elements of one step of one program, and the most programs: several for each of an H200's 132 multiprocessors.
+BLOCK, PROGRAMS = 1024, 1056
+_MOST, _LEAST = (1 << 31) - 1, -(1 << 31)
+_EMPTY_KEYS = (_MOST, _LEAST, _MOST, _MOST)
+_TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+@dataclass
+class Layout:
+    """What one way of running a program writes into which row: sizes of measured rows, and rows that equal others."""
+
+    sizes: dict[int, int] = field(default_factory=dict)
+    equals: dict[int, int] = field(default_factory=dict)
+    _tensors: tuple[torch.Tensor, ...] | None = None
+
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Rows, their sizes, rows that equal others, and which: int64, on the device, made once."""
+        if self._tensors is None:
+            lists = (list(self.sizes), list(self.sizes.values()), list(self.equals), list(self.equals.values()))
+            self._tensors = tuple(torch.tensor(values, dtype=torch.int64, device=device) for values in lists)
+        return self._tensors
+
+
+class DeviceObserver(Observer):
+    """An `Observer` whose batch is measured by one fused kernel a tensor. Needs Triton, which comes with torch on GPUs.
+
+    Tensors that the kernel does not take (float64, expanded ones, ones with gaps) are measured as `Observer` does.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[TensorSpec],
+        device: torch.device,
+        histogram: bool,
+        masks: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__(specs, device, histogram, masks)
+        rows = len(specs)
+        self._tally = importlib.import_module("calib.triton_kernel").tally
+        self._nothing = torch.tensor(_EMPTY_KEYS, dtype=torch.int32, device=device).repeat(rows, 1)
+        self._keys = self._nothing.clone()
+        self._sums = torch.zeros(rows, 2, dtype=torch.float64, device=device)
+        self._counts = torch.zeros(rows, 5, dtype=torch.int64, device=device)
+        self._bins = torch.zeros(rows if histogram else 1, BINS, dtype=torch.int64, device=device)
+        self._masked_rows = torch.tensor(sorted(self._masks), dtype=torch.int64, device=device)
+        self.layout = Layout()
+        self._decoded = False
+
+    def start(self, index: int, layout: Layout | None = None) -> None:
+        """Begin batch `index`. `layout`: of a run that is replayed, in which nothing is watched."""
+        super().start(index)
+        self._keys.copy_(self._nothing)
+        for array in (self._sums, self._counts, self._bins):
+            array.zero_()
+        self.layout = Layout() if layout is None else layout
+        self._decoded = False
+
+    def first_nonfinite(self) -> int | None:
+        self._decode()
+        return super().first_nonfinite()
+
+    def finish(self) -> None:
+        self._decode()
+        super().finish()
+
+    def _write(self, row: int, tensor: torch.Tensor) -> None:
+        if tensor.dtype not in _TYPES or tensor.is_neg() or not is_dense(tensor):
+            super()._write(row, tensor)
+            return
+        size = tensor.numel()
+        masked = row in self._masks
+        programs = min(PROGRAMS, -(-size // BLOCK))
+        flat = tensor.detach().as_strided((size,), (1,), tensor.storage_offset())
+        self._tally[(programs,)](
+            flat, self._keys, self._sums, self._counts, self._bins, size, row, MASK_AT_MOST if masked else 0.0,
+            MASKED=masked, HISTOGRAM=self._histogram, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+        self.layout.sizes[row] = size
+
+    def _copy(self, source: int, row: int) -> None:
+        root = self.layout.equals.get(source, source)
+        if root in self.layout.sizes:
+            self.layout.equals[row] = root
+        else:
+            super()._copy(source, row)
+
+    def _decode(self) -> None:
+        """Bring what the kernels wrote into the batch's rows. Once a batch, for all rows at once."""
+        if self._decoded:
+            return
+        self._decoded = True
+        batch = self._batch
+        rows, sizes, copies, sources = self.layout.tensors(self._keys.device)
+        values = torch.cat([_values_of(self._keys[rows]), self._sums[rows]], dim=1)
+        batch.values[rows] = values
+        batch.counts[rows] = torch.cat([sizes[:, None], self._counts[rows]], dim=1)
+        batch.batches[rows] = 1
+        if batch.histograms is not None:
+            batch.histograms[rows] = self._bins[rows]
+        if len(self._masks):
+            lowest = _value_of(self._keys[self._masked_rows, 3], nothing=_MOST, means=torch.inf)
+            batch.hidden[self._masked_rows, 2] = torch.minimum(batch.hidden[self._masked_rows, 2], lowest)
+        for array in (batch.values, batch.counts, batch.batches, batch.histograms):
+            if array is not None:
+                array[copies] = array[sources]
+        batch.hidden[copies, 2] = batch.hidden[sources, 2]
+
+
+def _values_of(keys: torch.Tensor) -> torch.Tensor:
+    """min, max and smallest as float64 [rows, 3]; what there was nothing of as in `calib.kernel.NOTHING`."""
+    low = _value_of(keys[:, 0], nothing=_MOST, means=torch.inf)
+    high = _value_of(keys[:, 1], nothing=_LEAST, means=-torch.inf)
+    small = _value_of(keys[:, 2], nothing=_MOST, means=torch.inf)
+    return torch.stack([low, high, small], dim=1)
+
+
+def _value_of(keys: torch.Tensor, nothing: int, means: float) -> torch.Tensor:
+    bits = torch.where(keys < 0, keys ^ _MOST, keys).contiguous()
+    return torch.where(keys == nothing, means, bits.view(torch.float32).double())
+
+
+def fused_problem(device: torch.device) -> str | None:
+    """Why tensors on `device` cannot be measured by one kernel each; None when they can."""
+    if device.type != "cuda":
+        return f"{device.type} is no GPU"
+    try:
+        importlib.import_module("calib.triton_kernel")
+    except Exception as error:  # Triton looks for a driver and a compiler when it is imported
+        return f"Triton does not import: {type(error).__name__}: {error}"
+    return None
+
+
+def observer_for(specs: Sequence[TensorSpec], device: torch.device, histogram: bool, masks: frozenset[str]) -> Observer:
+    """The fastest observer that works on `device`: the fused one is tried out before it is trusted."""
+    problem = fused_problem(device)
+    if problem is None:
+        try:
+            _try_out(device, histogram)
+            return DeviceObserver(specs, device, histogram, masks)
+        except Exception as error:  # Triton compiles here, with whatever compiler and driver there are
+            problem = f"the fused kernel does not work here: {type(error).__name__}: {error}"
+    if device.type == "cuda":
+        _log.warning("calibration measures without the fused kernel, which is slower: %s", problem)
+    return Observer(specs, device, histogram, masks)
+
+
+def _try_out(device: torch.device, histogram: bool) -> None:
+    spec = TensorSpec("x", 0, "", "", "", "activation", "float32", ())
+    observer = DeviceObserver([spec], device, histogram)
+    observer.start(0)
+    observer.measure("x", torch.tensor([-2.0, 0.0, 0.5, float("nan")], device=device))
+    observer.finish()
+    found, counts = observer.total.values[0].tolist(), observer.total.counts[0].tolist()
+    if found != [-2.0, 0.5, 0.5, -1.5, 4.25] or counts != [4, 1, 0, 0, 1, 0]:
+        raise RuntimeError(f"it measures [-2, 0, 0.5, nan] as {found}, {counts}")
