@@ -46,10 +46,11 @@ def measured(worker: Worker, model: str, kind: str, fp32_builds: str) -> Row:
 
 
 def built(worker: Worker, model: str, kind: str) -> str:
-    """`yes`, how it had to be asked, or why not."""
-    first = worker.ask({"ask": "build", "model": model, "type": kind})
+    """`yes`, with which settings, or why not: a cast graph with those that `engines.build` takes from its plan."""
+    first = worker.ask({"ask": "build" if kind == "fp32" else "build_cast", "model": model, "type": kind})
     if "result" in first:
-        return "yes"
+        settings = first["result"].get("settings")
+        return f"yes, with {', '.join(settings)}" if settings else "yes"
     second = worker.ask({"ask": "build_decomposed", "model": model, "type": kind})
     if "result" in second:
         return f"with decompose_attention ({_short(first['failure'])} without)"
@@ -130,7 +131,7 @@ def summary(rows: list[Row]) -> str:
                 "of these keep the types of their outputs."
             )
             takes = [row for row in mine if row["fp32"] == "yes"]
-            taken = sum(row["cast"] == "yes" for row in takes)
+            taken = sum(row["cast"].startswith("yes") for row in takes)
             lines.append(f"- {kind}: TensorRT-RTX builds {len(takes)} of the fp32 graphs, and {taken} of their casts.")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from calib.errors import BatchError, known
+from calib.errors import BatchError, CalibcastError, known
 from calib.graph import dtype_name
 
 _MISSING = object()
@@ -288,8 +288,9 @@ def numbered(
     signature: Signature,
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[int, Any, list[Any]]]:
-    """Number the batches of `dataloader`: (index, the batch as it came, the program's flat inputs).
+    """Number the batches of `dataloader` from `first` on: (index, the batch as it came, the program's flat inputs).
 
     Raises BatchError when the dataloader or `transform` raises, when a batch does not match, or when none comes.
     """
@@ -301,12 +302,14 @@ def numbered(
         raise BatchError(f"the dataloader is a {type(dataloader).__name__}, which cannot be iterated") from error
     except Exception as error:
         raise BatchError(f"the dataloader raised {type(error).__name__} before batch 0: {error}") from error
-    index = 0
+    index = first
     while max_batches is None or index < max_batches:
         try:
             batch = next(batches)
         except StopIteration:
             break
+        except CalibcastError:
+            raise
         except Exception as error:
             raise BatchError(
                 f"the dataloader raised {type(error).__name__} at batch {index}, after {index} good batches: {error}"

@@ -1,12 +1,14 @@
 """The child process of the zoo's measurements: one job, one answer. Run as `python -m benchmarks.zoo.worker`.
 
-A job names what is asked (`ours`, `peer`, `build`), a model and a type (`fp32`, `fp16`, `bf16`).
+A job names what is asked (a function below), a model and a type (`fp32`, `fp16`, `bf16`).
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
 import warnings
 from dataclasses import asdict
 from functools import lru_cache
@@ -26,7 +28,9 @@ from benchmarks.zoo.judgement import (
     shares_of,
     worst_error,
 )
-from passes import insert_casts
+from calib.errors import known
+from engines.remedies import settings_for
+from passes import PrecisionPlan, insert_casts
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHOWN = 40  # high nodes per model and type
@@ -80,31 +84,49 @@ def peer(model: str, low_type: torch.dtype) -> dict[str, Any]:
 
 
 def build(model: str, kind: str) -> dict[str, Any]:
-    """The size of the engine that TensorRT-RTX builds of the fp32 program or of the cast one."""
-    from benchmarks.rtx_builder import engine_size
-
-    return {"bytes": engine_size(_program(model, kind))}
+    """The size of the engine that TensorRT-RTX builds of the fp32 program, or of a cast one, with its own settings."""
+    return _built(ZOO[model].program() if kind == "fp32" else _cast(model, kind)[0])
 
 
 def build_decomposed(model: str, kind: str) -> dict[str, Any]:
     """The same with attention taken apart, the remedy for a builder that cannot fuse it."""
+    program = ZOO[model].program() if kind == "fp32" else _cast(model, kind)[0]
+    return _built(program, decompose_attention=True)
+
+
+def build_cast(model: str, kind: str) -> dict[str, Any]:
+    """The cast program, with the settings that `engines.build` derives from its plan."""
+    program, plan = _cast(model, kind)
+    settings, why = settings_for(plan, program, is_rtx=True)
+    return {**_built(program, **settings), "settings": sorted(settings), "why": why}
+
+
+def crash(model: str, kind: str) -> None:
+    """What a builder may do to its process: so that the isolation can be tested."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _built(program: ExportedProgram, **settings: Any) -> dict[str, Any]:
     from benchmarks.rtx_builder import engine_size
 
-    return {"bytes": engine_size(_program(model, kind), decompose_attention=True)}
+    return {"bytes": engine_size(program, **settings)}
 
 
-def _program(model: str, kind: str) -> ExportedProgram:
-    if kind == "fp32":
-        return ZOO[model].program()
+def _cast(model: str, kind: str) -> tuple[ExportedProgram, PrecisionPlan]:
     tried = trial(model)
-    return insert_casts(tried.program, tried.plan(TYPES[kind]))
+    plan = tried.plan(TYPES[kind])
+    return insert_casts(tried.program, plan), plan
 
 
-def answer(job: dict[str, str]) -> dict[str, Any]:
+def answer(job: dict[str, str]) -> Any:
     """Do one job."""
-    if job["ask"] in {"ours", "peer"}:
-        return {"ours": ours, "peer": peer}[job["ask"]](job["model"], TYPES[job["type"]])
-    return {"build": build, "build_decomposed": build_decomposed}[job["ask"]](job["model"], job["type"])
+    measures = {"ours": ours, "peer": peer}
+    builds = {"build": build, "build_cast": build_cast, "build_decomposed": build_decomposed, "crash": crash}
+    if job["ask"] in measures:
+        return measures[job["ask"]](job["model"], TYPES[job["type"]])
+    if job["ask"] not in builds:
+        raise ValueError(f"{job['ask']!r} is unknown; {known(job['ask'], [*measures, *builds])}")
+    return builds[job["ask"]](job["model"], job["type"])
 
 
 if __name__ == "__main__":
