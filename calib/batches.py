@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from calib.errors import BatchError, known
+from calib.errors import BatchError, CalibcastError, known
 from calib.graph import dtype_name
 
 _MISSING = object()
@@ -225,13 +225,14 @@ def _check_leaf(leaf: Leaf, value: Any, at: str) -> None:
     if value.is_nested or value.layout != torch.strided:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise BatchError(f"{at}: expected {leaf}, got a {kind} tensor. Make it dense in transform=.")
-    came = f"{dtype_name(value.dtype)}{list(value.shape)}"
     if value.dtype != leaf.dtype:
+        came = f"{dtype_name(value.dtype)}{list(value.shape)}"
         raise BatchError(
             f"{at}: expected {leaf}, got {came}: another dtype. "
             f"Convert in transform=, for example .to(torch.{dtype_name(leaf.dtype)})."
         )
     if value.dim() != len(leaf.sizes):
+        came = f"{dtype_name(value.dtype)}{list(value.shape)}"
         raise BatchError(f"{at}: expected {leaf}, got {came}: {value.dim()} dimensions, not {len(leaf.sizes)}.")
 
 
@@ -288,8 +289,9 @@ def numbered(
     signature: Signature,
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[int, Any, list[Any]]]:
-    """Number the batches of `dataloader`: (index, the batch as it came, the program's flat inputs).
+    """Number the batches of `dataloader` from `first` on: (index, the batch as it came, the program's flat inputs).
 
     Raises BatchError when the dataloader or `transform` raises, when a batch does not match, or when none comes.
     """
@@ -301,12 +303,14 @@ def numbered(
         raise BatchError(f"the dataloader is a {type(dataloader).__name__}, which cannot be iterated") from error
     except Exception as error:
         raise BatchError(f"the dataloader raised {type(error).__name__} before batch 0: {error}") from error
-    index = 0
+    index = first
     while max_batches is None or index < max_batches:
         try:
             batch = next(batches)
         except StopIteration:
             break
+        except CalibcastError:
+            raise
         except Exception as error:
             raise BatchError(
                 f"the dataloader raised {type(error).__name__} at batch {index}, after {index} good batches: {error}"

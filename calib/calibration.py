@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -14,12 +18,16 @@ from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 from calib.batches import Signature, numbered, signature_of
-from calib.errors import BatchError, CalibcastError, ProgramError
+from calib.captured_execution import captured_or_plain
+from calib.checkpoint import Checkpoint, Pace, copy_into
+from calib.device_observer import observer_for
+from calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
 from calib.execution import ProgramRunner, refuse_training
 from calib.fingerprint import inputs_hash, node_digests, weights_hash
 from calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
 from calib.masks import mask_tensors
 from calib.observer import Observer
+from calib.order import batch_hash, refuse_unseeded, resumed, rewind
 from calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size, table_of
 
 _log = logging.getLogger("calibcast")
@@ -28,7 +36,7 @@ ON_NONFINITE = ("warn", "skip", "stop")
 
 
 @dataclass
-class _Run:
+class Run:
     """What a calibration works with, and has seen so far beside the observer's statistics."""
 
     program: ExportedProgram
@@ -42,10 +50,39 @@ class _Run:
     sizes: dict[str, list[dict[str, int]]] = field(default_factory=dict)
     hashes: list[str] = field(default_factory=list)
 
+    @cached_property
+    def _identity(self) -> tuple[dict[str, str], str]:
+        return node_digests(self.program), weights_hash(self.program)
+
+    @cached_property
+    def _weight_names(self) -> frozenset[str]:
+        return frozenset(input_targets(self.program))
+
+    @cached_property
+    def _step(self) -> Any:
+        return captured_or_plain(self.runner, self.observer)
+
+    def measure(self, index: int, flat: list[Any]) -> bool:
+        """Run batch `index` and take in what it gave. False: it was left out as non-finite.
+
+        Raises BatchError when a node raises; nothing of the batch is taken in then.
+        """
+        self._step(flat, index, self._watch)
+        if self.on_nonfinite != "warn" and (row := self.observer.first_nonfinite()) is not None:
+            _leave_out(self, index, self.specs[row])
+            return False
+        self.observer.finish()
+        self.note_inputs(flat)
+        return True
+
+    def _watch(self, name: str, *rest: Any) -> None:
+        if name not in self._weight_names:
+            self.observer.watch(name, *rest)
+
     def note_inputs(self, flat: list[Any]) -> None:
         """Count a batch, its sizes and its hash."""
         self.batches += 1
-        if len(self.hashes) < MAX_HASHES:
+        if self.batches <= MAX_HASHES:
             self.hashes.append(inputs_hash(flat))
         for leaf, value in zip(self.signature.leaves, flat, strict=True):
             if isinstance(value, torch.Tensor):
@@ -53,17 +90,41 @@ class _Run:
                 for dimension, size in zip(counts, value.shape, strict=True):
                     count_size(dimension, str(int(size)))
 
-    def table(self) -> RangeTable:
-        """What was measured, brought to the host: the one time that anything is."""
-        calibration = Calibration(
-            digests=node_digests(self.program),
-            weights=weights_hash(self.program),
+    def calibration(self) -> Calibration:
+        """What was measured on so far."""
+        digests, weights = self._identity
+        return Calibration(
+            digests=digests,
+            weights=weights,
             batches=self.batches,
             skipped=tuple(self.skipped),
             input_sizes=self.sizes,
             input_hashes=tuple(dict.fromkeys(self.hashes)),
         )
-        return table_of(self.specs, self.observer.total.to("cpu"), calibration)
+
+    def table(self) -> RangeTable:
+        """What was measured, brought to the host."""
+        return table_of(self.specs, self.observer.total.to("cpu"), self.calibration())
+
+    def checkpoint(self, position: int, made_of: Mapping[str, str], last: str = "", **more: Any) -> Checkpoint:
+        """What was measured after `position` batches; write or copy it before the next one, which changes it."""
+        total = self.observer.total.to("cpu")
+        return Checkpoint(tuple(self.specs), total, self.calibration(), position, made_of, last, **more)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, in place of the weights' measurement and of its batches.
+
+        Raises MismatchError when it is of another program.
+        """
+        if tuple(self.specs) != checkpoint.specs or self._identity != (
+            checkpoint.calibration.digests,
+            checkpoint.calibration.weights,
+        ):
+            raise MismatchError("the checkpoint is of another program, or of other weights: delete it to begin anew")
+        copy_into(self.observer.total, checkpoint.statistics)
+        seen = checkpoint.calibration
+        self.batches, self.skipped = seen.batches, list(seen.skipped)
+        self.sizes, self.hashes = copy.deepcopy(seen.input_sizes), list(seen.input_hashes)
 
 
 def calibrate(  # noqa: PLR0913 - the public contract
@@ -75,6 +136,9 @@ def calibrate(  # noqa: PLR0913 - the public contract
     device: torch.device | str | None = None,
     on_nonfinite: str = "warn",
     progress: bool = True,
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_batches: int = 100,
+    checkpoint_seconds: float = 60.0,
 ) -> RangeTable:
     """Run `dataloader` through `program` and record the range of every floating-point tensor.
 
@@ -91,21 +155,37 @@ def calibrate(  # noqa: PLR0913 - the public contract
         device: where to run; None is where the program is. A copy of the program is moved, not the program.
         on_nonfinite: NaN or Inf in a batch: "warn" records and warns, "skip" leaves the batch out, "stop" raises.
         progress: show a bar on a terminal.
+        checkpoint: a file that keeps what was measured, written every `checkpoint_batches` batches or
+            `checkpoint_seconds`, whichever comes first. Where it exists, calibration goes on from it: the batches
+            before are read, not run, and the table is the one of an uninterrupted run, bit for bit (on the CPU, with
+            as many threads). The loader's order must repeat; a DataLoader's generators are set back to their seeds.
+            Removed at the end.
 
     Raises:
         ProgramError: the program is in train mode, or has no floating-point tensor.
         BatchError: a batch does not match, the dataloader raised, or gave nothing. `error.ranges` has what was
-            measured before.
+            measured before. With a checkpoint also: the loader shuffles without a seed, or its order did not repeat.
+        MismatchError: the checkpoint is of another program, or of other settings.
     """
     if on_nonfinite not in ON_NONFINITE:
         raise CalibcastError(f"on_nonfinite={on_nonfinite!r}: known are {', '.join(map(repr, ON_NONFINITE))}")
-    run = _prepare(program, device, histogram, on_nonfinite)
-    batches = numbered(dataloader, run.signature, transform, max_batches)
+    run = prepare(program, device, histogram, on_nonfinite)
+    if checkpoint is None:
+        keeper, batches = None, numbered(dataloader, run.signature, transform, max_batches)
+        measure_weights(run)
+    else:
+        refuse_unseeded(dataloader)
+        rewind(dataloader)
+        made_of = {"histogram": str(histogram), "on_nonfinite": on_nonfinite, "max_batches": str(max_batches)}
+        keeper = _Keeper(Path(checkpoint), Pace(checkpoint_batches, checkpoint_seconds), made_of)
+        position, last = keeper.resume(run)
+        rest = resumed(dataloader, position, last)
+        batches = numbered(rest, run.signature, transform, max_batches, position)
     total = _length(dataloader, max_batches)
     try:
         # disable=None: tqdm stays silent where stderr is no terminal.
         with tqdm(batches, "calibrate", total, unit="batch", disable=None if progress else True) as bar:
-            _measure(run, bar)
+            _measure(run, bar, keeper)
     except BatchError as error:
         error.ranges = run.table() if run.batches else None
         raise
@@ -113,11 +193,40 @@ def calibrate(  # noqa: PLR0913 - the public contract
         raise BatchError(f"all {len(run.skipped)} batches had NaN or Inf and were skipped: nothing was measured")
     table = run.table()
     _warn_nonfinite(run, table)
+    if keeper is not None:
+        keeper.path.unlink(missing_ok=True)
     _log.info("%s", table)
     return table
 
 
-def _prepare(program: ExportedProgram, device: torch.device | str | None, histogram: bool, on_nonfinite: str) -> _Run:
+@dataclass
+class _Keeper:
+    """Keeps the checkpoint of one calibration."""
+
+    path: Path
+    pace: Pace
+    made_of: dict[str, str]
+
+    def resume(self, run: Run) -> tuple[int, str]:
+        """Bring `run` to where the checkpoint was written: how many batches, and the hash of the last one."""
+        if not self.path.exists():
+            measure_weights(run)
+            return 0, ""
+        found = Checkpoint.load(self.path)
+        if (difference := found.difference(self.made_of)) is not None:
+            raise MismatchError(f"{self.path} was written with another {difference}: delete it to begin anew")
+        run.restore(found)
+        _log.info("%s: going on after %d batches", self.path, found.position)
+        return found.position, found.last
+
+    def keep(self, run: Run, position: int, batch: Any) -> None:
+        if self.pace.tick():
+            run.checkpoint(position, self.made_of, batch_hash(batch)).save(self.path)
+            self.pace.reset()
+
+
+def prepare(program: ExportedProgram, device: torch.device | str | None, histogram: bool, on_nonfinite: str) -> Run:
+    """A calibration that has seen nothing yet. Raises as `calibrate` does."""
     if on_nonfinite not in ON_NONFINITE:
         raise CalibcastError(f"on_nonfinite={on_nonfinite!r}: known are {', '.join(map(repr, ON_NONFINITE))}")
     refuse_training(program)
@@ -126,36 +235,23 @@ def _prepare(program: ExportedProgram, device: torch.device | str | None, histog
         raise ProgramError("the program has no floating-point tensor, so there is no range to measure and no type")
     try:
         runner = ProgramRunner(program, device)
-        observer = Observer(specs, runner.device, histogram, mask_tensors(program))
+        observer = observer_for(specs, runner.device, histogram, mask_tensors(program))
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise CalibcastError(f"the program cannot be moved to device={device!r}: {error}") from error
-    return _Run(program, runner, specs, observer, signature_of(program), on_nonfinite)
+    return Run(program, runner, specs, observer, signature_of(program), on_nonfinite)
 
 
-def _measure(run: _Run, bar: tqdm[tuple[int, Any, list[Any]]]) -> None:
-    """Weights once, then every batch."""
-    _measure_weights(run)
-    state = set(input_targets(run.program))
-    observer = run.observer
-
-    def watch(name: str, *rest: Any) -> None:
-        if name not in state:
-            observer.watch(name, *rest)
-
-    for index, _, flat in bar:
-        observer.start(index)
-        run.runner.run_batch(flat, index, watch)
-        if run.on_nonfinite != "warn" and (row := observer.first_nonfinite()) is not None:
-            _leave_out(run, index, run.specs[row])
-            continue
-        observer.finish()
-        run.note_inputs(flat)
+def _measure(run: Run, bar: tqdm[tuple[int, Any, list[Any]]], keeper: _Keeper | None) -> None:
+    for index, batch, flat in bar:
+        run.measure(index, flat)
+        if keeper is not None:
+            keeper.keep(run, index + 1, batch)
         if not bar.disable:
-            bar.set_postfix_str(f"{observer.above(HALF_MAX)} tensors above {HALF_MAX:g}")
+            bar.set_postfix_str(f"{run.observer.above(HALF_MAX)} tensors above {HALF_MAX:g}")
 
 
-def _measure_weights(run: _Run) -> None:
-    """Parameters, buffers and constants: in chunks, where they are."""
+def measure_weights(run: Run) -> None:
+    """Parameters, buffers and constants: once, in chunks, where they are."""
     targets = input_targets(run.program)
     run.observer.start(0)
     for spec in run.specs:
@@ -165,7 +261,7 @@ def _measure_weights(run: _Run) -> None:
     run.observer.finish()
 
 
-def _leave_out(run: _Run, index: int, spec: TensorSpec) -> None:
+def _leave_out(run: Run, index: int, spec: TensorSpec) -> None:
     place = (
         f"batch {index}: NaN or Inf first at node {spec.node} ({spec.module or 'root'}, {spec.source or 'no source'})"
     )
@@ -175,7 +271,7 @@ def _leave_out(run: _Run, index: int, spec: TensorSpec) -> None:
     run.skipped.append(index)
 
 
-def _warn_nonfinite(run: _Run, table: RangeTable) -> None:
+def _warn_nonfinite(run: Run, table: RangeTable) -> None:
     bad = table.frame.filter(pl.col("nonfinite_batch").is_not_null())
     # Weights carry their own story; what data did is told by the earliest batch, and in it by the first node.
     if bad.height:

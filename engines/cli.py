@@ -1,7 +1,7 @@
 """The command line: thin layers over the Python calls, reading files and writing files.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 2 a bad command line; 3 a gate that the
-user set said no; 130 and 143 for signals; 1 everything else.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 2 a bad command line or job file; 3 a gate
+that the user set said no; 130 and 143 for signals; 1 everything else.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 import typer
 
 from calib.errors import CalibcastError, GateError
-from engines.commands import diagnosis, engine, review, stages
+from engines.commands import diagnosis, engine, job, review, stages
 from engines.commands.options import note
+from engines.job.errors import JobError
 from engines.locations import LocationError
+from engines.usage import UsageError
 
 app = typer.Typer(
     name="calibcast",
@@ -40,6 +42,11 @@ for command in (
     engine.inspect,
     stages.verify,
     review.report,
+    review.what_if,
+    review.diff,
+    job.merge,
+    job.init,
+    job.run,
     stages.demo,
 ):
     app.command()(command)
@@ -75,7 +82,7 @@ def _run(arguments: list[str] | None) -> int:
         return int(error.exit_code)
 
 
-_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, GateError: 3}
+_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, UsageError: 2, JobError: 2, GateError: 3}
 
 
 def _terminated(*_: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ class LocationError(CalibcastError):
     """A location on the command line that names nothing: a usage error, exit code 2."""
 
 
-def load_model(location: str) -> ExportedProgram:
-    """The program at `model.pt2`, or what `file.py:function` returns.
+def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> ExportedProgram:
+    """The program at `model.pt2`, or what `file.py:function` returns when called with `arguments`.
 
     The function gives an ExportedProgram, or `(module, args[, kwargs[, dynamic_shapes]])`, which is exported.
     Raises LocationError, ArtifactError or ProgramError.
@@ -28,8 +28,10 @@ def load_model(location: str) -> ExportedProgram:
     if ":" not in location:
         if not location.endswith(".pt2"):
             raise LocationError(f"MODEL is {location!r}: give a .pt2 file or file.py:function")
+        if arguments:
+            raise LocationError(f"{location} is a file, and takes no arguments; there are {sorted(arguments)}")
         return load_program(location)
-    made = call(location)
+    made = call(location, arguments)
     if isinstance(made, ExportedProgram):
         return made
     if isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module):
@@ -55,11 +57,11 @@ def load_data(location: str) -> Iterable[Any]:
     return found
 
 
-def call(location: str) -> Any:
-    """Call the function at `file.py:function` without arguments. What it raises is told with its place."""
+def call(location: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    """Call the function at `file.py:function` with keyword arguments. What it raises is told with its place."""
     function = load_function(location)
     try:
-        return function()
+        return function(**(arguments or {}))
     except CalibcastError:
         raise
     except Exception as error:

@@ -88,25 +88,21 @@ class CastCounter:
         self.activation_bytes = sum(size for call in self.calls for size in call.bytes)
         self._ties: list[Tie] = ties_of(source)
         self._readers = WeightReaders.of(program, source, masks_to_saturate(program, source, masks))
-        self._source = source
-        self._able = cache(self._able_nodes)
+        self._by_name = {qualified_name(call.node): call.node for call in self.calls}
+        self._low_types = cache(lambda low_type: LowTypes(source, low_type))
+        self._able = cache(lambda node, low_type: able_types(node, self._low_types(low_type)))
         self._fits = cache(self._readers.fits)
 
     def count(self, low_nodes: Collection[str], low_type: torch.dtype) -> CastCount:
         """The casts of the plan in which just these nodes run in `low_type`."""
-        able = self._able(low_type)
-        outputs = dict(able[name] for name in low_nodes if name in able)
+        # Only of the nodes that are asked for: what is kept, such as an assertion on a type, may not run low at all.
+        nodes = (self._by_name[name] for name in low_nodes if name in self._by_name)
+        outputs = {node: types for node in nodes if (types := self._able(node, low_type)) is not None}
         low = settled(set(outputs), self._ties)
         if not low:
             return CastCount(0, 0, frozenset(), 0)
         stored = set(self._readers.stored_low(low, lambda name: self._fits(name, low_type)))
         return _Walk(self, {node: outputs[node] for node in low}, stored, low_type).run()
-
-    def _able_nodes(self, low_type: torch.dtype) -> dict[str, tuple[fx.Node, Types]]:
-        """By name, the nodes that can run in `low_type`, and what they then give."""
-        types = LowTypes(self._source, low_type)
-        found = ((call.node, able_types(call.node, types)) for call in self.calls)
-        return {qualified_name(node): (node, outputs) for node, outputs in found if outputs is not None}
 
 
 class _Value:

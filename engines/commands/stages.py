@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -113,6 +112,7 @@ def verify(  # noqa: PLR0913
     Example: calibcast verify engine net.pt2 --data loaders.py:held_out --min-sqnr-db 40
     """
     from engines.engine import Engine
+    from engines.report_file import save_report
     from engines.verification import verify as run
 
     program, batches, function = inputs(model, data, transform)
@@ -121,7 +121,7 @@ def verify(  # noqa: PLR0913
     report = run(Engine.load(folder), program, batches, transform=function, max_batches=max_batches)
     typer.echo(str(report))
     if output is not None:
-        _write_report(output, report)
+        save_report(output, report)
         typer.echo(f"wrote {output}")
     if min_sqnr_db is not None:
         report.require(min_sqnr_db=min_sqnr_db)
@@ -136,26 +136,3 @@ def demo(
     from engines.demo import run_demo
 
     run_demo(output, typer.echo)
-
-
-def _write_report(path: Path, report: Any) -> None:
-    from calib.artifacts import save_json
-
-    content = {
-        "passed": report.passed,
-        "batches": report.batches,
-        "problems": list(report.problems),
-        "reference_problem": report.reference_problem,
-        "metrics": dict(report.metrics),
-        "outputs": _plain_rows(report.frame),
-        "attribution": None if report.attribution is None else _plain_rows(report.attribution),
-    }
-    save_json(path, "verification", content)
-
-
-def _plain_rows(frame: Any) -> list[dict[str, Any]]:
-    # JSON has no inf and NaN; as text they survive every reader.
-    return [
-        {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        for row in frame.to_dicts()
-    ]

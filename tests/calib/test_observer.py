@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from calib import RangeTable, calibrate
 from calib.batches import signature_of
-from calib.calibration import _measure_weights, _prepare
+from calib.calibration import measure_weights, prepare
 from calib.execution import ProgramRunner
 from calib.kernel import HostKernel
 
@@ -248,8 +248,8 @@ def test_observer_does_not_grow_with_batches() -> None:
     """After twenty batches an observer holds the bytes that it held after the first, whatever their sizes."""
     length = torch.export.Dim("length", min=2, max=4096)
     program = torch.export.export(Apply(halving), (noise(8),), dynamic_shapes={"args": ({0: length},)})
-    run = _prepare(program, None, True, "warn")
-    _measure_weights(run)
+    run = prepare(program, None, True, "warn")
+    measure_weights(run)
     sizes = []
     for index in range(20):
         run.observer.start(index)

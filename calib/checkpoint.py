@@ -1,0 +1,221 @@
+"""A calibration under way as one file: written whole, read without pickle, and enough to go on from bit for bit."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from calib.artifacts import SCHEMA_VERSION, check_header, parsed, written_whole
+from calib.errors import ArtifactError, MismatchError
+from calib.fingerprint import first_difference
+from calib.graph import TensorSpec
+from calib.ranges import MAX_HASHES, Calibration, RangeTable, merge_sizes, table_of
+from calib.statistics import Statistics
+
+_KIND = "checkpoint"
+_HEADER, _TOTAL = "header", "total"
+# Measured on every batch; the others are weights, measured once, and equal in every shard.
+MOVING = frozenset({"input", "activation"})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a calibration has seen after `position` batches of its loader, left-out ones included.
+
+    specs: of the rows. statistics: on the host. calibration: as in a `RangeTable`. made_of: fingerprints of what is
+    calibrated, and how; a run with others must not go on from here. last: a hash of the last batch, to notice a
+    loader whose order does not repeat. early: statistics at earlier positions. notes: of the caller, for JSON.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    statistics: Statistics
+    calibration: Calibration
+    position: int
+    made_of: Mapping[str, str] = field(default_factory=dict)
+    last: str = ""
+    early: Mapping[int, Statistics] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """A NumPy `.npz` archive: a JSON header, and every array of the statistics under its field's name."""
+        header = {
+            "calibcast": _KIND,
+            "schema": SCHEMA_VERSION,
+            "specs": [asdict(spec) for spec in self.specs],
+            "calibration": asdict(self.calibration),
+            "position": self.position,
+            "made_of": dict(self.made_of),
+            "last": self.last,
+            "early": list(self.early),
+            "notes": dict(self.notes),
+        }
+        arrays = _arrays(_TOTAL, self.statistics)
+        for position, statistics in self.early.items():
+            arrays |= _arrays(str(position), statistics)
+        text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+        stream = io.BytesIO()
+        np.savez(stream, allow_pickle=False, **{_HEADER: text}, **arrays)
+        return stream.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, source: Path) -> Checkpoint:
+        """Read what `to_bytes` gave. Raises ArtifactError, naming `source`, when it is truncated or something else."""
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            header = json.loads(arrays.pop(_HEADER).tobytes())
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise ArtifactError(f"{source} is not a readable checkpoint (truncated or foreign): {error}") from error
+        check_header(header if isinstance(header, dict) else {}, _KIND, source)
+        with parsed(source, _KIND):
+            calibration = {**header["calibration"]}
+            calibration |= {name: tuple(calibration[name]) for name in ("skipped", "input_hashes")}
+            return cls(
+                specs=tuple(TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in header["specs"]),
+                statistics=_statistics(_TOTAL, arrays),
+                calibration=Calibration(**calibration),
+                position=int(header["position"]),
+                made_of=header["made_of"],
+                last=header["last"],
+                early={int(position): _statistics(str(position), arrays) for position in header["early"]},
+                notes=header["notes"],
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the checkpoint, whole or not at all, and through to the disk. Raises ArtifactError."""
+        content = self.to_bytes()
+        with written_whole(path) as temporary, temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())  # a rename can survive a power cut that the bytes do not
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Read a checkpoint. Raises ArtifactError when it is missing, truncated, foreign or newer."""
+        source = Path(path)
+        try:
+            content = source.read_bytes()
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{source}: no such file; expected a checkpoint of a calibration") from error
+        except OSError as error:
+            raise ArtifactError(f"{source} cannot be read: {error}") from error
+        return cls.from_bytes(content, source)
+
+    def table(self) -> RangeTable:
+        """The ranges measured so far."""
+        return table_of(self.specs, self.statistics, self.calibration)
+
+    def difference(self, made_of: Mapping[str, str]) -> str | None:
+        """The first thing in which a run made of `made_of` differs from the one that wrote this; None if nothing."""
+        for name in [*made_of, *self.made_of]:
+            if made_of.get(name) != self.made_of.get(name):
+                return name
+        return None
+
+
+def merge_checkpoints(parts: Sequence[Checkpoint]) -> Checkpoint:
+    """One checkpoint from those of the shards of one run, whose batches have numbers of their own.
+
+    Counts, min, max and histograms are exact and in any order, sums are within 1e-12 relative. `early` and `notes`
+    are left to the caller. Raises MismatchError for shards of different runs.
+    """
+    if not parts:
+        raise MismatchError("nothing to merge: give at least one checkpoint")
+    first = parts[0]
+    statistics, calibration = _copied(first.statistics), first.calibration
+    moving = torch.tensor([spec.kind in MOVING for spec in first.specs], dtype=torch.bool)
+    for number, part in enumerate(parts[1:], 1):
+        difference = first_difference(calibration.digests, part.calibration.digests)
+        if difference is None and part.calibration.weights != calibration.weights:
+            difference = "the weights are others"
+        if difference is None and (named := first.difference(part.made_of)) is not None:
+            difference = f"{named} is not the same"
+        if difference is not None:
+            raise MismatchError(f"shard {number} belongs to another run than shard 0: {difference}")
+        merge_moving(statistics, part.statistics, moving)
+        calibration = _added(calibration, part.calibration)
+    position = sum(part.position for part in parts)
+    return replace(
+        first, statistics=statistics, calibration=calibration, position=position, last="", early={}, notes={}
+    )
+
+
+def merge_moving(total: Statistics, other: Statistics, moving: torch.Tensor) -> None:
+    """Take the rows `moving` (bool [R]) of `other` into `total`, and leave the others: weights count once."""
+    part = total.at(moving)
+    part.merge(other.at(moving))
+    for name, array in _tensors(total):
+        array[moving] = getattr(part, name)
+
+
+def copy_into(total: Statistics, other: Statistics) -> None:
+    """Make `total` equal to `other` bit for bit, in its own memory and on its own device."""
+    for name, array in _tensors(total):
+        array.copy_(getattr(other, name))
+
+
+def _copied(statistics: Statistics) -> Statistics:
+    return replace(statistics, **{name: array.clone() for name, array in _tensors(statistics)})
+
+
+def host_copy(statistics: Statistics) -> Statistics:
+    """A copy on the host that later batches do not change."""
+    return replace(statistics, **{name: array.to("cpu", copy=True) for name, array in _tensors(statistics)})
+
+
+def _tensors(statistics: Statistics) -> list[tuple[str, torch.Tensor]]:
+    """The arrays of statistics by field: all there is to them, whatever fields there are."""
+    found = [(item.name, getattr(statistics, item.name)) for item in fields(statistics)]
+    return [(name, array) for name, array in found if array is not None]
+
+
+def _arrays(prefix: str, statistics: Statistics) -> dict[str, Any]:
+    return {f"{prefix}.{name}": array.detach().cpu().numpy() for name, array in _tensors(statistics)}
+
+
+def _statistics(prefix: str, arrays: Mapping[str, Any]) -> Statistics:
+    own = {name.removeprefix(f"{prefix}."): a for name, a in arrays.items() if name.startswith(f"{prefix}.")}
+    names = {item.name for item in fields(Statistics)}
+    # Without histograms there is no such array; anything else that is missing was written by another version.
+    if set(own) | {"histograms"} != names | {"histograms"}:
+        raise ValueError(f"arrays {sorted(own)}, expected {sorted(names)}")
+    tensors: dict[str, Any] = {name: torch.from_numpy(own[name].copy()) if name in own else None for name in names}
+    return Statistics(**tensors)
+
+
+def _added(mine: Calibration, theirs: Calibration) -> Calibration:
+    return replace(
+        mine,
+        batches=mine.batches + theirs.batches,
+        skipped=tuple(sorted(mine.skipped + theirs.skipped)),
+        input_sizes=merge_sizes(mine.input_sizes, theirs.input_sizes),
+        input_hashes=tuple(dict.fromkeys(mine.input_hashes + theirs.input_hashes))[:MAX_HASHES],
+    )
+
+
+class Pace:
+    """When the next checkpoint is due: every so many batches or seconds, whichever comes first."""
+
+    def __init__(self, batches: int, seconds: float) -> None:
+        self._batches, self._seconds = batches, seconds
+        self._count, self._since = 0, time.monotonic()
+
+    def tick(self) -> bool:
+        """Count one batch. True when a checkpoint is due."""
+        self._count += 1
+        return self._count >= self._batches or time.monotonic() - self._since >= self._seconds
+
+    def reset(self) -> None:
+        """A checkpoint was written."""
+        self._count, self._since = 0, time.monotonic()

@@ -1,0 +1,80 @@
+"""The offline job as commands: a job file to begin with, the run itself, and merging what several runs measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calib.errors import CalibcastError, GateError
+from engines.commands.options import check_folder
+from engines.locations import LocationError
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where to write; made when missing")] = Path("."),
+) -> None:
+    """Write a commented job file that runs, with a model, data and a metric to replace by your own.
+
+    Example: calibcast init night && calibcast run night/job.toml
+    """
+    from engines.job.template import write_template
+
+    for path in write_template(folder):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"next: calibcast run {folder / 'job.toml'} --dry-run")
+
+
+def run(
+    job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="a job file; calibcast init writes one")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and write nothing")] = False,
+    log_format: Annotated[
+        str, typer.Option(help="of what is said on stderr: text, or json: one object a line")
+    ] = "text",
+    redo: Annotated[bool, typer.Option("--redo", help="make everything anew, also what is up to date")] = False,
+) -> None:
+    """Run a calibration job: every stage that is not up to date. Killed, the same command goes on where it was.
+
+    Under torchrun the processes share the calibration. Example: calibcast run job.toml --log-format json
+    """
+    from engines.job.errors import JobError, Stopped
+    from engines.job.logs import FORMATS, logging_to_stderr, tell
+    from engines.job.ranks import Ranks
+    from engines.job.running import plan_job, run_job
+
+    if log_format not in FORMATS:
+        raise LocationError(f"--log-format {log_format!r}: known are {' and '.join(FORMATS)}")
+    ranks = Ranks.here()
+    with logging_to_stderr(log_format, ranks.rank, ranks.world):
+        try:
+            if dry_run:
+                plan_job(job, typer.echo)
+            else:
+                run_job(job, typer.echo, bar=log_format == "text", redo=redo)
+        except CalibcastError as error:
+            code = 3 if isinstance(error, GateError) else 2 if isinstance(error, (JobError, LocationError)) else 1
+            tell(str(error), 40, event="error", kind=type(error).__name__, exit_code=code)
+            raise typer.Exit(code) from error
+        except Stopped as stop:
+            name = "interrupted" if stop.code == 130 else "terminated"
+            tell(f"{name}: the same command goes on from here", 40, event="stopped", exit_code=stop.code)
+            raise typer.Exit(stop.code) from stop
+
+
+def merge(
+    parts: Annotated[
+        list[Path], typer.Argument(metavar="A B ..", help="range tables (.parquet) or checkpoints of a job (.npz)")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the range table to write, Parquet")],
+) -> None:
+    """Merge what several runs, days or processes measured on one program into one range table.
+
+    Example: calibcast merge monday.parquet tuesday.parquet -o ranges.parquet
+    """
+    from engines.merging import merged
+
+    check_folder(output)
+    table = merged(parts)
+    table.save(output)
+    typer.echo(f"{table}\nwrote {output}")

@@ -1,0 +1,1 @@
+"""The offline calibration job: a job file in; artifacts, a manifest and an exit code out."""

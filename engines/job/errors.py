@@ -1,0 +1,20 @@
+"""The job's own errors, apart from those that every stage raises."""
+
+from __future__ import annotations
+
+from calib.errors import CalibcastError
+
+
+class JobError(CalibcastError):
+    """The job file is wrong, or asks for what cannot be: exit code 2."""
+
+
+class Stopped(BaseException):
+    """A signal asked the job to stop. `code` is the exit code: 130 or 143.
+
+    No Exception: a loader that catches everything must not swallow it.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.code = 128 + signum

@@ -1,0 +1,90 @@
+"""Batches on their way into the model: loaded, transformed and matched, or the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from calib.batches import Signature
+from calib.errors import BatchError, GateError
+from engines.job.progress import Progress
+from engines.job.settings import Limits
+from engines.job.sources import Loaded
+from engines.job.trust import DataReport, check_share
+
+
+@dataclass(frozen=True)
+class Item:
+    """Batch `number`: as it came, as inputs, and flat; or the error that stopped it on the way."""
+
+    number: int
+    batch: Any = None
+    inputs: Any = None
+    flat: tuple[Any, ...] = ()
+    error: str | None = None
+
+
+def feed(loaded: Iterable[Loaded], transform: Callable[[Any], Any], signature: Signature) -> Iterator[Item]:
+    """Each loaded batch through `transform` and against the program's signature."""
+    for item in loaded:
+        if item.error is not None:
+            yield Item(item.number, error=f"loading raised {type(item.error).__name__}: {_first_line(item.error)}")
+            continue
+        try:
+            inputs = transform(item.batch)
+        except BatchError as error:
+            yield Item(item.number, item.batch, error=str(error))
+            continue
+        except Exception as error:
+            text = f"transform raised {type(error).__name__}: {_first_line(error)}"
+            yield Item(item.number, item.batch, error=text)
+            continue
+        try:
+            yield Item(item.number, item.batch, inputs, tuple(signature.flatten(inputs, item.number)))
+        except BatchError as error:
+            yield Item(item.number, item.batch, error=str(error))
+
+
+class Feeding:
+    """Held-out batches for `verify`: those that can be used, with the inputs that were made of them already."""
+
+    def __init__(
+        self, items: Iterator[Item], signature: Signature, limits: Limits, progress: Progress, total: int | None
+    ) -> None:
+        self._items, self._signature, self._limits = items, signature, limits
+        self._progress, self._total = progress, total
+        self._current: Item | None = None
+        self.report = DataReport()
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            for item in self._items:
+                if self._usable(item):
+                    self._current = item
+                    yield item.batch
+                self._progress.advance()
+        finally:
+            self._progress.close()
+
+    def _usable(self, item: Item) -> bool:
+        if item.error is not None:
+            self.report.note_raised(item.number, item.error, looked_at=False)
+            check_share(self.report, self._limits, self._total)
+            return False
+        if self.report.look(item.number, self._signature, item.flat):
+            return True
+        if self._limits.on_nonfinite_inputs == "stop":
+            raise GateError(
+                f"held-out batch {item.number} has NaN or Inf in its inputs, and limits.on_nonfinite_inputs is 'stop'"
+            )
+        return self._limits.on_nonfinite_inputs == "warn"
+
+    def inputs(self, _: Any) -> Any:
+        """The inputs of the batch that was given last: a `transform`."""
+        assert self._current is not None
+        return self._current.inputs
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

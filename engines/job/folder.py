@@ -1,0 +1,195 @@
+"""The folder of a job: one run at a time, digests of what lies in it, and its copy on an fsspec store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+import fsspec
+
+from calib.errors import ArtifactError, CalibcastError
+from engines.job.job_file import JobFile
+
+MANIFEST = "manifest.json"
+RANGES, EARLY, PLAN, MIXED, ENGINE, VERIFICATION = ARTIFACTS = (
+    "ranges.parquet", "ranges-early.parquet", "plan.json", "mixed.pt2", "engine", "verification.json"
+)  # fmt: skip
+_LOCK, _OWNER = ".lock", ".lock-owner"
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """path: where stages work. url: the fsspec store that gets a copy, or None where `path` itself is the output."""
+
+    path: Path
+    url: str | None = None
+
+    @classmethod
+    def of(cls, file: JobFile) -> JobFolder:
+        """The folder that a job names."""
+        output = file.job.output
+        if "://" not in output.folder:
+            return cls(file.local(output.folder))
+        if output.folder.startswith("file://"):
+            return cls(Path(output.folder.removeprefix("file://")))
+        name = hashlib.sha256(output.folder.encode()).hexdigest()[:12]
+        scratch = file.local(output.scratch) if output.scratch else file.base / ".calibcast" / name
+        return cls(scratch, output.folder.rstrip("/"))
+
+    def __str__(self) -> str:
+        return self.url or str(self.path)
+
+    def checkpoint(self, rank: int, world: int) -> Path:
+        """Where a process keeps its running statistics."""
+        return self.path / "checkpoints" / f"rank-{rank}-of-{world}.npz"
+
+    def prepare(self) -> None:
+        """Make the folder, and clear what a killed run has left half-written. Raises ArtifactError."""
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ArtifactError(f"cannot write into {self.path}: {error}. Give a folder that is writable.") from error
+
+    def sweep(self) -> None:
+        """Remove temporary files of runs that were killed. Only under the lock."""
+        for name in (
+            MANIFEST,
+            "ranges.parquet",
+            "ranges-early.parquet",
+            "plan.json",
+            "mixed.pt2",
+            "engine",
+            "verification.json",
+        ):
+            for left in self.path.glob(f".{name}.*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        for left in (self.path / "checkpoints").glob(".rank-*"):
+            left.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder. Raises CalibcastError at once when another run has it; a killed run holds nothing."""
+        lock = filelock.FileLock(self.path / _LOCK, blocking=False)
+        owner = self.path / _OWNER
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            who = owner.read_text() if owner.exists() else "another process"
+            raise CalibcastError(
+                f"{self} is in use by {who}. Wait for it, or give this job another output folder: two runs on one "
+                "folder would mix their artifacts."
+            ) from error
+        except OSError as error:
+            raise ArtifactError(f"cannot lock {self.path}: {error}") from error
+        try:
+            owner.write_text(
+                f"process {os.getpid()} on {platform.node()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+            )
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+
+class Store:
+    """The copy of a job's folder on an fsspec store: one put per file, the manifest last."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self._folder = folder
+        with _told(url):
+            self._system, self._root = fsspec.core.url_to_fs(url)
+        self._url = url
+        self._seen = self._manifest()
+
+    def pull(self) -> None:
+        """Bring the artifacts of an earlier run here, where this machine has none."""
+        if self._seen is None or (self._folder / MANIFEST).exists():
+            return
+        with _told(self._url):
+            for name in _files_of(self._seen):
+                target = self._folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if self._system.exists(f"{self._root}/{name}"):
+                    self._system.get_file(f"{self._root}/{name}", str(target))
+            self._system.get_file(f"{self._root}/{MANIFEST}", str(self._folder / MANIFEST))
+
+    def push(self) -> int:
+        """Put what changed, the manifest last; how many files. Raises CalibcastError when another run has written."""
+        if self._manifest() != self._seen:
+            raise CalibcastError(
+                f"another run has written to {self._url} since this one began: its artifacts stay. This run's are in "
+                f"{self._folder}; start it again."
+            )
+        ours = json.loads((self._folder / MANIFEST).read_text())
+        theirs = _files_of(self._seen) if self._seen is not None else {}
+        changed = [name for name, found in _files_of(ours).items() if theirs.get(name) != found]
+        with _told(self._url):
+            self._system.makedirs(self._root, exist_ok=True)
+            for name in changed:
+                self.put(name)
+            self.put(MANIFEST)
+        self._seen = ours
+        return len(changed) + 1
+
+    def put(self, name: str) -> None:
+        """Put one file of the folder."""
+        with _told(self._url):
+            self._system.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
+            self._system.put_file(str(self._folder / name), f"{self._root}/{name}")
+
+    def fetch(self, name: str) -> None:
+        """Get one file, where the store has it and the folder has not."""
+        with _told(self._url):
+            if not (self._folder / name).exists() and self._system.exists(f"{self._root}/{name}"):
+                self._system.get_file(f"{self._root}/{name}", str(self._folder / name))
+
+    def drop(self, name: str) -> None:
+        """Remove one file from the store, where it has it."""
+        with _told(self._url):
+            if self._system.exists(f"{self._root}/{name}"):
+                self._system.rm_file(f"{self._root}/{name}")
+
+    def _manifest(self) -> dict[str, Any] | None:
+        with _told(self._url):
+            try:
+                found: dict[str, Any] = json.loads(self._system.cat_file(f"{self._root}/{MANIFEST}"))
+            except FileNotFoundError:
+                return None
+            return found
+
+
+def files_under(path: Path, base: Path) -> dict[str, str]:
+    """SHA-256 of the file at `path`, or of every file below it, by path relative to `base`; empty where is nothing."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            found[file.relative_to(base).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def _files_of(manifest: dict[str, Any]) -> dict[str, str]:
+    return {name: found for stage in manifest["stages"].values() for name, found in stage["files"].items()}
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    try:
+        yield
+    except CalibcastError:
+        raise
+    except Exception as error:  # each store has its own errors
+        raise ArtifactError(f"{url}: {type(error).__name__}: {error}") from error

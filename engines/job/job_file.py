@@ -1,0 +1,148 @@
+"""Reading a job file: TOML, checked against the settings, every mistake named with its place and the known keys."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from calib.errors import known
+from engines.job.errors import JobError
+from engines.job.keys import model_of, type_words
+from engines.job.settings import SOURCES, Job, Source
+
+# Of [data], and meaningless in [held_out].
+_NOT_INHERITED = {"max_batches", "held_out_share"}
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """A job as read from `path`. Paths in it are relative to the folder of the file."""
+
+    path: Path
+    job: Job
+
+    @property
+    def base(self) -> Path:
+        """What paths in the file are relative to."""
+        return self.path.resolve().parent
+
+    def local(self, path: str) -> Path:
+        """The path that the file means by `path`."""
+        return self.base / Path(path).expanduser()
+
+    def function(self, location: str) -> str:
+        """`file.py:function`, with the file's full path."""
+        file, colon, name = location.rpartition(":")
+        return f"{self.local(file)}:{name}" if colon else str(self.local(location))
+
+
+def load_job(path: Path) -> JobFile:
+    """Read and check a job file. Raises JobError that lists every mistake."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise JobError(f"{path}: no such file; `calibcast init` writes one") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path} cannot be read: {error}") from error
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"{path} is not TOML: {error}") from error
+    try:
+        return JobFile(path, Job.model_validate(_with_inherited(raw)))
+    except ValidationError as error:
+        found = [_mistake(detail, raw, text) for detail in error.errors(include_url=False)]
+        mistakes = [mistake for mistake in found if mistake is not None]
+        # Each once, in the order of the file; a union complains once for each of its members.
+        lines = [text for _, text, _ in sorted(mistakes, key=lambda mistake: mistake[0])]
+        tables = [_known_keys(table) for _, _, table in mistakes]
+        raise JobError("\n  ".join([f"{path}:", *dict.fromkeys(lines), *dict.fromkeys(tables)])) from error
+
+
+def _with_inherited(raw: dict[str, Any]) -> dict[str, Any]:
+    """[held_out] with the keys that it leaves out taken from [data]; a source of its own replaces that of [data]."""
+    held, data = raw.get("held_out"), raw.get("data")
+    if not isinstance(held, dict) or not isinstance(data, dict):
+        return raw
+    names = {_spelt(name) for name in SOURCES}
+    dropped = _NOT_INHERITED | (
+        names | {"arguments", "config", "revision", "split", "watch"} if names & set(held) else set()
+    )
+    return {**raw, "held_out": {**{key: value for key, value in data.items() if key not in dropped}, **held}}
+
+
+def _mistake(detail: ErrorDetails, raw: dict[str, Any], text: str) -> tuple[int, str, str | None] | None:
+    """One mistake: its line (0: unknown), what is wrong and where, and the table whose keys to list."""
+    path = _keys(detail["loc"])
+    table = str(path[0]) if path and path[0] in Job.model_fields else None
+    if table == "held_out" and len(path) > 1 and path[1] not in raw["held_out"]:
+        return None  # inherited, so it is told of [data]
+    key = str(path[1]) if table and len(path) > 1 else str(path[0]) if path and not table else None
+    line = _line(text, table, key) or 0
+    what = _what(detail, table, key, path)
+    return line, f"line {line}: {what}" if line else what, table
+
+
+def _what(detail: ErrorDetails, table: str | None, key: str | None, path: list[int | str]) -> str:
+    place = f"[{table}]" if table else "the job"
+    where = f"{place} {key}" if key and table else place
+    kind, came = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"unknown {'key' if table else 'table'} {key!r} in {place}; {known(str(key), _fields(table))}"
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind == "value_error":
+        return f"{where}: {detail['msg'].removeprefix('Value error, ')}"
+    if kind in {"model_type", "model_attributes_type"}:
+        return f"{where} is a table, but is {came!r} ({_type(came)}) here"
+    item = "".join(f"[{part!r}]" for part in path[2:])
+    if kind.endswith("_type") and table and key:
+        field = next(f for name, f in model_of(table).model_fields.items() if key == (f.alias or name))
+        return f"{where} should be {type_words(field.annotation)}; {where}{item} is {came!r} ({_type(came)})"
+    return f"{where}{item}: {detail['msg'].replace('Input should', 'should')}, but is {came!r} ({_type(came)})"
+
+
+def _known_keys(table: str | None) -> str:
+    return f"Known {f'keys of [{table}]' if table else 'tables'}: {', '.join(_fields(table))}"
+
+
+def _keys(location: tuple[int | str, ...]) -> list[int | str]:
+    """A location without the names of union members, which pydantic puts in."""
+    return [part for part in location if isinstance(part, int) or (re.fullmatch(r"[\w-]+", part) and part != "str")]
+
+
+def _fields(table: str | None) -> list[str]:
+    """The keys of a table as they are spelt in TOML; without a table, the tables."""
+    model = Job if table is None else model_of(table)
+    return [item.alias or name for name, item in model.model_fields.items()]
+
+
+def _spelt(name: str) -> str:
+    return Source.model_fields[name].alias or name
+
+
+def _type(value: Any) -> str:
+    names = {str: "a string", bool: "a boolean", int: "an integer", float: "a float", list: "an array", dict: "a table"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _line(text: str, table: str | None, key: str | None) -> int | None:
+    """The line where a key, or else its table, stands; tomllib does not keep it."""
+    section: str | None = None
+    found = None
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\[?\s*([\w.\-]+)", line):
+            section = header[1]
+            if section.split(".")[0] == (table or key):
+                found = found or number
+            if key and section == f"{table}.{key}":
+                return number
+        elif key and section == table and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
+            return number
+    return found

@@ -1,0 +1,84 @@
+"""The manifest: what each stage was made of, what it made, and whether the whole may be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calib.artifacts import load_json, parsed, save_json
+from calib.errors import ArtifactError
+from engines.job.folder import MANIFEST, files_under
+
+_KIND = "job"
+# running: not to be trusted yet. rejected: a gate said no. done: everything in it belongs together.
+STATUSES = ("running", "done", "rejected", "failed", "stopped")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stage: fingerprints of its inputs, its settings, the digests of the files that it wrote, what came out."""
+
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+    files: dict[str, str]
+    result: dict[str, Any]
+    seconds: float
+    finished: str
+
+
+@dataclass
+class Manifest:
+    """The manifest of a folder, as it is on disk or soon will be."""
+
+    folder: Path
+    status: str = "running"
+    reason: str = ""
+    job: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    gates: list[dict[str, Any]] = field(default_factory=list)
+    stages: dict[str, Record] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest | None:
+        """The manifest of `folder`; None when there is none. Raises ArtifactError for a foreign or damaged one."""
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        found = load_json(path, _KIND)
+        with parsed(path, _KIND):
+            if found["status"] not in STATUSES:
+                raise ArtifactError(f"{path}: unknown status {found['status']!r}; known: {', '.join(STATUSES)}")
+            stages = {name: Record(**record) for name, record in found["stages"].items()}
+            return cls(folder, found["status"], found["reason"], found["job"], found["run"], found["gates"], stages)
+
+    def save(self) -> None:
+        """Write the manifest, whole or not at all."""
+        content = {name: value for name, value in asdict(self).items() if name != "folder"}
+        save_json(self.folder / MANIFEST, _KIND, content)
+
+    def why(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any], artifacts: Iterable[str]) -> str:
+        """Why `stage` must run; empty when what it made before still holds."""
+        record = self.stages.get(stage)
+        if record is None:
+            return "not made yet"
+        changed = [name for name in [*inputs, *record.inputs] if inputs.get(name) != record.inputs.get(name)]
+        if changed:
+            return f"{' and '.join(dict.fromkeys(changed))} changed"
+        for name in [*settings, *record.settings]:
+            if settings.get(name) != record.settings.get(name):
+                return f"{name} changed from {record.settings.get(name)!r} to {settings.get(name)!r}"
+        return self._damage(record, artifacts)
+
+    def _damage(self, record: Record, artifacts: Iterable[str]) -> str:
+        found: dict[str, str] = {}
+        for artifact in artifacts:
+            found |= files_under(self.folder / artifact, self.folder)
+        for name, digest in record.files.items():
+            if name not in found:
+                return f"{name} is missing"
+            if found[name] != digest:
+                return f"{name} was changed after it was made"
+        more = sorted(set(found) - set(record.files))
+        return f"{more[0]} is none of its files" if more else ""

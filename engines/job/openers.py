@@ -1,0 +1,192 @@
+"""Opening the data of a job: which source it names, what its fingerprint is, and its batches."""
+
+from __future__ import annotations
+
+import glob
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import xxhash
+
+from calib.artifacts import versions
+from calib.errors import CalibcastError
+from engines.job.errors import JobError
+from engines.job.job_file import JobFile
+from engines.job.settings import Source
+from engines.job.sources import Batches, LoaderBatches, RowBatches, StreamBatches
+from engines.locations import call, load_data, load_function
+
+_BUILDERS = {"parquet": "parquet", "json_lines": "json", "csv": "csv"}
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """batches: of the data. columns: their names, where the source has any. about: what they are, for people."""
+
+    batches: Batches
+    columns: tuple[str, ...] | None
+    about: str
+
+
+def fingerprints(file: JobFile, source: Source) -> dict[str, str]:
+    """What changes when the data, or the way that they are read, change. Reads no data."""
+    return {"data": _fingerprint(file, source), "how the data are read": _reading(file, source)}
+
+
+def open_data(file: JobFile, source: Source, rank: int = 0, world: int = 1) -> OpenedData:
+    """Open what a table of a job file names. Raises JobError for what is not there, CalibcastError for what fails."""
+    if source.kind == "loader":
+        assert source.loader is not None
+        make, sharded = _loader(file, source, rank, world)
+        return OpenedData(LoaderBatches(make, sharded), None, f"loader {source.loader}")
+    with _told(source.kind):
+        dataset = _dataset(file, source)
+    place = getattr(source, source.kind)
+    about = f"{_spelt(source.kind)} {place if isinstance(place, str) else ', '.join(place)}"
+    if source.streaming:
+        columns = None if dataset.features is None else tuple(dataset.features)
+        return OpenedData(StreamBatches(dataset, source.batch_size), columns, f"{about}, streamed")
+    batches = RowBatches(dataset.with_format("torch"), source.batch_size, source.workers)
+    about = f"{about}, {len(dataset)} rows in {batches.length} batches"
+    return OpenedData(batches, tuple(dataset.column_names), about)
+
+
+def _dataset(file: JobFile, source: Source) -> Any:
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bar()
+    try:
+        found = _loaded(file, source, datasets)
+    finally:
+        if shown:
+            datasets.enable_progress_bar()
+    if isinstance(found, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        if source.split not in found:
+            raise JobError(f"the data have no split {source.split!r}; there are {', '.join(map(str, found))}")
+        found = found[source.split]
+    if source.streaming and isinstance(found, datasets.Dataset):
+        found = found.to_iterable_dataset()
+    if source.shuffle:
+        memory = {} if source.streaming else {"keep_in_memory": True}
+        found = found.shuffle(seed=source.seed, **memory)
+    return found
+
+
+def _loaded(file: JobFile, source: Source, datasets: Any) -> Any:
+    common = {"split": source.split, "streaming": source.streaming}
+    if source.folder is not None:
+        return datasets.load_from_disk(_path(file, source.folder))
+    if source.images is not None:
+        return datasets.load_dataset("imagefolder", data_dir=_path(file, source.images), **common)
+    if source.hub is not None:
+        local = file.local(source.hub)
+        name = str(local) if local.is_dir() else source.hub
+        return datasets.load_dataset(name, source.config, revision=source.revision, **common)
+    files = _files(file, getattr(source, source.kind))
+    return datasets.load_dataset(_BUILDERS[source.kind], data_files=files, **common)
+
+
+def _loader(file: JobFile, source: Source, rank: int, world: int) -> tuple[Callable[[], Any], bool]:
+    """A function that makes the user's loader, and whether it gives this process's shard."""
+    assert source.loader is not None
+    location = file.function(source.loader)
+    names = set(inspect.signature(load_function(location)).parameters)
+    sharded = {"rank", "world_size"} <= names
+    arguments = {**source.arguments, **({"rank": rank, "world_size": world} if sharded else {})}
+    if arguments:
+        return lambda: call(location, arguments), sharded
+    return lambda: load_data(location), sharded
+
+
+@contextmanager
+def _told(kind: str) -> Iterator[None]:
+    """What datasets raises, in one message."""
+    try:
+        yield
+    except CalibcastError:
+        raise
+    except Exception as error:  # datasets, pyarrow, fsspec and the hub each have their own
+        text = str(error).strip().splitlines() or [repr(error)]
+        raise CalibcastError(f"[data] {_spelt(kind)} cannot be opened: {type(error).__name__}: {text[0]}") from error
+
+
+def _files(file: JobFile, patterns: str | tuple[str, ...]) -> list[str]:
+    """Files of paths, globs and URLs, sorted. Raises JobError for a pattern that no file matches."""
+    found: list[str] = []
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        if "://" in pattern:
+            found.append(pattern)
+            continue
+        matches = sorted(glob.glob(str(file.local(pattern)), recursive=True))
+        if not matches:
+            raise JobError(f"{file.path}: no file matches {pattern!r} (looked in {file.base})")
+        found.extend(matches)
+    return found
+
+
+def _path(file: JobFile, path: str) -> str:
+    if "://" in path or file.local(path).is_dir():
+        return path if "://" in path else str(file.local(path))
+    raise JobError(f"{file.path}: there is no folder {file.local(path)}")
+
+
+def _reading(file: JobFile, source: Source) -> str:
+    """A digest of how the data are read: settings, and the code of the functions that they name."""
+    settings = source.model_dump(mode="json", exclude={"workers", "held_out_share", "max_batches"})
+    code = {name: code_digest(file, loc) for name in ("transform", "loader") if (loc := getattr(source, name))}
+    return digest(settings, code, versions()["calibcast"])
+
+
+def _fingerprint(file: JobFile, source: Source) -> str:
+    """A digest of the files that the data come from: names, sizes and times of change, as `make` goes by."""
+    watched = [p for p in _files(file, source.watch)] if source.watch else []
+    if source.folder is not None or source.images is not None:
+        watched += _below(_path(file, source.folder or source.images or ""))
+    elif source.hub is not None and file.local(source.hub).is_dir():
+        watched += _below(str(file.local(source.hub)))
+    elif source.kind in _BUILDERS:
+        watched += _files(file, getattr(source, source.kind))
+    with _told(source.kind):
+        return digest([_stamp(path, file.base) for path in watched])
+
+
+def _below(folder: str) -> list[str]:
+    if "://" in folder:
+        system, path = fsspec.core.url_to_fs(folder)
+        return [system.unstrip_protocol(name) for name in sorted(system.find(path))]
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _stamp(path: str, base: Path) -> list[Any]:
+    """What tells that a file changed. Its name is relative to the job, so that a job may move with its data."""
+    if "://" in path:
+        system, name = fsspec.core.url_to_fs(path)
+        return [path, str(system.ukey(name))]
+    status = os.stat(path)
+    return [os.path.relpath(path, base), status.st_size, status.st_mtime_ns]
+
+
+def code_digest(file: JobFile, location: str) -> str:
+    """A digest of the file that a `file.py:function` stands in. What it imports is not looked at."""
+    path = Path(file.function(location).rpartition(":")[0])
+    try:
+        return digest(location, path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JobError(f"{file.path}: {location!r}: there is no file {path}") from error
+
+
+def digest(*values: Any) -> str:
+    """A short digest of values that JSON can write."""
+    return str(xxhash.xxh3_128(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest())
+
+
+def _spelt(kind: str) -> str:
+    return "json" if kind == "json_lines" else kind

@@ -1,0 +1,231 @@
+"""`run_job`: the stages in order, those that changed, and what is left behind when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from calib.artifacts import versions
+from calib.checkpoint import Checkpoint
+from calib.errors import ArtifactError, CalibcastError, GateError
+from engines.job.errors import Stopped
+from engines.job.folder import MANIFEST, JobFolder, Store, files_under
+from engines.job.job_file import load_job
+from engines.job.logs import tell
+from engines.job.manifest import Manifest, Record
+from engines.job.measuring import counts, measure_shard
+from engines.job.openers import digest
+from engines.job.ranks import Ranks, connected, give, tell_all
+from engines.job.signals import Signals
+from engines.job.stages import JobRun, Stage
+
+Say = Callable[[str], None]
+_SAVED = b"saved"
+
+
+def run_job(path: Path, say: Say, bar: bool = True, redo: bool = False) -> None:
+    """Run the job at `path`: what is up to date is skipped, a calibration that was killed goes on.
+
+    Under torchrun, every process calls this; the first writes the artifacts. `say` gets the results, line by line.
+
+    Raises:
+        JobError: the job file is wrong. GateError: a gate said no; the evidence is written. Stopped: a signal came; a
+        checkpoint is written. Other CalibcastErrors: as the stages raise them. What was good stays.
+    """
+    file, ranks = load_job(path), Ranks.here()
+    folder = JobFolder.of(file)
+    with Signals() as signals, connected(ranks):
+        folder.prepare()
+        store = None if folder.url is None else Store(folder.url, folder.path)
+        run = JobRun(file, folder, ranks, signals, bar, store)
+        if ranks.first:
+            with folder.locked():
+                _lead(run, say, redo)
+        else:
+            _follow(run)
+
+
+def plan_job(path: Path, say: Say) -> None:
+    """Say what `run_job` would do, and what is already there. Writes nothing."""
+    file = load_job(path)
+    folder = JobFolder.of(file)
+    with Signals() as signals:
+        run = JobRun(file, folder, Ranks(), signals)
+        data, _ = run.opened(file.job.data, run.ranks)
+        mine, _ = counts(data.batches.length, run.calibration_share)
+        say(f"model       {file.job.model.location}: inputs {run.signature}")
+        say(f"data        {data.about}{'' if mine is None else f'; {mine} batches to calibrate on'}")
+        if run.held_out is not None:
+            held, _ = run.opened(run.held_out[0], run.ranks)
+            number, _ = counts(held.batches.length, run.held_out[1])
+            say(f"held out    {held.about}{'' if number is None else f'; {number} batches to verify with'}")
+        say(f"output      {folder}")
+        manifest = Manifest.load(folder.path) or Manifest(folder.path)
+        redone: set[str] = set()
+        for stage in run.stages():
+            why = _why(manifest, stage, redone)
+            if why:
+                redone.add(stage.name)
+            verdict = f"would be made: {why}" if why else _unchanged(manifest, stage)
+            say(f"{stage.name:<12}{', '.join(stage.artifacts)}: {verdict}")
+        for left in sorted((folder.path / "checkpoints").glob("rank-*.npz")):
+            say(f"checkpoint  {left.name}: {_described(left, run.made_of())}")
+
+
+def _described(path: Path, made_of: Mapping[str, str]) -> str:
+    try:
+        found = Checkpoint.load(path)
+    except ArtifactError as error:
+        return f"would not be used: {error}"
+    difference = found.difference(made_of)
+    if difference is not None:
+        return f"{found.position} batches; would not be used alone: {difference} is not the same"
+    return f"would go on after {found.position} batches"
+
+
+def _lead(run: JobRun, say: Say, redo: bool) -> None:
+    """What the process that writes does."""
+    run.folder.sweep()
+    if run.store is not None:
+        run.store.pull()
+    manifest = Manifest(run.folder.path) if redo else Manifest.load(run.folder.path) or Manifest(run.folder.path)
+    job = {"file": run.file.path.name, "settings": json.loads(json.dumps(run.file.job.model_dump()))}
+    try:
+        _run_stages(run, manifest, say, job)
+    except GateError as error:
+        _finish(run, manifest, job, "rejected", str(error))
+        raise
+    except Stopped as error:
+        _try_to_finish(run, manifest, job, "stopped", str(error))
+        raise
+    except Exception as error:
+        _try_to_finish(run, manifest, job, "failed", f"{type(error).__name__}: {error}")
+        raise
+    _finish(run, manifest, job, "done", "")
+    say(f"manifest    {manifest.status}: {run.folder}/manifest.json")
+
+
+def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any]) -> None:
+    for stage in run.stages():
+        why = _why(manifest, stage, set())
+        if stage.name == "calibrate" and not why:
+            tell_all(run.ranks)  # nothing to do for the others
+        if why:
+            _begin(manifest, job)
+            tell(f"{stage.name}: {why}", event="stage", stage=stage.name, why=why)
+            _clear_remains(run, manifest, stage)
+            _do(run, manifest, stage)
+        summary = manifest.stages[stage.name].result["summary"]
+        say(
+            f"{stage.name:<12}{', '.join(stage.artifacts)}: {'made' if why else _unchanged(manifest, stage)}; {summary}"
+        )
+        stage.judge(manifest.stages[stage.name].result)
+
+
+def _why(manifest: Manifest, stage: Stage, redone: set[str]) -> str:
+    """Why a stage must run; `redone` are the stages before it that would run first."""
+    for need in stage.needs:
+        if need in redone:
+            return f"{need} is made anew"
+    return manifest.why(stage.name, _inputs(manifest, stage), stage.settings, stage.artifacts)
+
+
+def _unchanged(manifest: Manifest, stage: Stage) -> str:
+    return f"skipped, as nothing changed in {', '.join(_inputs(manifest, stage))} and its settings"
+
+
+def _inputs(manifest: Manifest, stage: Stage) -> dict[str, str]:
+    """All fingerprints that a stage is made of: its own inputs, and the files of the stages before."""
+    before = {f"the result of {need}": digest(manifest.stages[need].files) for need in stage.needs
+              if need in manifest.stages}  # fmt: skip
+    return {**stage.inputs, **before}
+
+
+def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
+    """Until the end nobody should take the folder's artifacts for one whole."""
+    if manifest.status != "running" or not manifest.run:
+        manifest.status, manifest.reason, manifest.job = "running", "", dict(job)
+        manifest.run = {
+            "id": uuid4().hex,
+            "host": platform.node(),
+            "process": os.getpid(),
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "started": _now(),
+            "versions": versions(),
+        }
+    manifest.save()
+
+
+def _clear_remains(run: JobRun, manifest: Manifest, stage: Stage) -> None:
+    """Remove a folder of ours that lost its own manifest, as when a run was killed while it replaced it."""
+    record = manifest.stages.get(stage.name)
+    for artifact in stage.artifacts:
+        path = run.folder.path / artifact
+        if record is None or not path.is_dir() or (path / MANIFEST).exists():
+            continue
+        if set(files_under(path, run.folder.path)) <= set(record.files):
+            shutil.rmtree(path)
+
+
+def _do(run: JobRun, manifest: Manifest, stage: Stage) -> None:
+    inputs, began = _inputs(manifest, stage), time.monotonic()
+    result = stage.work()
+    files: dict[str, str] = {}
+    for artifact in stage.artifacts:
+        files |= files_under(run.folder.path / artifact, run.folder.path)
+    seconds = round(time.monotonic() - began, 3)
+    manifest.stages[stage.name] = Record(inputs, dict(stage.settings), files, result, seconds, _now())
+    manifest.save()
+    if stage.name == "calibrate":
+        _drop_checkpoint(run)
+        tell_all(run.ranks, _SAVED)
+
+
+def _finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status: str, reason: str) -> None:
+    """Write the verdict, unless it stands there already, and bring everything to the store."""
+    if (manifest.status, manifest.reason) != (status, reason) or manifest.job != job:
+        manifest.status, manifest.reason, manifest.job = status, reason, job
+        manifest.run = {**manifest.run, "finished": _now()}
+        manifest.save()
+    if run.store is not None:
+        tell(f"{run.store.push()} files written to {run.folder.url}")
+
+
+def _try_to_finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status: str, reason: str) -> None:
+    """After a failure, which may be that nothing can be written."""
+    try:
+        manifest.status, manifest.reason, manifest.job = status, reason, job
+        manifest.save()
+    except CalibcastError as error:
+        tell(f"the manifest cannot be written either: {error}", 40)
+
+
+def _follow(run: JobRun) -> None:
+    """What the other processes do: their share of the calibration, and no more."""
+    decided = tell_all(run.ranks)
+    if not decided:
+        return
+    made = measure_shard(run.task(json.loads(decided)), run.signals, bar=False)
+    give(made.to_bytes())
+    if tell_all(run.ranks) == _SAVED:
+        _drop_checkpoint(run)
+
+
+def _drop_checkpoint(run: JobRun) -> None:
+    """The table is safe: what led to it is not needed any more."""
+    path = run.folder.checkpoint(run.ranks.rank, run.ranks.world)
+    path.unlink(missing_ok=True)
+    if run.store is not None:
+        run.store.drop(path.relative_to(run.folder.path).as_posix())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

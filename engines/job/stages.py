@@ -1,0 +1,306 @@
+"""The stages of a job: what each is made of, and what it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from calib.artifacts import load_program, save_program, versions
+from calib.batches import Signature, signature_of
+from calib.checkpoint import Checkpoint, merge_checkpoints
+from calib.errors import BatchError, GateError
+from calib.fingerprint import fingerprint, node_digests, weights_hash
+from calib.ranges import RangeTable
+from engines.backends import chosen
+from engines.building import build
+from engines.engine import Engine
+from engines.job import ranks as ranks_module
+from engines.job.errors import JobError
+from engines.job.feed import Feeding, feed
+from engines.job.folder import EARLY, ENGINE, MIXED, PLAN, RANGES, VERIFICATION, JobFolder, Store
+from engines.job.inputs import Inputs, inputs_of
+from engines.job.job_file import JobFile
+from engines.job.logs import tell
+from engines.job.measuring import Task, counts, measure_shard
+from engines.job.openers import OpenedData, code_digest, fingerprints, open_data
+from engines.job.progress import Progress
+from engines.job.ranks import Ranks
+from engines.job.settings import Source
+from engines.job.settling import early_part, settling
+from engines.job.shares import Share
+from engines.job.signals import Signals
+from engines.job.sources import Done
+from engines.job.trust import DataReport, check_share
+from engines.locations import load_function, load_model
+from engines.report_file import load_report, save_report
+from engines.verification import verify
+from passes.cast_insertion import insert_casts
+from passes.classification import classify
+from passes.plan import PrecisionPlan
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. needs: stages whose files it reads. inputs: fingerprints of what else it is made of. settings: of
+    the job file, by key. work: does it, and returns what the manifest should say of it. judge: raises GateError when
+    a gate of the user's says no to that; asked again when the stage is skipped."""
+
+    name: str
+    artifacts: tuple[str, ...]
+    needs: tuple[str, ...]
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+    work: Callable[[], dict[str, Any]]
+    judge: Callable[[Mapping[str, Any]], None] = lambda result: None
+
+
+@dataclass(frozen=True)
+class JobRun:
+    """One run of a job in this process."""
+
+    file: JobFile
+    folder: JobFolder
+    ranks: Ranks
+    signals: Signals
+    bar: bool = True
+    store: Store | None = None
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """The model, exported."""
+        model = self.file.job.model
+        return load_model(self.file.function(model.location), model.arguments)
+
+    @cached_property
+    def signature(self) -> Signature:
+        return signature_of(self.program)
+
+    @cached_property
+    def model_inputs(self) -> dict[str, str]:
+        """Fingerprints that every stage depends on."""
+        graph = fingerprint(node_digests(self.program))
+        return {"program": graph, "weights": weights_hash(self.program), "calibcast": versions()["calibcast"]}
+
+    @cached_property
+    def calibration_share(self) -> Share:
+        """This process's calibration batches."""
+        job = self.file.job
+        held = 0.0 if job.held_out is not None else job.data.held_out_share
+        return Share(held, False, job.data.max_batches, self.ranks.rank, self.ranks.world)
+
+    @cached_property
+    def held_out(self) -> tuple[Source, Share] | None:
+        """Where the held-out batches are; None when nothing is held out."""
+        job = self.file.job
+        most = job.verification.max_batches
+        if job.held_out is not None:
+            return job.held_out, Share(most=most)
+        return (job.data, Share(job.data.held_out_share, True, most)) if job.data.held_out_share > 0 else None
+
+    def opened(self, source: Source, ranks: Ranks) -> tuple[OpenedData, Inputs]:
+        """The data of a table, and how its batches become inputs."""
+        found = open_data(self.file, source, ranks.rank, ranks.world)
+        transform = None if source.transform is None else load_function(self.file.function(source.transform))
+        return found, inputs_of(source, self.signature, found.columns, transform)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, in order."""
+        verification = () if self.held_out is None else (self._verify(self.held_out),)
+        return (self._calibrate(), self._plan(), self._cast(), self._build(), *verification)
+
+    def _calibrate(self) -> Stage:
+        job = self.file.job
+        settings = {
+            **_plain(job.calibration, "histogram", "on_nonfinite", "device"),
+            **_plain(job.limits, "on_nonfinite_inputs"),
+            "max_batches": job.data.max_batches,
+            "held_out_share": self.calibration_share.held_out_share,
+        }
+        inputs = {**self.model_inputs, **fingerprints(self.file, job.data)}
+        return Stage("calibrate", (RANGES, EARLY), (), inputs, settings, self._measure, self._judge_data)
+
+    def task(self, made_of: Mapping[str, str]) -> Task:
+        """This process's part of the calibration."""
+        job = self.file.job
+        data, inputs = self.opened(job.data, self.ranks)
+        path = self.folder.checkpoint(self.ranks.rank, self.ranks.world)
+        name = path.relative_to(self.folder.path).as_posix()
+        store = self.store
+        if store is not None:
+            store.fetch(name)
+        device = f"cuda:{self.ranks.local}" if job.calibration.device == "cuda" else job.calibration.device
+        return Task(
+            self.program, data.batches, self.calibration_share, inputs, job.calibration, job.limits, made_of, path,
+            device, (lambda _: None) if store is None else (lambda _: store.put(name)),
+        )  # fmt: skip
+
+    def made_of(self) -> dict[str, str]:
+        """Fingerprints of all that decides the statistics of a shard."""
+        stage = self._calibrate()
+        settings = {name: json.dumps(value) for name, value in stage.settings.items()}
+        return {**stage.inputs, **settings, "number of processes": str(self.ranks.world)}
+
+    def _measure(self) -> dict[str, Any]:
+        made_of = self.made_of()
+        task = self.task(made_of)
+        self._refuse_nothing(task)
+        ranks_module.tell_all(self.ranks, json.dumps(made_of).encode())
+        own = measure_shard(task, self.signals, self.bar)
+        others = [
+            Checkpoint.from_bytes(ranks_module.take(rank), self.folder.checkpoint(rank, self.ranks.world))
+            for rank in range(1, self.ranks.world)
+        ]
+        parts = [own, *others]
+        report = DataReport.merged(DataReport.from_json(part.notes["report"]) for part in parts)
+        check_share(report, self.file.job.limits)
+        table = merge_checkpoints(parts).table()
+        if not table.calibration.batches:
+            raise BatchError(f"of {report.batches} batches none could be measured: {'; '.join(report.lines())}")
+        table.save(self.folder.path / RANGES)
+        early = [part for part in map(early_part, parts) if part is not None]
+        if early:
+            merge_checkpoints(early).table().save(self.folder.path / EARLY)
+        else:
+            (self.folder.path / EARLY).unlink(missing_ok=True)
+        return {"summary": str(table), "batches": table.calibration.batches, "report": report.to_json()}
+
+    def _refuse_nothing(self, task: Task) -> None:
+        """Before hours of work, not after: is there a batch to calibrate on, and one to verify with?"""
+        length, share = task.batches.length, self.calibration_share
+        if length is None:
+            return
+        held = share.held_out_share
+        if held > 0 and not counts(length, Share(held, True))[1]:
+            raise JobError(
+                f"of {length} batches none is held out by held_out_share = {held:g}: make batch_size smaller or the "
+                "share larger, or give [held_out]"
+            )
+        if not counts(length, share)[1]:
+            raise JobError(f"the data have {length} batches, and none of them is left to calibrate on")
+
+    def _judge_data(self, result: Mapping[str, Any]) -> None:
+        report = DataReport.from_json(result["report"])
+        for line in report.lines():
+            tell(f"data: {line}", 30, event="data")
+        check_share(report, self.file.job.limits)
+
+    def _plan(self) -> Stage:
+        settings = _plain(self.file.job.plan)
+        code = {f"rule {rule}": code_digest(self.file, rule) for rule in self.file.job.plan.rules}
+        inputs = {**self.model_inputs, **code}
+        return Stage("plan", (PLAN,), ("calibrate",), inputs, settings, self._decide, self._judge_settling)
+
+    def _decide(self) -> dict[str, Any]:
+        table = RangeTable.load(self.folder.path / RANGES)
+        plan = self._classified(table)
+        plan.save(self.folder.path / PLAN)
+        result: dict[str, Any] = {"summary": str(plan).splitlines()[0], "settling": None}
+        if (self.folder.path / EARLY).exists():
+            early = RangeTable.load(self.folder.path / EARLY)
+            found = settling(early, table, self._classified(early), plan)
+            result |= {"settling": found.to_json(), "settled": str(found)}
+        return result
+
+    def _classified(self, table: RangeTable) -> PrecisionPlan:
+        settings = self.file.job.plan
+        arguments = settings.model_dump(exclude={"rules"})
+        rules = [load_function(self.file.function(rule)) for rule in settings.rules]
+        return classify(self.program, table, rules=rules, **arguments)
+
+    def _judge_settling(self, result: Mapping[str, Any]) -> None:
+        found, limits = result["settling"], self.file.job.limits
+        if found is None:
+            tell("data: too few batches to say whether the ranges have settled", event="data")
+            return
+        unsettled = bool(found["growing"] or found["moved"])
+        tell(f"data: {result['settled']}", 30 if unsettled else 20, event="settling", **found)
+        share = found["growing"] / max(found["tensors"], 1)
+        if limits.max_growing_share is not None and share > limits.max_growing_share:
+            raise GateError(
+                f"the gate says no: {result['settled']}; limits.max_growing_share allows "
+                f"{100 * limits.max_growing_share:.3g}% of the tensors. Calibrate on more data."
+            )
+        if limits.max_moved_decisions is not None and len(found["moved"]) > limits.max_moved_decisions:
+            raise GateError(
+                f"the gate says no: {result['settled']}; limits.max_moved_decisions allows "
+                f"{limits.max_moved_decisions}. Calibrate on more data."
+            )
+
+    def _cast(self) -> Stage:
+        inputs = {**self.model_inputs, "torch": torch.__version__}
+        return Stage("cast", (MIXED,), ("plan",), inputs, _plain(self.file.job.build, "keep_io_types"), self._insert)
+
+    def _insert(self) -> dict[str, Any]:
+        plan = PrecisionPlan.load(self.folder.path / PLAN)
+        mixed = insert_casts(self.program, plan, keep_io_types=self.file.job.build.keep_io_types)
+        save_program(mixed, self.folder.path / MIXED)
+        casts = len(node_digests(mixed)) - len(node_digests(self.program))
+        return {"summary": f"{casts} nodes more than the exported program", "program": fingerprint(node_digests(mixed))}
+
+    def _build(self) -> Stage:
+        asked = self.file.job.build
+        settings = {name: v for name, v in _plain(asked).items() if name not in {"keep_io_types", "build_timeout"}}
+        backend, _ = chosen(asked.backend, asked.ahead_of_time)
+        inputs = {"backend": json.dumps([backend.name, backend.versions()], sort_keys=True)}
+        return Stage("build", (ENGINE,), ("calibrate", "plan", "cast"), inputs, settings, self._engine)
+
+    def _engine(self) -> dict[str, Any]:
+        settings, folder = self.file.job.build, self.folder.path
+        options = settings.model_dump(exclude={"keep_io_types", "backend", "settings"})
+        engine = build(
+            load_program(folder / MIXED), PrecisionPlan.load(folder / PLAN), RangeTable.load(folder / RANGES),
+            settings.backend, progress=self.bar, **options, **settings.settings,
+        )  # fmt: skip
+        engine.save(folder / ENGINE)
+        return {"summary": f"backend {engine.backend} ({engine.why})", "backend": engine.backend}
+
+    def _verify(self, held: tuple[Source, Share]) -> Stage:
+        source, share = held
+        settings = self.file.job.verification
+        code = {f"metric {name}": code_digest(self.file, location) for name, location in settings.metrics.items()}
+        inputs = {**self.model_inputs, **fingerprints(self.file, source), **code}
+        own = {**_plain(settings, "max_batches"), **_plain(self.file.job.limits, "on_nonfinite_inputs"),
+               "held_out_share": share.held_out_share}  # fmt: skip
+        return Stage("verify", (VERIFICATION,), ("build",), inputs, own, self._compare, self._judge_engine)
+
+    def _compare(self) -> dict[str, Any]:
+        assert self.held_out is not None
+        source, share = self.held_out
+        data, inputs = self.opened(source, Ranks())  # all of it, not a shard
+        metrics = self.file.job.verification.metrics
+        functions = {name: load_function(self.file.function(location)) for name, location in metrics.items()}
+        total = counts(data.batches.length, share)[0]
+        items = feed(data.batches.read(share, Done()), inputs, self.signature)
+        feeding = Feeding(items, self.signature, self.file.job.limits, Progress("verify", total, bar=self.bar), total)
+        engine, judged = self._judged_engine()
+        report = verify(engine, self.program, feeding, feeding.inputs, metrics=functions, progress=False)
+        save_report(self.folder.path / VERIFICATION, report)
+        summary = f"{str(report).splitlines()[0]} ({judged})"
+        data_report = feeding.report.to_json()
+        return {"summary": summary, "judged": judged, "metrics": dict(report.metrics), "report": data_report}
+
+    def _judged_engine(self) -> tuple[Engine, str]:
+        """The engine as it was saved; where it was built for a GPU that is not here, the cast program in PyTorch."""
+        if self.file.job.build.ahead_of_time and not torch.cuda.is_available():
+            mixed = load_program(self.folder.path / MIXED)
+            return build(mixed, backend="eager"), "the cast program in PyTorch: the engine needs a GPU"
+        engine = Engine.load(self.folder.path / ENGINE)
+        return engine, f"the {engine.backend} engine"
+
+    def _judge_engine(self, result: Mapping[str, Any]) -> None:
+        for line in DataReport.from_json(result["report"]).lines():
+            tell(f"held-out data: {line}", 30, event="data")
+        load_report(self.folder.path / VERIFICATION).require(**self.file.job.verification.bounds)
+
+
+def _plain(table: Any, *names: str) -> dict[str, Any]:
+    """Settings as JSON gives them back, so that they can be compared; inf stays inf."""
+    found = table.model_dump(include=set(names)) if names else table.model_dump()
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
