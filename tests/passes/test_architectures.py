@@ -16,12 +16,9 @@ from benchmarks.zoo.judgement import TOLERANCE, Trial, outputs_of  # noqa: E402
 from passes import insert_casts  # noqa: E402
 
 SLOW = {name: pytest.mark.slow for name, entry in ZOO.items() if entry.slow}
-DIVISOR = "elements of what is normalised count as divisors, though their norm is the divisor"
 MASK = "a mask value that passes topk and a comparison keeps its readers in fp32"
 # Where more is fp32 than need be: name-type -> why. An entry that is mended fails, to be taken out.
 NEEDLESS = {
-    "xcit-fp16": DIVISOR,
-    "edgenext-fp16": DIVISOR,
     "top_mask-fp16": MASK,
     "top_mask-bf16": MASK,
 }
