@@ -20,9 +20,9 @@ from calib.masks import MASK_AT_MOST
 from calib.observer import Observer
 
 _log = logging.getLogger("calibcast")
-# Elements of one step of one program, with eight for each of its threads, and the most programs: two for each of an
-# H200's 132 multiprocessors. Each has a place of its own for its results: 13.7 KB a tensor.
-BLOCK, WARPS, PROGRAMS = 2048, 8, 264
+# Elements of one step of one program: four for each of its threads, which is 80 registers (ptxas, sm_90), so that three
+# programs fit on a multiprocessor. As many programs as an H200's 132 hold. Each has a place of its own: 20 KB a tensor.
+BLOCK, WARPS, PROGRAMS = 1024, 8, 396
 _MOST = (1 << 31) - 1
 _NOTHING = (math.inf, math.inf, math.inf, -math.inf)  # least, smallest magnitude, lowest mask value, largest
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
