@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,12 +20,11 @@ from calib.masks import MASK_AT_MOST
 from calib.observer import Observer
 
 _log = logging.getLogger("calibcast")
-# Elements of one step of one program, with eight for each of its threads, and the most programs: two for each of an
-# H200's 132 multiprocessors. Each has a place of its own for its results: 13.7 KB a tensor.
-BLOCK, WARPS, PROGRAMS = 2048, 8, 264
-_MOST, _LEAST = (1 << 31) - 1, -(1 << 31)
-# least value, smallest magnitude, lowest mask value and largest value as keys; nan, posinf, neginf, zeros, masked
-_EMPTY = (_MOST, _MOST, _MOST, _LEAST, 0, 0, 0, 0, 0)
+# Elements of one step of one program: four for each of its threads, which is 80 registers (ptxas, sm_90), so that three
+# programs fit on a multiprocessor. As many programs as an H200's 132 hold. Each has a place of its own: 20 KB a tensor.
+BLOCK, WARPS, PROGRAMS = 1024, 8, 396
+_MOST = (1 << 31) - 1
+_NOTHING = (math.inf, math.inf, math.inf, -math.inf)  # least, smallest magnitude, lowest mask value, largest
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -60,8 +60,9 @@ class DeviceObserver(Observer):
         super().__init__(specs, device, histogram, masks)
         rows = len(specs)
         self._tally = importlib.import_module("calib.triton_kernel").tally
-        self._empty = torch.tensor(_EMPTY, dtype=torch.int32, device=device)
-        self._integers = self._empty.repeat(rows, PROGRAMS, 1)
+        self._nothing = torch.tensor(_NOTHING, dtype=torch.float32, device=device)
+        self._values = self._nothing.repeat(rows, PROGRAMS, 1)
+        self._counts = torch.zeros(rows, PROGRAMS, 5, dtype=torch.int32, device=device)
         self._sums = torch.zeros(rows, PROGRAMS, 2, dtype=torch.float64, device=device)
         self._bins = torch.zeros(rows if histogram else 1, BINS, dtype=torch.int64, device=device)
         self.layout = Layout()
@@ -70,9 +71,9 @@ class DeviceObserver(Observer):
     def start(self, index: int, layout: Layout | None = None) -> None:
         """Begin batch `index`. `layout`: of a run that is replayed, in which nothing is watched."""
         super().start(index)
-        self._integers.copy_(self._empty.expand_as(self._integers))
-        self._sums.zero_()
-        self._bins.zero_()
+        self._values.copy_(self._nothing.expand_as(self._values))
+        for array in (self._counts, self._sums, self._bins):
+            array.zero_()
         self.layout = Layout() if layout is None else layout
         self._decoded = False
 
@@ -86,7 +87,7 @@ class DeviceObserver(Observer):
 
     def _write(self, row: int, tensor: torch.Tensor) -> None:
         size = tensor.numel()
-        elsewhere = tensor.device != self._integers.device  # weights are measured where they are
+        elsewhere = tensor.device != self._values.device  # weights are measured where they are
         if elsewhere or tensor.dtype not in _TYPES or tensor.is_neg() or not is_dense(tensor) or size > _MOST - BLOCK:
             super()._write(row, tensor)
             return
@@ -94,7 +95,7 @@ class DeviceObserver(Observer):
         programs = min(PROGRAMS, -(-size // BLOCK))
         flat = tensor.detach().as_strided((size,), (1,), tensor.storage_offset())
         self._tally[(programs,)](
-            flat, self._integers, self._sums, self._bins, size, row, MASK_AT_MOST if masked else 0.0,
+            flat, self._values, self._counts, self._sums, self._bins, size, row, MASK_AT_MOST if masked else 0.0,
             PLACES=PROGRAMS, MASKED=masked, HISTOGRAM=self._histogram, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
         self.layout.sizes[row] = size
@@ -112,13 +113,12 @@ class DeviceObserver(Observer):
             return
         self._decoded = True
         batch = self._batch
-        rows, sizes, copies, sources = self.layout.tensors(self._integers.device)
-        integers = self._integers[rows]
-        lows, highs = integers[:, :, :3].amin(1), integers[:, :, 3].amax(1)
-        low, small, lowest = (_value_of(key, nothing=_MOST, means=torch.inf) for key in lows.unbind(1))
-        high = _value_of(highs, nothing=_LEAST, means=-torch.inf)
+        rows, sizes, copies, sources = self.layout.tensors(self._values.device)
+        values = self._values[rows]
+        low, small, lowest = values[:, :, :3].amin(1).double().unbind(1)
+        high = values[:, :, 3].amax(1).double()
         batch.values[rows] = torch.cat([torch.stack([low, high, small], 1), self._sums[rows].sum(1)], 1)
-        batch.counts[rows] = torch.cat([sizes[:, None], integers[:, :, 4:].sum(1)], 1)
+        batch.counts[rows] = torch.cat([sizes[:, None], self._counts[rows].sum(1)], 1)
         batch.batches[rows] = 1
         if batch.histograms is not None:
             batch.histograms[rows] = self._bins[rows]
@@ -127,11 +127,6 @@ class DeviceObserver(Observer):
             if array is not None:
                 array[copies] = array[sources]
         batch.hidden[copies, 2] = batch.hidden[sources, 2]
-
-
-def _value_of(keys: torch.Tensor, nothing: int, means: float) -> torch.Tensor:
-    bits = torch.where(keys < 0, keys ^ _MOST, keys).contiguous()
-    return torch.where(keys == nothing, means, bits.view(torch.float32).double())
 
 
 def fused_problem(device: torch.device) -> str | None:

@@ -15,6 +15,9 @@ CPU = torch.device("cpu")
 INF, NAN = math.inf, math.nan
 TENSORS = {
     "plain": torch.randn(700),
+    "common": torch.randn(128 * 7).relu(),
+    "common, then odd": torch.cat([torch.randn(128 * 3), torch.tensor([1e-30, -0.0, NAN, 1e20]), torch.randn(300)]),
+    "edges": torch.tensor([2.0**-47, 2.0**-48, 2.0**16, 2.0**17, -(2.0**-47), 0.0, 2.0**17 - 0.01] * 40),
     "negative": -torch.rand(5, 7) - 1,
     "one": torch.tensor([3.5]),
     "zero-dim": torch.tensor(-2.0),

@@ -280,7 +280,8 @@ def test_a_fresh_process_loads_and_runs_a_saved_engine(engine, batches, tmp_path
     )
     files = [str(tmp_path / name) for name in ("engine", "x.pt", "y.pt")]
     subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=300, cwd=Path(__file__).parents[2])
-    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), engine(batches[1].cuda()).cpu(), rtol=0, atol=0)
+    # TensorRT-RTX compiles for the GPU when an engine is loaded, and may take other kernels in another process.
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), engine(batches[1].cuda()).cpu(), rtol=1e-2, atol=2e-3)
 
 
 def test_another_gpu_is_refused(engine, tmp_path):
