@@ -79,8 +79,11 @@ class Network:
         works = {variant: self._cast(variant) for variant in variants if variant in ENGINES}
         with ThreadPoolExecutor(max_workers=max(1, len(works))) as pool:
             building = {variant: pool.submit(self._engine, variant, *work) for variant, work in works.items()}
-            for variant in variants:
+            # Engines last: what is waited for while builders work costs nothing.
+            for variant in sorted(variants, key=lambda v: v in building):
                 doing(variant)
+                if building and "compile" in variant:
+                    time.sleep(2)  # let the builders have their programs first: compiling holds up who saves one
                 if variant in building:
                     found[variant] = building[variant].result()
                 elif variant == "peer autocast fp16":
@@ -89,14 +92,16 @@ class Network:
                     found[variant] = _tried(lambda v=variant: self._compiled(v))
                 else:
                     found[variant] = Prepared(_with_autocast(model) if "autocast" in variant else model)
-        return found
+        return {variant: found[variant] for variant in variants}
 
     def _compiled(self, variant: str) -> Prepared:
         start = time.perf_counter()
         torch._dynamo.reset()
         compiled = torch.compile(self.subject.model)
         run = _with_autocast(compiled) if "autocast" in variant else compiled
-        with torch.no_grad(), tf32(False):
+        from calib.artifacts import SERIALISING
+
+        with SERIALISING, torch.no_grad(), tf32(False):
             run(*self.inputs)
         return Prepared(run, time.perf_counter() - start)
 

@@ -19,10 +19,12 @@ from calib.masks import MASK_AT_MOST
 from calib.observer import Observer
 
 _log = logging.getLogger("calibcast")
-# Elements of one step of one program, and the most programs: several for each of an H200's 132 multiprocessors.
-BLOCK, PROGRAMS = 1024, 1056
+# Elements of one step of one program, with eight for each of its threads, and the most programs: two for each of an
+# H200's 132 multiprocessors. Each has a place of its own for its results: 13.7 KB a tensor.
+BLOCK, WARPS, PROGRAMS = 2048, 8, 264
 _MOST, _LEAST = (1 << 31) - 1, -(1 << 31)
-_EMPTY_KEYS = (_MOST, _LEAST, _MOST, _MOST)
+# least value, smallest magnitude, lowest mask value and largest value as keys; nan, posinf, neginf, zeros, masked
+_EMPTY = (_MOST, _MOST, _MOST, _LEAST, 0, 0, 0, 0, 0)
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -58,21 +60,19 @@ class DeviceObserver(Observer):
         super().__init__(specs, device, histogram, masks)
         rows = len(specs)
         self._tally = importlib.import_module("calib.triton_kernel").tally
-        self._nothing = torch.tensor(_EMPTY_KEYS, dtype=torch.int32, device=device).repeat(rows, 1)
-        self._keys = self._nothing.clone()
-        self._sums = torch.zeros(rows, 2, dtype=torch.float64, device=device)
-        self._counts = torch.zeros(rows, 5, dtype=torch.int64, device=device)
+        self._empty = torch.tensor(_EMPTY, dtype=torch.int32, device=device)
+        self._integers = self._empty.repeat(rows, PROGRAMS, 1)
+        self._sums = torch.zeros(rows, PROGRAMS, 2, dtype=torch.float64, device=device)
         self._bins = torch.zeros(rows if histogram else 1, BINS, dtype=torch.int64, device=device)
-        self._masked_rows = torch.tensor(sorted(self._masks), dtype=torch.int64, device=device)
         self.layout = Layout()
         self._decoded = False
 
     def start(self, index: int, layout: Layout | None = None) -> None:
         """Begin batch `index`. `layout`: of a run that is replayed, in which nothing is watched."""
         super().start(index)
-        self._keys.copy_(self._nothing)
-        for array in (self._sums, self._counts, self._bins):
-            array.zero_()
+        self._integers.copy_(self._empty.expand_as(self._integers))
+        self._sums.zero_()
+        self._bins.zero_()
         self.layout = Layout() if layout is None else layout
         self._decoded = False
 
@@ -85,16 +85,17 @@ class DeviceObserver(Observer):
         super().finish()
 
     def _write(self, row: int, tensor: torch.Tensor) -> None:
-        if tensor.dtype not in _TYPES or tensor.is_neg() or not is_dense(tensor):
+        size = tensor.numel()
+        elsewhere = tensor.device != self._integers.device  # weights are measured where they are
+        if elsewhere or tensor.dtype not in _TYPES or tensor.is_neg() or not is_dense(tensor) or size > _MOST - BLOCK:
             super()._write(row, tensor)
             return
-        size = tensor.numel()
         masked = row in self._masks
         programs = min(PROGRAMS, -(-size // BLOCK))
         flat = tensor.detach().as_strided((size,), (1,), tensor.storage_offset())
         self._tally[(programs,)](
-            flat, self._keys, self._sums, self._counts, self._bins, size, row, MASK_AT_MOST if masked else 0.0,
-            MASKED=masked, HISTOGRAM=self._histogram, BLOCK=BLOCK, num_warps=4,
+            flat, self._integers, self._sums, self._bins, size, row, MASK_AT_MOST if masked else 0.0,
+            PLACES=PROGRAMS, MASKED=masked, HISTOGRAM=self._histogram, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
         self.layout.sizes[row] = size
 
@@ -111,28 +112,21 @@ class DeviceObserver(Observer):
             return
         self._decoded = True
         batch = self._batch
-        rows, sizes, copies, sources = self.layout.tensors(self._keys.device)
-        values = torch.cat([_values_of(self._keys[rows]), self._sums[rows]], dim=1)
-        batch.values[rows] = values
-        batch.counts[rows] = torch.cat([sizes[:, None], self._counts[rows]], dim=1)
+        rows, sizes, copies, sources = self.layout.tensors(self._integers.device)
+        integers = self._integers[rows]
+        lows, highs = integers[:, :, :3].amin(1), integers[:, :, 3].amax(1)
+        low, small, lowest = (_value_of(key, nothing=_MOST, means=torch.inf) for key in lows.unbind(1))
+        high = _value_of(highs, nothing=_LEAST, means=-torch.inf)
+        batch.values[rows] = torch.cat([torch.stack([low, high, small], 1), self._sums[rows].sum(1)], 1)
+        batch.counts[rows] = torch.cat([sizes[:, None], integers[:, :, 4:].sum(1)], 1)
         batch.batches[rows] = 1
         if batch.histograms is not None:
             batch.histograms[rows] = self._bins[rows]
-        if len(self._masks):
-            lowest = _value_of(self._keys[self._masked_rows, 3], nothing=_MOST, means=torch.inf)
-            batch.hidden[self._masked_rows, 2] = torch.minimum(batch.hidden[self._masked_rows, 2], lowest)
+        batch.hidden[rows, 2] = torch.minimum(batch.hidden[rows, 2], lowest)
         for array in (batch.values, batch.counts, batch.batches, batch.histograms):
             if array is not None:
                 array[copies] = array[sources]
         batch.hidden[copies, 2] = batch.hidden[sources, 2]
-
-
-def _values_of(keys: torch.Tensor) -> torch.Tensor:
-    """min, max and smallest as float64 [rows, 3]; what there was nothing of as in `calib.kernel.NOTHING`."""
-    low = _value_of(keys[:, 0], nothing=_MOST, means=torch.inf)
-    high = _value_of(keys[:, 1], nothing=_LEAST, means=-torch.inf)
-    small = _value_of(keys[:, 2], nothing=_MOST, means=torch.inf)
-    return torch.stack([low, high, small], dim=1)
 
 
 def _value_of(keys: torch.Tensor, nothing: int, means: float) -> torch.Tensor:

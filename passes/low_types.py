@@ -18,7 +18,8 @@ from calib.graph import size_hint
 from passes.dtype_arguments import with_low_dtype
 
 Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for what is no tensor
-_REFUSALS = (RuntimeError, TypeError, NotImplementedError, ValueError)
+# AssertionError: a program's own check of a type, which is asked about like any other node.
+_REFUSALS = (RuntimeError, TypeError, NotImplementedError, ValueError, AssertionError)
 
 
 class LowTypes:

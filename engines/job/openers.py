@@ -155,7 +155,7 @@ def _fingerprint(file: JobFile, source: Source) -> str:
     elif source.kind in _BUILDERS:
         watched += _files(file, getattr(source, source.kind))
     with _told(source.kind):
-        return digest([_stamp(path) for path in watched])
+        return digest([_stamp(path, file.base) for path in watched])
 
 
 def _below(folder: str) -> list[str]:
@@ -165,12 +165,13 @@ def _below(folder: str) -> list[str]:
     return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _stamp(path: str) -> list[Any]:
+def _stamp(path: str, base: Path) -> list[Any]:
+    """What tells that a file changed. Its name is relative to the job, so that a job may move with its data."""
     if "://" in path:
         system, name = fsspec.core.url_to_fs(path)
         return [path, str(system.ukey(name))]
     status = os.stat(path)
-    return [path, status.st_size, status.st_mtime_ns]
+    return [os.path.relpath(path, base), status.st_size, status.st_mtime_ns]
 
 
 def code_digest(file: JobFile, location: str) -> str:

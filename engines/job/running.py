@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from calib.artifacts import versions
 from calib.checkpoint import Checkpoint
 from calib.errors import ArtifactError, CalibcastError, GateError
 from engines.job.errors import Stopped
-from engines.job.folder import JobFolder, Store, files_under
+from engines.job.folder import MANIFEST, JobFolder, Store, files_under
 from engines.job.job_file import load_job
 from engines.job.logs import tell
 from engines.job.manifest import Manifest, Record
@@ -96,7 +97,7 @@ def _lead(run: JobRun, say: Say, redo: bool) -> None:
     if run.store is not None:
         run.store.pull()
     manifest = Manifest(run.folder.path) if redo else Manifest.load(run.folder.path) or Manifest(run.folder.path)
-    job = {"file": str(run.file.path), "settings": json.loads(json.dumps(run.file.job.model_dump()))}
+    job = {"file": run.file.path.name, "settings": json.loads(json.dumps(run.file.job.model_dump()))}
     try:
         _run_stages(run, manifest, say, job)
     except GateError as error:
@@ -120,6 +121,7 @@ def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any
         if why:
             _begin(manifest, job)
             tell(f"{stage.name}: {why}", event="stage", stage=stage.name, why=why)
+            _clear_remains(run, manifest, stage)
             _do(run, manifest, stage)
         summary = manifest.stages[stage.name].result["summary"]
         say(
@@ -160,6 +162,17 @@ def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
             "versions": versions(),
         }
     manifest.save()
+
+
+def _clear_remains(run: JobRun, manifest: Manifest, stage: Stage) -> None:
+    """Remove a folder of ours that lost its own manifest, as when a run was killed while it replaced it."""
+    record = manifest.stages.get(stage.name)
+    for artifact in stage.artifacts:
+        path = run.folder.path / artifact
+        if record is None or not path.is_dir() or (path / MANIFEST).exists():
+            continue
+        if set(files_under(path, run.folder.path)) <= set(record.files):
+            shutil.rmtree(path)
 
 
 def _do(run: JobRun, manifest: Manifest, stage: Stage) -> None:

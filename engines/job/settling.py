@@ -69,7 +69,7 @@ class Settling:
     def __str__(self) -> str:
         if not self.growing and not self.moved:
             return f"settled: in the last {self.last} of {self.batches} batches no tensor grew"
-        shown = ", ".join(f"{name} x{factor:.3g}" for name, factor in self.growing[:3])
+        shown = ", ".join(f"{name} x{factor:.5g}" for name, factor in self.growing[:3])
         moved = f": {', '.join(self.moved[:8])}{' ..' if len(self.moved) > 8 else ''}" if self.moved else ""
         return (
             f"in the last {self.last} of {self.batches} batches {len(self.growing)} of {self.tensors} tensors grew "

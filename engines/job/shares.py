@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
+
+# Multiples of the golden ratio, modulo one, are spread evenly over any share, also those of every second or third
+# number (Knuth, The Art of Computer Programming, volume 3, section 6.4); in 32-bit integers, to be exact.
+_GOLDEN, _WHOLE = 2654435769, 1 << 32
 
 
 @dataclass(frozen=True)
 class Share:
     """The numbers of a part of the batches, of one process among several.
 
-    held_out_share: of all batches, evenly spread, so that it is the same whatever the length, and never moves.
+    held_out_share: of all batches, evenly spread: a batch is on the same side whatever the length, and the first one
+    is always held out.
     held_out: take these, or the others. most: at most so many, over all processes. rank, world: every world-th of
     them, from the rank-th on: the same batches as one process has, so that counts and extrema are the same.
     """
@@ -31,13 +35,8 @@ class Share:
 
     def own_numbers(self) -> Iterator[int]:
         """As `numbers`, of a loader that already gives only this process's shard: its k-th is k * world + rank."""
-        for number in count(self.rank, self.world):
-            if self._is_held_out(number) == self.held_out:
-                before = math.floor(number * self.held_out_share + 0.5)
-                if self.most is not None and (before if self.held_out else number - before) >= self.most:
-                    return
-                yield number
+        of_all = islice((number for number in count() if self._is_held_out(number) == self.held_out), self.most)
+        return (number for number in of_all if number % self.world == self.rank)
 
     def _is_held_out(self, number: int) -> bool:
-        share = self.held_out_share
-        return math.floor((number + 1) * share + 0.5) > math.floor(number * share + 0.5)
+        return number * _GOLDEN % _WHOLE < self.held_out_share * _WHOLE

@@ -87,7 +87,7 @@ def compare_runs():
 
 
 if __name__ == "__main__":
-    device_observer.BLOCK, device_observer.PROGRAMS = 128, 3
+    device_observer.BLOCK, device_observer.PROGRAMS = 128, 3  # several steps of several programs
     compare_tensors(histogram=True)
     compare_tensors(histogram=False)
     compare_runs()

@@ -118,7 +118,7 @@ def test_calibration_does_not_wait_for_the_gpu_within_a_batch(program, batches):
 
 def test_batches_replayed_as_a_graph_measure_what_the_interpreter_measures():
     """One kernel a tensor, captured from the second batch of a size on, against some twenty kernels, interpreted."""
-    from calib.calibration import _prepare
+    from calib.calibration import prepare
     from calib.captured_execution import CapturedRunner
     from calib.device_observer import DeviceObserver, fused_problem
     from calib.masks import mask_tensors
@@ -129,7 +129,7 @@ def test_batches_replayed_as_a_graph_measure_what_the_interpreter_measures():
     program = torch.export.export(
         Small().eval().cuda(), (torch.randn(4, 3, 16, 16).cuda(),), dynamic_shapes={"x": {0: Dim("n", min=1, max=32)}}
     )
-    run = _prepare(program, None, True, "warn")
+    run = prepare(program, None, True, "warn")
     fused = DeviceObserver(run.specs, run.runner.device, True, mask_tensors(program))
     plain = Observer(run.specs, run.runner.device, True, mask_tensors(program))
     captured = CapturedRunner(run.runner, fused)

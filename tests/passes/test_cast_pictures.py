@@ -659,6 +659,19 @@ def test_a_number_that_the_kernel_refuses_in_half_keeps_its_node_as_exported(
     assert insert_casts(program, plan_of(program, lambda _: True, torch.bfloat16)) is not None
 
 
+@pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_with_a_dynamic_batch_are_low(
+    export: Any, plan_of: Any, run: Any, cell: type[nn.Module], low_type: torch.dtype
+) -> None:
+    """Found by fuzzing: in bf16 the LSTM's derivation failed on the symbolic size, and it stayed in fp32."""
+    program = export(cell(4, 6, batch_first=True), torch.randn(2, 3, 4), dynamic_shapes=({0: Dim("n", max=9)},))
+    mixed = insert_casts(program, plan_of(program, lambda _: True, low_type))
+    (made,) = [n for n in mixed.graph.nodes if n.name in {"lstm", "gru"}]
+    assert {value.dtype for value in made.meta["val"]} == {low_type}
+    run(mixed, torch.randn(2, 3, 4))
+
+
 def test_programs_without_metadata_are_refused(export: Any, plan_of: Any) -> None:
     """Types are derived from fake tensors: without them there is nothing to derive from."""
     program = export(lambda x: x.tanh(), X)
