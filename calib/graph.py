@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -86,6 +87,7 @@ def size_hint(size: Any) -> int:
     return 1 if hint is None else int(hint)
 
 
+@cache
 def base_op(target: Any) -> str:
     """`add` for `aten.add_.Tensor`: the operator without namespace, overload and in-place mark; "" for others."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in {"aten", "prims"}:

@@ -257,6 +257,13 @@ class Judge:
             **place, precision=LOW, rule=None, reason=reason, evidence=evidence, limit=limit, verdicts=tuple(verdicts)
         )
 
+    def keeps_high(self, facts: NodeFacts) -> bool:
+        """Whether `decide` would say high of a node that is not tied: the same, without the reasons."""
+        included = self.included(facts)
+        if Legality(allow_custom=included)(facts) is not None:
+            return True
+        return not included and any(_verdict(rule, facts) is not None for rule in self.rules)
+
     def _why_low(self, facts: NodeFacts, included: bool) -> tuple[str, float | None]:
         seen = [t.absmax for t in facts.tensors if t.measured and not t.is_weight and t.absmax is not None]
         if included:

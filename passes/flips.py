@@ -41,7 +41,7 @@ def flips_of(
     for candidate in decided:
         facts = reader.read(candidate.node, as_if_low)
         included = judge.included(facts)
-        if others.decide(facts, 0, None).precision == HIGH:
+        if others.keeps_high(facts):
             flips[candidate.name] = None
         else:
             flips[candidate.name] = 0.0 if included else max((_held(rule, facts) for rule in asks), default=0.0)

@@ -29,6 +29,8 @@ def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
     A write that nobody else can see (`relu_(conv(x))`, where the convolution is not read again) ties nothing: its
     output counts as storage of its own, and its input may be cast to a copy first.
     """
+    if not any(written_arguments(node) for node in graph_module.graph.nodes):
+        return []
     order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
     roots: Roots = {}
     sharing: dict[fx.Node, set[fx.Node]] = {}  # root -> the nodes that share its storage so far

@@ -124,6 +124,8 @@ def masks_to_saturate(program: ExportedProgram, source: fx.GraphModule, seen: Co
     if seen is None:
         return mask_nodes(source, set())
     names = set(seen)
+    if not names:
+        return set()
     return {node for node in mask_nodes(source, mask_sources(program)) if qualified_name(node) in names}
 
 
@@ -153,12 +155,13 @@ def _storage(program: ExportedProgram, target: str) -> int:
 
 def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
     """Whether no finite value becomes inf: then the cast is left to run time, where `init_max` governs it."""
+    most = torch.finfo(low_type).max
     for piece in torch.split(tensor.detach().reshape(-1), _CHUNK):
-        ends = torch.stack(torch.aminmax(piece)) if piece.numel() else piece
-        if not ends.isfinite().all():  # NaN and Inf of its own hide the rest
-            if not torch.equal(torch.isfinite(piece.to(low_type)), torch.isfinite(piece)):
-                return False
-        elif not ends.to(low_type).isfinite().all():
+        low, high = (float(end) for end in torch.aminmax(piece)) if piece.numel() else (0.0, 0.0)
+        if -most <= low and high <= most:
+            continue
+        # Next to the largest value rounding decides, and NaN and Inf of its own hide the rest.
+        if not torch.equal(torch.isfinite(piece.to(low_type)), torch.isfinite(piece)):
             return False
     return True
 

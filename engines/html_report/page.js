@@ -243,7 +243,7 @@
       const of = counts.filter(([e]) => zoneOf(e) === zone);
       return {
         type: "bar", name: label_, x: of.map(([e]) => e + 0.5), y: of.map(([, count]) => count), showlegend: of.length > 0, width: 0.9,
-        marker: { color: css(color), pattern: { shape: pattern, fgcolor: css("--back"), solidity: 0.3 } },
+        marker: { color: css(color), pattern: { shape: pattern, fillmode: "overlay", fgcolor: css("--back"), fgopacity: 0.6, solidity: 0.25 } },
         text: of.map(([e, count]) => `2^${e} to 2^${e + 1}: ${count} values`), hovertemplate: "%{text}<extra></extra>", textposition: "none",
       };
     }), layout({
@@ -262,7 +262,7 @@
   const COLUMNS = [ // key, heading, value to sort by, how it is shown, class
     ["node", "node", name, name, "wide"],
     ["module", "module", (t) => text(tensors.module, t), (t) => text(tensors.module, t), "wide"],
-    ["op", "operator", (t) => text(tensors.op, t), (t) => text(tensors.op, t).replace(/^aten\./, ""), "wide"],
+    ["op", "operator", (t) => text(tensors.op, t), (t) => text(tensors.op, t).replace(/^aten\./, "").replace(/\.default$/, ""), "wide"],
     ["type", "type", kindOf, kindOf, ""],
     ["rule", "rule", rule, rule, "wide"],
     ["absmax", "largest", (t) => (nonfinite(t) ? Infinity : tensors.absmax[t]), (t) => short(tensors.absmax[t]), "number"],

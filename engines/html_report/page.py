@@ -111,12 +111,16 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
         "passed": bool(content.get("passed")),
         "batches": content.get("batches"),
         "problems": list(content.get("problems") or ()),
-        "metrics": dict(content.get("metrics") or {}),
+        "metrics": {name: _number(value) for name, value in dict(content.get("metrics") or {}).items()},
         "outputs": [
-            {name: row.get(name) for name in ("output", "sqnr_db", "rel_l2", "max_abs", "nonfinite")}
+            {name: _number(row.get(name)) for name in ("output", "sqnr_db", "rel_l2", "max_abs", "nonfinite")}
             for row in content.get("outputs") or ()
         ],
     }
+
+
+def _number(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _percent(share: float) -> str:

@@ -207,6 +207,17 @@ def test_a_tensor_is_chosen_from_the_table_and_by_name(page):
     assert "blocks.1" in page.inner_text("#told")
 
 
+def test_bars_beyond_the_low_type_are_seen(page):
+    """They are hatched over their own colour, not drawn in that of the background."""
+    page.fill("#chosen", "mul_3")
+    page.dispatch_event("#chosen", "change")
+    bars = "() => document.getElementById('histogram').data.filter((t) => t.x.length).map((t) => [t.name, t.marker])"
+    found = dict(page.evaluate(bars))
+    assert set(found) >= {"within fp16", "beyond fp16, or next to it"}
+    assert all(marker["pattern"]["fillmode"] == "overlay" for marker in found.values())
+    assert len({marker["color"] for marker in found.values()}) == len(found)
+
+
 def test_hover_says_node_module_numbers_and_reason(page):
     texts = page.evaluate("() => document.getElementById('network').data.flatMap((trace) => trace.text || [])")
     text = next(text for text in texts if text.startswith("<b>relu_2</b>"))
