@@ -50,7 +50,7 @@ def storage_roots(graph_module: fx.GraphModule) -> Roots:
 
 def shared_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments whose storage the output of `node` may share."""
-    if node.op != "call_function":
+    if node.op != "call_function" or picks_fresh(node):
         return []
     if node.target in _SHARES_UNSAID:
         passed = [n for n in _flat(node.args[_SHARES_UNSAID[node.target]]) if isinstance(n, fx.Node)]
@@ -63,6 +63,16 @@ def shared_arguments(node: fx.Node) -> list[fx.Node]:
     if not any(result.alias_info is not None for result in schema.returns):
         return []
     return _arguments_where(node, lambda argument: argument.alias_info is not None)
+
+
+def picks_fresh(node: fx.Node) -> bool:
+    """Whether `node` picks one output of an operator that makes each of them anew: values and indices of `topk`."""
+    if node.target is not getitem:
+        return False
+    maker = node.args[0]
+    return (
+        isinstance(maker, fx.Node) and isinstance(maker.target, torch._ops.OpOverload) and not shared_arguments(maker)
+    )
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:

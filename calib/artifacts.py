@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ import torch
 from calib.errors import ArtifactError
 
 SCHEMA_VERSION = 1
+# torch.export.save, and torch.compile too, teach pickle about fake tensors for as long as they work, and fail when
+# another thread is at it. Hold this around anything that might, to build engines from several threads.
+SERIALISING = threading.RLock()
 
 
 def versions() -> dict[str, str]:
@@ -123,5 +127,5 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
 def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Save a program as `.pt2`, whole or not at all."""
     # torch.export.save warns unless a name ends in .pt2, which a temporary one does not; a stream has no name.
-    with written_whole(path) as temporary, temporary.open("wb") as stream:
+    with SERIALISING, written_whole(path) as temporary, temporary.open("wb") as stream:
         torch.export.save(program, stream)

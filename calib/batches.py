@@ -225,13 +225,14 @@ def _check_leaf(leaf: Leaf, value: Any, at: str) -> None:
     if value.is_nested or value.layout != torch.strided:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise BatchError(f"{at}: expected {leaf}, got a {kind} tensor. Make it dense in transform=.")
-    came = f"{dtype_name(value.dtype)}{list(value.shape)}"
     if value.dtype != leaf.dtype:
+        came = f"{dtype_name(value.dtype)}{list(value.shape)}"
         raise BatchError(
             f"{at}: expected {leaf}, got {came}: another dtype. "
             f"Convert in transform=, for example .to(torch.{dtype_name(leaf.dtype)})."
         )
     if value.dim() != len(leaf.sizes):
+        came = f"{dtype_name(value.dtype)}{list(value.shape)}"
         raise BatchError(f"{at}: expected {leaf}, got {came}: {value.dim()} dimensions, not {len(leaf.sizes)}.")
 
 

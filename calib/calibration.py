@@ -18,7 +18,9 @@ from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 from calib.batches import Signature, numbered, signature_of
+from calib.captured_execution import captured_or_plain
 from calib.checkpoint import Checkpoint, Pace, copy_into
+from calib.device_observer import observer_for
 from calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
 from calib.execution import ProgramRunner, refuse_training
 from calib.fingerprint import inputs_hash, node_digests, weights_hash
@@ -56,13 +58,16 @@ class Run:
     def _weight_names(self) -> frozenset[str]:
         return frozenset(input_targets(self.program))
 
+    @cached_property
+    def _step(self) -> Any:
+        return captured_or_plain(self.runner, self.observer)
+
     def measure(self, index: int, flat: list[Any]) -> bool:
         """Run batch `index` and take in what it gave. False: it was left out as non-finite.
 
         Raises BatchError when a node raises; nothing of the batch is taken in then.
         """
-        self.observer.start(index)
-        self.runner.run_batch(flat, index, self._watch)
+        self._step(flat, index, self._watch)
         if self.on_nonfinite != "warn" and (row := self.observer.first_nonfinite()) is not None:
             _leave_out(self, index, self.specs[row])
             return False
@@ -230,7 +235,7 @@ def prepare(program: ExportedProgram, device: torch.device | str | None, histogr
         raise ProgramError("the program has no floating-point tensor, so there is no range to measure and no type")
     try:
         runner = ProgramRunner(program, device)
-        observer = Observer(specs, runner.device, histogram, mask_tensors(program))
+        observer = observer_for(specs, runner.device, histogram, mask_tensors(program))
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise CalibcastError(f"the program cannot be moved to device={device!r}: {error}") from error
     return Run(program, runner, specs, observer, signature_of(program), on_nonfinite)

@@ -71,3 +71,8 @@ def known(name: str, names: Iterable[str], most: int = 8) -> str:
         return f"near names: {', '.join(near)}"
     shown = ", ".join(every[:most])
     return f"known: {shown}{f' and {len(every) - most} more' if len(every) > most else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its `repr` where it has none. Libraries append whole stack traces."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

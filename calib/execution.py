@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from calib.aliasing import mutated_inputs
-from calib.errors import BatchError, ProgramError
+from calib.errors import BatchError, ProgramError, first_line
 from calib.graph import AUTOCAST_REGION, REGION_CHILD, child_of, program_device, state_tensor, where
 
 # watch(name, node, result, arguments): called after a node has run and before anything can change its result.
@@ -26,7 +26,7 @@ class NodeError(Exception):
     """A node raised while a program ran. `name` and `node` say which; the cause is chained."""
 
     def __init__(self, name: str, node: fx.Node, error: Exception) -> None:
-        super().__init__(f"{where(node, name)} raised {type(error).__name__}: {_first_line(error)}")
+        super().__init__(f"{where(node, name)} raised {type(error).__name__}: {first_line(error)}")
         self.name, self.node = name, node
 
 
@@ -285,7 +285,3 @@ def _emulated(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 def _is_half(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in {torch.float16, torch.bfloat16}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

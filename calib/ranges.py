@@ -19,6 +19,7 @@ from calib.errors import ArtifactError, MismatchError
 from calib.fingerprint import fingerprint, first_difference, node_digests, weights_hash
 from calib.graph import TensorSpec
 from calib.kernel import BINS
+from calib.range_checks import check_values
 from calib.statistics import HIDDEN, NO_BATCH, NO_HIDDEN, Statistics
 
 SCHEMA: dict[str, Any] = {
@@ -129,6 +130,7 @@ class RangeTable:
         check_header(header if isinstance(header, dict) else {}, _KIND, source)
         with parsed(source, _KIND):
             fields = header["calibration"]
+            fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
             fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
             checked = _checked(frame, source)
             return cls(checked.select(list(SCHEMA)), Calibration(**fields), _hidden_rows(checked))
@@ -321,6 +323,7 @@ def _checked(frame: pl.DataFrame, source: Path) -> pl.DataFrame:
     if wrong:
         name = wrong[0]
         raise ArtifactError(f"{source}: column {name} is {frame.schema[name]}, expected {expected[name]}")
+    check_values(frame, source)
     if frame.select("node", "output").is_duplicated().any():
         raise ArtifactError(f"{source} has two rows for one tensor: it was changed by hand or merged by another tool")
     return frame

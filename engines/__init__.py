@@ -3,6 +3,7 @@
 from engines.building import build
 from engines.compilation import compile
 from engines.engine import Engine
+from engines.report_table import report_frame
 from engines.verification import VerificationReport, verify
 
-__all__ = ["Engine", "VerificationReport", "build", "compile", "verify"]
+__all__ = ["Engine", "VerificationReport", "build", "compile", "report_frame", "verify"]

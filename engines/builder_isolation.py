@@ -102,11 +102,12 @@ def build_isolated(
 
 def _run(work: Path, heard: _Progress, timeout: float | None) -> int | None:
     """The exit status of the builder, or None when it was ended for taking too long."""
-    # What the caller can import, the builder can: its custom operators are registered by importing them.
-    path = os.pathsep.join([str(_ROOT), *(part or os.getcwd() for part in sys.path)])
+    # What the caller can import, the builder can, and from the same places: custom operators come with their modules.
+    places = [part or os.getcwd() for part in sys.path]
+    path = os.pathsep.join(places if str(_ROOT) in places else [str(_ROOT), *places])
     with (work / _LOG).open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "engines.builder_process", str(work)],
+            [sys.executable, "-P", "-m", "engines.builder_process", str(work)],
             stdout=subprocess.PIPE,
             stderr=log,
             env={**os.environ, "PYTHONPATH": path},

@@ -19,6 +19,7 @@ from engines.commands import diagnosis, engine, job, review, stages
 from engines.commands.options import note
 from engines.job.errors import JobError
 from engines.locations import LocationError
+from engines.usage import UsageError
 
 app = typer.Typer(
     name="calibcast",
@@ -41,6 +42,8 @@ for command in (
     engine.inspect,
     stages.verify,
     review.report,
+    review.what_if,
+    review.diff,
     job.merge,
     job.init,
     job.run,
@@ -79,7 +82,7 @@ def _run(arguments: list[str] | None) -> int:
         return int(error.exit_code)
 
 
-_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, JobError: 2, GateError: 3}
+_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, UsageError: 2, JobError: 2, GateError: 3}
 
 
 def _terminated(*_: Any) -> None:

@@ -28,12 +28,14 @@ _NODE = re.compile(r"\[node:([^\]]*)\]")
 @dataclass(frozen=True)
 class EngineLayer:
     """One layer of an engine. nodes: graph nodes named in its metadata. reads, writes: the floating types of its
-    inputs and outputs; a type that is not floating is left out. outputs: names of tensors. shapes: of its outputs."""
+    inputs and outputs; a type that is not floating is left out. inputs, outputs: names of tensors. shapes: of the
+    outputs."""
 
     name: str
     nodes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
 
@@ -68,6 +70,7 @@ def _inspected(layer: Mapping[str, Any]) -> EngineLayer:
         nodes=nodes_in(str(layer.get("Metadata") or "")),
         reads=_types(reads),
         writes=_types(writes),
+        inputs=tuple(str(t.get("Name", "")) for t in reads),
         outputs=tuple(str(t.get("Name", "")) for t in writes),
         shapes=tuple(tuple(t.get("Dimensions") or ()) for t in writes),
     )
@@ -123,7 +126,9 @@ def _printable(body: bytes) -> str:
     return body.split(b"\0", 1)[0].decode("utf-8", errors="replace")
 
 
-_TENSOR = re.compile(r"^\s*tensor=\{.*? dims=\{([^}]*)\}.*? name=\"([^\"]*)\".* type=(\w+) \}", re.MULTILINE)
+_TENSOR = re.compile(r"^\s*(?:sub_)?tensor=\{.*? dims=\{([^}]*)\}.*? name=\"([^\"]*)\".* type=(\w+) \}", re.MULTILINE)
+# Another shape of a tensor that is there already.
+_VIEW = re.compile(r"^\s*sub_tensor=\{ base=\"([^\"]*)\".*? name=\"([^\"]*)\"", re.MULTILINE)
 _KERNEL = re.compile(r"^  (\w+)=\{ (.*)$", re.MULTILINE)
 _NAME = re.compile(r"\bname=(?:\"((?:[^\"\\]|\\.)*)\"|(\S+))")
 _READS, _WRITES = re.compile(r"\binput(?:_args)?=\{([^}]*)\}"), re.compile(r"\boutput(?:_args)?=\{([^}]*)\}")
@@ -137,6 +142,7 @@ def _listed(text: str) -> Iterator[EngineLayer]:
     shapes = {
         name: tuple(int(size) for size in dims.split()) for dims, name, _ in _TENSOR.findall(head) if _plain(dims)
     }
+    bases = {name: base for base, name in _VIEW.findall(head)}
     for _, line in _KERNEL.findall(main.split("\nshape_main {", 1)[0]):
         name, layers = _NAME.search(line), _LAYERS.search(line)
         reads, writes = (_QUOTED.findall(found[1]) if (found := e.search(line)) else [] for e in (_READS, _WRITES))
@@ -147,6 +153,7 @@ def _listed(text: str) -> Iterator[EngineLayer]:
             nodes=nodes_in(layers[1]) if layers else (),
             reads=_known(types, reads),
             writes=_known(types, writes),
+            inputs=tuple(bases.get(tensor, tensor) for tensor in reads),
             outputs=tuple(writes),
             shapes=tuple(shapes[tensor] for tensor in writes if tensor in shapes),
         )

@@ -2,16 +2,19 @@
 
 `match` says how sure that is. exact: a layer of its own. fused: a layer that it shares with other nodes, whose types
 are those of its edges, not of what happens inside; also a node that lowering folded away, which then has no layer.
-unknown: nothing in the engine could be traced back to it. `found_by` says how: "metadata" (the node's name, carried by
-TensorRT from our network layer to the engine's), "layer name", "tensor name" (an engine tensor called like one of the
-node's network layers), "shapes" (the only layer and the only node left with these output sizes), "lowering" (no layer
-was made for it), "folding" (its layers only move or hold data, and TensorRT left none of them over), "pytorch" (it runs
-outside the engine), "graph" (the eager backend runs the graph itself).
+unknown: nothing in the engine could be traced back to it. `found_by` says how:
+
+- "metadata": the node's name, carried by TensorRT from our network layer to the engine's.
+- "layer name", "tensor name": an engine layer or tensor called like one of the node's network layers or their outputs.
+- "neighbours": between two layers of which one reads what the other writes.
+- "shapes": the only layer and the only node left with these output sizes.
+- "lowering": no layer was made for it. "folding": its layers only move or hold data, and TensorRT left none over.
+- "pytorch": it runs outside the engine. "graph": the eager backend runs the graph itself.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +25,7 @@ from torch.export import ExportedProgram
 from calib.graph import dtype_name, tensor_values
 from calib.operators import MOVES
 from engines.inspection import EngineLayer
+from engines.layer_tracing import traced
 from passes.plan import KEPT, LOW, PrecisionPlan
 
 EXACT, FUSED, UNKNOWN = "exact", "fused", "unknown"
@@ -67,15 +71,17 @@ def ledger_of(
     made: Sequence[Mapping[str, Any]],
     layers: Sequence[EngineLayer],
     torch_types: Mapping[str, Sequence[str]],
+    readers: Mapping[str, Sequence[str]] | None = None,
 ) -> pl.DataFrame:
     """The ledger of an engine: one row per low or high node of `plan`, with the columns of `SCHEMA`.
 
     made: the layers of the networks before fusion (`name`, `node`, `outputs`, `shapes`). layers: of the engines, as
-    inspected; none where nothing could be inspected. torch_types: nodes that run in PyTorch, and their types.
+    inspected; none where nothing could be inspected. torch_types: nodes that run in PyTorch, and their types. readers:
+    of each node, the nodes that read it.
     """
     planned = [d for d in plan.decisions if d.precision != KEPT]
     types = {d.node: dtype_name(plan.low_precision_type) if d.precision == LOW else "float32" for d in planned}
-    found, how = _traced(made, layers)
+    found, how = traced(made, layers, readers or {})
     kinds: dict[str, set[str]] = defaultdict(set)
     for layer in made:
         kinds[str(layer["node"])].add(str(layer["kind"]))
@@ -159,71 +165,12 @@ def _is_cast(node: str, types: Mapping[str, str]) -> bool:
     return node not in types and "_as_" in node
 
 
-def _traced(
-    made: Sequence[Mapping[str, Any]], layers: Sequence[EngineLayer]
-) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Which engine layers each node went into, by index, and how that was found: the first way that finds any."""
-    ways = (
-        ("metadata", _by_metadata(layers)),
-        ("layer name", _by_layer_name(made, layers)),
-        ("tensor name", _by_tensor_name(made, layers)),
-    )
-    found: dict[str, list[int]] = {}
-    how: dict[str, str] = {}
-    for way, traced in ways:
-        for node, indices in traced.items():
-            if node and node not in found:
-                found[node], how[node] = indices, way
-    for node, index in _by_shapes(made, layers, found).items():
-        found[node], how[node] = [index], "shapes"
-    return found, how
-
-
-def _by_metadata(layers: Sequence[EngineLayer]) -> dict[str, list[int]]:
-    traced: dict[str, list[int]] = defaultdict(list)
-    for index, layer in enumerate(layers):
-        for node in layer.nodes:
-            traced[node].append(index)
-    return traced
-
-
-def _by_layer_name(made: Sequence[Mapping[str, Any]], layers: Sequence[EngineLayer]) -> dict[str, list[int]]:
-    """TensorRT names a fused layer after those that it holds: "conv + relu", "PWN(a, b)"."""
-    traced: dict[str, list[int]] = defaultdict(list)
-    names = {str(row["name"]): str(row["node"]) for row in made if str(row["name"]).startswith("[")}
-    for index, layer in enumerate(layers):
-        for name, node in names.items():
-            if name in layer.name and not layer.name.startswith("Reformatting CopyNode"):
-                traced[node].append(index)
-    return traced
-
-
-def _by_tensor_name(made: Sequence[Mapping[str, Any]], layers: Sequence[EngineLayer]) -> dict[str, list[int]]:
-    traced: dict[str, list[int]] = defaultdict(list)
-    writers: dict[str, int] = {}
-    for index, layer in enumerate(layers):
-        for tensor in layer.outputs:
-            writers.setdefault(tensor, index)
-    for row in made:
-        for tensor in row["outputs"]:
-            if tensor in writers:
-                traced[str(row["node"])].append(writers[tensor])
-    return traced
-
-
-def _by_shapes(
-    made: Sequence[Mapping[str, Any]], layers: Sequence[EngineLayer], found: Mapping[str, Sequence[int]]
-) -> dict[str, int]:
-    """Nodes and layers that are left, paired where exactly one of each has some output sizes."""
-    used = {index for indices in found.values() for index in indices}
-    left = [(i, layer.shapes[0]) for i, layer in enumerate(layers) if i not in used and layer.shapes]
-    last = {str(row["node"]): tuple(row["shapes"][-1]) for row in made if row["node"] and row["shapes"]}
-    nodes = {node: shape for node, shape in last.items() if node not in found}
-    layer_count, node_count = Counter(shape for _, shape in left), Counter(nodes.values())
-    where = {shape: index for index, shape in left if layer_count[shape] == 1}
-    return {node: where[shape] for node, shape in nodes.items() if node_count[shape] == 1 and shape in where}
-
-
 def plan_of(plan: PrecisionPlan | None, program: ExportedProgram) -> PrecisionPlan:
     """The plan that a ledger is held against: the one given, else the types that the program has."""
     return plan if plan is not None else PrecisionPlan.from_types(program)
+
+
+def readers_of(program: ExportedProgram) -> dict[str, list[str]]:
+    """Of each node that computes, the nodes that read it; the graph's inputs and outputs are left out."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    return {node.name: [user.name for user in node.users if user.op == "call_function"] for node in calls}

@@ -9,12 +9,14 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from calib.artifacts import SERIALISING
 from calib.graph import program_device
 
 
 def copied(program: ExportedProgram) -> ExportedProgram:
     """A program with a graph of its own, whose weights are shared."""
-    graph = copy.deepcopy(program.graph)
+    with SERIALISING:
+        graph = copy.deepcopy(program.graph)
     for old, new in zip(program.graph.nodes, graph.nodes, strict=True):
         new.name, new.target = old.name, old.target  # a copied placeholder `input` would be called `input_1`
     return ExportedProgram(

@@ -23,7 +23,7 @@ from engines.builder_process import compile_job
 from engines.engine_cache import EngineCache, cache_key, default_folder
 from engines.engine_files import WIRING, engine_paths
 from engines.inspection import EngineLayer, parse_inspector, parse_listing
-from engines.ledger import ledger_of, plan_of
+from engines.ledger import ledger_of, plan_of, readers_of
 from engines.remedies import Remedy, advice, remedies
 from engines.runtimes import BuildRequest
 from engines.widening import widened
@@ -164,12 +164,13 @@ def ledger_in(folder: Path, plan: PrecisionPlan | None, program: ExportedProgram
     """The ledger of the engine whose files are in `folder`."""
     content = load_json(folder / LAYERS, _KIND)
     with parsed(folder / LAYERS, _KIND):
-        made, torch_types, inspected = content["made"], content["torch_types"], content["inspected"]
-    return ledger_of(plan_of(plan, program), made, layers_in(folder, inspected), torch_types)
+        made, torch_types = content["made"], content["torch_types"]
+    return ledger_of(plan_of(plan, program), made, layers_of(folder), torch_types, readers_of(program))
 
 
-def layers_in(folder: Path, inspected: list[str]) -> list[EngineLayer]:
+def layers_of(folder: Path) -> list[EngineLayer]:
     """The layers of the engines in `folder`: as the inspector told them at build time, else from their own listing."""
+    inspected = load_json(folder / LAYERS, _KIND).get("inspected")
     if inspected:
         return [layer for text in inspected for layer in parse_inspector(text)]
     if not (folder / WIRING).is_file():

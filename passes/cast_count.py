@@ -8,31 +8,24 @@ the count to the casts in the rewritten graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from operator import getitem
-from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
-from torch.utils import _pytree as pytree
 
 from calib.aliasing import shared_arguments, written_arguments
-from calib.errors import PlanError
 from calib.graph import REGION_CHILD, base_op, is_measurable, size_hint, tensor_values
 from passes.facts import producer_of
-from passes.fake_runs import RefusedError, run_on_fakes
-from passes.node_types import can_be_low, settled, states_type, with_low_dtype
+from passes.low_types import LowTypes, Types, types_of
+from passes.node_types import able_types, settled, states_type
 from passes.regions import flatten, qualified_name
 from passes.ties import Tie, ties_of
 from passes.weights import WeightReaders, masks_to_saturate
-
-Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for what is no tensor
 
 
 @dataclass(frozen=True)
@@ -90,32 +83,26 @@ class CastCounter:
         nodes = list(source.graph.nodes)
         self.never_written = not any(written_arguments(node) for node in nodes)
         self.calls = [_call(node, self.never_written) for node in nodes if node.op == "call_function"]
-        self.sources = [(n, _types(n)) for n in nodes if n.op in {"placeholder", "get_attr"}]
+        self.sources = [(n, types_of(n.meta.get("val"))) for n in nodes if n.op in {"placeholder", "get_attr"}]
         self.outputs = list(_outputs(program, nodes, keep_io_types))
         self.activation_bytes = sum(size for call in self.calls for size in call.bytes)
         self._ties: list[Tie] = ties_of(source)
         self._readers = WeightReaders.of(program, source, masks_to_saturate(program, source, masks))
-        self._mode = detect_fake_mode([node.meta.get("val") for node in nodes])
-        self.low_types = cache(self._low_types)
-        self._able = cache(self._able_nodes)
+        self._by_name = {qualified_name(call.node): call.node for call in self.calls}
+        self._low_types = cache(lambda low_type: LowTypes(source, low_type))
+        self._able = cache(lambda node, low_type: able_types(node, self._low_types(low_type)))
         self._fits = cache(self._readers.fits)
 
     def count(self, low_nodes: Collection[str], low_type: torch.dtype) -> CastCount:
         """The casts of the plan in which just these nodes run in `low_type`."""
-        able = self._able(low_type)
-        low = settled({able[name] for name in low_nodes if name in able}, self._ties)
+        # Only of the nodes that are asked for: what is kept, such as an assertion on a type, may not run low at all.
+        nodes = (self._by_name[name] for name in low_nodes if name in self._by_name)
+        outputs = {node: types for node in nodes if (types := self._able(node, low_type)) is not None}
+        low = settled(set(outputs), self._ties)
         if not low:
             return CastCount(0, 0, frozenset(), 0)
         stored = set(self._readers.stored_low(low, lambda name: self._fits(name, low_type)))
-        return _Walk(self, low, stored, low_type).run()
-
-    def _able_nodes(self, low_type: torch.dtype) -> dict[str, fx.Node]:
-        return {qualified_name(call.node): call.node for call in self.calls if can_be_low(call.node, low_type)}
-
-    def _low_types(self, low_type: torch.dtype) -> _LowTypes:
-        if self._mode is None:
-            raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
-        return _LowTypes(self._mode, low_type)
+        return _Walk(self, {node: outputs[node] for node in low}, stored, low_type).run()
 
 
 class _Value:
@@ -130,9 +117,11 @@ class _Value:
 class _Walk:
     """One walk over the graph under one plan."""
 
-    def __init__(self, counter: CastCounter, low: frozenset[fx.Node], stored: set[str], low_type: torch.dtype) -> None:
+    def __init__(
+        self, counter: CastCounter, low: Mapping[fx.Node, Types], stored: set[str], low_type: torch.dtype
+    ) -> None:
+        """`low`: the low nodes, and what they give."""
         self._counter, self._low, self._stored, self._low_type = counter, low, stored, low_type
-        self._low_types = counter.low_types(low_type)
         self._made: dict[fx.Node, _Value] = {}
         self._casts: dict[tuple[_Value, torch.dtype], _Value] = {}
         self._sharing: dict[_Value, set[_Value]] = {}
@@ -150,16 +139,12 @@ class _Walk:
 
     def _take(self, call: _Call) -> None:
         is_low = call.node in self._low
-        low_types = self._low_types(call.node) if is_low else None
         given: dict[fx.Node, _Value] = {}
         if not call.passes_on or is_low:
             for operand in call.operands:
                 wanted = self._low_type if is_low and operand.exported == torch.float32 else operand.exported
                 given[operand.node] = self._cast(self._made[operand.node], wanted, operand)
-            if is_low and low_types is None:  # it refused: the casts made for it stand unread
-                for operand in call.operands:
-                    given[operand.node] = self._cast(self._made[operand.node], operand.exported, operand)
-        types = low_types or self._types_of(call)
+        types = self._low[call.node] if is_low else self._types_of(call)
         first = call.node.args[0] if call.undoes else None
         before = given.get(first, self._made[first]) if isinstance(first, fx.Node) else None
         made = self._value(types, before)
@@ -228,7 +213,7 @@ def _undone(value: _Value, dtype: torch.dtype) -> _Value | None:
 
 def _call(node: fx.Node, never_written: bool) -> _Call:
     passes_on = node.target is getitem or base_op(node.target) == "_assert_tensor_metadata" or states_type(node)
-    exported = _types(node)
+    exported = types_of(node.meta.get("val"))
     shared = tuple(shared_arguments(node))
     is_view = bool(shared) or node.target is getitem or node.target in REGION_CHILD
     return _Call(
@@ -241,47 +226,6 @@ def _call(node: fx.Node, never_written: bool) -> _Call:
         undoes=never_written and _undoes(node),
         bytes=(0,) * len(exported) if is_view else _sizes(node, len(exported)),
     )
-
-
-class _LowTypes:
-    """What low nodes give, by running them on fake tensors. Alike nodes, of which deep networks are made, run once."""
-
-    def __init__(self, mode: FakeTensorMode, low_type: torch.dtype) -> None:
-        self.low_type, self._mode = low_type, mode
-        self._of_nodes: dict[fx.Node, Types | None] = {}
-        self._of_kinds: dict[str, Types | None] = {}
-
-    def __call__(self, node: fx.Node) -> Types | None:
-        """None where the operator refuses the low type."""
-        if node not in self._of_nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), _said)
-            kind = f"{node.target} {args} {kwargs}"
-            if kind not in self._of_kinds:
-                self._of_kinds[kind] = self._run(node)
-            self._of_nodes[node] = self._of_kinds[kind]
-        return self._of_nodes[node]
-
-    def _run(self, node: fx.Node) -> Types | None:
-        args, kwargs = with_low_dtype(node, node.args, node.kwargs, self.low_type)
-        if args == node.args and kwargs == node.kwargs and not any(map(_is_fp32, node.all_input_nodes)):
-            return _types(node)  # nothing comes in another type
-        args, kwargs = fx.map_arg((args, kwargs), self._fake)
-        try:
-            found = run_on_fakes(node, args, kwargs, self._mode)
-        except RefusedError:
-            return None
-        return tuple(value.dtype if isinstance(value, torch.Tensor) else None for value in _outputs_of(found))
-
-    def _fake(self, node: fx.Node) -> Any:
-        value = node.meta["val"]
-        with self._mode:
-            return value.to(self.low_type) if _is_fp32(node) else value
-
-
-def _said(node: fx.Node) -> str:
-    """What decides the types of an operator that reads `node`: types and shapes."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return str([(v.dtype, v.shape) if isinstance(v, torch.Tensor) else type(v) for v in leaves])
 
 
 def _operands(node: fx.Node) -> Iterator[_Operand]:
@@ -313,16 +257,6 @@ def _undoes(node: fx.Node) -> bool:
     before, after = node.args[0].meta["val"], node.meta["val"]
     same = [size_hint(s) for s in before.stride()] == [size_hint(s) for s in after.stride()]
     return bool(before.device == after.device and same)
-
-
-def _types(node: fx.Node) -> Types:
-    return tuple(
-        value.dtype if isinstance(value, torch.Tensor) else None for value in _outputs_of(node.meta.get("val"))
-    )
-
-
-def _outputs_of(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _sizes(node: fx.Node, outputs: int) -> tuple[int, ...]:

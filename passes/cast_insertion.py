@@ -17,15 +17,15 @@ from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
-from torch.utils import _pytree as pytree
 
 from calib.aliasing import shared_arguments, written_arguments
 from calib.errors import PlanError
-from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint, where
-from passes.fake_runs import RefusedError, run_on_fakes
-from passes.node_types import NodeTypes, with_low_dtype
+from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint
+from passes.dtype_arguments import with_low_dtype
+from passes.low_types import retyped, types_of
+from passes.node_types import NodeTypes
 from passes.plan import PrecisionPlan
-from passes.regions import flatten, qualified_name
+from passes.regions import flatten
 from passes.weights import LowWeights, low_weights, masks_to_saturate, saturation
 
 _log = logging.getLogger("calibcast")
@@ -102,8 +102,7 @@ class _Emission:
         made = self._cast_and_copy(node, wanted)
         if wanted == self._types.low_type:
             made.args, made.kwargs = with_low_dtype(node, made.args, made.kwargs, self._types.low_type)
-        if not self._derive(node, made):
-            self._fall_back(node, made)
+        self._type(node, made)
         self._note_aliases(node, made)
 
     def _cast_and_copy(self, node: fx.Node, wanted: torch.dtype | str) -> fx.Node:
@@ -171,47 +170,16 @@ class _Emission:
         self._names.add(name)
         return name
 
-    def _derive(self, node: fx.Node, made: fx.Node) -> bool:
-        """Find the types of the outputs by running the operator on fake values; False where it refuses."""
-        same_arguments = made.args == _mapped(node.args, self._made) and made.kwargs == _mapped(node.kwargs, self._made)
-        if same_arguments and not any(self._changed(n) for n in node.all_input_nodes):
-            return True
+    def _type(self, node: fx.Node, made: fx.Node) -> None:
+        """Give `made` the types that come of its inputs. What is not low takes and gives what it did at export."""
         if node.target is getitem:
             producer = made.args[0]
             assert isinstance(producer, fx.Node)
-            self._set_value(made, producer.meta["val"][node.args[1]])
-            return True
-        if not isinstance(node.target, torch._ops.OpOverload):
-            return True  # a region or another higher-order op: its operands have their exported types
-        found = self._run_fake(node, made)
-        if found is None:
-            return False
-        self._set_value(made, found)
-        return True
-
-    def _run_fake(self, node: fx.Node, made: fx.Node) -> Any:
-        args, kwargs = fx.map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
-        try:
-            return run_on_fakes(node, args, kwargs, self._fake_mode)
-        except RefusedError as error:
-            _log.warning(
-                "%s cannot run in %s and stays in its exported type: %s",
-                where(node, qualified_name(node)), self._types.low_type, error,
-            )  # fmt: skip
-            return None
-
-    def _fall_back(self, node: fx.Node, made: fx.Node) -> None:
-        """Give a node that refused the planned type its exported types."""
-
-        def argument(n: fx.Node) -> fx.Node:
-            if not _is_float(n):
-                return self._made[n]
-            with self._graph.inserting_before(made):
-                return self._cast(self._made[n], n.meta["val"].dtype)
-
-        made.args = fx.map_arg(node.args, argument)
-        made.kwargs = fx.map_arg(node.kwargs, argument)
-        made.meta = copy.copy(node.meta)
+            if self._changed(node.all_input_nodes[0]):
+                self._set_value(made, producer.meta["val"][node.args[1]])
+        elif node in self._types.low and self._types.outputs[node] != types_of(node.meta["val"]):
+            with self._fake_mode:
+                self._set_value(made, retyped(node.meta["val"], self._types.outputs[node]))
 
     def _note_aliases(self, node: fx.Node, made: fx.Node) -> None:
         """Track shared storage, and forget the casts of what `node` has written into: a cast is of one version."""
@@ -242,7 +210,7 @@ class _Emission:
 
     def _changed(self, node: fx.Node) -> bool:
         """Whether the copy of `node` gives other types than `node`."""
-        return _types(self._made[node]) != _types(node)
+        return types_of(self._made[node].meta.get("val")) != types_of(node.meta.get("val"))
 
     def _set_type(self, node: fx.Node, dtype: torch.dtype) -> None:
         with self._fake_mode:
@@ -307,12 +275,3 @@ def _is_float(node: fx.Node) -> bool:
 def _place(value: torch.Tensor) -> tuple[torch.device, list[int]]:
     """Device and strides: a `.to` may change them along with the type. As numbers, since comparing symbols guards."""
     return value.device, [size_hint(stride) for stride in value.stride()]
-
-
-def _types(node: fx.Node) -> list[Any]:
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return [leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
-
-
-def _mapped(arguments: Any, made: dict[fx.Node, fx.Node]) -> Any:
-    return fx.map_arg(arguments, lambda n: made[n])

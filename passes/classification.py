@@ -24,7 +24,7 @@ from passes.facts import (
     HiddenEvidence,
     NodeFacts,
     evidence_of,
-    magnified_nodes,
+    magnified_tensors,
     offset_free_nodes,
 )
 from passes.flips import flips_of
@@ -204,7 +204,7 @@ def reader_of(
         names,
         low_type,
         HiddenEvidence.of(ranges),
-        magnified_nodes(names, found, low_type),
+        magnified_tensors(names, found, low_type),
         offset_free_nodes(names),
     )
 

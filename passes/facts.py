@@ -189,7 +189,7 @@ class FactReader:
     names: Mapping[fx.Node, str]
     low_type: torch.dtype
     hidden: HiddenEvidence = field(default_factory=HiddenEvidence)
-    magnified: frozenset[str] = frozenset()
+    magnified: frozenset[tuple[str, int]] = frozenset()
     offset_free: frozenset[str] = frozenset()
 
     def read(self, node: fx.Node, precisions: Mapping[str, str]) -> NodeFacts:
@@ -258,7 +258,7 @@ class FactReader:
         found = self.evidence.get((name, output))
         if found is None:
             return TensorFacts(name, kind, measured=False, precision=precision)
-        magnified, counts = name in self.magnified, name not in self.offset_free
+        magnified, counts = (name, output) in self.magnified, name not in self.offset_free
         return found if precision is None and counts and not magnified else _placed(found, precision, magnified, counts)
 
 
@@ -286,8 +286,11 @@ def _takes_offset(reader: fx.Node, node: fx.Node) -> bool:
     return base_op(reader.target) in op_table.TAKES_OFFSET if known else reader.target is not getitem
 
 
-def magnified_nodes(names: Mapping[fx.Node, str], evidence: Evidence, low_type: torch.dtype) -> frozenset[str]:
-    """Nodes with nonzero values below the smallest normal of the low type that a division or a logarithm blows up.
+def magnified_tensors(
+    names: Mapping[fx.Node, str], evidence: Evidence, low_type: torch.dtype
+) -> frozenset[tuple[str, int]]:
+    """Tensors, by node and output, with small values that a division or a logarithm blows up: nonzero, and below the
+    smallest normal of the low type.
 
     Found backward: through roots, sums and views as long as their results are as small.
     """
@@ -302,7 +305,7 @@ def magnified_nodes(names: Mapping[fx.Node, str], evidence: Evidence, low_type: 
             continue
         if _reaches(node, _SAME_PLACE, _magnifies) or any(user in found and _hands_on(user) for user in node.users):
             found.add(node)
-    return frozenset(names.get(producer, producer.name) for producer, _ in map(producer_of, found))
+    return frozenset((names.get(node, node.name), output or 0) for node, output in map(producer_of, found))
 
 
 def _reaches(node: fx.Node, through: frozenset[str], found: Callable[[fx.Node, fx.Node], bool]) -> bool:
@@ -313,10 +316,17 @@ def _reaches(node: fx.Node, through: frozenset[str], found: Callable[[fx.Node, f
         for user in current.users:
             if found(user, current):
                 return True
-            if user not in seen and (base_op(user.target) in through or user.target is getitem):
+            moved = base_op(user.target) in through and _is_first(user, current)  # of `expand_as` not the pattern
+            if user not in seen and (moved or user.target is getitem):
                 seen.add(user)
                 waiting.append(user)
     return False
+
+
+def _is_first(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether `node` is the first argument of `reader`, or one of a list there."""
+    first = reader.args[0] if reader.args else None
+    return any(argument is node for argument in (first if isinstance(first, (list, tuple)) else [first]))
 
 
 def _hands_on(reader: fx.Node) -> bool:

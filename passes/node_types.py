@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from operator import getitem
-from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from calib.aliasing import written_arguments
-from calib.graph import base_op, is_measurable, tensor_values
+from calib.graph import base_op, is_measurable, tensor_values, where
 from passes import op_table
+from passes.low_types import LowTypes, Types
 from passes.plan import PrecisionPlan
 from passes.regions import qualified_name
 from passes.ties import Tie, ties_of
@@ -24,12 +26,15 @@ _CHECKS_NUMBERS = frozenset(
     | {"clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "threshold", "pow", "constant_pad_nd", "pad", "linspace"}
 )
 
+_log = logging.getLogger("calibcast")
+
 
 @dataclass(frozen=True)
 class NodeTypes:
     """The types of a graph's nodes under a plan.
 
-    low: nodes that take their fp32 inputs in `low_type`. never_written: no op of the graph writes in place.
+    low: nodes that take their fp32 inputs in `low_type`; `outputs`: what they then give. never_written: no op of the
+    graph writes in place.
     """
 
     ANY = "any"
@@ -38,15 +43,23 @@ class NodeTypes:
     low: frozenset[fx.Node]
     low_type: torch.dtype
     never_written: bool
+    outputs: Mapping[fx.Node, Types] = field(repr=False)
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, plan: PrecisionPlan) -> NodeTypes:
         """Settle `plan` on a graph: all nodes that share written storage are low only if all are planned so."""
         planned = set(plan.low_precision_nodes)
         nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
-        low = {node for node in nodes if qualified_name(node) in planned and can_be_low(node, plan.low_precision_type)}
+        wanted = {node for node in nodes if qualified_name(node) in planned}
         never_written = not any(written_arguments(node) for node in nodes)
-        return cls(settled(low, ties_of(graph_module)), plan.low_precision_type, never_written)
+        if not wanted:
+            return cls(frozenset(), plan.low_precision_type, never_written, {})
+        types = LowTypes(graph_module, plan.low_precision_type)
+        able = {node: outputs for node in wanted if (outputs := able_types(node, types)) is not None}
+        for node in wanted - able.keys():
+            _warn_of_refusal(node, types)
+        low = settled(set(able), ties_of(graph_module))
+        return cls(low, plan.low_precision_type, never_written, able)
 
     def of_inputs(self, node: fx.Node) -> torch.dtype | str:
         """The low type, `EXPORTED` for the types that the inputs had at export, or `ANY` for as they come."""
@@ -63,6 +76,20 @@ def settled(low: set[fx.Node], ties: list[Tie]) -> frozenset[fx.Node]:
         if tie.pinned is not None or not typed <= low:
             low = low - tie.nodes
     return frozenset(low)
+
+
+def able_types(node: fx.Node, types: LowTypes) -> Types | None:
+    """What `node` gives when it runs in the low type; None where it cannot."""
+    return types.of(node) if can_be_low(node, types.low_type) else None
+
+
+def _warn_of_refusal(node: fx.Node, types: LowTypes) -> None:
+    refusal = types.refusal(node) if can_be_low(node, types.low_type) else None
+    if refusal is not None:
+        _log.warning(
+            "%s cannot run in %s and stays in its exported type: %s",
+            where(node, qualified_name(node)), types.low_type, refusal,
+        )  # fmt: skip
 
 
 def can_be_low(node: fx.Node, low_type: torch.dtype) -> bool:
@@ -91,35 +118,3 @@ def states_type(node: fx.Node) -> bool:
     if base_op(node.target) not in op_table.STATED_TYPE:
         return False
     return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))
-
-
-def dtype_position(node: fx.Node) -> tuple[int, str] | None:
-    """Position and name of the `dtype` argument of an operator with floating-point output, if it has one."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    if not any(is_measurable(value.dtype) for _, value in tensor_values(node)):
-        return None
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dtype":
-            return position, argument.name
-    return None
-
-
-def needs_dtype(node: fx.Node) -> bool:
-    """Whether the type of a factory's output is torch's default, as it has neither a dtype nor a tensor to follow."""
-    has_tensor = any(tensor_values(argument) for argument in node.all_input_nodes)
-    return not has_tensor
-
-
-def with_low_dtype(node: fx.Node, args: Any, kwargs: Any, low_type: torch.dtype) -> tuple[Any, Any]:
-    """The arguments of a low node, lowered in its `dtype`: one of float32, or a factory's default, follows the plan."""
-    position = dtype_position(node)
-    if position is None:
-        return args, kwargs
-    index, name = position
-    stated = node.args[index] if index < len(node.args) else node.kwargs.get(name)
-    if stated == torch.float32 and index < len(node.args):
-        return (*args[:index], low_type, *args[index + 1 :]), kwargs
-    if stated == torch.float32 or needs_dtype(node):
-        return args, {**kwargs, name: low_type}
-    return args, kwargs

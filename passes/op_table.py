@@ -91,13 +91,13 @@ TAKES_OFFSET = frozenset(
 
 # Operators with no half-precision kernels worth the name, on any backend: the same list on every machine, as a plan
 # must not depend on where it was made. Measured over 108 operators of 66 architectures; `linalg_vector_norm` is an
-# ordinary reduction and not among them.
+# ordinary reduction and not among them. Torch-TensorRT 2.14 makes fp32 of an embedding bag whose table is half.
 NEVER_LOW_PREFIXES = ("linalg_", "_linalg_", "fft_", "_fft_", "special_")
 NEVER_LOW = frozenset(
     """
     cdist _cdist_forward pdist cholesky cholesky_solve cholesky_inverse ctc_loss _ctc_loss det logdet slogdet inverse
     lstsq lu_solve lu_unpack matrix_exp nanquantile quantile qr ormqr orgqr geqrf stft istft svd symeig trapezoid
-    triangular_solve eig bincount histc histogram
+    triangular_solve eig bincount histc histogram embedding_bag _embedding_bag _embedding_bag_forward_only
     """.split()  # noqa: SIM905 - a list of words reads as one
 )
 NEVER_LOW_EXCEPT = frozenset({"linalg_vector_norm", "special_softmax", "special_log_softmax", "special_expit"})

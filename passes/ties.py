@@ -8,7 +8,7 @@ from operator import getitem
 
 from torch import fx
 
-from calib.aliasing import Roots, shared_arguments, written_arguments
+from calib.aliasing import Roots, picks_fresh, shared_arguments, written_arguments
 from passes.regions import Candidate
 
 
@@ -75,6 +75,8 @@ def _classes(written: set[fx.Node], roots: Roots, sharing: dict[fx.Node, set[fx.
         for member in list(group):
             for other in roots[member]:
                 group |= sharing[other]
+        # Of several fresh outputs each has storage of its own, but their types come from one node.
+        group |= {member.all_input_nodes[0] for member in group if picks_fresh(member)}
         touching = [tie for tie in ties if tie & group]
         ties = [tie for tie in ties if not tie & group]
         ties.append(group.union(*touching))

@@ -165,4 +165,5 @@ def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
 
 def _converted(tensor: torch.Tensor, low_type: torch.dtype) -> torch.Tensor:
     low = tensor.detach().to(low_type, copy=True)
-    return torch.nn.Parameter(low, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else low
+    # `requires_grad` decides how some operators decompose (embedding_bag), and so whether a builder takes them.
+    return torch.nn.Parameter(low, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else low

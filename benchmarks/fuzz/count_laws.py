@@ -11,6 +11,7 @@ import torch
 from benchmarks.fuzz.case import Case, fresh
 from calib import calibrate
 from calib.aliasing import shared_arguments
+from calib.execution import input_structure
 from calib.graph import REGION_CHILD, dtype_name, size_hint, tensor_values
 from passes import classify, insert_casts, what_if
 from passes.cast_count import CastCounter
@@ -39,7 +40,7 @@ def casts_are_counted_without_a_graph(case: Case) -> None:
 
 def what_if_is_classify_and_insert(case: Case) -> None:
     """`what_if` gives the numbers of `classify` and `insert_casts` with the same arguments, at every limit."""
-    ranges = calibrate(case.program, [tuple(fresh(case.inputs))], progress=False)
+    ranges = calibrate(case.program, [input_structure(case.program, fresh(case.inputs))], progress=False)
     seen = ranges.frame.filter(pl.col("kind").is_in(["input", "activation"]))["absmax"].drop_nulls()
     limits = sorted({max(float(seen.quantile(q, "lower")), 1e-6) for q in (0.3, 0.7)} | {math.inf})
     low_type = case.plan.low_precision_type

@@ -16,7 +16,8 @@ from calib.aliasing import storage_roots, written_arguments
 from calib.execution import ProgramRunner
 from calib.graph import REGION_CHILD, is_measurable, tensor_values
 from passes import PrecisionPlan, insert_casts
-from passes.node_types import NodeTypes, dtype_position, refuses_number
+from passes.dtype_arguments import dtype_position
+from passes.node_types import NodeTypes, refuses_number
 from passes.plan import HIGH, LOW
 from passes.regions import qualified_name
 from passes.ties import ties_of

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from benchmarks.fuzz.case import fresh
 from calib.graph import base_op, is_measurable, state_tensor
 from passes import PrecisionPlan
-from passes.node_types import dtype_position, needs_dtype, refuses_number, states_type
+from passes.dtype_arguments import dtype_position, needs_dtype
+from passes.node_types import refuses_number, states_type
 from passes.regions import qualified_name
 
 

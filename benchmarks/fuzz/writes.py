@@ -87,6 +87,22 @@ def _write_then_read_view(layers: Layers, values: Values, a: torch.Tensor, b: to
     values.floats.append(torch.cat([part, doubled], 1))
 
 
+def _read_write_read(layers: Layers, values: Values, a: torch.Tensor, b: torch.Tensor) -> None:
+    """A cast from before the write is not one of what is read after it."""
+    whole = layers.linear(a)
+    before = torch.tanh(whole)
+    whole[:, 1:].mul_(-0.5)
+    values.floats.append(before + torch.tanh(whole))
+
+
+def _write_through_transpose(layers: Layers, values: Values, a: torch.Tensor, b: torch.Tensor) -> None:
+    whole = a * 0.5
+    turned = whole.transpose(1, 2)
+    before = layers.linear(turned.transpose(1, 2))
+    turned.add_(b.transpose(1, 2))
+    values.floats.append(before + layers.linear(whole) + turned.mT)
+
+
 def _index_put(layers: Layers, values: Values, a: torch.Tensor, b: torch.Tensor) -> None:
     fresh = a.clone()
     fresh.index_put_((torch.arange(2), torch.tensor([1, 2])), b[:2, 0])
@@ -129,6 +145,8 @@ _WRITES: dict[str, Callable[[Layers, Values, torch.Tensor, torch.Tensor], Any]] 
     "unbind_write": _unbind_write,
     "view_of_view": _view_of_view,
     "write_then_read_view": _write_then_read_view,
+    "read_write_read": _read_write_read,
+    "write_through_transpose": _write_through_transpose,
     "index_put": _index_put,
     "scatter_": _scatter,
     "index_add": _index_add,

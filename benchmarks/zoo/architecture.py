@@ -30,7 +30,7 @@ class Architecture:
     make: builds it; called after seeding, so that the same weights come on every call.
     batch: batch number i in the form that a dataloader gives it; called after seeding with i.
     transform: from such a batch to the model's inputs, where they are not the same.
-    covers: which of `features.FEATURES` it has.
+    covers: which of `coverage.ITEMS` it has.
     slow: building and exporting it takes more than a few seconds.
     """
 

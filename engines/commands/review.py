@@ -1,34 +1,227 @@
-"""Commands that look at what was measured and decided."""
+"""Commands that look at what was measured and decided: report, what-if, diff."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from engines.commands.options import note
 
-def report(
-    ranges: Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")],
+Ranges = Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")]
+Format = Annotated[str, typer.Option("--format", help="table, json, csv or parquet")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="write there instead of to stdout")]
+Program = Annotated[str | None, typer.Option("--program", metavar="MODEL", help="a .pt2 file, or file.py:function")]
+Rows = Annotated[int, typer.Option(min=0, help="how many rows; 0: all")]
+
+
+def report(  # noqa: PLR0913 - a command line has options
+    ranges: Ranges,
     plan_file: Annotated[
         Path | None, typer.Option("--plan", metavar="P.json", help="show each node's precision and rule")
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="how many rows; 0: all")] = 0,
+    html: Annotated[
+        Path | None, typer.Option(metavar="F.html", help="write one self-contained page instead of the table")
+    ] = None,
+    verification: Annotated[
+        Path | None, typer.Option(metavar="J.json", help="the page shows this verdict of calibcast verify -o")
+    ] = None,
+    rows: Rows = 0,
+    above: Annotated[float | None, typer.Option(help="only larger magnitudes")] = None,
+    op: Annotated[str | None, typer.Option(help="only this operator: linear, aten.linear, aten.linear.default")] = None,
+    module: Annotated[str | None, typer.Option(help="only modules that this regex matches, from the start")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="only input, parameter, buffer, constant or activation tensors")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help="only nodes that have met this rule; needs --plan")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="a condition on any column: 'rms>3', 'source~model.py'; repeatable")
+    ] = None,
+    sort: Annotated[str | None, typer.Option(help="by this column; default: worst first")] = None,
+    ascending: Annotated[bool, typer.Option("--ascending", help="smallest first")] = False,
+    form: Format = "table",
+    output: Output = None,
 ) -> None:
     """Show measured ranges, worst first: what is near or beyond what fp16 holds.
 
-    Example: calibcast report ranges.parquet --plan plan.json --rows 20
+    Example: calibcast report ranges.parquet --plan plan.json --above 512 --module "encoder\\..*" --rows 20
     """
-    from calib.errors import MismatchError
-    from calib.fingerprint import first_difference
     from calib.ranges import RangeTable
-    from engines.report_table import report_table
+    from engines.frame_output import check_format, write_frame
+    from engines.report_table import report_frame, report_table
+
+    check_format(form, output)
+    table = RangeTable.load(ranges)
+    decided = None if plan_file is None else _plan_of(plan_file, table, ranges)
+    if html is not None:
+        _write_page(html, table, decided, verification, str(ranges))
+        return
+    frame = report_frame(
+        table, decided, above=above, op=op, module=module, kind=kind, rule=rule, where=where or (), sort=sort,
+        descending=not ascending,
+    )  # fmt: skip
+    shown = frame.head(rows) if rows else frame
+    write_frame(shown, lambda: report_table(table, decided, rows or None, frame), form, output)
+
+
+def what_if(  # noqa: PLR0913
+    ranges: Ranges,
+    program: Annotated[str, typer.Option("--program", metavar="MODEL", help="a .pt2 file, or file.py:function")],
+    data_max: Annotated[str, typer.Option(help="limits to try, such as 256,512,inf")] = "256,512,1024,inf",
+    low_precision_type: Annotated[str, typer.Option(help="types to try: fp16, bf16, or fp16,bf16")] = "fp16",
+    range_quantile: Annotated[str, typer.Option(help="judge by these shares of the magnitudes: 1,0.9999")] = "1",
+    base: Annotated[
+        Path | None, typer.Option("--plan", metavar="P.json", help="show flips against this plan; default: 512, fp16")
+    ] = None,
+    init_max: Annotated[float | None, typer.Option(help="as of calibcast plan")] = None,
+    max_depth_of_reduction: Annotated[int | None, typer.Option(help="as of calibcast plan")] = None,
+    nodes_to_exclude: Annotated[list[str] | None, typer.Option(help="as of calibcast plan; repeatable")] = None,
+    targets_to_exclude: Annotated[
+        list[str] | None,
+        typer.Option("--targets-to-exclude", "--op-types-to-exclude", help="as of calibcast plan; repeatable"),
+    ] = None,
+    nodes_to_include: Annotated[list[str] | None, typer.Option(help="as of calibcast plan; repeatable")] = None,
+    targets_to_include: Annotated[list[str] | None, typer.Option(help="as of calibcast plan; repeatable")] = None,
+    form: Format = "table",
+    output: Output = None,
+) -> None:
+    """Decide anew under other thresholds and types, without calibrating again.
+
+    Example: calibcast what-if ranges.parquet --program net.pt2 --data-max 256,512,inf --low-precision-type fp16,bf16
+    """
+    from calib.ranges import RangeTable
+    from engines.frame_output import check_format, write_frame
+    from engines.locations import load_model
+    from engines.what_if_table import what_if_table
+    from passes.alternatives import what_if as ask
     from passes.plan import PrecisionPlan
 
+    check_format(form, output)
+    limits, quantiles = _numbers("--data-max", data_max), _numbers("--range-quantile", range_quantile)
     table = RangeTable.load(ranges)
-    decided = None if plan_file is None else PrecisionPlan.load(plan_file)
-    if decided is not None:
-        difference = first_difference(dict(decided.digests), table.calibration.digests)
-        if difference is not None:
-            raise MismatchError(f"{plan_file} and {ranges} are of different programs: {difference}")
-    typer.echo(report_table(table, decided, rows or None))
+    plan = None if base is None else PrecisionPlan.load(base)
+    frame = ask(
+        load_model(program), table, limits, _words(low_precision_type), quantiles, base=plan, init_max=init_max,
+        max_depth_of_reduction=max_depth_of_reduction, nodes_to_exclude=nodes_to_exclude or (),
+        targets_to_exclude=targets_to_exclude or (), nodes_to_include=nodes_to_include or (),
+        targets_to_include=targets_to_include or (),
+    )  # fmt: skip
+    against = "data_max 512, fp16" if base is None else str(base)
+    write_frame(frame, lambda: what_if_table(frame, against), form, output)
+
+
+def diff(  # noqa: PLR0913
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="a range table, or a plan")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="another of the same kind")],
+    program: Annotated[
+        str | None,
+        typer.Option("--program", metavar="MODEL", help="the model of NEW: decide by all rules, not by tensors alone"),
+    ] = None,
+    data_max: Annotated[float, typer.Option(help="the limit that decisions are made by")] = 512.0,
+    low_precision_type: Annotated[str, typer.Option(help="fp16 or bf16")] = "fp16",
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="exit code 3: 'flip' when a decision flips; 'headroom=2' when a tensor has lost headroom and has "
+            "less than 2x left below 65504, or turned NaN or Inf; repeatable"
+        ),
+    ] = None,
+    rows: Rows = 20,
+    form: Format = "table",
+    output: Output = None,
+) -> None:
+    """What changed: new and gone tensors, ranges that grew or shrank, headroom lost, decisions that flip.
+
+    Tables of another export of the model are matched by module path and structure. --format json, csv and parquet have
+    all rows. Example: calibcast diff monday.parquet friday.parquet --fail-on flip --fail-on headroom=2
+    """
+    from engines.diff_report import diff_frame, diff_text, plan_diff_text, require_headroom, require_no_flip
+    from engines.frame_output import check_format, write_frame
+
+    gates = [_gate(text) for text in fail_on or ()]
+    check_format(form, output)
+    if old.suffix == ".json" and new.suffix == ".json":
+        flips = _plans_diff(old, new)
+        write_frame(flips, lambda: plan_diff_text(flips), form, output)
+        if any(gate is not None for gate in gates):
+            raise typer.BadParameter("headroom is of ranges, and these are plans", param_hint="--fail-on")
+        if gates:
+            require_no_flip(flips)
+        return
+    changes, flips, by = _ranges_diff(old, new, program, data_max, low_precision_type)
+    write_frame(diff_frame(changes, flips), lambda: diff_text(changes, flips, by, rows or None), form, output)
+    for gate in gates:
+        if gate is None:
+            require_no_flip(flips)
+        else:
+            require_headroom(changes, gate)
+
+
+def _ranges_diff(old: Path, new: Path, program: str | None, data_max: float, low_type: str) -> tuple[Any, Any, str]:
+    from calib.range_diff import range_diff
+    from calib.ranges import RangeTable
+    from engines.locations import load_model
+    from passes.plan_diff import decision_diff, tensor_decision_diff
+
+    changes = range_diff(RangeTable.load(old), RangeTable.load(new))
+    if program is None:
+        flips = tensor_decision_diff(changes, low_type, data_max)
+        return changes, flips, f"data_max {data_max:g}, each tensor alone; --program MODEL asks all rules"
+    flips = decision_diff(changes, load_model(program), low_precision_type=low_type, data_max=data_max)
+    return changes, flips, f"data_max {data_max:g}, all rules"
+
+
+def _plans_diff(old: Path, new: Path) -> Any:
+    from passes.plan import PrecisionPlan
+    from passes.plan_diff import plan_diff
+
+    return plan_diff(PrecisionPlan.load(old), PrecisionPlan.load(new))
+
+
+def _plan_of(path: Path, table: Any, ranges: Path) -> Any:
+    from calib.errors import MismatchError
+    from calib.fingerprint import first_difference
+    from passes.plan import PrecisionPlan
+
+    decided = PrecisionPlan.load(path)
+    difference = first_difference(dict(decided.digests), table.calibration.digests)
+    if difference is not None:
+        raise MismatchError(f"{path} and {ranges} are of different programs: {difference}")
+    return decided
+
+
+def _write_page(html: Path, table: Any, plan: Any, verification: Path | None, title: str) -> None:
+    from calib.artifacts import load_json, written_whole
+    from engines.html_report import html_report
+
+    verdict = None if verification is None else load_json(verification, "verification")
+    page = html_report(table, plan, verdict, title=title)
+    with written_whole(html) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    note(f"wrote {html}")
+
+
+def _gate(text: str) -> float | None:
+    """None for `flip`; the least headroom for `headroom=2`."""
+    if text == "flip":
+        return None
+    name, _, value = text.partition("=")
+    try:
+        least = float(value) if name == "headroom" else 0.0
+    except ValueError:
+        least = 0.0
+    if not least > 0:
+        raise typer.BadParameter(f"{text!r}: known are flip and headroom=NUMBER", param_hint="--fail-on")
+    return least
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: give numbers with commas between", param_hint=option) from error
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

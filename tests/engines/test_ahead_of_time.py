@@ -224,3 +224,21 @@ def test_the_command_line_builds_ahead_of_time_and_looks_inside(tmp_path, capsys
     assert _run([*command, "--setting", "optimization_level"]) == 2
     shutil.rmtree(tmp_path / "engine")
     assert _run(["inspect", out]) == 1
+
+
+def test_the_gate_on_the_ledger_is_exit_code_3(tmp_path, capsys):
+    """In bf16 TensorRT-RTX 1.6 computes a max-pooling in fp32: not what was planned."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def model():\n    torch.manual_seed(0)\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3))\n"
+        "    return net.eval(), (torch.randn(2, 3, 16, 16),)\n"
+    )
+    model, plan, out = (str(tmp_path / name) for name in ("net.py:model", "p.json", "engine"))
+    assert _run(["plan", model, "-o", plan, "--low-precision-type", "bf16"]) == 0
+    command = ["build", model, plan, "-o", out, "--ahead-of-time", "--no-cache"]
+    assert _run([*command, "--strict-precision"]) == 3
+    assert "max_pool2d planned bfloat16, found float32" in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()
+    assert _run(command) == 0
+    assert "1 contradict the plan" in capsys.readouterr().out

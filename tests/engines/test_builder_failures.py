@@ -136,6 +136,35 @@ def test_however_a_builder_ends_the_caller_lives(planned, tmp_path, monkeypatch,
     assert message in str(found)
 
 
+def test_progress_tells_phase_and_node():
+    class Bar:
+        description = postfix = ""
+
+        def set_description_str(self, text, refresh):
+            self.description = text
+
+        def set_postfix_str(self, text, refresh):
+            self.postfix = text
+
+        def update(self):
+            pass
+
+    heard = builder_isolation._Progress(Bar())
+    for event in (
+        {"stage": "convert", "engine": 0, "node": "conv2d_3", "op": "aten.convolution.default"},
+        {"stage": "build", "engine": 0, "layers": [{"name": "[CONV]", "node": "conv2d_3"}]},
+        {"stage": "phase", "engine": 0, "phase": "Timing tactics", "parent": None, "steps": 12},
+        {"stage": "step", "phase": "Timing tactics", "step": 5},
+        {"stage": "step", "phase": "never announced", "step": 1},
+    ):
+        heard.hear(event)
+        if event["stage"] == "convert":
+            assert heard.bar.description == "convert conv2d_3"
+    assert (heard.bar.description, heard.bar.postfix) == ("Timing tactics", "5/12")
+    assert (heard.stage, heard.node) == (BUILDING, "conv2d_3")
+    assert heard.layers == [{"name": "[CONV]", "node": "conv2d_3"}]
+
+
 def test_what_a_hung_builder_started_ends_with_it(planned, tmp_path, monkeypatch):
     fake_builder(
         monkeypatch, tmp_path,

@@ -1,14 +1,17 @@
 """A compiled program as files: parts and their wiring, read back into something that computes the same."""
 
+from concurrent.futures import ThreadPoolExecutor
 from operator import getitem
 
 import pytest
 import torch
 from torch import fx, nn
 
-from calib import ArtifactError
-from engines import engine_files
+from calib import ArtifactError, BatchError
+from calib.artifacts import save_program
+from engines import engine_files, tensorrt
 from engines.engine_files import WiringError, engine_paths, read_parts, write_parts
+from engines.program_device import copied
 
 
 class Pair(nn.Module):
@@ -75,3 +78,29 @@ def test_what_has_no_such_files_is_said_so(tmp_path):
     graph.output(graph.call_function(torch.sin, (graph.placeholder("x"),)))
     with pytest.raises(WiringError, match="stands between the engines"):
         write_parts(fx.GraphModule(nn.Module(), graph), tmp_path)
+
+
+def test_programs_are_saved_from_several_threads_at_once(tmp_path):
+    """torch.export.save alone refuses: "Refusing to stomp on existing FakeTensor reducer"."""
+    program = torch.export.export(nn.Sequential(*(nn.Linear(4, 4) for _ in range(20))), (torch.randn(2, 4),))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: save_program(copied(program), tmp_path / f"{i}.pt2"), range(12)))
+    assert len(list(tmp_path.glob("*.pt2"))) == 12
+
+
+def test_a_call_checks_new_sizes_and_remembers_those_it_knows(tmp_path, monkeypatch):
+    """On a GPU, where the tensors are; here the memory of sizes is let to take host tensors, too."""
+    program = torch.export.export(Pair(), (torch.randn(2, 3),))
+    write_parts(compiled(), tmp_path)
+    monkeypatch.setattr(tensorrt.adapter, "missing", lambda: None)
+    monkeypatch.setattr(tensorrt, "_loaded", lambda folder, device: Pair())
+    monkeypatch.setattr(tensorrt, "_sizes", lambda values: tuple((v.shape, v.dtype) for v in values))
+    runtime = tensorrt.TensorrtRuntime(tmp_path, program, [((2, 3), (2, 3), (2, 3))])
+    runtime.device = torch.device("cpu")
+    x = torch.randn(2, 3)
+    for _ in range(3):
+        torch.testing.assert_close(runtime(x), (x + 1, x * 2))
+    torch.testing.assert_close(runtime(x=x), (x + 1, x * 2))
+    for wrong in (torch.randn(4, 3), torch.randn(2, 3).double()):
+        with pytest.raises(BatchError, match="argument x"):
+            runtime(wrong)

@@ -21,6 +21,7 @@ def test_a_detailed_layer_of_tensorrt_8_gives_name_and_types():
         name="PWN(PWN(relu_1), add_1)",
         reads=("float16",),
         writes=("float16",),
+        inputs=("x",),
         outputs=("(Unnamed Layer* 1) [ElementWise]_output",),
         shapes=((10, 2),),
     )
@@ -37,6 +38,15 @@ def test_below_detailed_verbosity_there_are_names_alone():
     layers = parse_inspector(read("tensorrt_10_names.json"))
     assert [layer.name for layer in layers][:2] == ["[trainStation1]", "/backbone/maxpool/MaxPool"]
     assert all(layer.types == () for layer in layers)
+
+
+def test_the_inspector_of_tensorrt_rtx_carries_our_metadata_through_fusion():
+    """TensorRT-RTX 1.4 on an H200, of the same network as the listing below."""
+    layers = parse_inspector(read("inspected_1.4.0.76.json"))
+    nodes = {node: layer for layer in layers for node in layer.nodes}
+    assert {"conv2d", "relu", "mean", "layer_norm", "linear", "mul", "softmax"} <= set(nodes)
+    assert "float16" in nodes["conv2d"].types
+    assert nodes["softmax"].types == ("float32",)
 
 
 def test_tensorrt_11_tells_format_and_datatype_apart():

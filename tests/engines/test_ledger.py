@@ -93,6 +93,31 @@ def test_a_node_is_found_by_the_surest_way_there_is(layer, found_by):
     assert row(ledger, "linear")["found_by"] == found_by
 
 
+def test_nodes_between_two_layers_that_touch_are_in_them():
+    """conv -> batch_norm -> relu -> linear: TensorRT folds norm and ReLU into the convolution without a trace."""
+    network = [made(node) for node in ("conv", "norm", "relu", "linear")]
+    readers = {"conv": ["norm"], "norm": ["relu"], "relu": ["linear"], "linear": []}
+    decided = plan(conv="low", norm="low", relu="low", linear="low")
+    touching = [
+        EngineLayer("first", ("conv",), outputs=("t1",), **HALF),
+        EngineLayer("second", ("linear",), inputs=("t1",), **HALF),
+    ]
+    ledger = ledger_of(decided, network, touching, {}, readers)
+    assert [row(ledger, node)["found_by"] for node in ("norm", "relu")] == ["neighbours"] * 2
+    assert row(ledger, "relu")["layers"] == ["first"]
+    assert row(ledger, "relu")["match"] == "fused"
+    moved = EngineLayer("__myl_ReshTran_myl0_3", inputs=("t1",), outputs=("t2",))
+    through = [touching[0], moved, EngineLayer("second", ("linear",), inputs=("t2",), **HALF)]
+    assert row(ledger_of(decided, network, through, {}, readers), "relu")["found_by"] == "neighbours"
+    apart = [
+        touching[0],
+        EngineLayer("something", inputs=("t1",), outputs=("t2",)),
+        EngineLayer("second", ("linear",), inputs=("t2",)),
+    ]
+    ledger = ledger_of(decided, network, apart, {}, readers)
+    assert row(ledger, "relu")["match"] == "unknown"
+
+
 def test_shapes_that_two_nodes_have_tell_nothing():
     network = [made("a", shapes=[[2, 3]]), made("b", shapes=[[2, 3]])]
     ledger = ledger_of(plan(a="low", b="low"), network, [EngineLayer("k", shapes=((2, 3),))], {})

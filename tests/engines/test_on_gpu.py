@@ -116,6 +116,38 @@ def test_calibration_does_not_wait_for_the_gpu_within_a_batch(program, batches):
     assert int(observer.total.batches.sum()) > 0
 
 
+def test_batches_replayed_as_a_graph_measure_what_the_interpreter_measures():
+    """One kernel a tensor, captured from the second batch of a size on, against some twenty kernels, interpreted."""
+    from calib.calibration import prepare
+    from calib.captured_execution import CapturedRunner
+    from calib.device_observer import DeviceObserver, fused_problem
+    from calib.masks import mask_tensors
+    from calib.observer import Observer
+
+    assert fused_problem(torch.device("cuda")) is None
+    torch.manual_seed(0)
+    program = torch.export.export(
+        Small().eval().cuda(), (torch.randn(4, 3, 16, 16).cuda(),), dynamic_shapes={"x": {0: Dim("n", min=1, max=32)}}
+    )
+    run = prepare(program, None, True, "warn")
+    fused = DeviceObserver(run.specs, run.runner.device, True, mask_tensors(program))
+    plain = Observer(run.specs, run.runner.device, True, mask_tensors(program))
+    captured = CapturedRunner(run.runner, fused)
+    for index, size in enumerate((4, 8, 4, 4, 8, 8, 4)):
+        flat = [torch.randn(size, 3, 16, 16, generator=torch.Generator().manual_seed(index)).cuda() * (index + 1)]
+        captured.run_batch(flat, index, fused.watch)
+        plain.start(index)
+        run.runner.run_batch(flat, index, plain.watch)
+        for observer in (fused, plain):
+            observer.finish()
+    assert captured.replayed == 5
+    assert torch.equal(fused.total.counts, plain.total.counts)
+    assert torch.equal(fused.total.histograms, plain.total.histograms)
+    assert torch.equal(fused.total.absmax_batch, plain.total.absmax_batch)
+    torch.testing.assert_close(fused.total.values[:, :3], plain.total.values[:, :3], rtol=1e-6, atol=0)
+    torch.testing.assert_close(fused.total.values[:, 3:], plain.total.values[:, 3:], rtol=1e-5, atol=1e-4)
+
+
 class Regions(nn.Module):
     """A convolution, then a linear inside `torch.autocast(fp32)`, as in Torch-TensorRT's proposal."""
 
@@ -248,7 +280,8 @@ def test_a_fresh_process_loads_and_runs_a_saved_engine(engine, batches, tmp_path
     )
     files = [str(tmp_path / name) for name in ("engine", "x.pt", "y.pt")]
     subprocess.run([sys.executable, "-c", script, *files], check=True, timeout=300, cwd=Path(__file__).parents[2])
-    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), engine(batches[1].cuda()).cpu(), rtol=0, atol=0)
+    # TensorRT-RTX compiles for the GPU when an engine is loaded, and may take other kernels in another process.
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), engine(batches[1].cuda()).cpu(), rtol=1e-2, atol=2e-3)
 
 
 def test_another_gpu_is_refused(engine, tmp_path):

@@ -16,29 +16,12 @@ from benchmarks.zoo.judgement import TOLERANCE, Trial, outputs_of  # noqa: E402
 from passes import insert_casts  # noqa: E402
 
 SLOW = {name: pytest.mark.slow for name, entry in ZOO.items() if entry.slow}
-MASK = "a mask value keeps its makers and readers in fp32"
-BOUND = "the bound of what a norm hides is that of the peak, not of the data"
-LITERAL = "an epsilon that the data never comes near keeps its node in fp32"
-REGION = "what an autocast region gives counts as unmeasured"
-FLAT = "in bf16 the rounding of nearly constant values counts as noise, though nothing comes of it"
+MASK = "a mask value that passes topk and a comparison keeps its readers in fp32"
 # Where more is fp32 than need be: name-type -> why. An entry that is mended fails, to be taken out.
 NEEDLESS = {
-    **dict.fromkeys(("convnext-fp16", "mixer-fp16", "sequencer-fp16", "restoration-fp16", "bert-fp16"), BOUND),
-    **dict.fromkeys(("xcit-fp16", "edgenext-fp16", "two_towers-fp16"), LITERAL),
-    **dict.fromkeys(
-        [
-            f"{name}-{low}"
-            for name in ("roberta_classifier", "albert", "mpnet", "t5", "finite_mask_attention",
-                         "infinite_mask_attention", "top_mask")
-            for low in ("fp16", "bf16")
-        ],
-        MASK,
-    ),
-    "convbert-fp16": MASK,
-    "autocast_regions-fp16": REGION,
-    "autocast_regions-bf16": REGION,
-    "running_norm-bf16": FLAT,
-}  # fmt: skip
+    "top_mask-fp16": MASK,
+    "top_mask-bf16": MASK,
+}
 LOW_TYPES = pytest.mark.parametrize("low_type", TOLERANCE, ids=["fp16", "bf16"])
 
 

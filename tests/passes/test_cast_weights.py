@@ -191,6 +191,21 @@ def test_buffers_and_constants_are_stored_too(mixed_of: Any) -> None:
     assert [name for name in casts(mixed) if "args" not in name and "inputs" not in name] == ["add_as_float32"]
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_converted_weights_decompose_as_the_users_do(export: Any, plan_of: Any, trained: bool) -> None:
+    """`embedding_bag` becomes another operator where its table needs no gradient, one that builders do not take."""
+    bag = nn.EmbeddingBag(4, 8).requires_grad_(trained)
+    program = export(bag, torch.tensor([[0, 1], [2, 3]]))
+    mixed = insert_casts(program, plan_of(program, {"embedding_bag"}))
+    assert mixed.state_dict["weight"].dtype == LOW
+    assert mixed.state_dict["weight"].requires_grad == trained
+    bags = [
+        {str(node.target) for node in each.run_decompositions().graph.nodes if "embedding_bag" in str(node.target)}
+        for each in (program, mixed)
+    ]
+    assert bags[0] == bags[1]
+
+
 def test_integer_weights_stay(mixed_of: Any) -> None:
     """A batch norm that is low stores its statistics low, and its count of batches stays an integer."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))

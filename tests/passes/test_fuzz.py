@@ -9,6 +9,7 @@ from benchmarks.fuzz import __main__ as command
 from benchmarks.fuzz import judgement
 from benchmarks.fuzz.judgement import NotExportedError, judge, shrunk
 from benchmarks.fuzz.programs import KINDS, STEPS, Draw, Recipe, Step, drawn
+from passes import cast_insertion, node_types
 
 
 def no_matmul(case):
@@ -62,6 +63,27 @@ def test_shrinking_leaves_the_one_step_that_matters(broken_law):
     small = shrunk(judge(draw))
     assert [step.op for step in small.draw.recipe.steps] == ["matmul"]
     assert eval(str(small.draw), {**vars(sys.modules[Draw.__module__]), "torch": torch}) == small.draw
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "broken", "step", "coins", "laws"),
+    [
+        # Casts that outlive a write; aliases that are not tied; dtype arguments that stay.
+        (cast_insertion._Emission, "_note_aliases", lambda self, node, made: None, "read_write_read", 0b11010,
+         {"numbers_stay_close"}),
+        (node_types, "ties_of", lambda graph_module: [], "split_write", 0b100, {"written_storage_has_one_type"}),
+        (cast_insertion, "with_low_dtype", lambda node, args, kwargs, low: (args, kwargs), "zeros", -1,
+         {"types_follow_the_plan", "comparison_agrees"}),
+    ],
+)  # fmt: skip
+def test_the_laws_notice_what_insertion_must_not_forget(  # noqa: PLR0913
+    monkeypatch, place, name, broken, step, coins, laws
+):
+    """Insertion with one thing left out breaks a law, on a program that keeps all of them as it is."""
+    draw = Draw(Recipe((Step(step, 0, 1),)), coins, torch.float16)
+    assert judge(draw) is None
+    monkeypatch.setattr(place, name, broken)
+    assert judge(draw).law in laws
 
 
 def test_what_torch_cannot_export_is_counted_apart(monkeypatch, capsys):

@@ -299,3 +299,32 @@ class TestTies:
         ties = ties_of(export(forward, X).graph_module)
         names = [{node.name for node in tie.nodes} for tie in ties]
         assert any({"tanh", "sin", "add_", "add__1"} <= group for group in names)
+
+    def test_outputs_made_anew_do_not_share_storage_with_each_other(self, export: Any, after: Any) -> None:
+        """Values of `topk` are written; its indices, integers that no plan types, do not hold them in fp32.
+
+        before: topk - div_ (in place on the values) - mul
+        after:  topk(low) - div_(low) - mul(low)
+        """
+
+        def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            values, indices = x.topk(2, -1)
+            first = values[:, 0]
+            values /= values.sum(-1, keepdim=True) + 3
+            return values * first[:, None], indices.reshape(-1) + 1
+
+        (tie,) = ties_of(export(forward, X).graph_module)
+        assert {node.name for node in tie.nodes} == {"topk", "getitem", "select", "div_", "unsqueeze"}
+        lines = after(forward, {"topk", "select", "sum_1", "add", "div_", "unsqueeze", "mul"})
+        assert "div_: div f16" in lines
+        assert sum("cast" in line for line in lines) == 2  # the input, and the output
+
+    def test_outputs_that_are_views_do(self, export: Any) -> None:
+        def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = x * 1
+            one, other = y.chunk(2, -1)
+            one.add_(1)
+            return other * 2, y
+
+        (tie,) = ties_of(export(forward, X).graph_module)
+        assert {node.name for node in tie.nodes} == {"mul", "chunk", "getitem", "getitem_1", "add_"}

@@ -197,3 +197,11 @@ def test_a_table_without_histograms_can_be_asked(measured):
     assert what_if(program, ranges, [512, math.inf]).height == 2
     with pytest.raises(PlanError, match="needs histograms"):
         what_if(program, ranges, range_quantile=0.9)
+
+
+def test_a_check_of_a_type_in_the_program_is_no_obstacle(export):
+    """`.to(...)` exports as a check of its input's type and a conversion; the check fails in fp16."""
+    program = export(lambda x: (x * 4).to(torch.int64) % 16, torch.randn(4, 8))
+    assert any("_assert_tensor_metadata" in str(node.target) for node in program.graph.nodes)
+    ranges = calibrate(program, [torch.randn(4, 8)], progress=False)
+    assert what_if(program, ranges, data_max=[1e-3, 512])["nodes_low"].to_list() == [0, 1]

@@ -1,0 +1,123 @@
+"""Putting the page together: everything inline, every foreign text escaped, no request possible."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from calib.graph import dtype_name
+from calib.ranges import RangeTable
+from engines.html_report.payload import packed, payload
+from passes.plan import HIGH, KEPT, LOW, PrecisionPlan
+
+_FOLDER = Path(__file__).parent
+
+
+def html_report(
+    ranges: RangeTable,
+    plan: PrecisionPlan | None = None,
+    verification: Mapping[str, Any] | None = None,
+    title: str = "ranges",
+) -> str:
+    """The report as one HTML page that needs nothing else: no network, no file beside it.
+
+    Args:
+        plan: colours nodes by precision and gives each its reason; its `flips` drive the `data_max` slider.
+        verification: the content of the file that `calibcast verify -o` writes, for the verdict.
+        title: what the page is of, such as the file's name.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    plotly, script = Markup(get_plotlyjs()), Markup((_FOLDER / "page.js").read_text(encoding="utf-8"))
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        plotly=plotly,
+        script=script,
+        hashes=" ".join(f"'{_hash(text)}'" for text in (plotly, script)),
+        payload=packed(payload(ranges, plan)),
+        facts=_facts(ranges, plan),
+        rules=_rules(plan),
+        verdict=None if verification is None else _verdict(verification),
+        notes=() if plan is None else plan.notes,
+        has_plan=plan is not None,
+        has_flips=plan is not None and bool(plan.flips),
+    )
+
+
+def _hash(script: str) -> str:
+    """As a content security policy names an inline script."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _facts(ranges: RangeTable, plan: PrecisionPlan | None) -> list[tuple[str, str]]:
+    """What was measured and decided, as name and value."""
+    calibration, frame = ranges.calibration, ranges.frame
+    inputs = frame.filter(frame["kind"] == "input").select("node", "shape").rows()
+    skipped = f", {len(calibration.skipped)} skipped as non-finite" if calibration.skipped else ""
+    facts = [
+        ("model", f"{len(calibration.digests)} graph nodes, fingerprint {calibration.fingerprint[:12]}"),
+        ("inputs", "; ".join(f"{node} [{', '.join(shape)}]" for node, shape in inputs) or "none that is floating"),
+        ("data", f"{calibration.batches} batches{skipped}"),
+        ("tensors", str(ranges).split(": ", 1)[-1]),
+        ("versions", ", ".join(f"{name} {version}" for name, version in calibration.versions.items())),
+    ]
+    if plan is not None:
+        counts = Counter(decision.precision for decision in plan.decisions)
+        nodes, work = plan.share()
+        low = dtype_name(plan.low_precision_type)
+        facts.append(("plan", f"{counts[LOW]} nodes {low}, {counts[HIGH]} in their exported type, {counts[KEPT]} kept"))
+        facts.append(("in low precision", f"{_percent(nodes)} of nodes, {_percent(work)} of work"))
+        facts.append(("settings", _settings(plan.settings)))
+    return facts
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    shown = {name: value for name, value in settings.items() if name != "rules" and value not in ([], None, {})}
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
+    )
+
+
+def _rules(plan: PrecisionPlan | None) -> list[dict[str, Any]]:
+    """The plan by rule: how many nodes, how much of the work, most nodes first."""
+    if plan is None:
+        return []
+    whole = sum(decision.work for decision in plan.decisions)
+    found: dict[tuple[str, str], list[int]] = {}
+    for decision in plan.decisions:
+        group = found.setdefault((decision.precision, decision.rule or "no rule is met"), [0, 0])
+        group[0] += 1
+        group[1] += decision.work
+    order = {LOW: 0, HIGH: 1, KEPT: 2}
+    return [
+        {"precision": precision, "rule": rule, "nodes": nodes, "work": _percent(work / whole if whole else 0.0)}
+        for (precision, rule), (nodes, work) in sorted(found.items(), key=lambda i: (order[i[0][0]], -i[1][0]))
+    ]
+
+
+def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "passed": bool(content.get("passed")),
+        "batches": content.get("batches"),
+        "problems": list(content.get("problems") or ()),
+        "metrics": dict(content.get("metrics") or {}),
+        "outputs": [
+            {name: row.get(name) for name in ("output", "sqnr_db", "rel_l2", "max_abs", "nonfinite")}
+            for row in content.get("outputs") or ()
+        ],
+    }
+
+
+def _percent(share: float) -> str:
+    return "no" if share != share else f"{100 * share:.1f}%"

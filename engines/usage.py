@@ -1,0 +1,9 @@
+"""Mistakes in what was asked for, as opposed to in what was found: exit code 2 on the command line."""
+
+from __future__ import annotations
+
+from calib.errors import CalibcastError
+
+
+class UsageError(CalibcastError):
+    """An option or argument that names nothing, or that cannot be had together with another."""

@@ -1,0 +1,139 @@
+"""What an operator gives when its fp32 inputs come in the low type: found by running it on fake tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from calib.errors import PlanError, first_line
+from calib.graph import size_hint
+from passes.dtype_arguments import with_low_dtype
+
+Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for what is no tensor
+# AssertionError: a program's own check of a type, which is asked about like any other node.
+_REFUSALS = (RuntimeError, TypeError, NotImplementedError, ValueError, AssertionError)
+
+
+class LowTypes:
+    """Finds the types of low nodes. Nodes that are alike, of which deep networks are made, run once."""
+
+    def __init__(self, graph_module: fx.GraphModule, low_type: torch.dtype) -> None:
+        """Raises PlanError where the nodes carry no fake tensors."""
+        mode = detect_fake_mode([node.meta.get("val") for node in graph_module.graph.nodes])
+        if mode is None:
+            raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
+        self.mode, self.low_type = mode, low_type
+        self._kinds: dict[str, Types | str] = {}
+
+    def of(self, node: fx.Node) -> Types | None:
+        """The types of the outputs of `node`, all its fp32 inputs low; None where the operator refuses."""
+        found = self._found(node)
+        return None if isinstance(found, str) else found
+
+    def refusal(self, node: fx.Node) -> str | None:
+        """What the operator says where it refuses, or None."""
+        found = self._found(node)
+        return found if isinstance(found, str) else None
+
+    def _found(self, node: fx.Node) -> Types | str:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), _kind)
+        kind = f"{node.target} {args} {kwargs}"
+        if kind not in self._kinds:
+            self._kinds[kind] = self._run(node)
+        return self._kinds[kind]
+
+    def _run(self, node: fx.Node) -> Types | str:
+        args, kwargs = with_low_dtype(node, node.args, node.kwargs, self.low_type)
+        if args == node.args and kwargs == node.kwargs and not any(map(_is_fp32, node.all_input_nodes)):
+            return types_of(node.meta.get("val"))  # nothing comes in another type
+        try:
+            return types_of(self._run_symbolic(node, args, kwargs))
+        except _REFUSALS:
+            pass
+        try:
+            return types_of(self._run_concrete(node, args, kwargs))
+        except _REFUSALS as error:
+            return first_line(error)
+
+    def _run_symbolic(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        with self.mode, torch.no_grad(), _quiet(self.mode.shape_env), _unlogged():
+            # Copies, as an in-place op would change a fake tensor that nodes share.
+            args, kwargs = fx.map_arg((args, kwargs), lambda n: pytree.tree_map(self._lowered, n.meta["val"]))
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _run_concrete(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """At the sizes of the export: some half-precision kernels take no symbols, such as those of lstm."""
+        with FakeTensorMode(), torch.no_grad(), _unlogged():
+            args, kwargs = fx.map_arg((args, kwargs), lambda n: pytree.tree_map(self._stand_in, n.meta["val"]))
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _lowered(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.low_type) if value.dtype == torch.float32 else value.clone()
+
+    def _stand_in(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            dtype = self.low_type if value.dtype == torch.float32 else value.dtype
+            return torch.empty([size_hint(size) for size in value.shape], dtype=dtype, device=value.device)
+        return size_hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def types_of(value: Any) -> Types:
+    """The types of what a node gives, as recorded at export or found by running it."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return tuple(v.dtype if isinstance(v, torch.Tensor) else None for v in values)
+
+
+def retyped(value: Any, types: Types) -> Any:
+    """`value`, recorded at export, in other types. To be called under its fake mode.
+
+    Sizes stay those of the export: a type changes none, and symbols of data-dependent sizes must stay.
+    """
+    if isinstance(value, (list, tuple)):
+        return type(value)(_retyped(v, dtype) for v, dtype in zip(value, types, strict=True))
+    return _retyped(value, types[0])
+
+
+def _retyped(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if isinstance(value, torch.Tensor) and dtype not in {None, value.dtype} else value
+
+
+def _kind(node: fx.Node) -> str:
+    """What decides the types of an operator that reads `node`: types and shapes."""
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return str([(v.dtype, v.shape) if isinstance(v, torch.Tensor) else type(v) for v in leaves])
+
+
+def _is_fp32(node: fx.Node) -> bool:
+    return any(
+        isinstance(v, torch.Tensor) and v.dtype == torch.float32 for v in pytree.tree_leaves(node.meta.get("val"))
+    )
+
+
+def _quiet(shape_env: Any) -> ExitStack:
+    """No new guards and no new symbols for the user's program."""
+    stack = ExitStack()
+    if shape_env is not None:
+        stack.enter_context(shape_env.suppress_guards())
+        stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
+    return stack
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch logs a stack trace when a fake kernel raises; here that is expected, and tried again."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

@@ -1,0 +1,97 @@
+"""Holds the fused kernel to the host kernel on the CPU. Run with TRITON_INTERPRET=1; Triton reads it when imported."""
+
+import math
+
+import torch
+
+from calib import device_observer
+from calib.captured_execution import captured_or_plain
+from calib.device_observer import DeviceObserver
+from calib.execution import ProgramRunner
+from calib.graph import TensorSpec, tensor_specs
+from calib.observer import Observer
+
+CPU = torch.device("cpu")
+INF, NAN = math.inf, math.nan
+TENSORS = {
+    "plain": torch.randn(700),
+    "common": torch.randn(128 * 7).relu(),
+    "common, then odd": torch.cat([torch.randn(128 * 3), torch.tensor([1e-30, -0.0, NAN, 1e20]), torch.randn(300)]),
+    "edges": torch.tensor([2.0**-47, 2.0**-48, 2.0**16, 2.0**17, -(2.0**-47), 0.0, 2.0**17 - 0.01] * 40),
+    "negative": -torch.rand(5, 7) - 1,
+    "one": torch.tensor([3.5]),
+    "zero-dim": torch.tensor(-2.0),
+    "zeros": torch.zeros(130),
+    "signed zeros": torch.tensor([0.0, -0.0, 1.0]),
+    "nonfinite": torch.tensor([NAN, INF, -INF, 1.0, -2.0]),
+    "all nan": torch.full((3,), NAN),
+    "subnormal": torch.tensor([1e-40, 2e-39, -1e-41, 5.0]),
+    "huge": torch.tensor([1e38, -3e38, 1e-38]),
+    "half": torch.randn(300).half(),
+    "bfloat16": torch.randn(300).bfloat16(),
+    "permuted": torch.randn(6, 7, 8).permute(2, 0, 1),
+    "gaps": torch.randn(10, 10)[:, ::2],
+    "expanded": torch.randn(4, 1).expand(4, 9),
+    "double": torch.randn(40).double(),
+    "exact block": torch.randn(128 * 3),
+    "masked": torch.tensor([-1e9, 0.5, -INF, -3e38, 2.0, NAN, INF, 0.0]),
+    "all masked": torch.full((5,), -INF),
+}
+
+
+class Views(torch.nn.Module):
+    """Tensors that share their elements, and an operator with hidden sums."""
+
+    def forward(self, x):
+        y = torch.relu(x).view(4, 6)
+        a, b = y.permute(1, 0).chunk(2)
+        return a.reshape(-1) * 2, b + y.mean(), torch.nn.functional.layer_norm(y, (6,))
+
+
+def compare(ours, theirs, names):
+    """Counts, histograms and extremes are equal; sums are within fp32 rounding, in which the host forms them."""
+    for array in ("counts", "histograms", "batches", "absmax_batch", "nonfinite_batch", "hidden"):
+        mine, reference = getattr(ours, array), getattr(theirs, array)
+        if reference is not None:
+            for row, name in enumerate(names):
+                assert torch.equal(mine[row], reference[row]), (array, name, mine[row], reference[row])
+    assert torch.equal(ours.values[:, :3], theirs.values[:, :3])
+    torch.testing.assert_close(ours.values[:, 3:], theirs.values[:, 3:], rtol=1e-6, atol=1e-6)
+
+
+def compare_tensors(histogram):
+    masks = frozenset({"masked", "all masked"})
+    specs = [TensorSpec(name, 0, "", "", "", "activation", "float32", ()) for name in TENSORS]
+    observers = [kind(specs, CPU, histogram, masks) for kind in (DeviceObserver, Observer)]
+    for observer in observers:
+        for batch in range(2):
+            observer.start(batch)
+            for name, tensor in TENSORS.items():
+                observer.measure(name, tensor)
+            observer.finish()
+    compare(observers[0].total, observers[1].total, TENSORS)
+
+
+def compare_runs():
+    program = torch.export.export(Views(), (torch.randn(24),))
+    specs = tensor_specs(program)
+    totals = []
+    for kind in (DeviceObserver, Observer):
+        observer = kind(specs, CPU, True)
+        step = captured_or_plain(ProgramRunner(program), observer)
+        for batch in range(2):
+            step([torch.linspace(-1, 2, 24) * (batch + 1)], batch, observer.watch)
+            assert observer.first_nonfinite() is None
+            observer.finish()
+        totals.append(observer.total)
+        if kind is DeviceObserver:
+            assert len(observer.layout.equals) >= 2, "views are measured once"
+    compare(*totals, [spec.node for spec in specs])
+
+
+if __name__ == "__main__":
+    device_observer.BLOCK, device_observer.PROGRAMS = 128, 3  # several steps of several programs
+    compare_tensors(histogram=True)
+    compare_tensors(histogram=False)
+    compare_runs()
+    print("same")

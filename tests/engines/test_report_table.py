@@ -1,0 +1,179 @@
+"""`calibcast report` in a terminal and in Python: worst first, filters, formats, pipes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from torch import nn
+
+from calib import calibrate
+from engines.cli import _run
+from engines.report_table import report_frame
+from engines.text_table import cell, printable
+from engines.usage import UsageError
+from passes import classify
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Net(nn.Module):
+    """encoder: two linears with a large product between; head: a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        hidden = self.encoder(x) * 4000.0
+        return self.head(hidden / 4000.0)
+
+
+@pytest.fixture(scope="module")
+def made():
+    torch.manual_seed(0)
+    program = torch.export.export(Net().eval(), (torch.randn(4, 8),))
+    ranges = calibrate(program, [torch.randn(4, 8) for _ in range(3)], progress=False)
+    return ranges, classify(program, ranges)
+
+
+@pytest.fixture
+def files(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made[0].save("r.parquet")
+    made[1].save("p.json")
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    code = _run([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def nodes(made, **filters):
+    return report_frame(*made, **filters)["node"].to_list()
+
+
+def test_the_worst_tensor_comes_first(made):
+    frame = report_frame(made[0])
+    assert frame["node"][0] == "mul"
+    assert frame["absmax"].is_sorted(descending=True)
+    assert frame["headroom"][0] == pytest.approx(65504 / frame["absmax"][0])
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"above": 512}, {"mul"}),
+        ({"op": "linear"}, {"linear", "linear_1", "linear_2"}),
+        ({"op": "aten.linear"}, {"linear", "linear_1", "linear_2"}),
+        ({"op": "aten.linear.default", "module": r"encoder\..*"}, {"linear", "linear_1"}),
+        ({"module": "head"}, {"linear_2", "p_head_weight", "p_head_bias"}),
+        ({"kind": "input"}, {"x"}),
+        ({"rule": "data_max"}, {"mul", "div"}),
+        ({"where": ["absmax > 512", "kind=activation"]}, {"mul"}),
+        ({"where": ["op~mul|div"]}, {"mul", "div"}),
+        ({"where": ["nan>0"]}, set()),
+    ],
+)
+def test_filters_leave_what_they_say(made, filters, expected):
+    assert set(nodes(made, **filters)) == expected
+
+
+def test_any_column_sorts_either_way(made):
+    frame = report_frame(made[0], sort="rms")
+    assert frame["rms"].is_sorted(descending=True)
+    assert report_frame(made[0], sort="node", descending=False)["node"].is_sorted()
+
+
+def test_what_has_no_finite_value_is_above_every_limit():
+    program = torch.export.export(nn.Identity(), (torch.zeros(2),))
+    with pytest.warns(UserWarning, match="NaN or Inf"):
+        ranges = calibrate(program, [torch.tensor([float("nan"), float("inf")])], progress=False)
+    assert report_frame(ranges, above=512)["nonfinite"].to_list() == [2]
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        ({"sort": "absmxa"}, "no column 'absmxa'; near names: absmax"),
+        ({"sort": "shape"}, "it is a list"),
+        ({"where": ["rmss>3"]}, "near names: rms"),
+        ({"where": ["rms>many"]}, "rms is a number, and 'many' is not"),
+        ({"where": ["rms"]}, "give COLUMN, one of"),
+        ({"where": ["histogram>3"]}, "histogram is a list"),
+        ({"op": "linaer"}, "near names: linear"),
+        ({"kind": "weight"}, "no tensor has it; known: activation, input, parameter"),
+        ({"rule": "data_mx"}, "near names: data_max"),
+        ({"module": "a("}, "not a regular expression"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(made, filters, message):
+    with pytest.raises(UsageError, match="(?s)" + message.replace("(", r"\(")):
+        report_frame(*made, **filters)
+
+
+def test_a_rule_needs_a_plan(made):
+    with pytest.raises(UsageError, match="give --plan"):
+        report_frame(made[0], rule="data_max")
+
+
+def test_the_table_fits_100_columns_and_says_what_was_left_out(files, capsys):
+    code, out, err = run(capsys, "report", "r.parquet", "--plan", "p.json", "--rows", "3")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 100
+    assert "data_max" in out.splitlines()[2]
+    assert "and 10 more" in out
+    code, out, _ = run(capsys, "report", "r.parquet", "--kind", "parameter")
+    assert "6 of 13 tensors" in out
+
+
+def test_json_and_csv_and_parquet_hold_the_same_rows(files, capsys):
+    arguments = ("report", "r.parquet", "--plan", "p.json", "--above", "100")
+    rows = json.loads(run(capsys, *arguments, "--format", "json")[1])
+    assert [row["node"] for row in rows] == ["mul"]
+    assert rows[0]["rule"] == "data_max"
+    table = pl.read_csv(io.StringIO(run(capsys, *arguments, "--format", "csv")[1]))
+    assert table["absmax"].to_list() == [rows[0]["absmax"]]
+    assert table["shape"].to_list() == ["4 8"]
+    assert run(capsys, *arguments, "--format", "parquet", "-o", "out.parquet")[0] == 0
+    assert pl.read_parquet("out.parquet")["node"].to_list() == ["mul"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "xml"], "--format xml: known are table, json, csv, parquet"),
+        (["--kind", "weights"], "known: activation"),
+        (["--rule", "data_max"], "give --plan"),
+        (["--sort", "size"], "there is no column 'size'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_exit_code_2(files, capsys, arguments, message):
+    code, out, err = run(capsys, "report", "r.parquet", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_closed_pipe_is_no_error(made, files):
+    """As in `calibcast report .. --format json | head -1`."""
+    command = [sys.executable, "-m", "engines.cli", "report", "r.parquet", "--format", "json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait() == 0
+        assert process.stderr.read() == b""
+
+
+def test_cells_are_cut_at_their_start_and_cannot_drive_the_terminal():
+    assert cell("encoder.layers.11.linear", 12) == "...11.linear"
+    assert cell("\u5c64\u5c64\u5c64\u5c64", 6) == "..\u5c64\u5c64"
+    assert printable("a\x1b[31mb\nc") == "a\ufffd[31mb\ufffdc"
