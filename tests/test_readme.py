@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import json
+import os
 import re
 import subprocess
 import sys
@@ -75,3 +77,33 @@ def test_every_rule_in_the_table_is_a_rule():
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert named <= ids
     assert {"data_max", "init_max", "literal", "storage", "interior", "follows", "legality"} <= named
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    """The nightly job of the README, prepared as it says."""
+    folder = tmp_path_factory.mktemp("night")
+    (folder / "prepare.py").write_text(next(block for block in blocks("python") if "prepare.py" in block))
+    (folder / "night.toml").write_text(blocks("toml")[0])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "prepare.py"], cwd=folder, env=environment, check=True, timeout=300)
+    return folder
+
+
+def test_the_nightly_job_runs_and_its_engine_answers_as_well_as_fp32(night, capsys):
+    from engines.cli import _run
+
+    assert _run(["run", str(night / "night.toml"), "--dry-run"]) == 0
+    assert "1797 rows in 18 batches" in capsys.readouterr().out
+    assert _run(["run", str(night / "night.toml"), "--log-format", "json"]) == 0
+    assert all(json.loads(line)["message"] for line in capsys.readouterr().err.splitlines())
+    manifest = json.loads((night / "artifacts/manifest.json").read_text())
+    assert manifest["status"] == "done"
+    assert manifest["stages"]["verify"]["result"]["metrics"]["accuracy"] > 0.9
+
+
+def test_the_table_of_keys_is_that_of_the_settings():
+    from engines.job.keys import keys_table
+
+    shown = README.split("checked by a test -->\n")[1].split("\n<!-- end of keys -->")[0]
+    assert shown == keys_table()
