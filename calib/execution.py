@@ -77,14 +77,17 @@ class _SteppedInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                for device_type, dtype, enabled, cache_enabled in self._regions:
-                    region = torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
-                    stack.enter_context(region)
-                return super().run_node(n)
+            with torch.no_grad():
+                return self._in_regions(n) if self._regions else super().run_node(n)
         except Exception as error:
             raise NodeError(self._prefix + n.name, n, error) from error
+
+    def _in_regions(self, node: fx.Node) -> Any:
+        with ExitStack() as stack:
+            for device_type, dtype, enabled, cache_enabled in self._regions:
+                region = torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+                stack.enter_context(region)
+            return super().run_node(node)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._device is not None:

@@ -29,6 +29,11 @@ def wrong():
 """
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     (tmp_path / "user.py").write_text(USER_FILE)
