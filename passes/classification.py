@@ -24,8 +24,6 @@ from passes.facts import (
     HiddenEvidence,
     NodeFacts,
     evidence_of,
-    magnified_tensors,
-    offset_free_nodes,
 )
 from passes.flips import flips_of
 from passes.plan import HIGH, KEPT, LOW, Decision, PrecisionPlan
@@ -49,6 +47,7 @@ from passes.rules import (
     matched,
     rule_id,
 )
+from passes.sensitivity import magnified_tensors, offset_free_nodes
 from passes.ties import Tie, named_ties
 from passes.work import WorkCounter
 

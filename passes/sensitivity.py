@@ -1,0 +1,85 @@
+"""Whose values a reader is sensitive to beyond their magnitude: small ones that are divided by, offsets taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import getitem
+
+import torch
+from torch import fx
+
+from calib.graph import base_op
+from calib.operators import MOVES
+from passes import op_table
+from passes.facts import Evidence, producer_of
+
+_SAME_PLACE = MOVES | {"sqrt"}
+
+
+def offset_free_nodes(names: Mapping[fx.Node, str]) -> frozenset[str]:
+    """Nodes of which nothing, through views, takes the mean away: a gate that is multiplied, weights of a mean."""
+    movement = MOVES | op_table.STATED_TYPE
+    made = [node for node in names if node.op in {"call_function", "placeholder"} and node.target is not getitem]
+    return frozenset(names[node] for node in made if not _reaches(node, movement, _takes_offset))
+
+
+def _takes_offset(reader: fx.Node, node: fx.Node) -> bool:
+    known = isinstance(reader.target, torch._ops.OpOverload) and base_op(reader.target) != ""
+    # The caller may do anything with an output, and so may a region or a custom op.
+    return base_op(reader.target) in op_table.TAKES_OFFSET if known else reader.target is not getitem
+
+
+def magnified_tensors(
+    names: Mapping[fx.Node, str], evidence: Evidence, low_type: torch.dtype
+) -> frozenset[tuple[str, int]]:
+    """Tensors, by node and output, with small values that a division or a logarithm blows up: nonzero, and below the
+    smallest normal of the low type.
+
+    Found backward: through roots, sums and views as long as their results are as small.
+    """
+    tiny = float(torch.finfo(low_type).smallest_normal)
+    found: set[fx.Node] = set()
+    calls = [node for node in names if node.op == "call_function"]
+    sources = [node for node in names if node.op != "call_function"]
+    for node in [*reversed(calls), *sources]:
+        producer, output = producer_of(node)
+        facts = evidence.get((names.get(producer, producer.name), output or 0))
+        if facts is None or facts.smallest is None or not facts.smallest < tiny:
+            continue
+        if _reaches(node, _SAME_PLACE, _magnifies) or any(user in found and _hands_on(user) for user in node.users):
+            found.add(node)
+    return frozenset((names.get(node, node.name), output or 0) for node, output in map(producer_of, found))
+
+
+def _reaches(node: fx.Node, through: frozenset[str], found: Callable[[fx.Node, fx.Node], bool]) -> bool:
+    """Whether some reader is `found`, directly or after operators that are `through`."""
+    waiting, seen = [node], {node}
+    while waiting:
+        current = waiting.pop()
+        for user in current.users:
+            if found(user, current):
+                return True
+            moved = base_op(user.target) in through and _is_first(user, current)  # of `expand_as` not the pattern
+            if user not in seen and (moved or user.target is getitem):
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def _is_first(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether `node` is the first argument of `reader`, or one of a list there."""
+    first = reader.args[0] if reader.args else None
+    return any(argument is node for argument in (first if isinstance(first, (list, tuple)) else [first]))
+
+
+def _hands_on(reader: fx.Node) -> bool:
+    return reader.target is getitem or base_op(reader.target) in op_table.HANDS_ON
+
+
+def _magnifies(reader: fx.Node, node: fx.Node) -> bool:
+    base = base_op(reader.target)
+    position = op_table.MAGNIFIES.get(base)
+    if position is not None:
+        return len(reader.args) > position and reader.args[position] is node
+    exponent = reader.args[1] if base == "pow" and len(reader.args) > 1 else None
+    return isinstance(exponent, (int, float)) and exponent < 0 and reader.args[0] is node
