@@ -75,9 +75,7 @@ class Engine:
         try:
             self._write(temporary)
             temporary.chmod(0o755)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.rename(target)
+            _replace(target, temporary)
         except OSError as error:
             raise ArtifactError(f"cannot write {target}: {error}") from error
         finally:
@@ -153,3 +151,15 @@ def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What an engine's folder says of itself, without loading the engine. Raises ArtifactError."""
     return load_json(Path(folder) / _MANIFEST, _KIND)
+
+
+def _replace(target: Path, made: Path) -> None:
+    """Put the folder `made` in the place of `target`: killed in between, the engine there before is whole beside it."""
+    if not target.exists():
+        made.rename(target)
+        return
+    # A folder cannot be renamed onto one with files in it. Emptying the old one first would lose both in a crash.
+    before = made.with_name(f"{made.name}.before")
+    target.rename(before)
+    made.rename(target)
+    shutil.rmtree(before, ignore_errors=True)

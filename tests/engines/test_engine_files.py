@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from operator import getitem
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import fx, nn
 
 from calib import ArtifactError, BatchError
 from calib.artifacts import save_program
-from engines import engine_files, tensorrt
+from engines import Engine, build, engine_files, tensorrt
 from engines.engine_files import WiringError, engine_paths, read_parts, write_parts
 from engines.program_device import copied
 
@@ -104,3 +105,21 @@ def test_a_call_checks_new_sizes_and_remembers_those_it_knows(tmp_path, monkeypa
     for wrong in (torch.randn(4, 3), torch.randn(2, 3).double()):
         with pytest.raises(BatchError, match="argument x"):
             runtime(wrong)
+
+
+def test_an_engine_that_is_saved_over_is_never_half_there(tmp_path, monkeypatch):
+    """Cut off at any step of replacing it, the engine of before is still whole, in its place or beside it."""
+    program = torch.export.export(torch.nn.Linear(4, 2).eval(), (torch.ones(1, 4),))
+    build(program, backend="eager").save(tmp_path / "engine")
+    renamed = Path.rename
+
+    def cut_off(self, target):
+        renamed(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        build(program, backend="eager").save(tmp_path / "engine")
+    monkeypatch.undo()
+    (left,) = [folder for folder in tmp_path.iterdir() if (folder / "manifest.json").is_file()]
+    assert Engine.load(left)(torch.ones(1, 4)).shape == (1, 2)
