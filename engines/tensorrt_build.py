@@ -26,7 +26,7 @@ from engines.inspection import EngineLayer, parse_inspector, parse_listing
 from engines.ledger import ledger_of, plan_of, readers_of
 from engines.remedies import Remedy, advice, remedies
 from engines.runtimes import BuildRequest
-from engines.widening import widened
+from engines.widening import restated, widened
 from passes.plan import PrecisionPlan
 
 _log = logging.getLogger("calibcast")
@@ -49,6 +49,7 @@ def build_files(
         if found is not None:
             _log.info("engine %s comes from the cache", key[:12])
             program = widened(request.program, found["widened"]) if found["widened"] else request.program
+            program = restated(program)
             return program, {**found, "cache": {"key": key, "hit": True}}
         program, record = _built(request, job, folder)
         if cache is not None:
@@ -88,7 +89,7 @@ def _plain(name: str, value: Any) -> Any:
 
 def _built(request: BuildRequest, job: BuilderJob, folder: Path) -> tuple[ExportedProgram, dict[str, Any]]:
     """Build, and again with one remedy after another where that is allowed."""
-    program = request.program
+    program = restated(request.program)
     applied: list[str] = []
     changed: tuple[str, ...] = ()
     options: list[Remedy] | None = None
@@ -112,7 +113,7 @@ def _built(request: BuildRequest, job: BuilderJob, folder: Path) -> tuple[Export
             job = replace(job, settings={**job.settings, **remedy.settings})
             if remedy.widen:
                 changed = remedy.widen
-                program = widened(request.program, changed)
+                program = restated(widened(request.program, changed))
     record = {
         "ahead_of_time": job.ahead_of_time,
         "isolated": request.isolate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from operator import getitem
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from calib.errors import BuildError
-from calib.graph import dtype_name, tensor_values
+from calib.graph import base_op, dtype_name, tensor_values
 from engines.program_device import copied
 from passes.cast_insertion import CAST
 
@@ -56,3 +57,35 @@ def _cast(graph: fx.Graph, source: fx.Node, dtype: torch.dtype) -> fx.Node:
     kept: dict[str, Any] = {key: source.meta[key] for key in ("nn_module_stack", "stack_trace") if key in source.meta}
     cast.meta = {**kept, "val": source.meta["val"].to(dtype)}
     return cast
+
+
+def restated(program: ExportedProgram) -> ExportedProgram:
+    """`program` with the type of each low embedding bag said once more behind it; itself where it has none.
+
+    Torch-TensorRT's converter gives fp32 of a half table (seen in 2.14), against the graph, and the next layer refuses.
+    A cast to fp32 and back changes no value, and makes the low type true in TensorRT too.
+    """
+    names = [node.name for node in program.graph.nodes if _low_bags(node)]
+    if not names:
+        return program
+    result = copied(program)
+    for node in [node for node in result.graph.nodes if node.name in names]:
+        for picked in _low_bags(node):
+            readers = list(picked.users)
+            with result.graph.inserting_after(picked):
+                wide = _cast(result.graph, picked, torch.float32)
+            with result.graph.inserting_after(wide):
+                back = _cast(result.graph, wide, picked.meta["val"].dtype)
+            for reader in readers:
+                reader.replace_input_with(picked, back)
+    result.graph.lint()
+    result.graph_module.recompile()
+    return result
+
+
+def _low_bags(node: fx.Node) -> list[fx.Node]:
+    """Of an embedding bag, the low outputs that are picked from it."""
+    if node.op != "call_function" or base_op(node.target) not in {"embedding_bag", "_embedding_bag"}:
+        return []
+    picks = [user for user in node.users if user.target is getitem]
+    return [pick for pick in picks if any(value.dtype in _LOW for _, value in tensor_values(pick))]

@@ -30,6 +30,7 @@ from benchmarks.zoo.judgement import (
 )
 from calib.errors import known
 from engines.remedies import settings_for
+from engines.widening import restated
 from passes import PrecisionPlan, insert_casts
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -95,9 +96,10 @@ def build_decomposed(model: str, kind: str) -> dict[str, Any]:
 
 
 def build_cast(model: str, kind: str) -> dict[str, Any]:
-    """The cast program, with the settings that `engines.build` derives from its plan."""
+    """The cast program, with the settings and corrections that `engines.build` derives from its plan."""
     program, plan = _cast(model, kind)
     settings, why = settings_for(plan, program, is_rtx=True)
+    program = restated(program)
     return {**_built(program, **settings), "settings": sorted(settings), "why": why}
 
 

@@ -40,15 +40,8 @@ BF16 = frozenset({"resnet", "vit", "gpt2", "dlrm", "partly_half", "finite_mask_a
 BY_DEFAULT = {("fp16", name) for name in FP16} | {("bf16", name) for name in BF16}
 
 
-REFUSED_CAST = {
-    "dlrm": "Torch-TensorRT's converter of embedding_bag gives fp32 of a half table; the next layer refuses"
-}
-
-
 def marks(name: str, low_type: str) -> list[pytest.MarkDecorator]:
-    """What is slow, and what is known to be refused; an entry that is taken fails, to be struck out."""
-    known = [pytest.mark.xfail(reason=REFUSED_CAST[name], strict=True)] if name in REFUSED_CAST else []
-    return known if (low_type, name) in BY_DEFAULT else [*known, pytest.mark.slow]
+    return [] if (low_type, name) in BY_DEFAULT else [pytest.mark.slow]
 
 
 CASES = [pytest.param(name, low_type, marks=marks(name, low_type)) for name in ZOO for low_type in ("fp16", "bf16")]

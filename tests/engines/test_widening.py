@@ -8,8 +8,8 @@ from torch import nn
 
 from calib import BuildError
 from calib.execution import ProgramRunner
-from engines.widening import widened
-from passes import PrecisionPlan, insert_casts
+from engines.widening import restated, widened
+from passes import PrecisionPlan, classify, insert_casts
 
 
 class Chain(nn.Module):
@@ -55,3 +55,30 @@ def test_a_node_that_states_its_type_is_refused():
     cast = next(node.name for node in mixed.graph.nodes if "_as_" in node.name)
     with pytest.raises(BuildError, match=f"node {cast} cannot be kept in fp32 afterwards"):
         widened(mixed, {cast})
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.layer = nn.EmbeddingBag(10, 4, mode="sum"), nn.Linear(4, 2)
+
+    def forward(self, words):
+        return self.layer(self.bag(words))
+
+
+def test_the_type_of_a_low_embedding_bag_is_said_once_more():
+    """before: embedding_bag16 -> linear16   after: embedding_bag16 -> to32 -> to16 -> linear16, of the same values"""
+    words = torch.arange(6).reshape(2, 3)
+    program = torch.export.export(Bags().eval(), (words,))
+    mixed = insert_casts(program, classify(program, None))
+    result = restated(mixed)
+    linear = next(node for node in result.graph.nodes if node.name == "linear")
+    back = linear.args[0]
+    assert [back.meta["val"].dtype, back.args[0].meta["val"].dtype] == [torch.float16, torch.float32]
+    assert len(result.graph.nodes) == len(mixed.graph.nodes) + 2
+    assert torch.equal(ProgramRunner(result).run([words])[0], ProgramRunner(mixed).run([words])[0])
+
+
+def test_a_program_without_one_is_left_alone():
+    mixed = half_chain()
+    assert restated(mixed) is mixed
