@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from calib.aliasing import written_arguments
 from calib.graph import base_op, module_path, tensor_values
 from engines.builder_isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
 from passes.plan import HIGH, PrecisionPlan
@@ -71,14 +72,32 @@ def remedies(failure: BuilderError, program: ExportedProgram, settings: Mapping[
     has_attention = any(node.name in region for node in attention_nodes(program))
     if has_attention and not settings.get("decompose_attention"):
         found.append(Remedy("decompose attention (decompose_attention=True)", {"decompose_attention": True}))
-    low = tuple(name for name in region if _is_low(program, name))
+    low = tuple(name for name in region if _can_be_widened(program, name))
     if low:
         found.append(Remedy(f"keep {_listed(low)} in fp32", widen=low))
-    return found
+    return found + _by_operator(program, low)
 
 
-def _is_low(program: ExportedProgram, name: str) -> bool:
+def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
+    """Where a builder names some nodes, others of the same operator fail too: each operator whole, the rarest first."""
+    alike: dict[str, list[str]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and _can_be_widened(program, node.name):
+            alike.setdefault(base_op(node.target), []).append(node.name)
+    named = sorted((names for names in alike.values() if set(names) & set(low)), key=len)
+    return [
+        Remedy(f"keep all {len(names)} nodes like {names[0]} in fp32", widen=tuple(names))
+        for names in named
+        if set(names) - set(low)
+    ]
+
+
+def _can_be_widened(program: ExportedProgram, name: str) -> bool:
+    """Whether it computes in a low type that it does not state itself, and into storage of its own."""
     node = next(node for node in program.graph.nodes if node.name == name)
+    states_type = any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
+    if states_type or written_arguments(node):
+        return False
     return any(value.dtype in {torch.float16, torch.bfloat16} for _, value in tensor_values(node))
 
 
