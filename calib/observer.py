@@ -14,6 +14,7 @@ from calib.graph import TensorSpec
 from calib.hidden import hidden_values
 from calib.kernel import HostKernel, is_dense, measure_on_device
 from calib.masks import MASK_AT_MOST
+from calib.small_tensors import SmallTensors
 from calib.statistics import Statistics
 
 Row = tuple[str, int]  # (qualified node name, output position)
@@ -39,6 +40,8 @@ class Observer:
         self._on_host = device.type == "cpu"
         self._histogram = histogram
         self._kernel = HostKernel(histogram) if self._on_host else None
+        self._small = SmallTensors(histogram) if self._kernel is not None else None
+        self._copies: dict[int, int] = {}
         self._batch = Statistics.empty(len(specs), histogram, device)
         self.total = Statistics.empty(len(specs), histogram, device)
         self._index = 0
@@ -48,6 +51,9 @@ class Observer:
         """Begin batch `index`."""
         self._batch.clear()
         self._seen.clear()
+        self._copies.clear()
+        if self._small is not None:
+            self._small.clear()
         self._index = index
 
     def watch(self, name: str, node: fx.Node, result: Any, arguments: dict[fx.Node, Any]) -> None:
@@ -69,11 +75,13 @@ class Observer:
 
     def first_nonfinite(self) -> int | None:
         """The first row of the batch so far that has NaN or Inf. Waits for the device."""
+        self._settle()
         rows = self._batch.nonfinite().nonzero()
         return int(rows[0]) if len(rows) else None
 
     def finish(self) -> None:
         """Merge the batch into the total."""
+        self._settle()
         batch = self._batch
         batch.absmax_batch.copy_(torch.where(batch.batches > 0, self._index, batch.absmax_batch))
         batch.nonfinite_batch.copy_(torch.where(batch.nonfinite() > 0, self._index, batch.nonfinite_batch))
@@ -111,6 +119,15 @@ class Observer:
         return (source in self._masks) == (row in self._masks)
 
     def _write(self, row: int, tensor: torch.Tensor) -> None:
+        small = self._small
+        if small is not None and row not in self._masks and small.takes(tensor):
+            if not small.has_room(tensor):
+                self._take_small(small)
+            small.put(row, tensor)
+        else:
+            self._write_alone(row, tensor)
+
+    def _write_alone(self, row: int, tensor: torch.Tensor) -> None:
         batch = self._batch
         at_most = MASK_AT_MOST if row in self._masks else None
         mask_min: float | torch.Tensor
@@ -129,11 +146,37 @@ class Observer:
         batch.batches[row].fill_(1)
 
     def _copy(self, source: int, row: int) -> None:
+        if self._small is None:
+            self._copy_rows(source, row)
+        else:  # the source may not have been measured yet
+            self._copies[row] = self._copies.get(source, source)
+
+    def _take_small(self, small: SmallTensors) -> None:
+        """Bring the small tensors that were put aside into the batch's rows."""
+        found = small.take()
+        if found is None:
+            return
+        batch, rows = self._batch, found.rows
+        batch.values[rows] = found.values
+        batch.counts[rows] = found.counts
+        batch.batches[rows] = 1
+        if batch.histograms is not None and found.histograms is not None:
+            batch.histograms[rows] = found.histograms
+
+    def _settle(self) -> None:
+        """Measure what was put aside, and copy what equals something that is measured by now."""
+        if self._small is not None:
+            self._take_small(self._small)
+        if self._copies:
+            self._copy_rows(list(self._copies.values()), list(self._copies))
+            self._copies.clear()
+
+    def _copy_rows(self, sources: int | list[int], rows: int | list[int]) -> None:
         batch = self._batch
         for array in (batch.values, batch.counts, batch.histograms, batch.batches):
             if array is not None:
-                array[row] = array[source]
-        batch.hidden[row, 2] = batch.hidden[source, 2]
+                array[rows] = array[sources]
+        batch.hidden[rows, 2] = batch.hidden[sources, 2]
 
 
 def _row_of(node: fx.Node, prefix: str) -> Row:

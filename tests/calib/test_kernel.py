@@ -1,4 +1,4 @@
-"""The two kernels against a naive float64 reference, and against each other."""
+"""The kernels against a naive float64 reference, and against each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib import kernel
+from calib.graph import TensorSpec
 from calib.kernel import BINS, COUNTS, VALUES, ExponentCounter, HostKernel, is_dense, measure_on_device
+from calib.observer import Observer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Where each bin of the histogram begins: 2^-126 is the smallest magnitude of bin 1, 2^127 that of bin 254.
@@ -59,7 +61,25 @@ def on_device(tensor: torch.Tensor, histogram: bool = True) -> Numbers:
     return named, dict(zip(COUNTS, counts.tolist(), strict=True)), None if bins is None else bins.cpu()
 
 
-KERNELS = [on_host, on_device]
+def among_others(tensor: torch.Tensor, histogram: bool = True) -> Numbers:
+    """As an observer measures it: small tensors many at a time, here between two others."""
+    names = ["before", "x", "after"]
+    observer = Observer([spec(name) for name in names], torch.device("cpu"), histogram)
+    observer.start(0)
+    for name, other in zip(names, [noise(9), tensor, noise(300).relu()], strict=True):
+        observer.measure(name, other)
+    observer.finish()
+    total = observer.total
+    values, counts = total.values[1].tolist(), total.counts[1].tolist()
+    bins = None if total.histograms is None else total.histograms[1]
+    return dict(zip(VALUES, values, strict=True)), dict(zip(COUNTS, counts, strict=True)), bins
+
+
+def spec(name: str) -> TensorSpec:
+    return TensorSpec(name, 0, "", "", "", "activation", "float32", ())
+
+
+KERNELS = [on_host, on_device, among_others]
 
 
 def assert_same(found: Numbers, expected: Numbers, tensor: torch.Tensor) -> None:
