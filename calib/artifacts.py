@@ -78,7 +78,7 @@ def load_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         document = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{source}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bytes, syntax, numbers of thousands of digits
         raise ArtifactError(f"{source} is not a readable {kind} file (truncated or foreign): {error}") from error
     check_header(document if isinstance(document, dict) else {}, kind, source)
     return dict(document)

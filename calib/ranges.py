@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import warnings
@@ -20,6 +21,8 @@ from calib.fingerprint import fingerprint, first_difference, node_digests, weigh
 from calib.graph import TensorSpec
 from calib.kernel import BINS
 from calib.range_checks import check_values
+from calib.seal import UNSEALED, broken_seal, has_parquet_ends, seal
+from calib.second_look import second_look
 from calib.statistics import HIDDEN, NO_BATCH, NO_HIDDEN, Statistics
 
 SCHEMA: dict[str, Any] = {
@@ -114,26 +117,34 @@ class RangeTable:
         header = {_HEADER_KEY: _KIND, "schema": SCHEMA_VERSION, "calibration": asdict(self.calibration)}
         whole = self.frame.join(self.hidden, on=["node", "output"], how="left", maintain_order="left")
         with written_whole(path) as temporary:
-            whole.write_parquet(temporary, metadata={_HEADER_KEY: json.dumps(header)})
+            whole.write_parquet(temporary, metadata={_HEADER_KEY: json.dumps(header), **UNSEALED})
+            seal(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RangeTable:
-        """Read a table. Raises ArtifactError when the file is truncated, foreign, newer, or lacks a column."""
+        """Read a table. Raises ArtifactError when the file is truncated, foreign, newer, or lacks a column.
+
+        A file that is not byte for byte as it was written is not parsed in this process: see `calib.seal`.
+        """
         source = Path(path)
         if not source.is_file():
             raise ArtifactError(f"{source}: no such file; expected a ranges file written by calibcast calibrate")
         try:
-            header = json.loads(pl.read_parquet_metadata(source).get(_HEADER_KEY, "{}"))
-            frame = pl.read_parquet(source)
-        except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
-            raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
-        check_header(header if isinstance(header, dict) else {}, _KIND, source)
-        with parsed(source, _KIND):
-            fields = header["calibration"]
-            fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
-            fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
-            checked = _checked(frame, source)
-            return cls(checked.select(list(SCHEMA)), Calibration(**fields), _hidden_rows(checked))
+            content = source.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{source} cannot be read: {error}") from error
+        if not has_parquet_ends(content):
+            raise ArtifactError(
+                f"{source} is not a readable Parquet file (truncated or foreign): it does not begin and end as one"
+            )
+        broken = broken_seal(content)
+        if broken is not None:
+            raise ArtifactError(
+                second_look(source)
+                or f"{source} is not as calibcast wrote it: {broken}. Another program wrote it anew, it was changed by "
+                "hand, or it is damaged: calibrate again, or take a copy that is whole."
+            )
+        return read_table(content, source)
 
     @classmethod
     def merge(cls, tables: Sequence[RangeTable]) -> RangeTable:
@@ -260,6 +271,25 @@ def specs_of(frame: pl.DataFrame) -> list[TensorSpec]:
     """The specs that the rows of a frame were made from."""
     names = ("node", "output", "op", "module", "source", "kind", "dtype", "shape")
     return [TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in frame.select(names).to_dicts()]
+
+
+def read_table(content: bytes, source: Path) -> RangeTable:
+    """The table in the bytes of a Parquet file. Raises ArtifactError, naming `source`, when it is none.
+
+    To be called with bytes whose checksum is right: others can end the process.
+    """
+    try:
+        header = json.loads(pl.read_parquet_metadata(io.BytesIO(content)).get(_HEADER_KEY, "{}"))
+        frame = pl.read_parquet(io.BytesIO(content))
+    except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
+        raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
+    check_header(header if isinstance(header, dict) else {}, _KIND, source)
+    with parsed(source, _KIND):
+        fields = header["calibration"]
+        fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
+        fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
+        checked = _checked(frame, source)
+        return RangeTable(checked.select(list(SCHEMA)), Calibration(**fields), _hidden_rows(checked))
 
 
 def _merge_two(first: RangeTable, second: RangeTable) -> RangeTable:

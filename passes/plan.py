@@ -173,6 +173,12 @@ class PrecisionPlan:
             unknown = {d.precision for d in decisions} - {LOW, HIGH, KEPT}
             if unknown:
                 raise ArtifactError(f"{path}: unknown precision {sorted(unknown)[0]!r}; known are low, high and kept")
+            strangers = [d.node for d in decisions if d.node not in content["digests"]]
+            if strangers:
+                raise ArtifactError(
+                    f"{path} decides on node {strangers[0]!r}, which the graph that it is for does not have: it was "
+                    "changed by hand, or is damaged. Make the plan again."
+                )
             return cls(
                 decisions=decisions,
                 low_precision_type=LOW_TYPES[content["low_precision_type"]],
