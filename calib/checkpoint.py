@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from calib.artifacts import SCHEMA_VERSION, check_header, parsed, written_whole
+from calib.digests import first_difference
 from calib.errors import ArtifactError, MismatchError
-from calib.fingerprint import first_difference
 from calib.graph import TensorSpec
-from calib.ranges import MAX_HASHES, Calibration, RangeTable, merge_sizes, table_of
+from calib.range_statistics import table_of
+from calib.ranges import MAX_HASHES, Calibration, RangeTable, merge_sizes
 from calib.statistics import Statistics
 
 _KIND = "checkpoint"

@@ -16,8 +16,9 @@ import torch
 from torch.export import ExportedProgram
 
 from calib.artifacts import load_json, load_program, parsed, save_json, save_program, written_whole
+from calib.digests import fingerprint
 from calib.errors import ArtifactError, MismatchError
-from calib.fingerprint import fingerprint, node_digests, weights_hash
+from calib.fingerprint import node_digests, weights_hash
 from calib.ranges import RangeTable
 from calib.seal import UNSEALED, broken_seal, seal
 from engines.backends import backend_named

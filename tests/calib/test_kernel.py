@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib import kernel
-from calib.kernel import BINS, COUNTS, VALUES, ExponentCounter, HostKernel, is_dense, measure_on_device
+from calib.columns import BINS, COUNTS, VALUES
+from calib.kernel import ExponentCounter, HostKernel, is_dense, measure_on_device
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Where each bin of the histogram begins: 2^-126 is the smallest magnitude of bin 1, 2^127 that of bin 254.
