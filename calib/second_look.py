@@ -38,7 +38,7 @@ def second_look(source: Path) -> str | None:
         how = f"ends with status {done.returncode}"
     except subprocess.TimeoutExpired:
         how = f"does not come back within {_SECONDS:g} s"
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # TypeError: a Python inside another program has no executable
         return None  # nobody can be sent to look; the checksum has said enough
     return f"{source} is not a readable Parquet file (truncated or foreign): a process that reads it {how}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from calib.ranges import RangeTable
@@ -120,7 +121,7 @@ class NodeFacts:
     has_ranges: bool = True
     low_type: torch.dtype | NumberFormat = field(default_factory=_float16)
 
-    @property
+    @cached_property
     def low(self) -> NumberFormat:
         """The limits of the low type."""
         return format_of(self.low_type)
