@@ -38,7 +38,7 @@ from engines.diff_report import diff_text
 from engines.html_report import html_report
 from engines.report_table import report_frame, report_table
 from passes import classify, what_if
-from passes.plan_diff import tensor_decision_diff
+from passes.tensor_diff import tensor_decision_diff
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS, WIDTH, HEADS, RUNS = 263, 16, 4, 5

@@ -1,6 +1,7 @@
 """Measure: batches through an exported program to a table of ranges."""
 
-from calib.calibration import calibrate
+from typing import TYPE_CHECKING
+
 from calib.errors import (
     ArtifactError,
     BatchError,
@@ -11,7 +12,11 @@ from calib.errors import (
     PlanError,
     ProgramError,
 )
-from calib.ranges import RangeTable
+from calib.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from calib.calibration import calibrate
+    from calib.ranges import RangeTable
 
 __all__ = [
     "ArtifactError",
@@ -25,3 +30,5 @@ __all__ = [
     "RangeTable",
     "calibrate",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__, {"RangeTable": "calib.ranges", "calibrate": "calib.calibration"})

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from calib.errors import ArtifactError
+
+# Functions that deal in programs import torch themselves: it takes seconds, and who reads a table needs none of it.
+if TYPE_CHECKING:
+    import torch
 
 SCHEMA_VERSION = 1
 # torch.export.save, and torch.compile too, teach pickle about fake tensors for as long as they work, and fail when
@@ -25,6 +27,8 @@ SERIALISING = threading.RLock()
 
 def versions() -> dict[str, str]:
     """The versions that an artifact was made with."""
+    import torch
+
     try:
         own = metadata.version("calibcast")
     except metadata.PackageNotFoundError:  # run from a checkout that was never installed
@@ -78,7 +82,7 @@ def load_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         document = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{source}: no such file") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bytes, syntax, numbers of thousands of digits
         raise ArtifactError(f"{source} is not a readable {kind} file (truncated or foreign): {error}") from error
     check_header(document if isinstance(document, dict) else {}, kind, source)
     return dict(document)
@@ -112,6 +116,8 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     """Load a `.pt2` file. Raises ArtifactError when it is missing, truncated or not a program."""
     if not Path(path).is_file():
         raise ArtifactError(f"{path}: no such file; expected a .pt2 written by torch.export.save")
+    import torch
+
     try:
         with warnings.catch_warnings():
             # torch 2.11 says so of the file that it has mapped, which nobody writes to.
@@ -126,6 +132,8 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
 
 def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Save a program as `.pt2`, whole or not at all."""
+    import torch
+
     # torch.export.save warns unless a name ends in .pt2, which a temporary one does not; a stream has no name.
     with SERIALISING, written_whole(path) as temporary, temporary.open("wb") as stream:
         torch.export.save(program, stream)

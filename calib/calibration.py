@@ -28,7 +28,8 @@ from calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
 from calib.masks import mask_tensors
 from calib.observer import Observer
 from calib.order import batch_hash, refuse_unseeded, resumed, rewind
-from calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size, table_of
+from calib.range_statistics import table_of
+from calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size
 
 _log = logging.getLogger("calibcast")
 HALF_MAX = 65504.0  # largest finite fp16 value, IEEE 754 binary16

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from calib.columns import BINS
 from calib.graph import TensorSpec
-from calib.kernel import BINS, is_dense
+from calib.kernel import is_dense
 from calib.masks import MASK_AT_MOST
 from calib.observer import Observer
 

@@ -29,25 +29,6 @@ def node_digests(program: ExportedProgram) -> dict[str, str]:
     return {step.name: _digest(step, symbols) for step in steps}
 
 
-def fingerprint(digests: dict[str, str]) -> str:
-    """One digest of the whole graph from those of its nodes."""
-    text = "\n".join(f"{name} {digest}" for name, digest in digests.items())
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def first_difference(ours: dict[str, str], theirs: dict[str, str]) -> str | None:
-    """Name the first node in which two graphs differ; None when they are the same."""
-    for name, digest in ours.items():
-        if name not in theirs:
-            return f"node {name} is only in this program"
-        if theirs[name] != digest:
-            return f"node {name} has another op, edge, argument, dtype or shape"
-    for name in theirs:
-        if name not in ours:
-            return f"node {name} is not in this program"
-    return None if list(ours) == list(theirs) else "the nodes stand in another order"
-
-
 def weights_hash(program: ExportedProgram) -> str:
     """A hash of all parameters, buffers and constants: names, dtypes, shapes and bytes, streamed."""
     total = xxhash.xxh3_128()

@@ -16,10 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-VALUES = ("min", "max", "smallest", "sum", "sum_of_squares")
-COUNTS = ("elements", "nan", "posinf", "neginf", "zeros", "masked")
-BINS = 256
-NOTHING = (math.inf, -math.inf, math.inf, 0.0, 0.0)
+from calib.columns import BINS, COUNTS, NOTHING
 
 # Elements per step. On the host, 2 MB of input and as much of scratch stay in the caches between the passes; on a
 # device it bounds the temporaries to some hundred MB, and keeps counts in fp32 exact below 2^24.

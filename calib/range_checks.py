@@ -6,8 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
+from calib.columns import BINS
 from calib.errors import ArtifactError
-from calib.kernel import BINS
 
 KINDS = ("input", "parameter", "buffer", "constant", "activation", "other")
 _ALWAYS = (

@@ -8,8 +8,8 @@ from functools import cached_property
 import polars as pl
 
 from calib.alignment import aligned
+from calib.digests import first_difference
 from calib.errors import MismatchError
-from calib.fingerprint import first_difference
 from calib.ranges import RangeTable
 
 HALF_MAX = 65504.0  # the largest finite fp16 value

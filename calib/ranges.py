@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
-import torch
-from torch.export import ExportedProgram
 
 from calib.artifacts import SCHEMA_VERSION, check_header, parsed, versions, written_whole
+from calib.columns import HIDDEN
+from calib.digests import fingerprint, first_difference
 from calib.errors import ArtifactError, MismatchError
-from calib.fingerprint import fingerprint, first_difference, node_digests, weights_hash
-from calib.graph import TensorSpec
-from calib.kernel import BINS
 from calib.range_checks import check_values
-from calib.statistics import HIDDEN, NO_BATCH, NO_HIDDEN, Statistics
+from calib.seal import UNSEALED, broken_seal, has_parquet_ends, seal
+from calib.second_look import second_look
+
+# A table is read, filtered and compared without torch, which takes seconds to import; methods that deal in programs
+# and in arrays import it, or what needs it, themselves.
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from calib.statistics import Statistics
 
 SCHEMA: dict[str, Any] = {
     "node": pl.String,
@@ -114,26 +120,34 @@ class RangeTable:
         header = {_HEADER_KEY: _KIND, "schema": SCHEMA_VERSION, "calibration": asdict(self.calibration)}
         whole = self.frame.join(self.hidden, on=["node", "output"], how="left", maintain_order="left")
         with written_whole(path) as temporary:
-            whole.write_parquet(temporary, metadata={_HEADER_KEY: json.dumps(header)})
+            whole.write_parquet(temporary, metadata={_HEADER_KEY: json.dumps(header), **UNSEALED})
+            seal(temporary)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RangeTable:
-        """Read a table. Raises ArtifactError when the file is truncated, foreign, newer, or lacks a column."""
+        """Read a table. Raises ArtifactError when the file is truncated, foreign, newer, or lacks a column.
+
+        A file that is not byte for byte as it was written is not parsed in this process: see `calib.seal`.
+        """
         source = Path(path)
         if not source.is_file():
             raise ArtifactError(f"{source}: no such file; expected a ranges file written by calibcast calibrate")
         try:
-            header = json.loads(pl.read_parquet_metadata(source).get(_HEADER_KEY, "{}"))
-            frame = pl.read_parquet(source)
-        except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
-            raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
-        check_header(header if isinstance(header, dict) else {}, _KIND, source)
-        with parsed(source, _KIND):
-            fields = header["calibration"]
-            fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
-            fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
-            checked = _checked(frame, source)
-            return cls(checked.select(list(SCHEMA)), Calibration(**fields), _hidden_rows(checked))
+            content = source.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{source} cannot be read: {error}") from error
+        if not has_parquet_ends(content):
+            raise ArtifactError(
+                f"{source} is not a readable Parquet file (truncated or foreign): it does not begin and end as one"
+            )
+        broken = broken_seal(content)
+        if broken is not None:
+            raise ArtifactError(
+                second_look(source)
+                or f"{source} is not as calibcast wrote it: {broken}. Another program wrote it anew, it was changed by "
+                "hand, or it is damaged: calibrate again, or take a copy that is whole."
+            )
+        return read_table(content, source)
 
     @classmethod
     def merge(cls, tables: Sequence[RangeTable]) -> RangeTable:
@@ -143,23 +157,16 @@ class RangeTable:
         of later tables are counted on from the earlier ones. Raises MismatchError for tables of other graphs or
         weights.
         """
-        if not tables:
-            raise MismatchError("nothing to merge: give at least one RangeTable")
-        first = tables[0]
-        merged = first
-        for number, table in enumerate(tables[1:], 1):
-            difference = first_difference(first.calibration.digests, table.calibration.digests)
-            if difference is not None:
-                raise MismatchError(f"table {number} is of another program than table 0: {difference}")
-            if table.calibration.weights != first.calibration.weights:
-                raise MismatchError(f"table {number} was measured with other weights than table 0")
-            merged = _merge_two(merged, table)
-        return merged
+        from calib.range_statistics import merged
+
+        return merged(tables)
 
     def check(self, program: ExportedProgram, weights: str = "warn") -> None:
         """Raise MismatchError unless this table is of `program`; other weights warn, or raise with "refuse"."""
         if weights not in {"warn", "refuse", "ignore"}:
             raise MismatchError(f"weights={weights!r}: known are 'warn', 'refuse' and 'ignore'")
+        from calib.fingerprint import node_digests, weights_hash
+
         difference = first_difference(node_digests(program), self.calibration.digests)
         if difference is not None:
             raise MismatchError(
@@ -173,121 +180,32 @@ class RangeTable:
 
     def statistics(self) -> Statistics:
         """The rows as arrays that merge. Sums are restored from mean and rms in float64."""
-        frame = self.frame
-        counts = torch.tensor(
-            frame.select("elements", "nan", "posinf", "neginf", "zeros", "masked").rows(), dtype=torch.int64
-        ).reshape(len(frame), 6)
-        finite = (counts[:, 0] - counts[:, 1:4].sum(1) - counts[:, 5]).double()
+        from calib.range_statistics import statistics_of
 
-        def column(name: str, empty: float) -> torch.Tensor:
-            return torch.tensor(frame[name].fill_null(empty).to_list(), dtype=torch.float64)
-
-        def batch(name: str) -> torch.Tensor:
-            return torch.tensor(frame[name].fill_null(NO_BATCH).to_list(), dtype=torch.int64)
-
-        rms = column("rms", 0.0)
-        values = torch.stack(
-            [
-                column("min", float("inf")),
-                column("max", float("-inf")),
-                column("smallest", float("inf")),
-                column("mean", 0.0) * finite,
-                rms * rms * finite,
-            ],
-            1,
-        )
-        rows = frame["histogram"].to_list()
-        has_histograms = bool(rows) and all(row is not None for row in rows)
-        histograms = torch.tensor(rows, dtype=torch.int64).reshape(len(frame), BINS) if has_histograms else None
-        batches = torch.tensor(frame["batches"].to_list(), dtype=torch.int64)
-        beside = frame.select("node", "output").join(
-            self.hidden, on=["node", "output"], how="left", maintain_order="left"
-        )
-        hidden = torch.tensor(
-            [beside[name].fill_null(none).to_list() for name, none in zip(HIDDEN, NO_HIDDEN, strict=True)],
-            dtype=torch.float64,
-        ).T.contiguous()
-        return Statistics(values, counts, histograms, batches, batch("absmax_batch"), batch("nonfinite_batch"), hidden)
+        return statistics_of(self)
 
 
-def table_of(specs: Sequence[TensorSpec], statistics: Statistics, calibration: Calibration) -> RangeTable:
-    """A table from specs and statistics of the same order. `statistics` must be on the host."""
-    finite = statistics.finite().double()
-    some = statistics.values[:, 0] <= statistics.values[:, 1]
-
-    def numbers(values: torch.Tensor, present: torch.Tensor) -> list[float | None]:
-        return [v if p else None for v, p in zip(values.tolist(), present.tolist(), strict=True)]
-
-    def batch(values: torch.Tensor) -> list[int | None]:
-        return [None if v >= NO_BATCH else v for v in values.tolist()]
-
-    smallest = statistics.values[:, 2]
-    data: dict[str, Any] = {
-        name: [getattr(spec, name) for spec in specs]
-        for name in ("node", "output", "op", "module", "source", "kind", "dtype")
-    }
-    data |= {
-        "shape": [list(spec.shape) for spec in specs],
-        "batches": statistics.batches.tolist(),
-        "elements": statistics.counts[:, 0].tolist(),
-        "min": numbers(statistics.values[:, 0], some),
-        "max": numbers(statistics.values[:, 1], some),
-        "absmax": numbers(statistics.absmax().abs(), some),
-        "smallest": numbers(smallest, torch.isfinite(smallest)),
-        "mean": numbers(statistics.values[:, 3] / finite, some),
-        "rms": numbers((statistics.values[:, 4] / finite).clamp_min(0).sqrt(), some),
-        **{name: statistics.counts[:, i].tolist() for i, name in enumerate(("nan", "posinf", "neginf"), 1)},
-        "zeros": statistics.counts[:, 4].tolist(),
-        "masked": statistics.counts[:, 5].tolist(),
-        "absmax_batch": batch(torch.where(some, statistics.absmax_batch, NO_BATCH)),
-        "nonfinite_batch": batch(statistics.nonfinite_batch),
-        "histogram": [None] * len(specs) if statistics.histograms is None else statistics.histograms.tolist(),
-    }
-    hidden = {
-        name: [None if v == nothing else v for v in statistics.hidden[:, column].tolist()]
-        for column, (name, nothing) in enumerate(zip(HIDDEN, NO_HIDDEN, strict=True))
-    }
-    names = {"node": data["node"], "output": data["output"]}
-    beside = pl.DataFrame({**names, **hidden}, schema=HIDDEN_SCHEMA)
-    return RangeTable(pl.DataFrame(data, schema=SCHEMA), calibration, _hidden_rows(beside))
-
-
-def _hidden_rows(frame: pl.DataFrame) -> pl.DataFrame:
+def hidden_rows(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.select(list(HIDDEN_SCHEMA)).filter(pl.any_horizontal(pl.col(HIDDEN).is_not_null()))
 
 
-def specs_of(frame: pl.DataFrame) -> list[TensorSpec]:
-    """The specs that the rows of a frame were made from."""
-    names = ("node", "output", "op", "module", "source", "kind", "dtype", "shape")
-    return [TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in frame.select(names).to_dicts()]
+def read_table(content: bytes, source: Path) -> RangeTable:
+    """The table in the bytes of a Parquet file. Raises ArtifactError, naming `source`, when it is none.
 
-
-def _merge_two(first: RangeTable, second: RangeTable) -> RangeTable:
-    if not first.frame.select("node", "output").equals(second.frame.select("node", "output")):
-        raise MismatchError("the tables have other rows: one was filtered or changed by hand")
-    total, other = first.statistics(), second.statistics()
-    if (total.histograms is None) != (other.histograms is None):
-        total, other = replace(total, histograms=None), replace(other, histograms=None)
-        warnings.warn("one table has no histograms, so the merged table has none", stacklevel=4)
-    offset = first.calibration.batches + len(first.calibration.skipped)
-    for indices in (other.absmax_batch, other.nonfinite_batch):
-        indices += torch.where(indices < NO_BATCH, offset, 0)
-    # Weights are the same in both: measured once, they count once.
-    moving = torch.tensor([kind in {"input", "activation"} for kind in first.frame["kind"]])
-    part = total.at(moving)
-    part.merge(other.at(moving))
-    for whole, changed in zip(vars(total).values(), vars(part).values(), strict=True):
-        if whole is not None:
-            whole[moving] = changed
-    mine, theirs = first.calibration, second.calibration
-    calibration = replace(
-        mine,
-        batches=mine.batches + theirs.batches,
-        skipped=mine.skipped + tuple(index + offset for index in theirs.skipped),
-        input_sizes=merge_sizes(mine.input_sizes, theirs.input_sizes),
-        input_hashes=tuple(dict.fromkeys(mine.input_hashes + theirs.input_hashes))[:MAX_HASHES],
-    )
-    return table_of(specs_of(first.frame), total, calibration)
+    To be called with bytes whose checksum is right: others can end the process.
+    """
+    try:
+        header = json.loads(pl.read_parquet_metadata(io.BytesIO(content)).get(_HEADER_KEY, "{}"))
+        frame = pl.read_parquet(io.BytesIO(content))
+    except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
+        raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
+    check_header(header if isinstance(header, dict) else {}, _KIND, source)
+    with parsed(source, _KIND):
+        fields = header["calibration"]
+        fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
+        fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
+        checked = _checked(frame, source)
+        return RangeTable(checked.select(list(SCHEMA)), Calibration(**fields), hidden_rows(checked))
 
 
 Sizes = dict[str, list[dict[str, int]]]

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from calib.kernel import BINS, COUNTS, NOTHING, VALUES
-
-# No batch: larger than any index, so that the earliest of two is the smaller.
-NO_BATCH = 1 << 62
-# What an operator hides (`calib.hidden`), and the lowest finite mask value of a tensor.
-HIDDEN = ("hidden_max", "hidden_min", "mask_min")
-NO_HIDDEN = (-math.inf, math.inf, math.inf)
+from calib.columns import BINS, COUNTS, HIDDEN, NO_BATCH, NO_HIDDEN, NOTHING, VALUES
 
 
 @dataclass(frozen=True)

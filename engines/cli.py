@@ -18,8 +18,7 @@ from calib.errors import CalibcastError, GateError
 from engines.commands import diagnosis, engine, job, review, stages
 from engines.commands.options import note
 from engines.job.errors import JobError
-from engines.locations import LocationError
-from engines.usage import UsageError
+from engines.usage import LocationError, UsageError
 
 app = typer.Typer(
     name="calibcast",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
@@ -15,9 +16,11 @@ import torch
 from torch.export import ExportedProgram
 
 from calib.artifacts import load_json, load_program, parsed, save_json, save_program, written_whole
+from calib.digests import fingerprint
 from calib.errors import ArtifactError, MismatchError
-from calib.fingerprint import fingerprint, node_digests, weights_hash
+from calib.fingerprint import node_digests, weights_hash
 from calib.ranges import RangeTable
+from calib.seal import UNSEALED, broken_seal, seal
 from engines.backends import backend_named
 from engines.ledger import empty_ledger
 from engines.runtimes import Runtime
@@ -89,7 +92,8 @@ class Engine:
         if self.ranges is not None:
             self.ranges.save(folder / _RANGES)
         with written_whole(folder / _LEDGER) as temporary:
-            self.ledger.write_parquet(temporary)
+            self.ledger.write_parquet(temporary, metadata=UNSEALED)
+            seal(temporary)
         manifest = {
             "backend": self.backend,
             "why": self.why,
@@ -143,7 +147,11 @@ def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
     if not source.is_file():
         raise ArtifactError(f"{source}: no such file; expected an engine written by calibcast build")
     try:
-        return pl.read_parquet(source)
+        content = source.read_bytes()
+        broken = broken_seal(content)
+        if broken is not None:  # bytes that are not as they were written can make polars end the process
+            raise ValueError(broken)
+        return pl.read_parquet(io.BytesIO(content))
     except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
         raise ArtifactError(f"{source} is not a readable ledger (truncated or foreign): {error}") from error
 

@@ -13,10 +13,7 @@ from torch.export import ExportedProgram
 
 from calib.artifacts import load_program
 from calib.errors import CalibcastError, ProgramError, known
-
-
-class LocationError(CalibcastError):
-    """A location on the command line that names nothing: a usage error, exit code 2."""
+from engines.usage import LocationError
 
 
 def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> ExportedProgram:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -14,7 +14,9 @@ from calib.range_diff import HALF_MAX
 from calib.ranges import RangeTable
 from engines.text_table import Column, text_table
 from engines.usage import UsageError
-from passes.plan import PrecisionPlan
+
+if TYPE_CHECKING:
+    from passes.plan import PrecisionPlan
 
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "<=": operator.le,

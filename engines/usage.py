@@ -7,3 +7,7 @@ from calib.errors import CalibcastError
 
 class UsageError(CalibcastError):
     """An option or argument that names nothing, or that cannot be had together with another."""
+
+
+class LocationError(CalibcastError):
+    """A location on the command line that names nothing."""

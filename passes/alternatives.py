@@ -16,7 +16,7 @@ from calib.graph import dtype_name
 from calib.ranges import RangeTable
 from passes.cast_count import CastCounter
 from passes.classification import Judge, check_limits, decide, judge_of, low_type_of, masked_nodes, reader_of
-from passes.facts import FactReader
+from passes.fact_reader import FactReader
 from passes.flips import Flips, flips_of, low_at
 from passes.plan import LOW, PrecisionPlan
 from passes.regions import Candidate, candidates, kept_reason

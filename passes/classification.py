@@ -16,38 +16,28 @@ from calib.errors import PlanError, known
 from calib.fingerprint import node_digests
 from calib.graph import dtype_name, input_kinds, module_path, op_name
 from calib.ranges import RangeTable
-from passes.facts import (
-    LOW_TYPES,
-    WEIGHT_KINDS,
-    Evidence,
-    FactReader,
-    HiddenEvidence,
-    NodeFacts,
-    evidence_of,
-)
+from passes.fact_reader import FactReader
+from passes.facts import HIGH, KEPT, LOW, WEIGHT_KINDS, Evidence, HiddenEvidence, NodeFacts, evidence_of
 from passes.flips import flips_of
-from passes.plan import HIGH, KEPT, LOW, Decision, PrecisionPlan
+from passes.low_types import LOW_TYPES
+from passes.number_formats import format_of
+from passes.plan import Decision, PrecisionPlan
 from passes.regions import Candidate, candidates, kept_reason
 from passes.rules import (
-    DataMax,
     Follows,
-    InitMax,
     Interior,
     Legality,
     LiteralRange,
     Mask,
     MaxDepthOfReduction,
     NodesToExclude,
-    Nonfinite,
-    Rule,
-    Storage,
     TargetsToExclude,
     Unmeasured,
-    Verdict,
     matched,
     rule_id,
 )
 from passes.sensitivity import magnified_tensors, offset_free_nodes
+from passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage, Verdict
 from passes.ties import Tie, named_ties
 from passes.work import WorkCounter
 
@@ -210,15 +200,7 @@ def reader_of(
 
 def low_type_of(value: torch.dtype | str) -> torch.dtype:
     """`torch.float16` or `torch.bfloat16`, from itself or a name. Raises PlanError for anything else."""
-    names = {**LOW_TYPES, "fp16": torch.float16, "half": torch.float16, "bf16": torch.bfloat16}
-    found = names.get(value.removeprefix("torch.")) if isinstance(value, str) else value
-    if found not in LOW_TYPES.values():
-        raise PlanError(
-            f"low_precision_type={value}: known are torch.float16 and torch.bfloat16. Integer and 8-bit types need "
-            "quantisation with scales, which calibcast does not do."
-        )
-    assert isinstance(found, torch.dtype)
-    return found
+    return LOW_TYPES[format_of(value).name]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from passes.facts import FactReader, NodeFacts
+from passes.fact_reader import FactReader
+from passes.facts import NodeFacts
 from passes.plan import HIGH, LOW
 from passes.regions import Candidate, kept_reason
-from passes.rules import DataMax, Follows
+from passes.rules import Follows
+from passes.tensor_rules import DataMax
 from passes.ties import NamedTie, named_ties
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from calib.errors import PlanError, first_line
 from calib.graph import size_hint
 from passes.dtype_arguments import with_low_dtype
 
+LOW_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for what is no tensor
 # AssertionError: a program's own check of a type, which is asked about like any other node.
 _REFUSALS = (RuntimeError, TypeError, NotImplementedError, ValueError, AssertionError)

@@ -14,15 +14,18 @@ import torch
 from torch.export import ExportedProgram
 
 from calib.artifacts import load_json, parsed, save_json
+from calib.digests import fingerprint, first_difference
 from calib.errors import ArtifactError, MismatchError, PlanError, known
-from calib.fingerprint import fingerprint, first_difference, node_digests
+from calib.fingerprint import node_digests
 from calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
-from passes.facts import LOW_TYPES
+from passes.facts import HIGH as HIGH
+from passes.facts import KEPT as KEPT
+from passes.facts import LOW as LOW
+from passes.low_types import LOW_TYPES
 from passes.regions import Candidate, candidates, kept_reason
-from passes.rules import Verdict
+from passes.tensor_rules import Verdict
 from passes.work import work_of
 
-LOW, HIGH, KEPT = "low", "high", "kept"
 _KIND = "plan"
 _VERDICT = pl.Struct({"rule": pl.String, "reason": pl.String, "evidence": pl.Float64, "limit": pl.Float64})
 SCHEMA: dict[str, Any] = {
@@ -173,6 +176,12 @@ class PrecisionPlan:
             unknown = {d.precision for d in decisions} - {LOW, HIGH, KEPT}
             if unknown:
                 raise ArtifactError(f"{path}: unknown precision {sorted(unknown)[0]!r}; known are low, high and kept")
+            strangers = [d.node for d in decisions if d.node not in content["digests"]]
+            if strangers:
+                raise ArtifactError(
+                    f"{path} decides on node {strangers[0]!r}, which the graph that it is for does not have: it was "
+                    "changed by hand, or is damaged. Make the plan again."
+                )
             return cls(
                 decisions=decisions,
                 low_precision_type=LOW_TYPES[content["low_precision_type"]],

@@ -23,8 +23,8 @@ from calib.graph import (
     walk,
 )
 from passes import op_table
-from passes.facts import argument_of
-from passes.rules import Verdict
+from passes.fact_reader import argument_of
+from passes.tensor_rules import Verdict
 
 # The qualified name of an inlined node, under which calibration measured it.
 _NAME = "calibcast_name"

@@ -8,31 +8,17 @@ keeps the node high; a limit of inf switches a rule off.
 from __future__ import annotations
 
 import math
-import operator
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 
-from calib.operators import ATTENTION, SOFTMAX
 from passes import op_table
-from passes.facts import NodeFacts, TensorFacts, holds
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why a node stays high: the rule's id, a sentence, the number that was seen and the limit it was held to."""
-
-    rule: str
-    reason: str
-    evidence: float | None = None
-    limit: float | None = None
-
-
-Rule = Callable[[NodeFacts], Verdict | None]
+from passes.facts import NodeFacts
+from passes.low_types import LOW_TYPES
+from passes.number_formats import NumberFormat, format_of
+from passes.tensor_rules import Verdict
 
 
 def rule_id(rule: Any) -> str:
@@ -93,32 +79,6 @@ class Unmeasured:
 
 
 @dataclass(frozen=True)
-class Nonfinite:
-    """NaN or Inf was measured in fp32 itself."""
-
-    def __call__(self, facts: NodeFacts) -> Verdict | None:
-        for tensor in _measured(facts.tensors):
-            if tensor.nonfinite:
-                where = "" if tensor.nonfinite_batch is None else f", first in batch {tensor.nonfinite_batch}"
-                reason = f"{_role(facts, tensor)} has {tensor.nonfinite} NaN or Inf in fp32{where}"
-                return Verdict("nonfinite", reason, float(tensor.nonfinite), 0.0)
-        return None
-
-
-@dataclass(frozen=True)
-class DataMax:
-    """A magnitude among the node's own inputs and outputs exceeds `limit`. Weights have `InitMax`."""
-
-    limit: float
-    quantile: float = 1.0
-
-    def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if self.limit == math.inf:
-            return None
-        return _above("data_max", facts, [t for t in facts.judged if not t.is_weight], self.limit, self.quantile)
-
-
-@dataclass(frozen=True)
 class Mask:
     """It computes with finite mask values, as `scores + mask` does.
 
@@ -133,20 +93,8 @@ class Mask:
         lowest = min((t.mask_min for t in facts.inputs if t.mask_min is not None), default=None)
         if lowest is None:
             return None
-        reason = f"it computes with mask values down to {lowest:.4g}, which {_short(facts)} would round or overflow"
-        return Verdict("mask", reason, lowest, -float(torch.finfo(facts.low_type).max))
-
-
-@dataclass(frozen=True)
-class InitMax:
-    """A magnitude among the node's parameters, buffers and constants exceeds `limit`."""
-
-    limit: float
-
-    def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if self.limit == math.inf:
-            return None
-        return _above("init_max", facts, [t for t in facts.judged if t.is_weight], self.limit)
+        reason = f"it computes with mask values down to {lowest:.4g}, which {facts.low.short} would round or overflow"
+        return Verdict("mask", reason, lowest, -facts.low.max)
 
 
 @dataclass(frozen=True)
@@ -156,13 +104,13 @@ class LiteralRange:
     __name__ = "literal"
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        limit = torch.finfo(facts.low_type).max
+        limit = facts.low.max
         for literal in facts.literals:
             if literal.name == "min" and _never_reached(facts, literal.value):
                 continue
-            if not holds(literal.value, facts.low_type):
-                stored = float(torch.tensor(literal.value, dtype=torch.float64).to(facts.low_type))
-                reason = f"its literal {literal.name}={literal.value:g} becomes {stored:g} in {_short(facts)}"
+            if not holds(literal.value, facts.low):
+                stored = rounded(literal.value, facts.low)
+                reason = f"its literal {literal.name}={literal.value:g} becomes {stored:g} in {facts.low.short}"
                 return Verdict("literal", reason, literal.value, limit if abs(literal.value) > 1 else _least(facts))
         return None
 
@@ -193,68 +141,23 @@ class Interior:
     def __call__(self, facts: NodeFacts) -> Verdict | None:
         if not facts.has_ranges or facts.base in self.wide:
             return None
-        limit = torch.finfo(facts.low_type).max
+        limit = facts.low.max
         for hidden in facts.hidden:
             if not hidden.bound <= limit:
-                most = f"above {limit:g}, the most that {_short(facts)} holds"
+                most = f"above {limit:g}, the most that {facts.low.short} holds"
                 reason = f"its {hidden.name} reaches up to {hidden.bound:.3g}, {most}"
                 return Verdict("interior", reason, hidden.bound, limit)
         return self._lost_epsilon(facts)
 
     def _lost_epsilon(self, facts: NodeFacts) -> Verdict | None:
         """An eps that vanishes does no harm where what it is added to is always larger than the low type's least."""
-        if facts.epsilon is None or holds(facts.epsilon, facts.low_type):
+        if facts.epsilon is None or holds(facts.epsilon, facts.low):
             return None
-        spread, tiny = facts.least_spread, float(torch.finfo(facts.low_type).smallest_normal)
+        spread, tiny = facts.least_spread, facts.low.smallest_normal
         if spread is not None and spread >= tiny:
             return None
         seen = "" if spread is None else f", and a variance of {spread:.3g} needs it"
-        return Verdict("interior", f"its eps {facts.epsilon:g} is lost in {_short(facts)}{seen}", facts.epsilon, tiny)
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Storing a tensor in the low type leaves less than `limit` dB between its variation and the rounding.
-
-    Catches offsets (400.05 and 400.10 become equal), where a reader may take the offset away; a gate of 0.5 that is
-    only multiplied is held to its magnitude instead. A tensor that is faint as a whole, its peak below four times the
-    smallest normal value, must keep `faint` dB, as the rounding of subnormal values is not relative to them; and what
-    a division or a logarithm blows up must be normal. Weights and constant tensors are exempt.
-    """
-
-    limit: float = 20.0
-    faint: float = 40.0
-
-    def __call__(self, facts: NodeFacts) -> Verdict | None:
-        for tensor in _measured(facts.judged):
-            verdict = None if tensor.is_weight else self._lost(facts, tensor)
-            if verdict is not None:
-                return verdict
-        return None
-
-    def _lost(self, facts: NodeFacts, tensor: TensorFacts) -> Verdict | None:
-        tiny = float(torch.finfo(facts.low_type).smallest_normal)
-        if tensor.magnified and tensor.smallest is not None:
-            reason = (
-                f"{_role(facts, tensor)} has values down to {tensor.smallest:.3g}, below {tiny:.3g}, the smallest that "
-                f"{_short(facts)} holds in full, and a division or a logarithm blows them up"
-            )
-            return Verdict("storage", reason, tensor.smallest, tiny)
-        decibels = storage_sqnr(tensor, facts.low_type)
-        limit = self.faint if tensor.absmax is not None and tensor.absmax < 4 * tiny else self.limit
-        if decibels is None or decibels >= limit:
-            return None
-        return Verdict("storage", self._reason(facts, tensor, decibels, limit), decibels, limit)
-
-    def _reason(self, facts: NodeFacts, tensor: TensorFacts, decibels: float, limit: float) -> str:
-        what, low = _role(facts, tensor), _short(facts)
-        most = torch.finfo(facts.low_type).max
-        if tensor.absmax is not None and tensor.absmax > most:
-            return f"{what} reached {tensor.absmax:.4g}, which becomes inf in {low} (it holds {most:g})"
-        return (
-            f"{what} would keep {decibels:.3g} dB of signal over rounding in {low}, below {limit:g} dB "
-            f"(mean {tensor.mean:.4g}, rms {tensor.rms:.4g})"
-        )
+        return Verdict("interior", f"its eps {facts.epsilon:g} is lost in {facts.low.short}{seen}", facts.epsilon, tiny)
 
 
 @dataclass(frozen=True)
@@ -268,65 +171,9 @@ class Follows:
         return Verdict("follows", f"it only moves data, and its input {high[0].name} is high") if high else None
 
 
-def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
-    """Predicted signal to quantisation noise ratio, dB, of storing `tensor` in `low_type`; None where it is constant.
-
-    -inf where a value would overflow. Signal: the variance, rms^2 - mean^2, or rms^2 where no reader takes the mean
-    away. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken
-    from each bin of the histogram, or without one bounded from rms.
-    """
-    if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.min == tensor.max:
-        return None
-    info = torch.finfo(low_type)
-    if tensor.absmax > info.max:
-        return -math.inf  # becomes inf
-    signal = tensor.rms**2 - (tensor.mean**2 if tensor.offset_counts else 0.0)
-    if tensor.histogram is None:
-        noise = (tensor.rms * info.eps) ** 2 / 12 + (info.smallest_normal * info.eps) ** 2 / 12
-    else:
-        noise = _noise(tensor.histogram, low_type)
-    if noise == 0.0:
-        return None
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
-
-
-def _noise(histogram: tuple[int, ...], low_type: torch.dtype) -> float:
-    finite = sum(histogram[:255])
-    return sum(map(operator.mul, histogram, _noise_by_bin(low_type))) / finite if finite else 0.0
-
-
-@cache
-def _noise_by_bin(low_type: torch.dtype) -> tuple[float, ...]:
-    """The squared rounding error that an element of each bin makes; none of zeros, nor of what is not finite."""
-    info = torch.finfo(low_type)
-    lows = [2.0 ** (exponent - 127) for exponent in range(1, 255)]
-    steps = [max(low, info.smallest_normal) * info.eps for low in lows]
-    # A value far below the step is lost whole: its own square is all the noise that it makes.
-    return (0.0, *(min(step * step / 12, 4 * low * low) for low, step in zip(lows, steps, strict=True)), 0.0)
-
-
 def matched(patterns: tuple[str, ...], name: str, module: str) -> str | None:
     """The first pattern that matches the node name or the module path."""
     return next((p for p in patterns if re.match(p, name) or (module and re.match(p, module))), None)
-
-
-def _above(
-    rule: str, facts: NodeFacts, tensors: list[TensorFacts], limit: float, quantile: float = 1.0
-) -> Verdict | None:
-    """A verdict on the largest of `tensors` when it exceeds `limit`."""
-    worst, worst_seen = None, -math.inf
-    for tensor in _measured(tuple(tensors)):
-        seen = _seen(facts, tensor, quantile)
-        if not seen <= limit and not (worst is not None and seen <= worst_seen):
-            worst, worst_seen = tensor, seen
-    if worst is None:
-        return None
-    batch = "" if worst.absmax_batch is None or worst.is_weight else f" in batch {worst.absmax_batch}"
-    share = "" if quantile >= 1.0 else f" (quantile {quantile:g})"
-    seen_text = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
-    return Verdict(
-        rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
-    )
 
 
 def _never_reached(facts: NodeFacts, bound: float) -> bool:
@@ -335,28 +182,22 @@ def _never_reached(facts: NodeFacts, bound: float) -> bool:
     return 0 < bound < 1 and bool(lows) and all(low is not None and low > 100 * bound for low in lows)
 
 
-def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
-    """The magnitude that a node answers for: of a masked tensor, softmax and attention care for the upper end alone."""
-    if tensor.masked and facts.base in SOFTMAX | ATTENTION:
-        return max(0.0, tensor.max or 0.0)
-    return tensor.magnitude(quantile)
-
-
-def _measured(tensors: tuple[TensorFacts, ...]) -> list[TensorFacts]:
-    return [tensor for tensor in tensors if tensor.measured]
-
-
-def _role(facts: NodeFacts, tensor: TensorFacts) -> str:
-    if tensor.is_weight:
-        return f"its {tensor.kind} {tensor.name}"
-    return "its output" if tensor.name == facts.name else f"its input {tensor.name}"
-
-
-def _short(facts: NodeFacts) -> str:
-    return {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(facts.low_type, str(facts.low_type))
-
-
 def _least(facts: NodeFacts) -> float:
     """The smallest positive value of the low type, subnormals included."""
-    info = torch.finfo(facts.low_type)
-    return float(info.smallest_normal * info.eps)
+    return facts.low.smallest_normal * facts.low.eps
+
+
+def holds(value: float, low_type: torch.dtype | NumberFormat) -> bool:
+    """Whether the low type holds `value`: not as inf, not as zero, and within 1%.
+
+    A subnormal may have a single significant bit: fp16 makes 1e-7 of 8e-8.
+    """
+    if value == 0 or not math.isfinite(value):
+        return True
+    stored = rounded(value, format_of(low_type))
+    return math.isfinite(stored) and abs(stored - value) <= 0.01 * abs(value)
+
+
+def rounded(value: float, low: NumberFormat) -> float:
+    """What the format makes of `value`."""
+    return float(torch.tensor(value, dtype=torch.float64).to(LOW_TYPES[low.name]))

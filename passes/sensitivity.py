@@ -11,7 +11,8 @@ from torch import fx
 from calib.graph import base_op
 from calib.operators import MOVES
 from passes import op_table
-from passes.facts import Evidence, producer_of
+from passes.fact_reader import producer_of
+from passes.facts import Evidence
 
 _SAME_PLACE = MOVES | {"sqrt"}
 

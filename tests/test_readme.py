@@ -68,9 +68,10 @@ def test_every_command_of_the_readme_exists_with_its_options():
 
 
 def test_every_rule_in_the_table_is_a_rule():
-    from passes import rules
+    from passes import rules, tensor_rules
 
-    ids = {rules.rule_id(value) for name, value in vars(rules).items() if isinstance(value, type) and callable(value)}
+    found = [*vars(rules).values(), *vars(tensor_rules).values()]
+    ids = {rules.rule_id(value) for value in found if isinstance(value, type) and callable(value)}
     ids |= {"literal", "alias"}
     table = README.split("## The rules")[1].split("## Command line")[0]
     rows = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)

@@ -12,8 +12,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from calib.digests import fingerprint
 from calib.execution import ProgramRunner
-from calib.fingerprint import fingerprint, node_digests, weights_hash
+from calib.fingerprint import node_digests, weights_hash
 from calib.graph import size_hint, tensor_values
 from passes import PrecisionPlan, classify, insert_casts
 from passes.plan import HIGH, KEPT, LOW

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engines.commands.options import Model, check_folder
-from engines.locations import LocationError
+from engines.usage import LocationError
 
 
 def build(  # noqa: PLR0913 - a command line has options

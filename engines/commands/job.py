@@ -9,7 +9,7 @@ import typer
 
 from calib.errors import CalibcastError, GateError
 from engines.commands.options import check_folder
-from engines.locations import LocationError
+from engines.usage import LocationError
 
 
 def init(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.locations import LocationError
+from engines.usage import LocationError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a .pt2 file, or file.py:function")]
 Data = Annotated[str, typer.Option("--data", metavar="LOC", help="file.py:function that returns a dataloader")]

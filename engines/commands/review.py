@@ -161,13 +161,15 @@ def diff(  # noqa: PLR0913
 def _ranges_diff(old: Path, new: Path, program: str | None, data_max: float, low_type: str) -> tuple[Any, Any, str]:
     from calib.range_diff import range_diff
     from calib.ranges import RangeTable
-    from engines.locations import load_model
-    from passes.plan_diff import decision_diff, tensor_decision_diff
+    from passes.tensor_diff import tensor_decision_diff
 
     changes = range_diff(RangeTable.load(old), RangeTable.load(new))
     if program is None:
         flips = tensor_decision_diff(changes, low_type, data_max)
         return changes, flips, f"data_max {data_max:g}, each tensor alone; --program MODEL asks all rules"
+    from engines.locations import load_model
+    from passes.plan_diff import decision_diff
+
     flips = decision_diff(changes, load_model(program), low_precision_type=low_type, data_max=data_max)
     return changes, flips, f"data_max {data_max:g}, all rules"
 
@@ -180,8 +182,8 @@ def _plans_diff(old: Path, new: Path) -> Any:
 
 
 def _plan_of(path: Path, table: Any, ranges: Path) -> Any:
+    from calib.digests import first_difference
     from calib.errors import MismatchError
-    from calib.fingerprint import first_difference
     from passes.plan import PrecisionPlan
 
     decided = PrecisionPlan.load(path)

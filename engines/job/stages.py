@@ -14,8 +14,9 @@ from torch.export import ExportedProgram
 from calib.artifacts import load_program, save_program, versions
 from calib.batches import Signature, signature_of
 from calib.checkpoint import Checkpoint, merge_checkpoints
+from calib.digests import fingerprint
 from calib.errors import BatchError, GateError
-from calib.fingerprint import fingerprint, node_digests, weights_hash
+from calib.fingerprint import node_digests, weights_hash
 from calib.ranges import RangeTable
 from engines.backends import chosen
 from engines.building import build

@@ -29,6 +29,7 @@ from calib.artifacts import (
     versions,
     written_whole,
 )
+from calib.seal import UNSEALED, seal
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +52,19 @@ def saved(table: RangeTable, tmp_path: Path) -> Path:
 
 
 def rewritten(
-    saved: Path, change: Callable[[dict[str, Any]], Any] | None = None, frame: pl.DataFrame | None = None
+    saved: Path,
+    change: Callable[[dict[str, Any]], Any] | None = None,
+    frame: pl.DataFrame | None = None,
+    sealed: bool = False,
 ) -> Path:
-    """The file with another header or another frame, as a foreign hand would write it."""
+    """The file with another header or another frame, as a foreign hand would write it, or `sealed` as we do."""
     header = json.loads(pl.read_parquet_metadata(saved)["calibcast"])
     if change is not None:
         header = change(header)
     frame = pl.read_parquet(saved) if frame is None else frame
-    frame.write_parquet(saved, metadata={"calibcast": json.dumps(header)})
+    frame.write_parquet(saved, metadata={"calibcast": json.dumps(header), **(UNSEALED if sealed else {})})
+    if sealed:
+        seal(saved)
     return saved
 
 
@@ -168,14 +174,16 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "by hand"])
 @pytest.mark.parametrize("name", HEADERS)
-def test_wrong_header_is_refused(name: str, saved: Path) -> None:
-    """A header of another kind, version or content is refused, and says what it is."""
+def test_wrong_header_is_refused(name: str, sealed: bool, saved: Path) -> None:
+    """A header of another kind, version or content is refused, and says what it is, with a right checksum or none."""
     change, message = HEADERS[name]
     with pytest.raises(ArtifactError, match=message):
-        RangeTable.load(rewritten(saved, change))
+        RangeTable.load(rewritten(saved, change, sealed=sealed))
 
 
+@pytest.mark.parametrize("sealed", [True, False], ids=["sealed", "by hand"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -188,16 +196,18 @@ def test_wrong_header_is_refused(name: str, saved: Path) -> None:
     ],
     ids=["column", "columns", "narrow", "categorical", "text", "twice"],
 )
-def test_wrong_columns_are_refused(change: Callable[[pl.DataFrame], pl.DataFrame], message: str, saved: Path) -> None:
+def test_wrong_columns_are_refused(
+    change: Callable[[pl.DataFrame], pl.DataFrame], message: str, sealed: bool, saved: Path
+) -> None:
     """A missing column, one of another dtype, or a tensor twice is named."""
     with pytest.raises(ArtifactError, match=message):
-        RangeTable.load(rewritten(saved, frame=change(pl.read_parquet(saved))))
+        RangeTable.load(rewritten(saved, frame=change(pl.read_parquet(saved)), sealed=sealed))
 
 
 def test_columns_in_another_order_are_put_right(saved: Path, table: RangeTable) -> None:
     """Order and extra columns of a file do not matter to the table."""
     frame = pl.read_parquet(saved).select(pl.lit(1).alias("extra"), *reversed(table.frame.columns))
-    assert RangeTable.load(rewritten(saved, frame=frame)).frame.equals(table.frame)
+    assert RangeTable.load(rewritten(saved, frame=frame, sealed=True)).frame.equals(table.frame)
 
 
 def bad_folders(tmp_path: Path) -> dict[str, Path]:
@@ -300,6 +310,8 @@ JSON_FILES: dict[str, tuple[bytes, str]] = {
     "list": (b"[1, 2]", "was not written by calibcast"),
     "another kind": (b'{"calibcast": "engine", "schema": 1}', "is a calibcast engine file; expected a plan file"),
     "newer": (b'{"calibcast": "plan", "schema": 99}', "written by a newer calibcast .schema 99; .*Upgrade"),
+    "endless number": (b'{"calibcast": "plan", "schema": %s}' % (b"1" * 5000), "is not a readable plan file"),
+    "deep": (b"[" * 100_000, "is not a readable plan file"),
     "schema of text": (b'{"calibcast": "plan", "schema": "1"}', "written by another calibcast"),
 }
 

@@ -120,6 +120,34 @@ def test_a_damaged_checkpoint_is_refused(program: ExportedProgram, tmp_path: Pat
         Checkpoint.load(path)
 
 
+def test_damaged_checkpoints_never_raise_anything_else(program: ExportedProgram) -> None:
+    """Whatever bytes are wrong, reading is an ArtifactError, or they were none of the content."""
+    run = prepare(program, None, True, "warn")
+    run.measure(0, [batches()[0]])
+    whole, generator = run.checkpoint(1, {}).to_bytes(), random.Random(3)
+    refused = 0
+    for _ in range(1500):
+        content = bytearray(whole)
+        for _ in range(generator.choice([1, 1, 4])):
+            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        try:
+            assert Checkpoint.from_bytes(bytes(content), Path("c.npz")).to_bytes() == whole
+        except ArtifactError:
+            refused += 1
+    assert refused > 1300
+
+
+def test_a_damaged_shape_in_a_checkpoint_is_refused(program: ExportedProgram) -> None:
+    """A smaller shape would be read without ever meeting the end, where the checksum is looked at."""
+    run = prepare(program, None, True, "warn")
+    run.measure(0, [batches()[0]])
+    whole = run.checkpoint(1, {}).to_bytes()
+    for shape, smaller in ((b", 256)", b", 255)"), (b", 5), }", b", 4), }")):
+        assert shape in whole
+        with pytest.raises(ArtifactError, match=r"c\.npz is not a readable checkpoint .*CRC of total\."):
+            Checkpoint.from_bytes(whole.replace(shape, smaller), Path("c.npz"))
+
+
 def test_a_checkpoint_of_another_version_of_the_statistics_is_refused(program: ExportedProgram, tmp_path: Path) -> None:
     run = prepare(program, None, True, "warn")
     saved = run.checkpoint(0, {})

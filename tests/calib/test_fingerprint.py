@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from calib.fingerprint import fingerprint, first_difference, inputs_hash, node_digests, weights_hash
+from calib.digests import fingerprint, first_difference
+from calib.fingerprint import inputs_hash, node_digests, weights_hash
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib import kernel
+from calib.columns import BINS, COUNTS, VALUES
 from calib.graph import TensorSpec
-from calib.kernel import BINS, COUNTS, VALUES, ExponentCounter, HostKernel, is_dense, measure_on_device
+from calib.kernel import ExponentCounter, HostKernel, is_dense, measure_on_device
 from calib.observer import Observer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]

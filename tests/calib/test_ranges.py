@@ -18,7 +18,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from calib import MismatchError, RangeTable, calibrate
-from calib.kernel import COUNTS, VALUES, HostKernel
+from calib.columns import COUNTS, VALUES
+from calib.kernel import HostKernel
 from calib.ranges import MAX_HASHES, MAX_SIZES, count_size, merge_sizes
 from calib.statistics import Statistics
 

@@ -10,6 +10,7 @@ import engines
 from calib import ArtifactError, BatchError, BuildError, MismatchError, ProgramError, calibrate
 from calib.execution import ProgramRunner
 from engines import Engine, build
+from engines.engine import read_ledger
 from passes import classify, insert_casts
 
 
@@ -92,6 +93,17 @@ def test_an_engine_that_is_not_whole_is_refused(engine, tmp_path):
         Engine.load(folder)
     with pytest.raises(ArtifactError, match="is no folder"):
         Engine.load(tmp_path / "nothing")
+
+
+def test_a_ledger_with_damaged_bytes_is_refused(engine, tmp_path):
+    engine.save(tmp_path / "e")
+    path = tmp_path / "e/ledger.parquet"
+    assert read_ledger(tmp_path / "e").equals(engine.ledger)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 97):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with pytest.raises(ArtifactError, match=r"ledger\.parquet is not a readable ledger .*checksum"):
+            read_ledger(tmp_path / "e")
 
 
 def test_manifests_of_other_kinds_and_versions_are_refused(engine, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,32 @@ class TestFromTypes:
         assert present.low_precision_nodes == ()
         assert present.high_precision_nodes == ("relu", "linear", "mul", "topk")
         assert str(insert_casts(program, present).graph) == str(program.graph)
+
+
+def test_damaged_plans_never_raise_anything_else(plan: PrecisionPlan, tmp_path: Path) -> None:
+    """Whatever bytes are wrong, loading gives an ArtifactError, or a plan for the nodes of the graph alone."""
+    plan.save(tmp_path / "plan.json")
+    whole, generator = (tmp_path / "plan.json").read_bytes(), random.Random(4)
+    refused = 0
+    for _ in range(800):
+        content = bytearray(whole)
+        for _ in range(generator.choice([1, 1, 4])):
+            at = generator.randrange(len(content))
+            content[at : at + generator.choice([0, 1])] = generator.randbytes(generator.choice([0, 1, 1]))
+        (tmp_path / "plan.json").write_bytes(content)
+        try:
+            loaded = PrecisionPlan.load(tmp_path / "plan.json")
+            assert {decision.node for decision in loaded.decisions} <= loaded.digests.keys()
+            assert str(loaded)
+        except ArtifactError:
+            refused += 1
+    assert refused > 400
+
+
+def test_a_node_that_the_graph_lacks_is_refused(plan: PrecisionPlan, tmp_path: Path) -> None:
+    """A decision on no node would leave the node that it was for in fp32 without a word."""
+    plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text().replace('"node": "linear"', '"node": "liNear"')
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"plan\.json decides on node 'liNear', which the graph .* does not have"):
+        PrecisionPlan.load(tmp_path / "plan.json")

@@ -12,24 +12,21 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from passes import Hidden, Literal, NodeFacts, TensorFacts
-from passes.facts import holds
+from passes.number_formats import BFLOAT16, FLOAT16, format_of
 from passes.rules import (
-    DataMax,
     Follows,
-    InitMax,
     Interior,
     Legality,
     LiteralRange,
     Mask,
     MaxDepthOfReduction,
     NodesToExclude,
-    Nonfinite,
-    Storage,
     TargetsToExclude,
     Unmeasured,
+    holds,
     rule_id,
-    storage_sqnr,
 )
+from passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage, storage_sqnr
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 
@@ -313,15 +310,15 @@ class TestStorage:
     def test_exactly_at_the_limit(self) -> None:
         """The limit itself is enough signal."""
         facts = measured(torch.tensor([1.0, 2.0, 3.0]))
-        seen = storage_sqnr(facts, HALF)
+        seen = storage_sqnr(facts, FLOAT16)
         assert Storage(limit=seen)(node(facts)) is None
         assert Storage(limit=math.nextafter(seen, math.inf))(node(facts)).evidence == seen
 
     def test_overflow_leaves_nothing(self) -> None:
         """A value that becomes inf in the low type leaves no signal."""
         facts = measured(torch.tensor([1.0, 70000.0]))
-        assert storage_sqnr(facts, HALF) == -math.inf
-        assert storage_sqnr(facts, BRAIN) > 20
+        assert storage_sqnr(facts, FLOAT16) == -math.inf
+        assert storage_sqnr(facts, BFLOAT16) > 20
 
     def test_bf16_rounds_coarser(self) -> None:
         """An offset of 10 with a spread of 0.1 survives fp16, and not bf16."""
@@ -337,7 +334,7 @@ class TestStorage:
         values = offset + 10.0**spread * torch.randn(20000, generator=torch.Generator().manual_seed(1))
         noise = (values.to(low_type).double() - values.double()).square().mean()
         real = 10 * math.log10(float(values.double().var(correction=0) / noise))
-        predicted = storage_sqnr(measured(values), low_type)
+        predicted = storage_sqnr(measured(values), format_of(low_type))
         assert abs(predicted - real) < 3 or max(predicted, real) < 10
 
 

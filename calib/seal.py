@@ -1,0 +1,63 @@
+"""A checksum inside a Parquet file, looked at before any reader of Parquet parses a byte of it.
+
+Damaged bytes can make a reader end the whole process, and bytes inside a column can go unnoticed. So the file's own
+metadata hold a hash of all its bytes, those of the hash itself counted as zeros: any other reader sees a plain Parquet
+file with one more entry in its metadata, and checking it takes no reader at all.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import xxhash
+
+_MAGIC = b"PAR1"
+_MARK, _DIGITS = "xxh3-128:", 32
+_SEAL = re.compile(rf"{_MARK}([0-9a-f]{{{_DIGITS}}})".encode())
+# To be given to `write_parquet` as metadata, and filled in by `seal`.
+UNSEALED = {"calibcast.checksum": f"{_MARK}{'0' * _DIGITS}"}
+
+
+def seal(path: Path) -> None:
+    """Fill in the checksum of a Parquet file that was written with `UNSEALED` in its metadata, in place.
+
+    Raises ValueError when there is no place for it.
+    """
+    content = path.read_bytes()
+    place = _place(content)
+    if place is None:
+        raise ValueError(f"{path} has no place for a checksum: write it with the metadata UNSEALED")
+    with path.open("r+b") as stream:
+        stream.seek(place.start(1))
+        stream.write(_digest(content, place))
+
+
+def broken_seal(content: bytes) -> str | None:
+    """What is wrong with the checksum of the bytes of a file: that it has none, or another; None when it is right."""
+    place = _place(content)
+    if place is None:
+        return "it has no checksum of calibcast's"
+    return None if place[1] == _digest(content, place) else "its checksum is not that of its bytes"
+
+
+def has_parquet_ends(content: bytes) -> bool:
+    """Whether bytes begin and end as a Parquet file does, with metadata that can fit in: false when cut off."""
+    if len(content) < 12 or not (content.startswith(_MAGIC) and content.endswith(_MAGIC)):
+        return False
+    return int.from_bytes(content[-8:-4], "little") <= len(content) - 12
+
+
+def _place(content: bytes) -> re.Match[bytes] | None:
+    """The last thing that looks like a checksum: metadata stand at the end, and a name in a column may look so too."""
+    start = content.rfind(_MARK.encode())
+    return None if start < 0 else _SEAL.match(content, start)
+
+
+def _digest(content: bytes, place: re.Match[bytes]) -> bytes:
+    start, end = place.span(1)
+    total = xxhash.xxh3_128()
+    view = memoryview(content)
+    for part in (view[:start], b"0" * _DIGITS, view[end:]):
+        total.update(part)
+    return total.hexdigest().encode()

@@ -1,0 +1,183 @@
+"""The rules that look at tensors alone, and what every rule answers: `passes.rules` has the others.
+
+They need no graph and no torch, so that two range tables are compared without waiting for its import.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from calib.operators import ATTENTION, SOFTMAX
+from passes.facts import NodeFacts, TensorFacts
+from passes.number_formats import NumberFormat
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a node stays high: the rule's id, a sentence, the number that was seen and the limit it was held to."""
+
+    rule: str
+    reason: str
+    evidence: float | None = None
+    limit: float | None = None
+
+
+Rule = Callable[[NodeFacts], Verdict | None]
+
+
+@dataclass(frozen=True)
+class Nonfinite:
+    """NaN or Inf was measured in fp32 itself."""
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        for tensor in _measured(facts.tensors):
+            if tensor.nonfinite:
+                where = "" if tensor.nonfinite_batch is None else f", first in batch {tensor.nonfinite_batch}"
+                reason = f"{_role(facts, tensor)} has {tensor.nonfinite} NaN or Inf in fp32{where}"
+                return Verdict("nonfinite", reason, float(tensor.nonfinite), 0.0)
+        return None
+
+
+@dataclass(frozen=True)
+class DataMax:
+    """A magnitude among the node's own inputs and outputs exceeds `limit`. Weights have `InitMax`."""
+
+    limit: float
+    quantile: float = 1.0
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if self.limit == math.inf:
+            return None
+        return _above("data_max", facts, [t for t in facts.judged if not t.is_weight], self.limit, self.quantile)
+
+
+@dataclass(frozen=True)
+class InitMax:
+    """A magnitude among the node's parameters, buffers and constants exceeds `limit`."""
+
+    limit: float
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if self.limit == math.inf:
+            return None
+        return _above("init_max", facts, [t for t in facts.judged if t.is_weight], self.limit)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Storing a tensor in the low type leaves less than `limit` dB between its variation and the rounding.
+
+    Catches offsets (400.05 and 400.10 become equal), where a reader may take the offset away; a gate of 0.5 that is
+    only multiplied is held to its magnitude instead. A tensor that is faint as a whole, its peak below four times the
+    smallest normal value, must keep `faint` dB, as the rounding of subnormal values is not relative to them; and what
+    a division or a logarithm blows up must be normal. Weights and constant tensors are exempt.
+    """
+
+    limit: float = 20.0
+    faint: float = 40.0
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        for tensor in _measured(facts.judged):
+            verdict = None if tensor.is_weight else self._lost(facts, tensor)
+            if verdict is not None:
+                return verdict
+        return None
+
+    def _lost(self, facts: NodeFacts, tensor: TensorFacts) -> Verdict | None:
+        tiny = facts.low.smallest_normal
+        if tensor.magnified and tensor.smallest is not None:
+            reason = (
+                f"{_role(facts, tensor)} has values down to {tensor.smallest:.3g}, below {tiny:.3g}, the smallest that "
+                f"{facts.low.short} holds in full, and a division or a logarithm blows them up"
+            )
+            return Verdict("storage", reason, tensor.smallest, tiny)
+        decibels = storage_sqnr(tensor, facts.low)
+        limit = self.faint if tensor.absmax is not None and tensor.absmax < 4 * tiny else self.limit
+        if decibels is None or decibels >= limit:
+            return None
+        return Verdict("storage", self._reason(facts, tensor, decibels, limit), decibels, limit)
+
+    def _reason(self, facts: NodeFacts, tensor: TensorFacts, decibels: float, limit: float) -> str:
+        what, low = _role(facts, tensor), facts.low.short
+        most = facts.low.max
+        if tensor.absmax is not None and tensor.absmax > most:
+            return f"{what} reached {tensor.absmax:.4g}, which becomes inf in {low} (it holds {most:g})"
+        return (
+            f"{what} would keep {decibels:.3g} dB of signal over rounding in {low}, below {limit:g} dB "
+            f"(mean {tensor.mean:.4g}, rms {tensor.rms:.4g})"
+        )
+
+
+def storage_sqnr(tensor: TensorFacts, low: NumberFormat) -> float | None:
+    """Predicted signal to quantisation noise ratio, dB, of storing `tensor` in `low`; None where it is constant.
+
+    -inf where a value would overflow. Signal: the variance, rms^2 - mean^2, or rms^2 where no reader takes the mean
+    away. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken from each bin of the histogram, or
+    without one bounded from rms.
+    """
+    if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.min == tensor.max:
+        return None
+    if tensor.absmax > low.max:
+        return -math.inf  # becomes inf
+    signal = tensor.rms**2 - (tensor.mean**2 if tensor.offset_counts else 0.0)
+    if tensor.histogram is None:
+        noise = (tensor.rms * low.eps) ** 2 / 12 + (low.smallest_normal * low.eps) ** 2 / 12
+    else:
+        noise = _noise(tensor.histogram, low)
+    if noise == 0.0:
+        return None
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def _noise(histogram: tuple[int, ...], low: NumberFormat) -> float:
+    finite = sum(histogram[:255])
+    return sum(map(operator.mul, histogram, _noise_by_bin(low))) / finite if finite else 0.0
+
+
+@cache
+def _noise_by_bin(low: NumberFormat) -> tuple[float, ...]:
+    """The squared rounding error that an element of each bin makes; none of zeros, nor of what is not finite."""
+    lows = [2.0 ** (exponent - 127) for exponent in range(1, 255)]
+    steps = [max(least, low.smallest_normal) * low.eps for least in lows]
+    # A value far below the step is lost whole: its own square is all the noise that it makes.
+    return (0.0, *(min(step * step / 12, 4 * least * least) for least, step in zip(lows, steps, strict=True)), 0.0)
+
+
+def _above(
+    rule: str, facts: NodeFacts, tensors: list[TensorFacts], limit: float, quantile: float = 1.0
+) -> Verdict | None:
+    """A verdict on the largest of `tensors` when it exceeds `limit`."""
+    worst, worst_seen = None, -math.inf
+    for tensor in _measured(tuple(tensors)):
+        seen = _seen(facts, tensor, quantile)
+        if not seen <= limit and not (worst is not None and seen <= worst_seen):
+            worst, worst_seen = tensor, seen
+    if worst is None:
+        return None
+    batch = "" if worst.absmax_batch is None or worst.is_weight else f" in batch {worst.absmax_batch}"
+    share = "" if quantile >= 1.0 else f" (quantile {quantile:g})"
+    seen_text = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
+    return Verdict(
+        rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
+    )
+
+
+def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
+    """The magnitude that a node answers for: of a masked tensor, softmax and attention care for the upper end alone."""
+    if tensor.masked and facts.base in SOFTMAX | ATTENTION:
+        return max(0.0, tensor.max or 0.0)
+    return tensor.magnitude(quantile)
+
+
+def _measured(tensors: tuple[TensorFacts, ...]) -> list[TensorFacts]:
+    return [tensor for tensor in tensors if tensor.measured]
+
+
+def _role(facts: NodeFacts, tensor: TensorFacts) -> str:
+    if tensor.is_weight:
+        return f"its {tensor.kind} {tensor.name}"
+    return "its output" if tensor.name == facts.name else f"its input {tensor.name}"
