@@ -17,8 +17,8 @@ import torch
 from calib.columns import BINS
 from calib.graph import TensorSpec
 from calib.kernel import is_dense
-from calib.masks import MASK_AT_MOST
 from calib.observer import Observer
+from calib.sentinels import MASK_AT_MOST
 
 _log = logging.getLogger("calibcast")
 # Elements of one step of one program: four for each of its threads, which is 80 registers (ptxas, sm_90), so that three

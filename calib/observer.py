@@ -13,7 +13,7 @@ from calib.execution import tensors_of
 from calib.graph import TensorSpec
 from calib.hidden import hidden_values
 from calib.kernel import HostKernel, is_dense, measure_on_device
-from calib.masks import MASK_AT_MOST
+from calib.sentinels import MASK_AT_MOST
 from calib.small_tensors import SmallTensors
 from calib.statistics import Statistics
 

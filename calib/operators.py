@@ -40,3 +40,8 @@ ATTENTION = frozenset({"scaled_dot_product_attention"})
 MASKING = frozenset(
     {"where", "masked_fill", "add", "sub", "rsub", "mul", "div", "maximum", "minimum", "clamp", "clamp_min"}
 )
+
+# What gives some of its input's elements, chosen by their order, and what asks for that order. Both see through a cast
+# that keeps it. `eq` and `ne` do not: two values may become one.
+SELECTS = frozenset({"topk", "sort", "msort", "kthvalue", "max", "amax", "min", "amin"})
+COMPARES = frozenset({"lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal"})

@@ -316,10 +316,10 @@ def _forced_by_ties(
         if tie.pinned is None and other is None:
             continue
         stays = "is high" if other in precisions else "keeps its type"
-        reason = tie.pinned or f"it shares storage, written in place, with {other}, which {stays}"
+        reason = tie.pinned or f"{tie.why} {other}, which {stays}"
         for name in members:
             if precisions.get(name) == LOW and name not in forced:
-                more[name] = Verdict("alias", reason)
+                more[name] = Verdict(tie.rule, reason)
     return more
 
 

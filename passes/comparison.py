@@ -19,7 +19,8 @@ from calib.batches import numbered, signature_of
 from calib.errors import MismatchError
 from calib.execution import ProgramRunner, Ran, naming_batch, tensors_of
 from calib.graph import REGION_CHILD, TensorSpec, base_op, dtype_name, op_name, tensor_specs, tensor_values, walk, where
-from calib.masks import MASK_AT_MOST, mask_tensors
+from calib.masks import mask_tensors
+from calib.sentinels import MASK_AT_MOST
 from passes.lineage import readings
 from passes.tensor_errors import COLUMNS, TensorErrors, rounding_db
 

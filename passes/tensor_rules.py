@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from calib.operators import ATTENTION, SOFTMAX
+from calib.operators import ATTENTION, COMPARES, SELECTS, SOFTMAX
 from passes.facts import NodeFacts, TensorFacts
 from passes.number_formats import NumberFormat
 
@@ -167,9 +167,14 @@ def _above(
 
 
 def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
-    """The magnitude that a node answers for: of a masked tensor, softmax and attention care for the upper end alone."""
+    """The magnitude that a node answers for: of a masked tensor, softmax and attention care for the upper end alone.
+
+    What is all mask has none: of a row with fewer than k valid scores, the k-th largest is one.
+    """
     if tensor.masked and facts.base in SOFTMAX | ATTENTION:
         return max(0.0, tensor.max or 0.0)
+    if tensor.masked and tensor.absmax is None and not tensor.nonfinite and facts.base in SELECTS | COMPARES:
+        return 0.0
     return tensor.magnitude(quantile)
 
 

@@ -1,4 +1,8 @@
-"""Nodes that must share one type, because an in-place op writes into storage that more than one of them sees."""
+"""Nodes that must share one type.
+
+Because an in-place op writes into storage that more than one of them sees; or because they carry a mask's sentinel to
+a comparison of masks with masks, where a cast on the way to one side alone would change it on that side.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,37 @@ from operator import getitem
 from torch import fx
 
 from calib.aliasing import Roots, picks_fresh, shared_arguments, written_arguments
+from calib.sentinels import compared_chains
 from passes.regions import Candidate
 
 
 @dataclass(frozen=True)
 class Tie:
-    """Nodes that share written storage. `pinned` says why they keep their exported type, if they must."""
+    """Nodes that run in one type. `pinned` says why they keep their exported type, if they must.
+
+    rule, why: the rule of the verdict on those that stay because another does, and its reason up to that other's name.
+    """
 
     nodes: frozenset[fx.Node]
     pinned: str | None
+    rule: str = "alias"
+    why: str = "it shares storage, written in place, with"
 
 
 NamedTie = tuple[Tie, list[str]]
 
 
 def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
+    """All ties of a graph. No node is in two: a mask whose storage is written is not compared in the low type."""
+    return [*_written_together(graph_module), *_compared_together(graph_module)]
+
+
+def _compared_together(graph_module: fx.GraphModule) -> list[Tie]:
+    why = "it takes a mask's sentinel to a comparison, together with"
+    return [Tie(frozenset(chain), None, "mask", why) for chain in compared_chains(graph_module)]
+
+
+def _written_together(graph_module: fx.GraphModule) -> list[Tie]:
     """The classes of nodes whose storage a visible write touches.
 
     A write that nobody else can see (`relu_(conv(x))`, where the convolution is not read again) ties nothing: its

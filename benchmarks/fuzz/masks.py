@@ -201,7 +201,18 @@ def _round(layers: Layers, values: Values, a: torch.Tensor, b: torch.Tensor) -> 
 
 
 # Steps that turn a rounding into another integer or branch: numbers after them are not close, types still are.
+def _largest(value: float) -> Step:
+    def step(layers: Layers, values: Values, a: torch.Tensor, b: torch.Tensor) -> None:
+        masked = _scores(a, b).masked_fill(~_seen(values), value)
+        lost = masked < masked.topk(2, -1).values[..., -1:]
+        values.floats.append(torch.where(lost, -torch.inf, masked).softmax(-1) @ b)
+
+    return step
+
+
 JUMPING: dict[str, Step] = {
+    "largest_infinite": _largest(-torch.inf),
+    "largest_1e9": _largest(-1e9),
     "topk": _topk,
     "max": _max,
     "sort": _sort,

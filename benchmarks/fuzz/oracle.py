@@ -18,6 +18,7 @@ from passes import PrecisionPlan
 from passes.dtype_arguments import dtype_position, needs_dtype
 from passes.node_types import refuses_number, states_type
 from passes.regions import qualified_name
+from passes.ties import ties_of
 
 
 class CastingInterpreter(fx.Interpreter):
@@ -25,7 +26,13 @@ class CastingInterpreter(fx.Interpreter):
 
     def __init__(self, graph_module: fx.GraphModule, plan: PrecisionPlan) -> None:
         super().__init__(graph_module)
-        self._low, self._low_type = set(plan.low_precision_nodes), plan.low_precision_type
+        self._low_type = plan.low_precision_type
+        planned = set(plan.low_precision_nodes)
+        nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
+        self._low = {n for n in nodes if qualified_name(n) in planned and not refuses_number(n, self._low_type)}
+        for tie in ties_of(graph_module):  # without writes, of comparisons of masks
+            if not {node for node in tie.nodes if node.target is not getitem} <= self._low:
+                self._low -= tie.nodes
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function" or n.target is getitem or states_type(n):
@@ -33,7 +40,7 @@ class CastingInterpreter(fx.Interpreter):
         if base_op(n.target) == "_assert_tensor_metadata":
             return None
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if qualified_name(n) not in self._low or refuses_number(n, self._low_type):
+        if n not in self._low:
             args, kwargs = self._as_exported(n)
         else:
             if needs_dtype(n) and dtype_position(n) is not None:

@@ -68,7 +68,30 @@ MASKS = {
         (X, PADDING),
         {"mul", "masked_fill_"},
     ),
+    "selected, and compared with what was": (
+        lambda s, x, p: torch.where((m := x.tanh().masked_fill(p, -math.inf)) < _third(m), -1e9, m).softmax(-1),
+        (X, PADDING),
+        {"masked_fill", "topk", "getitem", "slice_1", "where"},
+    ),
+    "compared with its own peak": (
+        lambda s, x, p: (m := x.tanh().masked_fill(p, -1e9)) >= m.amax(-1, keepdim=True),
+        (X, PADDING),
+        {"masked_fill", "amax"},
+    ),
+    "compared with a number": (
+        lambda s, x, m: x.masked_fill(m < 0, -1e9).softmax(-1),
+        (X, FLOAT_MASK),
+        {"inputs_1", "masked_fill"},
+    ),
 }
+
+
+def _third(m: torch.Tensor) -> torch.Tensor:
+    return m.topk(3, -1).values[:, -1:]
+
+
+def _filled(x: torch.Tensor, value: float = -math.inf) -> torch.Tensor:
+    return x.relu().masked_fill(x > 0, value)
 
 
 def _filled_in_place(x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
@@ -92,6 +115,21 @@ NO_MASKS = {
     "read by something else": lambda s, x: (m := x.tanh() + torch.full((8,), -1e9)).softmax(-1) + m.relu(),
     "filled for another reason": lambda s, x: x.relu().masked_fill(x > 0, -1e9).amax(-1),
     "the queries of an attention": lambda s, x: attend(x.relu().masked_fill(x > 3, -1e9), None),
+    # A cast that saturates answers otherwise.
+    "asked for its sentinel": lambda s, x: _filled(x) == -math.inf,
+    "asked for its own peak": lambda s, x: (m := _filled(x, -1e9)) == m.amax(-1, keepdim=True),
+    "asked whether it is infinite": lambda s, x: _filled(x).isinf(),
+    "compared with a number as low": lambda s, x: _filled(x, -1e9) > -1e8,
+    "compared with the lowest number": lambda s, x: _filled(x) >= torch.finfo(torch.float32).min,
+    "two sentinels, which may become one": lambda s, x: _filled(x, -1e9) > _filled(-x),
+    "sums of a sentinel and scores": lambda s, x: (m := x.relu() + _filled(x, -1e5)) < _third(m),
+    "compared with a learned bias": lambda s, x: _filled(x, -1e5) < s.bias,
+    "compared with an input": lambda s, x: _filled(x, -1e5) < x,
+    "filled into an input, which may hold others": lambda s, x: (m := x.masked_fill(x > 0, -1e9)) < _third(m),
+    # Of several masked elements it is up to the kernel which one is taken.
+    "where the largest are": lambda s, x: x.gather(-1, _filled(x, -1e9).topk(3).indices),
+    "the largest, multiplied": lambda s, x: _filled(x, -1e9).topk(3).values * 2,
+    "written in place, and compared": lambda s, x: (m := x.relu().masked_fill_(x > 0, -1e9)) < _third(m),
 }
 
 

@@ -16,12 +16,6 @@ from benchmarks.zoo.judgement import TOLERANCE, Trial, outputs_of  # noqa: E402
 from passes import insert_casts  # noqa: E402
 
 SLOW = {name: pytest.mark.slow for name, entry in ZOO.items() if entry.slow}
-MASK = "a mask value that passes topk and a comparison keeps its readers in fp32"
-# Where more is fp32 than need be: name-type -> why. An entry that is mended fails, to be taken out.
-NEEDLESS = {
-    "top_mask-fp16": MASK,
-    "top_mask-bf16": MASK,
-}
 LOW_TYPES = pytest.mark.parametrize("low_type", TOLERANCE, ids=["fp16", "bf16"])
 
 
@@ -31,15 +25,6 @@ def trial(request: pytest.FixtureRequest) -> Trial:
     return Trial.of(ZOO[request.param])
 
 
-@pytest.fixture
-def _needless(request: pytest.FixtureRequest) -> None:
-    """Expect the test to fail for the model and type at hand where it is known to."""
-    reason = NEEDLESS.get(request.node.callspec.id)
-    if reason is not None:
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-
-
-@pytest.mark.usefixtures("_needless")
 @LOW_TYPES
 def test_the_cast_graph_is_close_and_no_more_than_needed_is_fp32(trial: Trial, low_type: torch.dtype) -> None:
     """Types, shapes and structure stay; errors are within 1% (fp16) or 5% (bf16), or near whole-half's own."""

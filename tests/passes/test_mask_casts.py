@@ -119,3 +119,66 @@ def test_without_masks_in_the_data_nothing_is_saturated() -> None:
     plan, _, _, mixed = case(attention, torch.zeros(16, 16), torch.float16)
     assert plan.masks == ()
     assert not any(node.target is torch.ops.aten.clamp.default for node in mixed.graph.nodes)
+
+
+class _Sparse(nn.Module):
+    """The three largest of each row's 16 scores, and the softmax of them: topk, a comparison, `where`."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, scores: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        masked = scores.neg().masked_fill(padding, self.value)
+        lost = masked < masked.topk(3, -1).values[:, -1:]
+        return lost, torch.where(lost, -math.inf, masked).softmax(-1)
+
+
+# In steps that both types hold, so that nothing but a mask can be out of order; rows with 16 to 1 valid scores.
+SCORES = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(n)) / 4.0 for n in range(16)])
+PADDING = torch.ones(16, 16, dtype=torch.bool).triu(1)
+CHAIN = {"masked_fill", "topk", "slice_1", "lt"}
+
+
+def sparse(value: float, low_type: torch.dtype, scale: float = 1.0, **limits: Any) -> Any:
+    """The plan; the casts of it leave the same scores out as fp32."""
+    inputs = (SCORES * scale, PADDING)
+    program = torch.export.export(_Sparse(value), inputs)
+    plan = classify(program, calibrate(program, [inputs], progress=False), low_type, **limits)
+    mixed = insert_casts(program, plan)
+    (lost, _), (ours, weights) = program.module()(*inputs), mixed.module()(*inputs)
+    assert torch.equal(ours, lost)
+    assert torch.isfinite(weights).all()
+    return plan
+
+
+@pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("value", [-math.inf, -1e4])
+def test_a_mask_that_is_selected_and_compared_keeps_nothing_in_fp32(value: float, low_type: torch.dtype) -> None:
+    """Also in rows with fewer valid scores than are selected, where masks are compared with masks."""
+    assert sparse(value, low_type).high_precision_nodes == ()
+
+
+@pytest.mark.parametrize("value", [-1e9, LOWEST])
+def test_a_sentinel_that_the_low_type_does_not_hold_is_compared_in_fp32(value: float) -> None:
+    """Some nodes of the chain in fp16 would have -32752 or -inf where others have -1e9."""
+    plan = sparse(value, torch.float16)
+    assert set(plan.high_precision_nodes) & CHAIN == CHAIN
+    assert "it takes a mask's sentinel to a comparison, together with masked_fill" in plan.explain("lt")
+    assert "softmax" in plan.low_precision_nodes
+
+
+@pytest.mark.parametrize("value", [-math.inf, -1e9, LOWEST])
+@pytest.mark.parametrize("node", sorted(CHAIN))
+def test_masks_are_compared_in_one_type_whatever_the_user_lists(node: str, value: float) -> None:
+    """One node excluded, the others included: else -inf of one side would meet -32752 of the other."""
+    others = [f"^{name}$" for name in CHAIN - {node}]
+    plan = sparse(value, torch.float16, nodes_to_exclude=[f"^{node}$"], nodes_to_include=others)
+    assert set(plan.high_precision_nodes) >= CHAIN
+
+
+def test_scores_as_low_as_a_mask_are_compared_in_fp32() -> None:
+    """The model's own scores of -60,000 count as masks once they are among them, and would all become -32752."""
+    plan = sparse(-math.inf, torch.float16, scale=16000.0)
+    assert set(plan.high_precision_nodes) >= CHAIN
+    assert plan.explain("masked_fill").startswith("masked_fill (aten.masked_fill.Scalar) stays in its exported type")
