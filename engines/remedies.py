@@ -11,11 +11,13 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from calib.aliasing import written_arguments
-from calib.graph import base_op, module_path, tensor_values
+from calib.graph import base_op, dtype_name, module_path, tensor_values
 from engines.builder_isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
-from passes.plan import HIGH, PrecisionPlan
+from passes.plan import HIGH, Decision, PrecisionPlan
+from passes.rules import Verdict
 
 ATTENTION = "scaled_dot_product_attention"
+FAILED = "the builder failed on it in the low type"
 _SHOWN = 6
 # More nodes than these are no region that a user could be pointed at.
 _MOST = 64
@@ -72,7 +74,8 @@ def remedies(failure: BuilderError, program: ExportedProgram, settings: Mapping[
     has_attention = any(node.name in region for node in attention_nodes(program))
     if has_attention and not settings.get("decompose_attention"):
         found.append(Remedy("decompose attention (decompose_attention=True)", {"decompose_attention": True}))
-    low = tuple(name for name in region if _can_be_widened(program, name))
+    nodes = {node.name: node for node in program.graph.nodes}
+    low = tuple(name for name in region if can_be_widened(nodes[name]))
     if low:
         found.append(Remedy(f"keep {_listed(low)} in fp32", widen=low))
     return found + _by_operator(program, low)
@@ -82,7 +85,7 @@ def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
     """Where a builder names some nodes, others of the same operator fail too: each operator whole, the rarest first."""
     alike: dict[str, list[str]] = {}
     for node in program.graph.nodes:
-        if node.op == "call_function" and _can_be_widened(program, node.name):
+        if node.op == "call_function" and can_be_widened(node):
             alike.setdefault(base_op(node.target), []).append(node.name)
     named = sorted((names for names in alike.values() if set(names) & set(low)), key=len)
     return [
@@ -92,9 +95,8 @@ def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
     ]
 
 
-def _can_be_widened(program: ExportedProgram, name: str) -> bool:
+def can_be_widened(node: fx.Node) -> bool:
     """Whether it computes in a low type that it does not state itself, and into storage of its own."""
-    node = next(node for node in program.graph.nodes if node.name == name)
     states_type = any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
     if states_type or written_arguments(node):
         return False
@@ -142,12 +144,24 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def raised(plan: PrecisionPlan | None, names: Sequence[str]) -> PrecisionPlan | None:
-    """The plan with `names` kept high because the builder could not take them low."""
-    if plan is None or not names:
+def raised(plan: PrecisionPlan | None, reasons: Mapping[str, str]) -> PrecisionPlan | None:
+    """The plan with the nodes of `reasons` kept high because the builder does not take them low."""
+    if plan is None or not reasons:
         return plan
-    why: dict[str, Any] = {"precision": HIGH, "rule": "builder", "reason": "the builder failed on it in the low type"}
-    return replace(plan, decisions=tuple(replace(d, **why) if d.node in names else d for d in plan.decisions))
+
+    def decision(d: Decision) -> Decision:
+        if d.node not in reasons:
+            return d
+        verdict = Verdict("builder", reasons[d.node])
+        verdicts = (verdict, *d.verdicts)
+        return replace(
+            d, precision=HIGH, rule="builder", reason=verdict.reason, evidence=None, limit=None, verdicts=verdicts
+        )
+
+    flips = {kind: dict(by_node) for kind, by_node in plan.flips.items()}
+    own = flips.get(dtype_name(plan.low_precision_type), {})
+    own.update({name: None for name in reasons if name in own})
+    return replace(plan, decisions=tuple(map(decision, plan.decisions)), flips=flips)
 
 
 def settings_for(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bool) -> tuple[dict[str, Any], str]:

@@ -21,11 +21,12 @@ from calib.execution import input_structure
 from engines import torch_tensorrt_adapter as adapter
 from engines.ahead_of_time import RTX, require_ahead_of_time
 from engines.builder_job import BuilderJob, Profile
+from engines.builder_limits import buildable
 from engines.builder_process import WHOLE
 from engines.compatibility import check_compatible, gpu_facts
 from engines.engine_files import WIRING, read_parts
 from engines.profiles import check_profile, profiles
-from engines.remedies import raised, settings_for
+from engines.remedies import FAILED, raised, settings_for
 from engines.runtimes import BuildRequest, Built
 from engines.tensorrt_build import build_files, layers_of, ledger_in
 
@@ -127,6 +128,10 @@ class TensorrtBackend:
         _check_names(settings, request.ahead_of_time)
         device = str(settings.pop("device", "cuda"))
         weakly_typed = settings.pop("weakly_typed", None)
+        limited = buildable(request.program, request.plan, _is_rtx())
+        for name, reason in limited.kept.items():
+            _log.info("%s runs in fp32: %s", name, reason)
+        request = replace(request, program=limited.program, plan=limited.plan)
         by_plan, why = settings_for(request.plan, request.program, _is_rtx())
         by_plan = {name: value for name, value in by_plan.items() if name not in settings}
         if by_plan:
@@ -143,8 +148,8 @@ class TensorrtBackend:
         program, record = build_files(replace(request, settings=settings), job, Path(files.name), self.versions())
         layers = [layer for layer in layers_of(Path(files.name)) if layer.types]
         counts = {"typed_layers": len(layers), "half_layers": sum(layer.is_half for layer in layers)}
-        record = {**record, **counts, "set_by_plan": why if by_plan else ""}
-        plan = raised(request.plan, record["widened"])
+        record = {**record, **counts, "set_by_plan": why if by_plan else "", "kept_in_fp32": limited.kept}
+        plan = raised(request.plan, dict.fromkeys(record["widened"], FAILED))
         ledger = ledger_in(Path(files.name), plan, program)
         return Built(TensorrtRuntime(files, program, shapes), program, plan, ledger, record)
 

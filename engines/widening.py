@@ -60,17 +60,18 @@ def _cast(graph: fx.Graph, source: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def restated(program: ExportedProgram) -> ExportedProgram:
-    """`program` with the type of each low embedding bag said once more behind it; itself where it has none.
+    """`program` with the type of what its converter widens said once more behind it; itself where it has none.
 
-    Torch-TensorRT's converter gives fp32 of a half table (seen in 2.14), against the graph, and the next layer refuses.
-    A cast to fp32 and back changes no value, and makes the low type true in TensorRT too.
+    Torch-TensorRT's converters give fp32 of a half table of an embedding bag, and of a cumsum that states a half type
+    (seen in 2.14), against the graph, and the next layer refuses. A cast to fp32 and back changes no value, and makes
+    the low type true in TensorRT too.
     """
-    names = [node.name for node in program.graph.nodes if _low_bags(node)]
+    names = [node.name for node in program.graph.nodes if _mistyped(node)]
     if not names:
         return program
     result = copied(program)
     for node in [node for node in result.graph.nodes if node.name in names]:
-        for picked in _low_bags(node):
+        for picked in _mistyped(node):
             readers = list(picked.users)
             with result.graph.inserting_after(picked):
                 wide = _cast(result.graph, picked, torch.float32)
@@ -83,9 +84,13 @@ def restated(program: ExportedProgram) -> ExportedProgram:
     return result
 
 
-def _low_bags(node: fx.Node) -> list[fx.Node]:
-    """Of an embedding bag, the low outputs that are picked from it."""
-    if node.op != "call_function" or base_op(node.target) not in {"embedding_bag", "_embedding_bag"}:
+def _mistyped(node: fx.Node) -> list[fx.Node]:
+    """Of an embedding bag or a cumsum, its low outputs."""
+    base = base_op(node.target) if node.op == "call_function" else ""
+    if base == "cumsum":
+        outputs = [node]
+    elif base in {"embedding_bag", "_embedding_bag"}:
+        outputs = [user for user in node.users if user.target is getitem]
+    else:
         return []
-    picks = [user for user in node.users if user.target is getitem]
-    return [pick for pick in picks if any(value.dtype in _LOW for _, value in tensor_values(pick))]
+    return [output for output in outputs if any(value.dtype in _LOW for _, value in tensor_values(output))]

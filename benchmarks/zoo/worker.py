@@ -29,6 +29,7 @@ from benchmarks.zoo.judgement import (
     worst_error,
 )
 from calib.errors import known
+from engines.builder_limits import buildable
 from engines.remedies import settings_for
 from engines.widening import restated
 from passes import PrecisionPlan, insert_casts
@@ -97,10 +98,10 @@ def build_decomposed(model: str, kind: str) -> dict[str, Any]:
 
 def build_cast(model: str, kind: str) -> dict[str, Any]:
     """The cast program, with the settings and corrections that `engines.build` derives from its plan."""
-    program, plan = _cast(model, kind)
-    settings, why = settings_for(plan, program, is_rtx=True)
-    program = restated(program)
-    return {**_built(program, **settings), "settings": sorted(settings), "why": why}
+    given = buildable(*_cast(model, kind), is_rtx=True)
+    settings, why = settings_for(given.plan, given.program, is_rtx=True)
+    built = _built(restated(given.program), **settings)
+    return {**built, "settings": sorted(settings), "why": why, "kept_in_fp32": given.kept}
 
 
 def crash(model: str, kind: str) -> None:

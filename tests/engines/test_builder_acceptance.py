@@ -32,11 +32,11 @@ pytestmark = pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-
 FP16 = frozenset(
     """
     resnet densenet mobilenet_v3 convnext efficientnet shufflenet mambaout vit deit_distilled beit eva mixer unet
-    diffusion_unet restoration gpt2 llama mamba wavenet dlrm boolean_mask infinite_mask finite_mask
+    diffusion_unet restoration gpt2 llama mamba mamba2 wavenet dlrm boolean_mask infinite_mask finite_mask
     finite_mask_attention autocast_regions partly_half stated_types factories
     """.split()  # noqa: SIM905 - a list of words reads as one
 )
-BF16 = frozenset({"resnet", "vit", "gpt2", "dlrm", "partly_half", "finite_mask_attention"})
+BF16 = frozenset({"resnet", "vit", "unet", "gpt2", "mamba2", "dlrm", "partly_half", "finite_mask_attention"})
 BY_DEFAULT = {("fp16", name) for name in FP16} | {("bf16", name) for name in BF16}
 
 

@@ -95,11 +95,7 @@ def test_fp16_embeddings_are_those_of_fp32(measured):
     exact = measured.embeddings(measured.program)
     mixed = measured.embeddings(planned(measured, torch.float16)[1])
     assert torch.nn.functional.cosine_similarity(exact, mixed).min() >= 0.9999
-    # For one sentence fp32 itself has two neighbours that differ by 0.0002: a tie that any rounding may turn.
-    first, second = similarities(exact).topk(2).values.unbind(1)
-    clear = first - second > 5e-4
-    assert clear.sum() >= 35
-    assert torch.equal(neighbours(exact)[clear], neighbours(mixed)[clear])
+    assert torch.equal(neighbours(exact), neighbours(mixed))
 
 
 def test_bf16_embeddings_are_near_those_of_fp32(measured):
@@ -108,6 +104,17 @@ def test_bf16_embeddings_are_near_those_of_fp32(measured):
     mixed = measured.embeddings(planned(measured, torch.bfloat16)[1])
     assert torch.nn.functional.cosine_similarity(exact, mixed).min() >= 0.999
     assert (neighbours(exact) == neighbours(mixed)).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16])
+def test_similarities_move_by_less_than_the_low_type_could_tell_apart(measured, low_type):
+    """A similarity of 1, stored in the low type, has its neighbour at eps: rankings that differ by more are kept.
+
+    Rounding the weights alone moves them by a quarter (fp16) to a third (bf16) of that.
+    """
+    exact = measured.embeddings(measured.program)
+    mixed = measured.embeddings(planned(measured, low_type)[1])
+    assert (similarities(exact) - similarities(mixed)).abs().max() < torch.finfo(low_type).eps
 
 
 @pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16])
