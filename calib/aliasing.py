@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -59,10 +60,7 @@ def shared_arguments(node: fx.Node) -> list[fx.Node]:
         return operands(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
-    schema = node.target._schema
-    if not any(result.alias_info is not None for result in schema.returns):
-        return []
-    return _arguments_where(node, lambda argument: argument.alias_info is not None)
+    return _arguments_at(node, _shared_places(node.target))
 
 
 def picks_fresh(node: fx.Node) -> bool:
@@ -86,9 +84,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
         return [arg for arg, name in zip(operands(node), holders, strict=False) if name in written]
     if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NOTHING:
         return []
-    if not node.target._schema.is_mutable:
-        return []
-    return _arguments_where(node, lambda argument: argument.alias_info is not None and argument.alias_info.is_write)
+    return _arguments_at(node, _written_places(node.target))
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -111,12 +107,30 @@ def mutated_inputs(program: ExportedProgram) -> set[str]:
     return set(written_placeholders(program.graph_module)) | functional | set(signature.user_inputs_to_mutate.values())
 
 
-def _arguments_where(node: fx.Node, wanted: Any) -> list[fx.Node]:
+_Places = tuple[tuple[int, str], ...]  # position and name of arguments
+
+
+@cache
+def _shared_places(target: Any) -> _Places:
+    """The arguments whose storage the operator's schema lets its results share."""
+    if not any(result.alias_info is not None for result in target._schema.returns):
+        return ()
+    return tuple((i, a.name) for i, a in enumerate(target._schema.arguments) if a.alias_info is not None)
+
+
+@cache
+def _written_places(target: Any) -> _Places:
+    """The arguments that the operator's schema says it writes into."""
+    if not target._schema.is_mutable:
+        return ()
+    arguments = enumerate(target._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _arguments_at(node: fx.Node, places: _Places) -> list[fx.Node]:
     found: list[fx.Node] = []
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if not wanted(argument):
-            continue
-        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+    for position, name in places:
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
         found.extend(n for n in _flat(value) if isinstance(n, fx.Node))
     return found
 

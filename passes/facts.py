@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from calib.aliasing import operands
-from calib.graph import REGION_CHILD, base_op, child_of, is_measurable, module_path, op_name, tensor_values
+from calib.graph import REGION_CHILD, argument_of, base_op, child_of, is_measurable, module_path, op_name, tensor_values
 from calib.operators import MOVES
 from calib.ranges import RangeTable
 from passes import op_table
@@ -275,16 +275,6 @@ def producer_of(node: fx.Node) -> tuple[fx.Node, int | None]:
     if node.target is getitem and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
         return node.args[0], node.args[1]
     return node, None
-
-
-def argument_of(node: fx.Node, name: str) -> Any:
-    """The value of the argument called `name` in the operator's schema; its default where it was left out."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            return node.args[position] if position < len(node.args) else node.kwargs.get(name, argument.default_value)
-    return None
 
 
 def _literals(node: fx.Node, base: str) -> list[Literal]:

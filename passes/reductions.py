@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from calib import operators
-from calib.graph import size_hint
-from calib.hidden import group_count, reduced_dimensions
+from calib.graph import as_list, size_hint
+from calib.hidden import group_count, reduced_dimensions, window_size
 from passes import op_table
 
 
@@ -85,25 +85,15 @@ def _recurrent_depth(node: fx.Node) -> int:
 
 def _reduced(node: fx.Node, base: str, shape: list[int]) -> int:
     if "pool" in base:
-        return _pooled(node, base, shape)
+        return window_size(base, [_at_export(size) for size in as_list(node.args[1])], shape)
     groups = group_count(node, base)
     if groups is not None:
         return math.prod(shape[1:]) // max(1, groups)
     return math.prod(shape[d] for d in reduced_dimensions(node, base, len(shape)))
 
 
-def _pooled(node: fx.Node, base: str, shape: list[int]) -> int:
-    rank = int(base[-2])
-    size = [int(s) for s in _list(node.args[1]) if isinstance(s, int)]
-    size = size * rank if len(size) == 1 else size
-    if base.startswith("avg_pool"):
-        return math.prod(size)
-    # Of an adaptive pool the size is that of the output.
-    return math.prod(math.ceil(whole / max(1, part)) for whole, part in zip(shape[-rank:], size, strict=False))
-
-
-def _list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+def _at_export(size: Any) -> int:
+    return size_hint(size.meta["val"] if isinstance(size, fx.Node) else size)
 
 
 def _shapes(node: fx.Node) -> list[list[int]]:

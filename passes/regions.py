@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from calib.graph import (
     AUTOCAST_REGION,
     GRAD_REGION,
+    argument_of,
     base_op,
     child_of,
     is_measurable,
@@ -23,7 +24,6 @@ from calib.graph import (
     walk,
 )
 from passes import op_table
-from passes.facts import argument_of
 from passes.rules import Verdict
 
 # The qualified name of an inlined node, under which calibration measured it.
