@@ -126,6 +126,13 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
+def producer_of(node: fx.Node) -> tuple[fx.Node, int | None]:
+    """The node that made the tensor, and which of its outputs it is, looking through `getitem`."""
+    if node.target is getitem and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
+        return node.args[0], node.args[1]
+    return node, None
+
+
 def is_measurable(dtype: torch.dtype) -> bool:
     """Whether tensors of `dtype` have a range: floating point, not complex."""
     return dtype.is_floating_point

@@ -19,8 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from calib.aliasing import shared_arguments, written_arguments
-from calib.graph import REGION_CHILD, base_op, is_measurable, size_hint, tensor_values
-from passes.facts import producer_of
+from calib.graph import REGION_CHILD, base_op, is_measurable, producer_of, size_hint, tensor_values
 from passes.low_types import LowTypes, Types, types_of
 from passes.node_types import able_types, settled, states_type
 from passes.regions import flatten, qualified_name

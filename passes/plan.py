@@ -18,7 +18,7 @@ from calib.errors import ArtifactError, MismatchError, PlanError, known
 from calib.fingerprint import fingerprint, first_difference, node_digests
 from calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
 from passes.facts import LOW_TYPES
-from passes.regions import Candidate, candidates, kept_reason
+from passes.regions import Candidate, candidates
 from passes.rules import Verdict
 from passes.work import work_of
 
@@ -212,7 +212,7 @@ def _as_typed(candidate: Candidate, low_type: torch.dtype) -> Decision:
     present = {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} or {
         v.dtype for a in node.all_input_nodes for _, v in tensor_values(a) if is_measurable(v.dtype)
     }
-    kept = kept_reason(candidate)
+    kept = candidate.kept
     if kept is not None and kept.rule != "already_low":
         return Decision(**place, precision=KEPT, rule=kept.rule, reason=kept.reason)
     if present == {low_type}:

@@ -12,10 +12,12 @@ from calib.alignment import aligned
 from calib.fingerprint import first_difference
 from calib.range_diff import RangeDiff
 from calib.ranges import RangeTable
-from passes.classification import classify, low_type_of
-from passes.facts import NodeFacts, TensorFacts, evidence_of
+from passes.classification import classify
+from passes.evidence import evidence_of
+from passes.facts import NodeFacts, TensorFacts
 from passes.plan import HIGH, KEPT, LOW, PrecisionPlan
 from passes.rules import DataMax, InitMax, Nonfinite, Rule, Storage, Verdict
+from passes.settings import low_type_of
 
 SCHEMA: dict[str, Any] = {
     "node": pl.String,

@@ -14,13 +14,19 @@ from calib.graph import as_list, size_hint
 from calib.hidden import group_count, reduced_dimensions, window_size
 from passes import op_table
 
+_ALONG_DIMENSIONS = operators.SUMS | operators.SQUARES | operators.EXPONENTIALS
+_CONVOLVES = op_table.CONVOLUTIONS | op_table.TRANSPOSED
+_SUM_UP = _ALONG_DIMENSIONS | _CONVOLVES | op_table.PRODUCTS | op_table.RECURRENT | operators.ATTENTION
+
 
 def depth_of_reduction(node: fx.Node, base: str) -> int | None:
     """Terms per output element; None for an operator that sums nothing. Symbolic sizes count as at export."""
+    if base not in _SUM_UP:
+        return None
     shapes = _shapes(node)
     if not shapes:
         return None
-    if base in operators.SUMS | operators.SQUARES | operators.EXPONENTIALS:
+    if base in _ALONG_DIMENSIONS:
         return _reduced(node, base, shapes[0])
     if base in op_table.RECURRENT:
         return _recurrent_depth(node)
@@ -32,7 +38,7 @@ def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int 
         # addmm(bias, a, b) and its kin have the product at 1 and 2.
         left = shapes[1] if base in {"addmm", "baddbmm", "addbmm", "addmv"} and len(shapes) > 1 else shapes[0]
         return left[-1] if left else 1
-    if len(shapes) > 1 and base in op_table.CONVOLUTIONS | op_table.TRANSPOSED:
+    if len(shapes) > 1 and base in _CONVOLVES:
         return _convolution_depth(node, base, shapes[1])
     if len(shapes) > 1 and base in operators.ATTENTION:
         return max(shapes[1][-2], shapes[0][-1])  # keys, summed over by the values; features, by the logits
@@ -40,16 +46,15 @@ def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int 
 
 
 def hidden_values(
-    node: fx.Node, base: str, magnitudes: Sequence[float], measured: float | None
+    node: fx.Node, base: str, depth: int, magnitudes: Sequence[float], measured: float | None
 ) -> list[tuple[str, float]]:
-    """What an operator hides, and how large that gets: `measured` by calibration, or else bounded from the peaks at its
-    inputs. NaN where a peak is unknown.
+    """What an operator that sums `depth` terms hides, and how large that gets: `measured` by calibration, or else
+    bounded from the peaks at its inputs. NaN where a peak is unknown.
 
     sum of n terms: n max|x|. Sum of squares: n max|x|^2. Softmax, after subtracting the maximum: n exponentials of
     at most 1. Attention: logits before scaling, d max|q| max|k|.
     """
-    depth = depth_of_reduction(node, base)
-    if depth is None or not magnitudes:
+    if not magnitudes:
         return []
     peak = magnitudes[0]
     if base in operators.SUMS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from operator import getitem
 from typing import Any
 
@@ -37,6 +38,13 @@ class Candidate:
     name: str
     node: fx.Node
     inside: bool
+
+    @cached_property
+    def kept(self) -> Verdict | None:
+        """Why the node is not ours to type, or None where it is."""
+        if self.inside:
+            return Verdict("autocast_region", "it is inside a torch.autocast region, which runs as the user wrote it")
+        return _kept_by_kind(self.node) or _kept_by_operator(self.node) or _kept_by_types(self.node)
 
 
 def flatten(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -78,18 +86,14 @@ def candidates(program: ExportedProgram) -> list[Candidate]:
     return found
 
 
-def kept_reason(candidate: Candidate) -> Verdict | None:
-    """Why a node is not ours to type, or None where it is."""
-    node = candidate.node
-    if candidate.inside:
-        return Verdict("autocast_region", "it is inside a torch.autocast region, which runs as the user wrote it")
+def _kept_by_kind(node: fx.Node) -> Verdict | None:
     if node.target is getitem:
         return Verdict("getitem", "it only picks one of several outputs")
     if node.target is AUTOCAST_REGION:
         return Verdict("autocast_region", "a torch.autocast region runs as the user wrote it")
     if not isinstance(node.target, torch._ops.OpOverload):
         return Verdict("higher_order", f"{op_name(node.target)} is no tensor operator that can be typed")
-    return _kept_by_operator(node) or _kept_by_types(node)
+    return None
 
 
 def _kept_by_operator(node: fx.Node) -> Verdict | None:
@@ -101,9 +105,8 @@ def _kept_by_operator(node: fx.Node) -> Verdict | None:
 
 
 def _kept_by_types(node: fx.Node) -> Verdict | None:
-    outputs = {value.dtype for _, value in tensor_values(node)}
-    inputs = {value.dtype for argument in node.all_input_nodes for _, value in tensor_values(argument)}
-    types = outputs | inputs
+    # In order, as the first low type is named.
+    types = dict.fromkeys(value.dtype for n in (node, *node.all_input_nodes) for _, value in tensor_values(n))
     if any(dtype.is_complex for dtype in types):
         return Verdict("complex", "it has a complex tensor")
     if torch.float64 in types:

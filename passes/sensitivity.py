@@ -8,10 +8,10 @@ from operator import getitem
 import torch
 from torch import fx
 
-from calib.graph import base_op
+from calib.graph import base_op, producer_of
 from calib.operators import MOVES
 from passes import op_table
-from passes.facts import Evidence, producer_of
+from passes.evidence import Evidence
 
 _SAME_PLACE = MOVES | {"sqrt"}
 

@@ -1,0 +1,55 @@
+"""From outlines and evidence to the facts that rules are asked with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from passes.evidence import Evidence, with_values
+from passes.facts import NodeFacts, TensorFacts
+from passes.outlines import NodeOutline
+
+
+@dataclass(frozen=True)
+class FactReader:
+    """Makes `NodeFacts` of outlines, for one low type. kinds: of placeholders, by name; a table may lack them.
+
+    magnified, offset_free: what `passes.sensitivity` found of the graph's tensors and nodes.
+    """
+
+    evidence: Evidence = field(repr=False)
+    kinds: Mapping[str, str] = field(repr=False)
+    low_type: torch.dtype
+    magnified: frozenset[tuple[str, int]] = frozenset()
+    offset_free: frozenset[str] = frozenset()
+    _known: dict[tuple[str, int, str | None], TensorFacts] = field(default_factory=dict, repr=False, compare=False)
+
+    def read(self, outline: NodeOutline, precisions: Mapping[str, str]) -> NodeFacts:
+        """The facts of a node, given how the nodes before it were decided."""
+        decided, look_up = precisions.get, self._look_up
+        facts = object.__new__(NodeFacts)  # not by keyword, which is slow on large graphs; the result is as frozen
+        facts.__dict__.update(
+            outline.values,
+            inputs=tuple([look_up((name, output, decided(maker))) for name, output, maker in outline.inputs]),
+            outputs=tuple([look_up((name, output, None)) for name, output, _ in outline.outputs]),
+            low_type=self.low_type,
+        )
+        return facts
+
+    def _look_up(self, key: tuple[str, int, str | None]) -> TensorFacts:
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._placed(*key)
+        return found
+
+    def _placed(self, name: str, output: int, precision: str | None) -> TensorFacts:
+        found = self.evidence.get((name, output))
+        if found is None:
+            kind = self.kinds.get(name, "activation")
+            return TensorFacts(name, kind, measured=False, precision=precision)
+        magnified, counts = (name, output) in self.magnified, name not in self.offset_free
+        if precision is None and counts and not magnified:
+            return found
+        return with_values(vars(found), precision=precision, magnified=magnified, offset_counts=counts)
