@@ -13,7 +13,7 @@ from calib.graph import dtype_name
 from calib.ranges import RangeTable
 from passes.decisions import decide
 from passes.facts import LOW_TYPES, WEIGHT_KINDS
-from passes.flips import flips_of
+from passes.flips import LazyFlips, flips_of
 from passes.plan import LOW, Decision, PrecisionPlan
 from passes.program_facts import ProgramFacts
 from passes.rules import Rule
@@ -72,8 +72,10 @@ def classify(  # noqa: PLR0913 - the public contract
     count = WorkCounter()
     decisions = decide(facts, judge, {candidate.name: count(candidate.node) for candidate in facts.nodes})
     # For both types, as a reader of the plan may ask for the other one, too.
-    known = {} if ranges is None else LOW_TYPES
-    flips = {name: flips_of(facts, judge.in_type(other)) for name, other in known.items()}
+    known = () if ranges is None else LOW_TYPES
+    flips = LazyFlips(known, lambda name: flips_of(facts, judge.in_type(LOW_TYPES[name])))
+    if settings.rules:
+        flips.settle()  # now: a rule of the user's own may answer otherwise later
     # What a table fits has the digests of its graph.
     digests = node_digests(program) if ranges is None else dict(ranges.calibration.digests)
     notes = _notes(ranges, low_type, decisions)

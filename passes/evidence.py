@@ -46,6 +46,9 @@ class Histogram(Sequence[int]):
     def __hash__(self) -> int:
         return hash(self._read())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (self._read(),)  # a copy has no use for the table
+
 
 def evidence_of(ranges: RangeTable | None) -> Evidence:
     """The rows of a table as facts, by (node, output)."""

@@ -8,8 +8,9 @@ A node is then low from one `data_max` on: its own number, or that of the last n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from passes.facts import NodeFacts
 from passes.judge import Judge
@@ -19,6 +20,39 @@ from passes.rules import DataMax, Follows
 from passes.ties import NamedTie
 
 Flips = dict[str, float | None]
+
+
+class LazyFlips(Mapping[str, Mapping[str, float | None]]):
+    """The flips of a plan by low type, each found when it is first asked for: it takes as long as deciding does.
+
+    A copy, pickled or not, is the plain dict. What `find` refers to is let go when nothing is left to find.
+    """
+
+    def __init__(self, names: Iterable[str], find: Callable[[str], Flips] | None = None) -> None:
+        self._found: dict[str, Flips | None] = dict.fromkeys(names)
+        self._find = find
+
+    def __getitem__(self, name: str) -> Flips:
+        found = self._found[name]
+        if found is None:
+            assert self._find is not None
+            found = self._found[name] = self._find(name)
+            if None not in self._found.values():
+                self._find = None
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def settle(self) -> dict[str, Flips]:
+        """All of them."""
+        return {name: self[name] for name in self}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.settle(),)
 
 
 def flips_of(program: ProgramFacts, judge: Judge) -> Flips:

@@ -244,7 +244,7 @@ class Storage:
             )
             return Verdict("storage", reason, tensor.smallest, tiny)
         limit = self.faint if tensor.absmax is not None and tensor.absmax < 4 * tiny else self.limit
-        if _keeps_surely(tensor, facts.low_type, limit):
+        if keeps_surely(tensor, facts.low_type, limit):
             return None
         decibels = storage_sqnr(tensor, facts.low_type)
         if decibels is None or decibels >= limit:
@@ -291,7 +291,7 @@ def storage_sqnr(tensor: TensorFacts, low_type: torch.dtype) -> float | None:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
-def _keeps_surely(tensor: TensorFacts, low_type: torch.dtype, limit: float) -> bool:
+def keeps_surely(tensor: TensorFacts, low_type: torch.dtype, limit: float) -> bool:
     """Whether `storage_sqnr` is `limit` at least without a look at the histogram, by the noise that there is at most.
 
     That is so of most tensors, and costs a tenth. One dB is for rounding in the sums that both are made of.
