@@ -11,6 +11,7 @@ import polars as pl
 import torch
 from torch.export import ExportedProgram
 
+from calib.collector import paused
 from calib.errors import PlanError
 from calib.graph import dtype_name
 from calib.ranges import RangeTable
@@ -99,13 +100,14 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
     ranges.check(program, weights)
     if base is not None:
         base.check(program)
-    decider = _Decider(program, ranges, Settings(**settings))
-    counter = CastCounter(program, keep_io_types, masked_nodes(ranges))
-    default = Setting(torch.float16, 512.0, 1.0)
-    before = set(decider.low_nodes(default) if base is None else base.low_precision_nodes)
-    losses = {low_type: LossTable(ranges.frame, low_type) for low_type in {setting.low_type for setting in asked}}
-    rows = [_row(setting, decider, counter, losses[setting.low_type], before) for setting in asked]
-    return pl.DataFrame(rows, schema=SCHEMA)
+    with paused():
+        decider = _Decider(program, ranges, Settings(**settings))
+        counter = CastCounter(program, keep_io_types, masked_nodes(ranges))
+        default = Setting(torch.float16, 512.0, 1.0)
+        before = set(decider.low_nodes(default) if base is None else base.low_precision_nodes)
+        losses = {low_type: LossTable(ranges.frame, low_type) for low_type in {setting.low_type for setting in asked}}
+        rows = [_row(setting, decider, counter, losses[setting.low_type], before) for setting in asked]
+        return pl.DataFrame(rows, schema=SCHEMA)
 
 
 class _Decider:

@@ -8,6 +8,7 @@ import polars as pl
 import torch
 from torch.export import ExportedProgram
 
+from calib.collector import paused
 from calib.fingerprint import node_digests
 from calib.graph import dtype_name
 from calib.ranges import RangeTable
@@ -67,10 +68,11 @@ def classify(  # noqa: PLR0913 - the public contract
     )  # fmt: skip
     if ranges is not None:
         ranges.check(program, weights)
-    facts = ProgramFacts.of(program, ranges)
-    judge = settings.judge(facts.nodes, ranges, low_type)
-    count = WorkCounter()
-    decisions = decide(facts, judge, {candidate.name: count(candidate.node) for candidate in facts.nodes})
+    with paused():
+        facts = ProgramFacts.of(program, ranges)
+        judge = settings.judge(facts.nodes, ranges, low_type)
+        count = WorkCounter()
+        decisions = decide(facts, judge, {candidate.name: count(candidate.node) for candidate in facts.nodes})
     # For both types, as a reader of the plan may ask for the other one, too.
     known = () if ranges is None else LOW_TYPES
     flips = LazyFlips(known, lambda name: flips_of(facts, judge.in_type(LOW_TYPES[name])))
