@@ -60,7 +60,8 @@ def shared_arguments(node: fx.Node) -> list[fx.Node]:
         return operands(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
-    return _arguments_at(node, _shared_places(node.target))
+    places = _shared_places(node.target)
+    return _arguments_at(node, places) if places else []
 
 
 def picks_fresh(node: fx.Node) -> bool:
@@ -84,7 +85,8 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
         return [arg for arg, name in zip(operands(node), holders, strict=False) if name in written]
     if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NOTHING:
         return []
-    return _arguments_at(node, _written_places(node.target))
+    places = _written_places(node.target)
+    return _arguments_at(node, places) if places else []
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -94,8 +96,11 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 def written_placeholders(graph_module: fx.GraphModule) -> list[str]:
     """The names of the placeholders that running the graph changes in place."""
+    arguments = [argument for node in graph_module.graph.nodes for argument in written_arguments(node)]
+    if not arguments:
+        return []
     roots = storage_roots(graph_module)
-    written = {root for node in graph_module.graph.nodes for arg in written_arguments(node) for root in roots[arg]}
+    written = {root for argument in arguments for root in roots[argument]}
     return [node.name for node in graph_module.graph.nodes if node.op == "placeholder" and node in written]
 
 

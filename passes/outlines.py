@@ -35,7 +35,7 @@ Row = tuple[str, int, str]
 Rows = tuple[Row, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NodeOutline:
     """A node, without what was measured of its tensors. values: the fields of `NodeFacts` that are known already."""
 

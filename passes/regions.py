@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from operator import getitem
 from typing import Any
 
@@ -31,20 +30,17 @@ from passes.rules import Verdict
 _NAME = "calibcast_name"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
-    """A `call_function` node that a plan has a row for. `inside`: in an autocast region, so kept."""
+    """A `call_function` node that a plan has a row for. `inside`: in an autocast region.
+
+    kept: why it is not ours to type, or None where it is.
+    """
 
     name: str
     node: fx.Node
     inside: bool
-
-    @cached_property
-    def kept(self) -> Verdict | None:
-        """Why the node is not ours to type, or None where it is."""
-        if self.inside:
-            return Verdict("autocast_region", "it is inside a torch.autocast region, which runs as the user wrote it")
-        return _kept_by_kind(self.node) or _kept_by_operator(self.node) or _kept_by_types(self.node)
+    kept: Verdict | None
 
 
 def flatten(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -81,9 +77,16 @@ def candidates(program: ExportedProgram) -> list[Candidate]:
         region = child_of(node)
         if region is not None:
             inside = walk(region[1], f"{region[0]}.")  # qualified already: `_copy` prefixes what `get_attr` names
-            found.extend(Candidate(s.name, s.node, True) for s in inside if s.node.op == "call_function")
-        found.append(Candidate(name, node, False))
+            found.extend(Candidate(s.name, s.node, True, _INSIDE) for s in inside if s.node.op == "call_function")
+        found.append(Candidate(name, node, False, _kept(node)))
     return found
+
+
+_INSIDE = Verdict("autocast_region", "it is inside a torch.autocast region, which runs as the user wrote it")
+
+
+def _kept(node: fx.Node) -> Verdict | None:
+    return _kept_by_kind(node) or _kept_by_operator(node) or _kept_by_types(node)
 
 
 def _kept_by_kind(node: fx.Node) -> Verdict | None:
