@@ -78,15 +78,15 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments that `node` writes into."""
     if node.op != "call_function":
         return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        places = _written_places(node.target)
+        return _arguments_at(node, places) if places else []
     region = child_of(node)
     if region is not None:
         written = set(written_placeholders(region[1]))
         holders = [n.name for n in region[1].graph.nodes if n.op == "placeholder"]
         return [arg for arg, name in zip(operands(node), holders, strict=False) if name in written]
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NOTHING:
-        return []
-    places = _written_places(node.target)
-    return _arguments_at(node, places) if places else []
+    return []
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -126,7 +126,7 @@ def _shared_places(target: Any) -> _Places:
 @cache
 def _written_places(target: Any) -> _Places:
     """The arguments that the operator's schema says it writes into."""
-    if not target._schema.is_mutable:
+    if target in _WRITES_NOTHING or not target._schema.is_mutable:
         return ()
     arguments = enumerate(target._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)

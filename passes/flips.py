@@ -30,7 +30,7 @@ class LazyFlips(Mapping[str, Mapping[str, float | None]]):
 
     def __init__(self, names: Iterable[str], find: Callable[[str], Flips] | None = None) -> None:
         self._found: dict[str, Flips | None] = dict.fromkeys(names)
-        self._find = find
+        self._find = find if self._found else None
 
     def __getitem__(self, name: str) -> Flips:
         found = self._found[name]

@@ -228,6 +228,7 @@ def test_flips_of_ones_own_rules_are_found_at_once(measured):
 
 def test_a_copied_plan_has_its_flips_and_nothing_of_the_program(measured):
     plan = classify(*measured)
+    assert dict(classify(measured[0], None).flips) == {}
     copied = pickle.loads(pickle.dumps(plan))
     assert type(copied.flips) is dict
     assert copied == plan == copy.deepcopy(plan)
