@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -59,10 +60,8 @@ def shared_arguments(node: fx.Node) -> list[fx.Node]:
         return operands(node)
     if not isinstance(node.target, torch._ops.OpOverload):
         return []
-    schema = node.target._schema
-    if not any(result.alias_info is not None for result in schema.returns):
-        return []
-    return _arguments_where(node, lambda argument: argument.alias_info is not None)
+    places = _shared_places(node.target)
+    return _arguments_at(node, places) if places else []
 
 
 def picks_fresh(node: fx.Node) -> bool:
@@ -79,16 +78,15 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments that `node` writes into."""
     if node.op != "call_function":
         return []
+    if isinstance(node.target, torch._ops.OpOverload):
+        places = _written_places(node.target)
+        return _arguments_at(node, places) if places else []
     region = child_of(node)
     if region is not None:
         written = set(written_placeholders(region[1]))
         holders = [n.name for n in region[1].graph.nodes if n.op == "placeholder"]
         return [arg for arg, name in zip(operands(node), holders, strict=False) if name in written]
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _WRITES_NOTHING:
-        return []
-    if not node.target._schema.is_mutable:
-        return []
-    return _arguments_where(node, lambda argument: argument.alias_info is not None and argument.alias_info.is_write)
+    return []
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -98,8 +96,11 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 def written_placeholders(graph_module: fx.GraphModule) -> list[str]:
     """The names of the placeholders that running the graph changes in place."""
+    arguments = [argument for node in graph_module.graph.nodes for argument in written_arguments(node)]
+    if not arguments:
+        return []
     roots = storage_roots(graph_module)
-    written = {root for node in graph_module.graph.nodes for arg in written_arguments(node) for root in roots[arg]}
+    written = {root for argument in arguments for root in roots[argument]}
     return [node.name for node in graph_module.graph.nodes if node.op == "placeholder" and node in written]
 
 
@@ -111,12 +112,30 @@ def mutated_inputs(program: ExportedProgram) -> set[str]:
     return set(written_placeholders(program.graph_module)) | functional | set(signature.user_inputs_to_mutate.values())
 
 
-def _arguments_where(node: fx.Node, wanted: Any) -> list[fx.Node]:
+_Places = tuple[tuple[int, str], ...]  # position and name of arguments
+
+
+@cache
+def _shared_places(target: Any) -> _Places:
+    """The arguments whose storage the operator's schema lets its results share."""
+    if not any(result.alias_info is not None for result in target._schema.returns):
+        return ()
+    return tuple((i, a.name) for i, a in enumerate(target._schema.arguments) if a.alias_info is not None)
+
+
+@cache
+def _written_places(target: Any) -> _Places:
+    """The arguments that the operator's schema says it writes into."""
+    if target in _WRITES_NOTHING or not target._schema.is_mutable:
+        return ()
+    arguments = enumerate(target._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _arguments_at(node: fx.Node, places: _Places) -> list[fx.Node]:
     found: list[fx.Node] = []
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if not wanted(argument):
-            continue
-        value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+    for position, name in places:
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
         found.extend(n for n in _flat(value) if isinstance(n, fx.Node))
     return found
 

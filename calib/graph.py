@@ -106,6 +106,33 @@ def tensor_values(node: fx.Node) -> list[tuple[int, torch.Tensor]]:
     return []
 
 
+@cache
+def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
+    """Position and default of each argument of an operator, by name, as reading a schema is slow."""
+    return {argument.name: (i, argument.default_value) for i, argument in enumerate(target._schema.arguments)}
+
+
+def argument_of(node: fx.Node, name: str) -> Any:
+    """The value of the argument called `name` in the operator's schema; its default where it was left out."""
+    place = _arguments(node.target).get(name) if isinstance(node.target, torch._ops.OpOverload) else None
+    if place is None:
+        return None
+    position, default = place
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Of an argument that may be one number, several or none: `dim`, `kernel_size`."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def producer_of(node: fx.Node) -> tuple[fx.Node, int | None]:
+    """The node that made the tensor, and which of its outputs it is, looking through `getitem`."""
+    if node.target is getitem and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
+        return node.args[0], node.args[1]
+    return node, None
+
+
 def is_measurable(dtype: torch.dtype) -> bool:
     """Whether tensors of `dtype` have a range: floating point, not complex."""
     return dtype.is_floating_point

@@ -7,14 +7,13 @@ times too wide for a layer norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from calib.graph import base_op
+from calib.graph import argument_of, as_list, base_op
 from calib.kernel import pieces
 from calib.operators import ATTENTION, SQUARES, SUMS
 
@@ -33,7 +32,7 @@ def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tens
     lengths of queries and keys allow, before scaling (Cauchy-Schwarz). The second is the least mean square deviation
     of a slice (of an RMS norm the mean square), by whose root a norm divides; inf for what is no norm.
     """
-    base = _base(node.target)
+    base = base_op(node.target)
     measure = _measure_of(base)
     if measure is None:
         return None
@@ -51,14 +50,29 @@ def reduced_dimensions(node: fx.Node, base: str, rank: int) -> list[int]:
     """
     if base in _LAYER_NORMS:
         normalized = node.args[1] if len(node.args) > 1 else [None]
-        return list(range(rank - len(_list(normalized)), rank))
+        return list(range(rank - len(as_list(normalized)), rank))
     if base in _GROUPS_AT:
         return list(range(2, rank + 1))
     if base == "instance_norm":
         return list(range(2, rank))
-    chosen = _argument(node, "dim")
-    dimensions = [d for d in _list(chosen) if isinstance(d, int)]
+    chosen = argument_of(node, "dim")
+    dimensions = [d for d in as_list(chosen) if isinstance(d, int)]
     return [d % rank for d in dimensions] if dimensions and rank else list(range(rank))
+
+
+def window_size(base: str, size: list[int], shape: Sequence[int]) -> int:
+    """Elements of the largest window of a pool. size: of the kernel, or of the output for an adaptive pool, one number
+    for all dimensions or one for each; shape: of the input."""
+    rank = int(base[-2])
+    size = size * rank if len(size) == 1 else size
+    if base.startswith("avg_pool"):
+        return math.prod(size)
+    return math.prod(_widest(whole, parts) for whole, parts in zip(shape[-rank:], size, strict=True))
+
+
+def _widest(whole: int, parts: int) -> int:
+    """The longest of the windows from floor(i whole / parts) to ceil((i + 1) whole / parts), which may overlap."""
+    return max((-(-(i + 1) * whole // parts) - i * whole // parts for i in range(parts)), default=0)
 
 
 def group_count(node: fx.Node, base: str) -> int | None:
@@ -67,11 +81,6 @@ def group_count(node: fx.Node, base: str) -> int | None:
 
 
 _Measure = Callable[[fx.Node, str, tuple[Any, ...], dict[str, Any]], torch.Tensor]
-
-
-@lru_cache(maxsize=4096)
-def _base(target: Any) -> str:
-    return base_op(target)
 
 
 def _measure_of(base: str) -> _Measure | None:
@@ -93,7 +102,7 @@ def _pooled(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, A
     x = args[0]
     pieces = _pieces(x, list(range(1, x.dim())))
     means = torch.stack([node.target(p.abs().float(), *args[1:], **kwargs).amax() for p in pieces])  # type: ignore[operator]
-    return _pair(means.amax() * _window(base, args, x.shape))
+    return _pair(means.amax() * window_size(base, as_list(args[1]), x.shape))
 
 
 def _squared(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -142,25 +151,3 @@ def _pieces(x: torch.Tensor, reduced: list[int]) -> tuple[torch.Tensor, ...]:
         return (x,)
     widest = max((d for d in range(x.dim()) if d not in reduced), key=x.size)
     return torch.split(x, max(1, x.size(widest) * _STEP // x.numel()), widest)
-
-
-def _window(base: str, args: tuple[Any, ...], shape: torch.Size) -> int:
-    """Elements of a pooling window, from above."""
-    rank = int(base[-2])
-    size = [int(s) for s in _list(args[1])]
-    size = size * rank if len(size) == 1 else size
-    if base.startswith("avg_pool"):
-        return math.prod(size)
-    # Of an adaptive pool the size is that of the output; windows may overlap where it does not divide evenly.
-    return math.prod(w // p if w % p == 0 else w // p + 2 for w, p in zip(shape[-rank:], size, strict=True))
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == name:
-            return node.args[position] if position < len(node.args) else node.kwargs.get(name)
-    return None
-
-
-def _list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]

@@ -15,8 +15,9 @@ from engines.backends import chosen
 from engines.building import build
 from engines.engine import Engine
 from passes.cast_insertion import insert_casts
-from passes.classification import classify, low_type_of
+from passes.classification import classify
 from passes.plan import PrecisionPlan
+from passes.settings import low_type_of
 
 # Arguments of the stages that `compile` passes on beside the proposal's own.
 _CLASSIFY = frozenset({"init_max", "nodes_to_include", "targets_to_include", "range_quantile", "rules", "weights"})

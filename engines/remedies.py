@@ -14,7 +14,7 @@ from calib.aliasing import written_arguments
 from calib.graph import base_op, dtype_name, module_path, tensor_values
 from engines.builder_isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
 from passes.plan import HIGH, Decision, PrecisionPlan
-from passes.rules import Verdict
+from passes.tensor_rules import Verdict
 
 ATTENTION = "scaled_dot_product_attention"
 FAILED = "the builder failed on it in the low type"

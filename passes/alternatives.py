@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -11,17 +11,19 @@ import polars as pl
 import torch
 from torch.export import ExportedProgram
 
+from calib.collector import paused
 from calib.errors import PlanError
 from calib.graph import dtype_name
 from calib.ranges import RangeTable
 from passes.cast_count import CastCounter
-from passes.classification import Judge, check_limits, decide, judge_of, low_type_of, masked_nodes, reader_of
-from passes.fact_reader import FactReader
+from passes.classification import masked_nodes
+from passes.decisions import decide
 from passes.flips import Flips, flips_of, low_at
+from passes.judge import Judge
 from passes.plan import LOW, PrecisionPlan
-from passes.regions import Candidate, candidates, kept_reason
+from passes.program_facts import ProgramFacts
+from passes.settings import Settings, check_limits, low_type_of
 from passes.shares import LossTable
-from passes.ties import named_ties
 from passes.work import WorkCounter
 
 SCHEMA: dict[str, Any] = {
@@ -98,50 +100,39 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
     ranges.check(program, weights)
     if base is not None:
         base.check(program)
-    settings = {name: value if isinstance(value, str) else _kept(value) for name, value in settings.items()}
-    decider = _Decider(program, ranges, settings)
-    counter = CastCounter(program, keep_io_types, masked_nodes(ranges))
-    default = Setting(torch.float16, 512.0, 1.0)
-    before = set(decider.low_nodes(default) if base is None else base.low_precision_nodes)
-    losses = {low_type: LossTable(ranges.frame, low_type) for low_type in {setting.low_type for setting in asked}}
-    rows = [_row(setting, decider, counter, losses[setting.low_type], before) for setting in asked]
-    return pl.DataFrame(rows, schema=SCHEMA)
+    with paused():
+        decider = _Decider(program, ranges, Settings(**settings))
+        counter = CastCounter(program, keep_io_types, masked_nodes(ranges))
+        default = Setting(torch.float16, 512.0, 1.0)
+        before = set(decider.low_nodes(default) if base is None else base.low_precision_nodes)
+        losses = {low_type: LossTable(ranges.frame, low_type) for low_type in {setting.low_type for setting in asked}}
+        rows = [_row(setting, decider, counter, losses[setting.low_type], before) for setting in asked]
+        return pl.DataFrame(rows, schema=SCHEMA)
 
 
 class _Decider:
-    """Answers which nodes are low at a setting. Facts are read once per type, and rules asked once per quantile."""
+    """Answers which nodes are low at a setting. A program is read once, and rules asked once per type and quantile."""
 
-    def __init__(self, program: ExportedProgram, ranges: RangeTable, settings: dict[str, Any]) -> None:
-        self._program, self._ranges, self._settings = program, ranges, settings
-        self._nodes: list[Candidate] = candidates(program)
-        self._ties = named_ties(self._nodes)
-        self._readers: dict[torch.dtype, FactReader] = {}
+    def __init__(self, program: ExportedProgram, ranges: RangeTable, settings: Settings) -> None:
+        self._facts, self._ranges, self._settings = ProgramFacts.of(program, ranges), ranges, settings
         self._flips: dict[tuple[torch.dtype, float], Flips] = {}
-        decided = [candidate for candidate in self._nodes if kept_reason(candidate) is None]
         count = WorkCounter()
-        self.work = {candidate.name: count(candidate.node) for candidate in decided}
+        self._all_work = {candidate.name: count(candidate.node) for candidate in self._facts.nodes}
+        self.work = {name: self._all_work[name] for name in self._facts.outlines}
 
     def low_nodes(self, setting: Setting) -> list[str]:
         """In graph order, as `PrecisionPlan.low_precision_nodes`."""
-        if self._settings.get("rules"):  # a rule of the user's own may look at how the inputs were decided
-            decisions = decide(self._nodes, self._reader(setting.low_type), self._judge(setting))
+        if self._settings.rules:  # a rule of the user's own may look at how the inputs were decided
+            decisions = decide(self._facts, self._judge(setting), self._all_work)
             return [decision.node for decision in decisions if decision.precision == LOW]
         key = (setting.low_type, setting.quantile)
         if key not in self._flips:
-            self._flips[key] = flips_of(self._nodes, self._reader(setting.low_type), self._judge(setting), self._ties)
+            self._flips[key] = flips_of(self._facts, self._judge(setting))
         return low_at(self._flips[key], setting.data_max)
 
     def _judge(self, setting: Setting) -> Judge:
-        return judge_of(
-            self._nodes, self._ranges, setting.low_type, data_max=setting.data_max, range_quantile=setting.quantile,
-            **self._settings,
-        )  # fmt: skip
-
-    def _reader(self, low_type: torch.dtype) -> FactReader:
-        if low_type not in self._readers:
-            evidence = next((reader.evidence for reader in self._readers.values()), None)
-            self._readers[low_type] = reader_of(self._program, self._ranges, self._nodes, low_type, evidence)
-        return self._readers[low_type]
+        settings = replace(self._settings, data_max=setting.data_max, range_quantile=setting.quantile)
+        return settings.judge(self._facts.nodes, self._ranges, setting.low_type)
 
 
 def _row(
@@ -172,11 +163,6 @@ def _row(
 
 def _several(value: Any) -> Iterator[Any]:
     yield from (value if isinstance(value, Iterable) and not isinstance(value, str) else [value])
-
-
-def _kept(value: Any) -> Any:
-    """An iterator as a tuple, as it is read once per setting."""
-    return tuple(value) if isinstance(value, Iterator) else value
 
 
 def _share(part: int, whole: int) -> float:

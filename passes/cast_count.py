@@ -8,7 +8,7 @@ the count to the casts in the rewritten graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from operator import getitem
@@ -19,8 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from calib.aliasing import shared_arguments, written_arguments
-from calib.graph import REGION_CHILD, base_op, is_measurable, size_hint, tensor_values
-from passes.fact_reader import producer_of
+from calib.graph import REGION_CHILD, base_op, is_measurable, producer_of, size_hint, tensor_values
 from passes.low_types import LowTypes, Types, types_of
 from passes.node_types import able_types, settled, states_type
 from passes.regions import flatten, qualified_name
@@ -43,7 +42,7 @@ class CastCount:
     activation_bytes_low: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Operand:
     """A floating-point argument: the node, its exported type, and its elements at the exported sizes."""
 
@@ -53,9 +52,9 @@ class _Operand:
     name: tuple[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Call:
-    """A node of the flat graph as the count sees it. operands: in the order in which casts are made.
+    """A node of the flat graph as the count sees it. name: its qualified one. operands: in the order of their casts.
 
     passes_on: it takes what comes. written, shared: the arguments that it writes into, and those that its output may
     share storage with. undoes: it is a conversion whose input, cast back, is the same bits. bytes: of each output, 0
@@ -63,6 +62,7 @@ class _Call:
     """
 
     node: fx.Node
+    name: str
     operands: tuple[_Operand, ...]
     exported: Types
     passes_on: bool
@@ -82,13 +82,14 @@ class CastCounter:
         source = flatten(program.graph_module)
         nodes = list(source.graph.nodes)
         self.never_written = not any(written_arguments(node) for node in nodes)
-        self.calls = [_call(node, self.never_written) for node in nodes if node.op == "call_function"]
+        operand = cache(_operand)
+        self.calls = [_call(node, self.never_written, operand) for node in nodes if node.op == "call_function"]
         self.sources = [(n, types_of(n.meta.get("val"))) for n in nodes if n.op in {"placeholder", "get_attr"}]
         self.outputs = list(_outputs(program, nodes, keep_io_types))
         self.activation_bytes = sum(size for call in self.calls for size in call.bytes)
         self._ties: list[Tie] = ties_of(source)
         self._readers = WeightReaders.of(program, source, masks_to_saturate(program, source, masks))
-        self._by_name = {qualified_name(call.node): call.node for call in self.calls}
+        self._by_name = {call.name: call.node for call in self.calls}
         self._low_types = cache(lambda low_type: LowTypes(source, low_type))
         self._able = cache(lambda node, low_type: able_types(node, self._low_types(low_type)))
         self._fits = cache(self._readers.fits)
@@ -162,10 +163,9 @@ class _Walk:
         return call.exported
 
     def _note_low(self, call: _Call, types: Types) -> None:
-        name = qualified_name(call.node)
         for output, (now, then, size) in enumerate(zip(types, call.exported, call.bytes, strict=True)):
             if now == self._low_type and then == torch.float32:
-                self._names.add((name, output))
+                self._names.add((call.name, output))
                 self._activations += size
 
     def _value(self, types: Types, before: _Value | None = None) -> _Value:
@@ -211,14 +211,16 @@ def _undone(value: _Value, dtype: torch.dtype) -> _Value | None:
     return value.before if lossless else None
 
 
-def _call(node: fx.Node, never_written: bool) -> _Call:
+def _call(node: fx.Node, never_written: bool, operand: Callable[[fx.Node], _Operand | None]) -> _Call:
     passes_on = node.target is getitem or base_op(node.target) == "_assert_tensor_metadata" or states_type(node)
     exported = types_of(node.meta.get("val"))
     shared = tuple(shared_arguments(node))
     is_view = bool(shared) or node.target is getitem or node.target in REGION_CHILD
     return _Call(
         node=node,
-        operands=() if passes_on else tuple(_operands(node)),
+        name=qualified_name(node),
+        # By args, then kwargs: the order in which casts are made.
+        operands=() if passes_on else tuple([found for n in node.all_input_nodes if (found := operand(n)) is not None]),
         exported=exported,
         passes_on=passes_on,
         written=() if never_written else tuple(written_arguments(node)),
@@ -228,14 +230,11 @@ def _call(node: fx.Node, never_written: bool) -> _Call:
     )
 
 
-def _operands(node: fx.Node) -> Iterator[_Operand]:
-    for argument in node.all_input_nodes:  # by args, then kwargs: the order in which casts are made
-        value = argument.meta.get("val")
-        if isinstance(value, torch.Tensor) and is_measurable(value.dtype):
-            yield _operand(argument, value)
-
-
-def _operand(node: fx.Node, value: torch.Tensor) -> _Operand:
+def _operand(node: fx.Node) -> _Operand | None:
+    """`node` as an argument; None where it is no floating-point tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not is_measurable(value.dtype):
+        return None
     producer, output = producer_of(node)
     return _Operand(node, value.dtype, _elements(value), (qualified_name(producer), output or 0))
 
@@ -244,10 +243,9 @@ def _outputs(program: ExportedProgram, nodes: list[fx.Node], keep_io_types: bool
     """The floating-point results that are given out in their exported types."""
     results = next(node for node in reversed(nodes) if node.op == "output").args[0]
     for result, spec in zip(results, program.graph_signature.output_specs, strict=True):  # type: ignore[arg-type]
-        value = result.meta.get("val") if isinstance(result, fx.Node) else None
-        keeps = keep_io_types or spec.kind != OutputKind.USER_OUTPUT
-        if keeps and isinstance(result, fx.Node) and isinstance(value, torch.Tensor) and is_measurable(value.dtype):
-            yield _operand(result, value)
+        operand = _operand(result) if isinstance(result, fx.Node) else None
+        if operand is not None and (keep_io_types or spec.kind != OutputKind.USER_OUTPUT):
+            yield operand
 
 
 def _undoes(node: fx.Node) -> bool:
@@ -266,8 +264,3 @@ def _sizes(node: fx.Node, outputs: int) -> tuple[int, ...]:
 
 def _elements(value: torch.Tensor) -> int:
     return math.prod(size_hint(size) for size in value.shape)
-
-
-def _is_fp32(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype == torch.float32

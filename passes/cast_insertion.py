@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from calib.aliasing import shared_arguments, written_arguments
-from calib.errors import PlanError
+from calib.collector import paused
 from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint
 from passes.dtype_arguments import with_low_dtype
-from passes.low_types import retyped, types_of
+from passes.low_types import fake_mode_of, retyped, types_of
 from passes.node_types import NodeTypes
 from passes.plan import PrecisionPlan
 from passes.regions import flatten
@@ -47,11 +46,12 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     plan.check(program)
     # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
-    types = NodeTypes.of(source, plan)
-    masks = masks_to_saturate(program, source, plan.masks)
-    weights = low_weights(program, source, types, masks)
-    graph = _Emission(program, source, types, weights, keep_io_types, masks).run()
-    return _assemble(program, source, graph, weights)
+    with paused():
+        types = NodeTypes.of(source, plan)
+        masks = masks_to_saturate(program, source, plan.masks)
+        weights = low_weights(program, source, types, masks)
+        graph = _Emission(program, source, types, weights, keep_io_types, masks).run()
+        return _assemble(program, source, graph, weights)
 
 
 class _Emission:
@@ -75,10 +75,7 @@ class _Emission:
         self._made_masks: set[fx.Node] = set()
         self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         self._sharing: dict[fx.Node, set[fx.Node]] = {}  # node of the copy -> nodes that share its storage
-        fake_mode = detect_fake_mode([node.meta.get("val") for node in source.graph.nodes])
-        if fake_mode is None:
-            raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
-        self._fake_mode = fake_mode
+        self._fake_mode = fake_mode_of(source)
 
     def run(self) -> fx.Graph:
         for node in self._source.graph.nodes:
@@ -227,11 +224,8 @@ class _Emission:
 def _assemble(
     program: ExportedProgram, source: fx.GraphModule, graph: fx.Graph, weights: LowWeights
 ) -> ExportedProgram:
-    root = fx.GraphModule(_children(source, graph), graph)
-    root.training = source.training
-    root.meta.update(source.meta)
-    return ExportedProgram(
-        root=root,
+    made = ExportedProgram(
+        root=_children(source, graph),  # not a module of them, as its code would be written and compiled twice
         graph=graph,
         graph_signature=_signature(program.graph_signature, graph),
         state_dict=weights.state_dict,
@@ -241,6 +235,9 @@ def _assemble(
         constants=weights.constants,
         verifiers=program.verifiers,
     )
+    made.graph_module.training = source.training
+    made.graph_module.meta.update(source.meta)
+    return made
 
 
 def _children(source: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a rule may know about a node, and of its tensors: read from range tables here, from graphs in `fact_reader`.
+"""What a rule may know about a node, as data. `passes.outlines` and `passes.fact_reader` read it.
 
 Without torch, which takes seconds to import: to compare two tables nothing of it is needed.
 """
@@ -6,12 +6,11 @@ Without torch, which takes seconds to import: to compare two tables nothing of i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from calib.ranges import RangeTable
 from passes.number_formats import NumberFormat, format_of
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class TensorFacts:
     offset_counts: bool = True
     absmax_batch: int | None = None
     nonfinite_batch: int | None = None
-    histogram: tuple[int, ...] | None = field(default=None, repr=False)
+    histogram: Sequence[int] | None = field(default=None, repr=False)
     precision: str | None = None
 
     @property
@@ -126,54 +125,15 @@ class NodeFacts:
         """The limits of the low type."""
         return format_of(self.low_type)
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[TensorFacts, ...]:
         """Inputs and outputs."""
         return self.inputs + self.outputs
 
-    @property
+    @cached_property
     def judged(self) -> tuple[TensorFacts, ...]:
         """The tensors whose ranges this node answers for.
 
         Its own inputs and outputs; of a node that only moves data, the inputs that no decided node made.
         """
         return tuple(t for t in self.inputs if t.precision is None) if self.moves else self.tensors
-
-
-Evidence = Mapping[tuple[str, int], TensorFacts]
-
-
-def evidence_of(ranges: RangeTable | None) -> Evidence:
-    """The rows of a table as facts, by (node, output)."""
-    if ranges is None:
-        return {}
-    found: dict[tuple[str, int], TensorFacts] = {}
-    lowest = {(row["node"], row["output"]): row["mask_min"] for row in ranges.hidden.iter_rows(named=True)}
-    for row in ranges.frame.iter_rows(named=True):
-        if row["batches"]:
-            found[row["node"], row["output"]] = TensorFacts(
-                name=row["node"],
-                kind=row["kind"],
-                nonfinite=row["nan"] + row["posinf"] + row["neginf"],
-                mask_min=lowest.get((row["node"], row["output"])),
-                histogram=None if row["histogram"] is None else tuple(row["histogram"]),
-                **{name: row[name] for name in _COPIED},
-            )
-    return found
-
-
-_COPIED = ("min", "max", "absmax", "smallest", "mean", "rms", "masked", "absmax_batch", "nonfinite_batch")
-
-
-@dataclass(frozen=True)
-class HiddenEvidence:
-    """What calibration measured inside nodes, by name: the largest sum, and the least spread; None for not measured."""
-
-    largest: Mapping[str, float | None] = field(default_factory=dict)
-    least: Mapping[str, float | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, ranges: RangeTable | None) -> HiddenEvidence:
-        """The hidden rows of a table."""
-        rows = [] if ranges is None else [r for r in ranges.hidden.iter_rows(named=True) if r["output"] == 0]
-        return cls({r["node"]: r["hidden_max"] for r in rows}, {r["node"]: r["hidden_min"] for r in rows})

@@ -8,47 +8,75 @@ A node is then low from one `data_max` on: its own number, or that of the last n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
-from passes.fact_reader import FactReader
-from passes.facts import NodeFacts
-from passes.plan import HIGH, LOW
-from passes.regions import Candidate, kept_reason
+from passes.facts import LOW, NodeFacts
+from passes.judge import Judge
+from passes.program_facts import ProgramFacts
 from passes.rules import Follows
 from passes.tensor_rules import DataMax
-from passes.ties import NamedTie, named_ties
-
-if TYPE_CHECKING:
-    from passes.classification import Judge
+from passes.ties import NamedTie
 
 Flips = dict[str, float | None]
 
 
-def flips_of(
-    nodes: Sequence[Candidate], reader: FactReader, judge: Judge, ties: Sequence[NamedTie] | None = None
-) -> Flips:
+class LazyFlips(Mapping[str, Mapping[str, float | None]]):
+    """The flips of a plan by low type, each found when it is first asked for: it takes as long as deciding does.
+
+    A copy, pickled or not, is the plain dict. What `find` refers to is let go when nothing is left to find.
+    """
+
+    def __init__(self, names: Iterable[str], find: Callable[[str], Flips] | None = None) -> None:
+        self._found: dict[str, Flips | None] = dict.fromkeys(names)
+        self._find = find if self._found else None
+
+    def __getitem__(self, name: str) -> Flips:
+        found = self._found[name]
+        if found is None:
+            assert self._find is not None
+            found = self._found[name] = self._find(name)
+            if None not in self._found.values():
+                self._find = None
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def settle(self) -> dict[str, Flips]:
+        """All of them."""
+        return {name: self[name] for name in self}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self.settle(),)
+
+
+def flips_of(program: ProgramFacts, judge: Judge) -> Flips:
     """For each node that is decided, in graph order: the least `data_max` at which it is low; None where it never is.
 
     inf: only with the rule switched off (nothing finite was measured). The judge's own `data_max` plays no part. A
-    rule of the user's own is asked once, with its inputs as if they were low. ties: of the nodes, where known before.
+    rule of the user's own is asked once, with its inputs as if they were low.
     """
-    decided = [candidate for candidate in nodes if kept_reason(candidate) is None]
-    as_if_low = {candidate.name: LOW for candidate in decided}
-    asks = [rule for rule in judge.rules if isinstance(rule, DataMax)]
+    reader, as_if_low = program.reader(judge.low_type), dict.fromkeys(program.outlines, LOW)
+    asks = [replace(rule, limit=0.0) for rule in judge.rules if isinstance(rule, DataMax)]
     others = replace(judge, rules=tuple(rule for rule in judge.rules if not isinstance(rule, (DataMax, Follows))))
     flips: Flips = {}
     followed: dict[str, list[str]] = {}
-    for candidate in decided:
-        facts = reader.read(candidate.node, as_if_low)
+    for name, outline in program.outlines.items():
+        facts = reader.read(outline, as_if_low)
         included = judge.included(facts)
         if others.keeps_high(facts):
-            flips[candidate.name] = None
+            flips[name] = None
         else:
-            flips[candidate.name] = 0.0 if included else max((_held(rule, facts) for rule in asks), default=0.0)
-        followed[candidate.name] = [] if included else _followed(facts)
-    return _settled(flips, followed, named_ties(nodes) if ties is None else ties)
+            flips[name] = 0.0 if included else max((_held(rule, facts) for rule in asks), default=0.0)
+        if facts.moves and not included:
+            # By `follows`: each decided input keeps it high when it is high itself.
+            followed[name] = [tensor.name for tensor in facts.inputs if tensor.precision is not None]
+    return _settled(flips, followed, program.ties)
 
 
 def low_at(flips: Mapping[str, float | None], data_max: float) -> list[str]:
@@ -57,25 +85,11 @@ def low_at(flips: Mapping[str, float | None], data_max: float) -> list[str]:
 
 
 def _held(rule: DataMax, facts: NodeFacts) -> float:
-    """The number that the rule holds to its limit: met while the limit is below."""
-    verdict = replace(rule, limit=0.0)(facts)
+    """The number that the rule, its limit 0, holds to a limit: met while the limit is below."""
+    verdict = rule(facts)
     if verdict is None or verdict.evidence is None:
         return 0.0
     return math.inf if math.isnan(verdict.evidence) else verdict.evidence
-
-
-def _followed(facts: NodeFacts) -> list[str]:
-    """The decided nodes whose being high keeps this one high."""
-    if not facts.moves:
-        return []
-    found = []
-    for position, tensor in enumerate(facts.inputs):
-        if tensor.precision is not None:
-            inputs = list(facts.inputs)
-            inputs[position] = replace(tensor, precision=HIGH)
-            if Follows()(replace(facts, inputs=tuple(inputs))) is not None:
-                found.append(tensor.name)
-    return found
 
 
 def _settled(flips: Flips, followed: Mapping[str, list[str]], ties: Sequence[NamedTie]) -> Flips:

@@ -28,11 +28,9 @@ class LowTypes:
 
     def __init__(self, graph_module: fx.GraphModule, low_type: torch.dtype) -> None:
         """Raises PlanError where the nodes carry no fake tensors."""
-        mode = detect_fake_mode([node.meta.get("val") for node in graph_module.graph.nodes])
-        if mode is None:
-            raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
-        self.mode, self.low_type = mode, low_type
+        self.mode, self.low_type = fake_mode_of(graph_module), low_type
         self._kinds: dict[str, Types | str] = {}
+        self._said: dict[fx.Node, str] = {}
 
     def of(self, node: fx.Node) -> Types | None:
         """The types of the outputs of `node`, all its fp32 inputs low; None where the operator refuses."""
@@ -45,11 +43,19 @@ class LowTypes:
         return found if isinstance(found, str) else None
 
     def _found(self, node: fx.Node) -> Types | str:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), _kind)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._kind)
         kind = f"{node.target} {args} {kwargs}"
         if kind not in self._kinds:
             self._kinds[kind] = self._run(node)
         return self._kinds[kind]
+
+    def _kind(self, node: fx.Node) -> str:
+        """What decides the types of an operator that reads `node`: types and shapes."""
+        if node not in self._said:
+            value = node.meta.get("val")
+            leaves = [value] if isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
+            self._said[node] = str([(v.dtype, v.shape) if isinstance(v, torch.Tensor) else type(v) for v in leaves])
+        return self._said[node]
 
     def _run(self, node: fx.Node) -> Types | str:
         args, kwargs = with_low_dtype(node, node.args, node.kwargs, self.low_type)
@@ -88,8 +94,19 @@ class LowTypes:
         return size_hint(value) if isinstance(value, torch.SymInt) else value
 
 
+def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode:
+    """The mode of the graph's fake tensors, which they share. Raises PlanError where there are none."""
+    for node in graph_module.graph.nodes:
+        mode = detect_fake_mode(node.meta.get("val"))
+        if mode is not None:
+            return mode
+    raise PlanError("the program's nodes carry no fake tensors; export it with torch.export.export")
+
+
 def types_of(value: Any) -> Types:
     """The types of what a node gives, as recorded at export or found by running it."""
+    if isinstance(value, torch.Tensor):
+        return (value.dtype,)
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return tuple(v.dtype if isinstance(v, torch.Tensor) else None for v in values)
 
@@ -106,12 +123,6 @@ def retyped(value: Any, types: Types) -> Any:
 
 def _retyped(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if isinstance(value, torch.Tensor) and dtype not in {None, value.dtype} else value
-
-
-def _kind(node: fx.Node) -> str:
-    """What decides the types of an operator that reads `node`: types and shapes."""
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return str([(v.dtype, v.shape) if isinstance(v, torch.Tensor) else type(v) for v in leaves])
 
 
 def _is_fp32(node: fx.Node) -> bool:

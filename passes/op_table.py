@@ -5,6 +5,8 @@ Operators are named without overload and in-place mark: `add` stands for `aten.a
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from calib.operators import ATTENTION, MASKING, MOVES
@@ -126,6 +128,7 @@ RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 WORKS = CONVOLUTIONS | TRANSPOSED | PRODUCTS | RECURRENT | ATTENTION | frozenset({"einsum", "bilinear", "tensordot"})
 
 
+@cache
 def never_low(base: str) -> bool:
     """Whether no target runs this operator in half precision."""
     if base in NEVER_LOW_EXCEPT:

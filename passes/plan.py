@@ -22,7 +22,7 @@ from passes.facts import HIGH as HIGH
 from passes.facts import KEPT as KEPT
 from passes.facts import LOW as LOW
 from passes.low_types import LOW_TYPES
-from passes.regions import Candidate, candidates, kept_reason
+from passes.regions import Candidate, candidates
 from passes.tensor_rules import Verdict
 from passes.work import work_of
 
@@ -221,7 +221,7 @@ def _as_typed(candidate: Candidate, low_type: torch.dtype) -> Decision:
     present = {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} or {
         v.dtype for a in node.all_input_nodes for _, v in tensor_values(a) if is_measurable(v.dtype)
     }
-    kept = kept_reason(candidate)
+    kept = candidate.kept
     if kept is not None and kept.rule != "already_low":
         return Decision(**place, precision=KEPT, rule=kept.rule, reason=kept.reason)
     if present == {low_type}:

@@ -10,17 +10,23 @@ import torch
 from torch import fx
 
 from calib import operators
-from calib.graph import size_hint
-from calib.hidden import group_count, reduced_dimensions
+from calib.graph import as_list, size_hint
+from calib.hidden import group_count, reduced_dimensions, window_size
 from passes import op_table
+
+_ALONG_DIMENSIONS = operators.SUMS | operators.SQUARES | operators.EXPONENTIALS
+_CONVOLVES = op_table.CONVOLUTIONS | op_table.TRANSPOSED
+_SUM_UP = _ALONG_DIMENSIONS | _CONVOLVES | op_table.PRODUCTS | op_table.RECURRENT | operators.ATTENTION
 
 
 def depth_of_reduction(node: fx.Node, base: str) -> int | None:
     """Terms per output element; None for an operator that sums nothing. Symbolic sizes count as at export."""
+    if base not in _SUM_UP:
+        return None
     shapes = _shapes(node)
     if not shapes:
         return None
-    if base in operators.SUMS | operators.SQUARES | operators.EXPONENTIALS:
+    if base in _ALONG_DIMENSIONS:
         return _reduced(node, base, shapes[0])
     if base in op_table.RECURRENT:
         return _recurrent_depth(node)
@@ -32,7 +38,7 @@ def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int 
         # addmm(bias, a, b) and its kin have the product at 1 and 2.
         left = shapes[1] if base in {"addmm", "baddbmm", "addbmm", "addmv"} and len(shapes) > 1 else shapes[0]
         return left[-1] if left else 1
-    if len(shapes) > 1 and base in op_table.CONVOLUTIONS | op_table.TRANSPOSED:
+    if len(shapes) > 1 and base in _CONVOLVES:
         return _convolution_depth(node, base, shapes[1])
     if len(shapes) > 1 and base in operators.ATTENTION:
         return max(shapes[1][-2], shapes[0][-1])  # keys, summed over by the values; features, by the logits
@@ -40,16 +46,15 @@ def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int 
 
 
 def hidden_values(
-    node: fx.Node, base: str, magnitudes: Sequence[float], measured: float | None
+    node: fx.Node, base: str, depth: int, magnitudes: Sequence[float], measured: float | None
 ) -> list[tuple[str, float]]:
-    """What an operator hides, and how large that gets: `measured` by calibration, or else bounded from the peaks at its
-    inputs. NaN where a peak is unknown.
+    """What an operator that sums `depth` terms hides, and how large that gets: `measured` by calibration, or else
+    bounded from the peaks at its inputs. NaN where a peak is unknown.
 
     sum of n terms: n max|x|. Sum of squares: n max|x|^2. Softmax, after subtracting the maximum: n exponentials of
     at most 1. Attention: logits before scaling, d max|q| max|k|.
     """
-    depth = depth_of_reduction(node, base)
-    if depth is None or not magnitudes:
+    if not magnitudes:
         return []
     peak = magnitudes[0]
     if base in operators.SUMS:
@@ -85,25 +90,15 @@ def _recurrent_depth(node: fx.Node) -> int:
 
 def _reduced(node: fx.Node, base: str, shape: list[int]) -> int:
     if "pool" in base:
-        return _pooled(node, base, shape)
+        return window_size(base, [_at_export(size) for size in as_list(node.args[1])], shape)
     groups = group_count(node, base)
     if groups is not None:
         return math.prod(shape[1:]) // max(1, groups)
     return math.prod(shape[d] for d in reduced_dimensions(node, base, len(shape)))
 
 
-def _pooled(node: fx.Node, base: str, shape: list[int]) -> int:
-    rank = int(base[-2])
-    size = [int(s) for s in _list(node.args[1]) if isinstance(s, int)]
-    size = size * rank if len(size) == 1 else size
-    if base.startswith("avg_pool"):
-        return math.prod(size)
-    # Of an adaptive pool the size is that of the output.
-    return math.prod(math.ceil(whole / max(1, part)) for whole, part in zip(shape[-rank:], size, strict=False))
-
-
-def _list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+def _at_export(size: Any) -> int:
+    return size_hint(size.meta["val"] if isinstance(size, fx.Node) else size)
 
 
 def _shapes(node: fx.Node) -> list[list[int]]:

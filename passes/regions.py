@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from calib.graph import (
     AUTOCAST_REGION,
     GRAD_REGION,
+    argument_of,
     base_op,
     child_of,
     is_measurable,
@@ -23,20 +24,23 @@ from calib.graph import (
     walk,
 )
 from passes import op_table
-from passes.fact_reader import argument_of
 from passes.tensor_rules import Verdict
 
 # The qualified name of an inlined node, under which calibration measured it.
 _NAME = "calibcast_name"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
-    """A `call_function` node that a plan has a row for. `inside`: in an autocast region, so kept."""
+    """A `call_function` node that a plan has a row for. `inside`: in an autocast region.
+
+    kept: why it is not ours to type, or None where it is.
+    """
 
     name: str
     node: fx.Node
     inside: bool
+    kept: Verdict | None
 
 
 def flatten(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -73,23 +77,26 @@ def candidates(program: ExportedProgram) -> list[Candidate]:
         region = child_of(node)
         if region is not None:
             inside = walk(region[1], f"{region[0]}.")  # qualified already: `_copy` prefixes what `get_attr` names
-            found.extend(Candidate(s.name, s.node, True) for s in inside if s.node.op == "call_function")
-        found.append(Candidate(name, node, False))
+            found.extend(Candidate(s.name, s.node, True, _INSIDE) for s in inside if s.node.op == "call_function")
+        found.append(Candidate(name, node, False, _kept(node)))
     return found
 
 
-def kept_reason(candidate: Candidate) -> Verdict | None:
-    """Why a node is not ours to type, or None where it is."""
-    node = candidate.node
-    if candidate.inside:
-        return Verdict("autocast_region", "it is inside a torch.autocast region, which runs as the user wrote it")
+_INSIDE = Verdict("autocast_region", "it is inside a torch.autocast region, which runs as the user wrote it")
+
+
+def _kept(node: fx.Node) -> Verdict | None:
+    return _kept_by_kind(node) or _kept_by_operator(node) or _kept_by_types(node)
+
+
+def _kept_by_kind(node: fx.Node) -> Verdict | None:
     if node.target is getitem:
         return Verdict("getitem", "it only picks one of several outputs")
     if node.target is AUTOCAST_REGION:
         return Verdict("autocast_region", "a torch.autocast region runs as the user wrote it")
     if not isinstance(node.target, torch._ops.OpOverload):
         return Verdict("higher_order", f"{op_name(node.target)} is no tensor operator that can be typed")
-    return _kept_by_operator(node) or _kept_by_types(node)
+    return None
 
 
 def _kept_by_operator(node: fx.Node) -> Verdict | None:
@@ -101,9 +108,8 @@ def _kept_by_operator(node: fx.Node) -> Verdict | None:
 
 
 def _kept_by_types(node: fx.Node) -> Verdict | None:
-    outputs = {value.dtype for _, value in tensor_values(node)}
-    inputs = {value.dtype for argument in node.all_input_nodes for _, value in tensor_values(argument)}
-    types = outputs | inputs
+    # In order, as the first low type is named.
+    types = dict.fromkeys(value.dtype for n in (node, *node.all_input_nodes) for _, value in tensor_values(n))
     if any(dtype.is_complex for dtype in types):
         return Verdict("complex", "it has a complex tensor")
     if torch.float64 in types:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class TargetsToExclude:
     targets: frozenset[str]
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        for name in (facts.op, facts.op.rpartition(".")[0]):
+        for name in (facts.op, facts.op.rpartition(".")[0]) if self.targets else ():
             if name in self.targets:
                 return Verdict("targets_to_exclude", f"its operator {name} is in targets_to_exclude")
         return None
@@ -74,8 +75,10 @@ class Unmeasured:
     def __call__(self, facts: NodeFacts) -> Verdict | None:
         if not facts.has_ranges:
             return None
-        missing = [tensor.name for tensor in facts.tensors if not tensor.measured]
-        return Verdict("unmeasured", f"calibration has not measured {missing[0]}") if missing else None
+        for tensor in facts.tensors:
+            if not tensor.measured:
+                return Verdict("unmeasured", f"calibration has not measured {tensor.name}")
+        return None
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ class Follows:
 
 def matched(patterns: tuple[str, ...], name: str, module: str) -> str | None:
     """The first pattern that matches the node name or the module path."""
+    if not patterns:
+        return None
     return next((p for p in patterns if re.match(p, name) or (module and re.match(p, module))), None)
 
 
@@ -187,6 +192,7 @@ def _least(facts: NodeFacts) -> float:
     return facts.low.smallest_normal * facts.low.eps
 
 
+@lru_cache(maxsize=4096)
 def holds(value: float, low_type: torch.dtype | NumberFormat) -> bool:
     """Whether the low type holds `value`: not as inf, not as zero, and within 1%.
 

@@ -8,11 +8,10 @@ from operator import getitem
 import torch
 from torch import fx
 
-from calib.graph import base_op
+from calib.graph import base_op, producer_of
 from calib.operators import MOVES
 from passes import op_table
-from passes.fact_reader import producer_of
-from passes.facts import Evidence
+from passes.evidence import Evidence
 
 _SAME_PLACE = MOVES | {"sqrt"}
 
@@ -39,6 +38,8 @@ def magnified_tensors(
     Found backward: through roots, sums and views as long as their results are as small.
     """
     tiny = float(torch.finfo(low_type).smallest_normal)
+    if not any(facts.smallest is not None and facts.smallest < tiny for facts in evidence.values()):
+        return frozenset()
     found: set[fx.Node] = set()
     calls = [node for node in names if node.op == "call_function"]
     sources = [node for node in names if node.op != "call_function"]

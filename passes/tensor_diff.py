@@ -8,7 +8,8 @@ import polars as pl
 
 from calib.range_diff import RangeDiff
 from calib.ranges import RangeTable
-from passes.facts import HIGH, LOW, NodeFacts, TensorFacts, evidence_of
+from passes.evidence import evidence_of
+from passes.facts import HIGH, LOW, NodeFacts, TensorFacts
 from passes.number_formats import NumberFormat, format_of
 from passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage, Verdict
 

@@ -156,9 +156,11 @@ def _storage(program: ExportedProgram, target: str) -> int:
 def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
     """Whether no finite value becomes inf: then the cast is left to run time, where `init_max` governs it."""
     most = torch.finfo(low_type).max
-    for piece in torch.split(tensor.detach().reshape(-1), _CHUNK):
-        low, high = (float(end) for end in torch.aminmax(piece)) if piece.numel() else (0.0, 0.0)
-        if -most <= low and high <= most:
+    if tensor.numel() == 0:
+        return True
+    for piece in (tensor.detach(),) if tensor.numel() <= _CHUNK else torch.split(tensor.detach().reshape(-1), _CHUNK):
+        low, high = torch.aminmax(piece)
+        if -most <= low.item() and high.item() <= most:
             continue
         # Next to the largest value rounding decides, and NaN and Inf of its own hide the rest.
         if not torch.equal(torch.isfinite(piece.to(low_type)), torch.isfinite(piece)):

@@ -61,6 +61,8 @@ DEPTHS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], int | None]] 
     "rms_norm": (lambda x: F.rms_norm(x, (5,)), [(3, 4, 5)], 5),
     "avg_pool2d": (lambda x: F.avg_pool2d(x, 3), [(1, 2, 9, 9)], 9),
     "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, (1, 2)), [(1, 2, 9, 9)], 9 * 5),
+    "adaptive windows that overlap": (lambda x: F.adaptive_avg_pool1d(x, 4), [(1, 2, 7)], 3),  # the third reads 3:6
+    "adaptive windows of unlike length": (lambda x: F.adaptive_avg_pool1d(x, 3), [(1, 2, 10)], 4),
     "sum of a scalar": (torch.sum, [()], 1),
     "relu": (torch.relu, [(3, 4)], None),
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), [(1, 2, 4, 4)], None),

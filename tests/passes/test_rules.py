@@ -26,7 +26,7 @@ from passes.rules import (
     holds,
     rule_id,
 )
-from passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage, storage_sqnr
+from passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage, keeps_surely, storage_sqnr
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 
@@ -290,6 +290,19 @@ class TestStorage:
         assert (verdict.rule, verdict.evidence) == ("storage", pytest.approx(1e-6))
         assert "a division or a logarithm blows them up" in verdict.reason
         assert Storage()(node(measured(values))) is None
+
+    @pytest.mark.parametrize("low_type", [HALF, BRAIN])
+    @given(st.lists(st.floats(-1e5, 1e5, width=32), min_size=2, max_size=9), st.floats(1e-7, 1.0))
+    @settings(max_examples=150, deadline=None)
+    @seed(0)
+    def test_a_histogram_is_left_alone_only_where_it_would_say_the_same(
+        self, low_type: torch.dtype, values: list[float], scale: float
+    ) -> None:
+        """The bound that passes a tensor unseen: no such tensor is below the limit by its histogram."""
+        facts = measured(torch.tensor(values) * scale)
+        for limit in (20.0, 40.0):
+            decibels = storage_sqnr(facts, low_type)
+            assert not keeps_surely(facts, low_type, limit) or decibels is None or decibels >= limit
 
     @pytest.mark.parametrize("histogram", [True, False])
     def test_images_are_fine(self, histogram: bool) -> None:

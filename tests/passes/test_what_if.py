@@ -1,6 +1,8 @@
 """`what_if`: other settings from the same statistics. That it decides as `classify` does is a law (conftest.py)."""
 
+import copy
 import math
+import pickle
 
 import polars as pl
 import pytest
@@ -8,9 +10,10 @@ import torch
 from torch import nn
 
 from calib import MismatchError, PlanError, RangeTable, calibrate
-from passes import PrecisionPlan, Verdict, classify, insert_casts, what_if
+from passes import PrecisionPlan, Verdict, classification, classify, insert_casts, what_if
 from passes.alternatives import SCHEMA
 from passes.cast_insertion import CAST
+from passes.flips import flips_of, low_at
 from passes.shares import losses
 
 
@@ -92,7 +95,7 @@ def test_a_rule_of_ones_own_is_asked_with_the_inputs_as_decided(measured):
         return Verdict("wary", "an input is high") if any(t.precision == "high" for t in facts.inputs) else None
 
     for limit in (512, math.inf):
-        plan = classify(*measured, data_max=limit, rules=(wary,))
+        plan = classify(*measured, data_max=limit, rules=(rule for rule in [wary]))
         frame = what_if(*measured, data_max=limit, rules=(rule for rule in [wary]))
         assert frame["nodes_low"][0] == len(plan.low_precision_nodes)
     assert classify(*measured, rules=(wary,))["linear_1"].rule == "wary"
@@ -189,6 +192,46 @@ def test_flips_survive_a_file(measured, tmp_path):
     assert set(plan.flips) == {"float16", "bfloat16"}
     assert list(plan.flips["float16"]) == [d.node for d in plan.decisions if d.precision != "kept"]
     assert 300 < plan.flips["float16"]["mul"] == plan.flips["float16"]["view"]
+
+
+def test_flips_are_found_when_they_are_asked_for(measured, monkeypatch, tmp_path):
+    """Half of the time of `classify` went into what only a saved plan and its page need."""
+    asked = []
+
+    def counted(facts, judge):
+        asked.append(judge.low_type)
+        return flips_of(facts, judge)
+
+    monkeypatch.setattr(classification, "flips_of", counted)
+    plan = classify(*measured)
+    assert (asked, len(plan.flips)) == ([], 2)
+    assert low_at(plan.flips["float16"], 512.0) == list(plan.low_precision_nodes)
+    assert asked == [torch.float16]
+    plan.save(tmp_path / "plan.json")
+    plan.save(tmp_path / "again.json")
+    assert asked == [torch.float16, torch.bfloat16]
+    with pytest.raises(KeyError):
+        plan.flips["float8"]
+
+
+def test_flips_of_ones_own_rules_are_found_at_once(measured):
+    """Such a rule may answer otherwise later, and a plan does not change."""
+    strict = [True]
+
+    def moody(facts):
+        return Verdict("moody", "today") if strict[0] else None
+
+    plan = classify(*measured, rules=[moody])
+    strict[0] = False
+    assert set(plan.flips["float16"].values()) == set(plan.flips["bfloat16"].values()) == {None}
+
+
+def test_a_copied_plan_has_its_flips_and_nothing_of_the_program(measured):
+    plan = classify(*measured)
+    assert dict(classify(measured[0], None).flips) == {}
+    copied = pickle.loads(pickle.dumps(plan))
+    assert type(copied.flips) is dict
+    assert copied == plan == copy.deepcopy(plan)
 
 
 def test_a_table_without_histograms_can_be_asked(measured):

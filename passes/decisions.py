@@ -1,0 +1,69 @@
+"""Deciding all nodes of a program: each by the rules, and those that share written storage alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from calib.graph import module_path, op_name
+from passes.facts import KEPT, LOW
+from passes.judge import Judge
+from passes.plan import Decision
+from passes.program_facts import ProgramFacts
+from passes.regions import Candidate
+from passes.tensor_rules import Verdict
+from passes.ties import NamedTie
+
+
+def decide(program: ProgramFacts, judge: Judge, work: Mapping[str, int]) -> list[Decision]:
+    """Decide in graph order, again until ties have settled: each round can only turn low nodes high.
+
+    work: FLOPs of each node, by name.
+    """
+    reader = program.reader(judge.low_type)
+    forced: dict[str, Verdict] = {}
+    while True:
+        precisions: dict[str, str] = {}
+        decisions = []
+        for candidate in program.nodes:
+            outline = program.outlines.get(candidate.name)
+            if outline is None:
+                decision = _keep(candidate, work[candidate.name])
+            else:
+                facts = reader.read(outline, precisions)
+                decision = judge.decide(facts, work[candidate.name], forced.get(candidate.name))
+                precisions[candidate.name] = decision.precision
+            decisions.append(decision)
+        more = _forced_by_ties(program.ties, precisions, forced)
+        if not more:
+            return decisions
+        forced |= more
+
+
+def _keep(candidate: Candidate, work: int) -> Decision:
+    reason = candidate.kept
+    assert reason is not None
+    return Decision(
+        node=candidate.name,
+        op=op_name(candidate.node.target),
+        module=module_path(candidate.node),
+        precision=KEPT,
+        rule=reason.rule,
+        reason=reason.reason,
+        work=work,
+    )
+
+
+def _forced_by_ties(
+    ties: Sequence[NamedTie], precisions: Mapping[str, str], forced: Mapping[str, Verdict]
+) -> dict[str, Verdict]:
+    more: dict[str, Verdict] = {}
+    for tie, members in ties:
+        other = next((name for name in members if precisions.get(name) != LOW), None)
+        if tie.pinned is None and other is None:
+            continue
+        stays = "is high" if other in precisions else "keeps its type"
+        reason = tie.pinned or f"{tie.why} {other}, which {stays}"
+        for name in members:
+            if precisions.get(name) == LOW and name not in forced:
+                more[name] = Verdict(tie.rule, reason)
+    return more

@@ -1,0 +1,127 @@
+"""What a graph says of its nodes: read once, whatever the settings, the low type and the decisions on other nodes.
+
+The only reader of graphs on behalf of the rules; `FactReader` makes facts of outlines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from calib.aliasing import operands
+from calib.graph import (
+    REGION_CHILD,
+    argument_of,
+    base_op,
+    child_of,
+    is_measurable,
+    module_path,
+    op_name,
+    producer_of,
+    tensor_values,
+)
+from calib.operators import MOVES
+from passes import op_table
+from passes.evidence import Evidence, HiddenEvidence
+from passes.facts import Hidden, Literal
+from passes.reductions import depth_of_reduction, hidden_values
+
+# A tensor by the node and output that it was measured under, and the node whose decision types it ("" for none).
+Row = tuple[str, int, str]
+Rows = tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOutline:
+    """A node, without what was measured of its tensors. values: the fields of `NodeFacts` that are known already."""
+
+    name: str
+    inputs: Rows
+    outputs: Rows
+    values: Mapping[str, Any] = field(repr=False)
+
+
+class Outliner:
+    """Makes outlines. `names` gives the qualified name of a node; without ranges, `has_ranges` is False."""
+
+    def __init__(
+        self, names: Mapping[fx.Node, str], evidence: Evidence, hidden: HiddenEvidence, has_ranges: bool
+    ) -> None:
+        self._names, self._evidence, self._hidden, self._has_ranges = names, evidence, hidden, has_ranges
+        self._rows: dict[fx.Node, Rows] = {}  # of what was read before: a tensor has several readers
+
+    def of(self, node: fx.Node) -> NodeOutline:
+        """The outline of one `call_function` node."""
+        name, base = self._names[node], base_op(node.target)
+        inputs = tuple([row for argument in node.all_input_nodes for row in self._rows_of(argument)])
+        outputs = tuple([(name, i, "") for i, value in tensor_values(node) if is_measurable(value.dtype)])
+        depth = depth_of_reduction(node, base)
+        epsilon = op_table.EPSILONS.get(base)
+        values = {
+            "name": name,
+            "op": op_name(node.target),
+            "base": base,
+            "module": module_path(node),
+            "literals": tuple(_literals(node, base)),
+            "epsilon": _number(argument_of(node, epsilon)) if epsilon else None,
+            "depth": depth,
+            "hidden": () if depth is None else self._hidden_values(node, base, depth),
+            "least_spread": self._hidden.least.get(name),
+            "moves": base in MOVES and bool(inputs),
+            "custom": not base,
+            "has_ranges": self._has_ranges,
+        }
+        return NodeOutline(name, inputs, outputs, values)
+
+    def _hidden_values(self, node: fx.Node, base: str, depth: int) -> tuple[Hidden, ...]:
+        # By position: `attention(x, x, x)` has one input node, and three operands.
+        rows = [row for argument in node.args if isinstance(argument, fx.Node) for row in self._rows_of(argument)]
+        peaks = [self._peak(name, output) for name, output, _ in rows]
+        found = hidden_values(node, base, depth, peaks, self._hidden.largest.get(self._names[node]))
+        return tuple(Hidden(name, bound) for name, bound in found)
+
+    def _peak(self, name: str, output: int) -> float:
+        facts = self._evidence.get((name, output))
+        return math.nan if facts is None else facts.magnitude()
+
+    def _rows_of(self, argument: fx.Node) -> Rows:
+        rows = self._rows.get(argument)
+        if rows is None:
+            rows = self._rows[argument] = tuple(self._found(argument))
+        return rows
+
+    def _found(self, argument: fx.Node) -> list[Row]:
+        producer, output = producer_of(argument)
+        positions = [position for position, value in tensor_values(argument) if is_measurable(value.dtype)]
+        if producer.target in REGION_CHILD:
+            return [(*self._inside(producer, output or 0), "") for _ in positions]
+        name = self._names[producer]
+        return [(name, position if output is None else output, name) for position in positions]
+
+    def _inside(self, region: fx.Node, output: int) -> tuple[str, int]:
+        """The name and position under which calibration measured an output of a region: that of the node in it."""
+        found = child_of(region)
+        assert found is not None
+        _, child = found
+        results = next(iter(reversed(child.graph.nodes))).args[0]
+        result = results[output] if isinstance(results, (list, tuple)) else results
+        producer, position = producer_of(result)
+        if producer.op == "placeholder":
+            holders = [n for n in child.graph.nodes if n.op == "placeholder"]
+            producer, position = producer_of(operands(region)[holders.index(producer)])
+        if producer.target in REGION_CHILD:
+            return self._inside(producer, position or 0)
+        return self._names.get(producer, producer.name), position or 0
+
+
+def _literals(node: fx.Node, base: str) -> list[Literal]:
+    found = ((name, _number(argument_of(node, name))) for name in op_table.LITERALS.get(base, ()))
+    return [Literal(name, value) for name, value in found if value is not None]
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,0 +1,151 @@
+"""What `classify` is called with, checked, and the judge that comes of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from calib.errors import PlanError, known
+from calib.graph import module_path, op_name
+from calib.ranges import RangeTable
+from passes.judge import Included, Judge
+from passes.low_types import LOW_TYPES
+from passes.number_formats import format_of
+from passes.regions import Candidate
+from passes.rules import (
+    Follows,
+    Interior,
+    LiteralRange,
+    Mask,
+    MaxDepthOfReduction,
+    NodesToExclude,
+    TargetsToExclude,
+    Unmeasured,
+    matched,
+    rule_id,
+)
+from passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage
+
+Target = Any  # an OpOverload, an OpOverloadPacket, or a name of either
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to decide, whatever the program and the low type: the arguments of `classify`, which documents them.
+
+    Collections are kept as tuples; one pattern or target may stand for a list of it.
+    """
+
+    data_max: float = 512.0
+    init_max: float | None = None
+    max_depth_of_reduction: int | None = None
+    nodes_to_exclude: Iterable[str] = ()
+    targets_to_exclude: Iterable[Target] = ()
+    nodes_to_include: Iterable[str] = ()
+    targets_to_include: Iterable[Target] = ()
+    range_quantile: float = 1.0
+    rules: Iterable[Rule] = ()
+    wide_accumulation: Iterable[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in [entry.name for entry in fields(self) if entry.default == ()]:
+            value = getattr(self, name)
+            one = isinstance(value, str) or callable(value)
+            object.__setattr__(self, name, (value,) if one else tuple(value))
+
+    def judge(self, nodes: Sequence[Candidate], ranges: RangeTable | None, low_type: torch.dtype) -> Judge:
+        """All rules with these settings, for these nodes.
+
+        Raises:
+            PlanError: a setting is out of range, or a pattern or target matches no node.
+        """
+        check_limits(self.data_max, self.init_max, self.max_depth_of_reduction, self.range_quantile, ranges)
+        exclude = _patterns(self.nodes_to_exclude, "nodes_to_exclude", nodes)
+        include = _patterns(self.nodes_to_include, "nodes_to_include", nodes)
+        targets = _targets(self.targets_to_exclude, "targets_to_exclude", nodes)
+        included = Included(include, _targets(self.targets_to_include, "targets_to_include", nodes))
+        limit = float(torch.finfo(low_type).max) if self.init_max is None else float(self.init_max)
+        depth = self.max_depth_of_reduction
+        every: tuple[Rule, ...] = (
+            NodesToExclude(exclude),
+            TargetsToExclude(targets),
+            Unmeasured(),
+            Nonfinite(),
+            DataMax(float(self.data_max), self.range_quantile),
+            InitMax(limit),
+            Mask(),
+            LiteralRange(),
+            *(() if depth is None else (MaxDepthOfReduction(depth),)),
+            Interior(frozenset(self.wide_accumulation)),
+            Storage(),
+            *self.rules,
+            Follows(),
+        )
+        kept = {
+            "data_max": float(self.data_max),
+            "init_max": limit,
+            "max_depth_of_reduction": depth,
+            "nodes_to_exclude": list(exclude),
+            "targets_to_exclude": sorted(targets),
+            "nodes_to_include": list(include),
+            "targets_to_include": sorted(included.targets),
+            "range_quantile": self.range_quantile,
+            "rules": [rule_id(rule) for rule in every],
+        }
+        return Judge(every, included, float(self.data_max), low_type, self.init_max, kept)
+
+
+def low_type_of(value: torch.dtype | str) -> torch.dtype:
+    """`torch.float16` or `torch.bfloat16`, from itself or a name. Raises PlanError for anything else."""
+    return LOW_TYPES[format_of(value).name]
+
+
+def check_limits(
+    data_max: float, init_max: float | None, depth: int | None, quantile: float, ranges: RangeTable | None
+) -> None:
+    """Raise PlanError for a limit that is not positive, and for a quantile outside (0, 1] or without histograms."""
+    for name, value in (("data_max", data_max), ("init_max", init_max), ("max_depth_of_reduction", depth)):
+        if value is not None and (isinstance(value, bool) or not value > 0):
+            raise PlanError(f"{name}={value}: give a positive number, or inf to switch the rule off")
+    if not 0 < quantile <= 1:
+        raise PlanError(f"range_quantile={quantile}: give a share above 0 and at most 1")
+    if quantile < 1 and ranges is not None and ranges.frame["histogram"].null_count():
+        raise PlanError(
+            f"range_quantile={quantile} needs histograms, and these ranges were measured with histogram=False. "
+            "Calibrate with histogram=True, or use range_quantile=1.0."
+        )
+
+
+def _patterns(patterns: Iterable[str], argument: str, nodes: Sequence[Candidate]) -> tuple[str, ...]:
+    checked = tuple(sorted(set(patterns)))
+    if not checked:
+        return ()
+    names = [(candidate.name, module_path(candidate.node)) for candidate in nodes]
+    for pattern in checked:
+        try:
+            hit = any(matched((pattern,), name, module) for name, module in names)
+        except re.error as error:
+            raise PlanError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error
+        if not hit:
+            plain = re.sub(r"[\^$\\.*+?()\[\]{}|]", "", pattern)
+            every = {text for pair in names for text in pair if text}
+            raise PlanError(f"{argument}: {pattern!r} matches no node name and no module path; {known(plain, every)}")
+    return checked
+
+
+def _targets(targets: Iterable[Target], argument: str, nodes: Sequence[Candidate]) -> frozenset[str]:
+    if not targets:
+        return frozenset()
+    present = {op_name(candidate.node.target) for candidate in nodes}
+    present |= {name.rpartition(".")[0] for name in present if name.count(".") > 1}
+    found = set()
+    for target in targets:
+        name = str(target).removeprefix("torch.ops.")
+        if name not in present:
+            raise PlanError(f"{argument}: no node has the target {name!r}; {known(name, present)}")
+        found.add(name)
+    return frozenset(found)
