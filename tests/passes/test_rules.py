@@ -301,8 +301,8 @@ class TestStorage:
         """The bound that passes a tensor unseen: no such tensor is below the limit by its histogram."""
         facts = measured(torch.tensor(values) * scale)
         for limit in (20.0, 40.0):
-            decibels = storage_sqnr(facts, low_type)
-            assert not keeps_surely(facts, low_type, limit) or decibels is None or decibels >= limit
+            decibels = storage_sqnr(facts, format_of(low_type))
+            assert not keeps_surely(facts, format_of(low_type), limit) or decibels is None or decibels >= limit
 
     @pytest.mark.parametrize("histogram", [True, False])
     def test_images_are_fine(self, histogram: bool) -> None:
