@@ -58,7 +58,7 @@ def overhead(folder: Path, batches: int, rounds: int) -> tuple[float, list[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=["resnet18", "encoder", "restoration"], choices=list(NETWORKS))
     parser.add_argument("--batches", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output")

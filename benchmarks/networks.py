@@ -97,6 +97,24 @@ class Restoration(nn.Module):
         return image + self.last(x)
 
 
+class Unrolled(nn.Module):
+    """A gated recurrent cell written out step by step: thousands of small tensors."""
+
+    def __init__(self, width: int = 16, steps: int = 400) -> None:
+        super().__init__()
+        self.steps = steps
+        self.gate, self.candidate = nn.Linear(2 * width, width), nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [batch, width]. Returns the last state, of the same shape."""
+        state = torch.zeros_like(x)
+        for _ in range(self.steps):
+            both = torch.cat([x, state], 1)
+            gate = torch.sigmoid(self.gate(both))
+            state = gate * state + (1 - gate) * torch.tanh(self.candidate(both))
+        return state
+
+
 def resnet18() -> Made:
     """ResNet-18, batch 8 at 224 pixels."""
     return torchvision.models.resnet18(), (torch.randn(8, 3, 224, 224),)
@@ -112,7 +130,17 @@ def restoration() -> Made:
     return Restoration(), (torch.randn(4, 3, 128, 128),)
 
 
-NETWORKS: dict[str, Callable[[], Made]] = {"resnet18": resnet18, "encoder": encoder, "restoration": restoration}
+def unrolled() -> Made:
+    """400 steps of a recurrent cell, 8 x 16: 4,000 tensors of 128 or 256 elements."""
+    return Unrolled(), (torch.randn(8, 16),)
+
+
+NETWORKS: dict[str, Callable[[], Made]] = {
+    "resnet18": resnet18,
+    "encoder": encoder,
+    "restoration": restoration,
+    "unrolled": unrolled,
+}
 
 
 def made(name: str) -> Made:
