@@ -277,6 +277,22 @@ def test_a_disk_that_is_really_full(job):
     assert (job.parent / "out/ranges.parquet").read_bytes() == before
 
 
+def test_a_disk_without_a_byte_left_is_told(job, capsys, monkeypatch):
+    """Also the note of who holds the folder cannot be written then: no traceback, and all that was good stays."""
+    before = snapshot(job.parent / "out")
+    edit(job, "batch_size = 2", "batch_size = 4")
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, err = run(job, capsys)
+    assert code == 1
+    assert "cannot write" in err
+    assert "No space left on device" in err
+    assert snapshot(job.parent / "out") == before
+
+
 def test_an_output_that_cannot_be_written_is_told_before_hours_of_work(job, capsys):
     (job.parent / "file").write_text("")
     edit(job, 'folder = "out"', 'folder = "file/out"')
