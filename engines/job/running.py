@@ -16,6 +16,7 @@ from uuid import uuid4
 from calib.artifacts import versions
 from calib.checkpoint import Checkpoint
 from calib.errors import ArtifactError, CalibcastError, GateError
+from engines.job.checks import check_job
 from engines.job.errors import Stopped
 from engines.job.folder import MANIFEST, JobFolder, Store, files_under
 from engines.job.job_file import load_job
@@ -59,6 +60,7 @@ def plan_job(path: Path, say: Say) -> None:
     folder = JobFolder.of(file)
     with Signals() as signals:
         run = JobRun(file, folder, Ranks(), signals)
+        check_job(file, run.program)
         data, _ = run.opened(file.job.data, run.ranks)
         mine, _ = counts(data.batches.length, run.calibration_share)
         say(f"model       {file.job.model.location}: inputs {run.signature}")
@@ -67,6 +69,7 @@ def plan_job(path: Path, say: Say) -> None:
             held, _ = run.opened(run.held_out[0], run.ranks)
             number, _ = counts(held.batches.length, run.held_out[1])
             say(f"held out    {held.about}{'' if number is None else f'; {number} batches to verify with'}")
+        run.refuse_nothing(data.batches.length)
         say(f"output      {folder}")
         manifest = Manifest.load(folder.path) or Manifest(folder.path)
         redone: set[str] = set()
@@ -93,6 +96,7 @@ def _described(path: Path, made_of: Mapping[str, str]) -> str:
 
 def _lead(run: JobRun, say: Say, redo: bool) -> None:
     """What the process that writes does."""
+    check_job(run.file, run.program)
     run.folder.sweep()
     if run.store is not None:
         run.store.pull()

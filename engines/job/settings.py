@@ -125,7 +125,9 @@ class Plan(_Table):
 class Build(_Table):
     """The engine."""
 
-    backend: str = Field("auto", description="auto, tensorrt or eager")
+    backend: Literal["auto", "tensorrt", "eager"] = Field(
+        "auto", description="auto: TensorRT where a GPU and Torch-TensorRT are present, else eager"
+    )
     ahead_of_time: bool = Field(False, description="build where there is no GPU; verification then judges the cast "
                                 "program in PyTorch")  # fmt: skip
     strict_precision: bool = Field(False, description="a gate: the engine's own types must be those of the plan")
@@ -190,4 +192,6 @@ class Job(_Table):
         if self.verification.bounds and self.held_out is None and self.data.held_out_share == 0:
             raise ValueError("[verification] has bounds, but nothing is held out: set [data] held_out_share above 0, "
                              "or give [held_out]")  # fmt: skip
+        if self.plan.range_quantile < 1 and not self.calibration.histogram:
+            raise ValueError("[plan] range_quantile below 1 needs histograms: set [calibration] histogram = true")
         return self
