@@ -27,6 +27,7 @@ from engines.job.openers import digest
 from engines.job.ranks import Ranks, connected, give, tell_all
 from engines.job.signals import Signals
 from engines.job.stages import JobRun, Stage
+from engines.locations import exits_refused
 
 Say = Callable[[str], None]
 _SAVED = b"saved"
@@ -51,14 +52,15 @@ def run_job(path: Path, say: Say, bar: bool = True, redo: bool = False) -> None:
             with folder.locked():
                 _lead(run, say, redo)
         else:
-            _follow(run)
+            with exits_refused():
+                _follow(run)
 
 
 def plan_job(path: Path, say: Say) -> None:
     """Say what `run_job` would do, and what is already there. Writes nothing."""
     file = load_job(path)
     folder = JobFolder.of(file)
-    with Signals() as signals:
+    with Signals() as signals, exits_refused():
         run = JobRun(file, folder, Ranks(), signals)
         check_job(file, run.program)
         data, _ = run.opened(file.job.data, run.ranks)
@@ -96,14 +98,16 @@ def _described(path: Path, made_of: Mapping[str, str]) -> str:
 
 def _lead(run: JobRun, say: Say, redo: bool) -> None:
     """What the process that writes does."""
-    check_job(run.file, run.program)
+    with exits_refused():
+        check_job(run.file, run.program)
     run.folder.sweep()
     if run.store is not None:
         run.store.pull()
     manifest = Manifest(run.folder.path) if redo else Manifest.load(run.folder.path) or Manifest(run.folder.path)
     job = {"file": run.file.path.name, "settings": json.loads(json.dumps(run.file.job.model_dump()))}
     try:
-        _run_stages(run, manifest, say, job)
+        with exits_refused():
+            _run_stages(run, manifest, say, job)
     except GateError as error:
         _finish(run, manifest, job, "rejected", str(error))
         raise

@@ -153,6 +153,11 @@ def test_init_overwrites_nothing(tmp_path, capsys):
     ("tables", "code", "said"),
     [
         ({"verification": 'metrics = {a = "functions.py:agrement"}'}, 2, "near names: agreement"),
+        (
+            {"model": 'location = "functions.py:model"\narguments = {seeed = 1}'},
+            2,
+            "model(seed=0, scale=1.0) cannot be",
+        ),
         ({"plan": 'rules = ["functions.py:mine"]'}, 2, "has no function 'mine'"),
         ({"plan": 'nodes_to_exclude = ["^attention"]'}, 2, "[plan] nodes_to_exclude: '^attention' matches no node"),
         ({"plan": 'nodes_to_include = ["(("]'}, 2, "is not a regular expression"),
