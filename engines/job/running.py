@@ -122,7 +122,9 @@ def _lead(run: JobRun, say: Say, redo: bool) -> None:
 
 
 def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any]) -> None:
-    for stage in run.stages():
+    stages = run.stages()
+    _drop_others(run, manifest, {stage.name for stage in stages}, job)
+    for stage in stages:
         why = _why(manifest, stage, set())
         if stage.name == "calibrate" and not why:
             tell_all(run.ranks)  # nothing to do for the others
@@ -170,6 +172,19 @@ def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
             "versions": versions(),
         }
     manifest.save()
+
+
+def _drop_others(run: JobRun, manifest: Manifest, names: set[str], job: Mapping[str, Any]) -> None:
+    """Forget stages that the job has no more: what they made would be taken for one with artifacts to come."""
+    dropped = {name: manifest.stages.pop(name) for name in list(manifest.stages) if name not in names}
+    if dropped:
+        _begin(manifest, job)
+    for name, record in dropped.items():
+        tell(f"{name}: no stage of this job any more; what it made is removed", event="stage", stage=name)
+        for file in record.files:
+            (run.folder.path / file).unlink(missing_ok=True)
+            if run.store is not None:
+                run.store.drop(file)
 
 
 def _clear_remains(run: JobRun, manifest: Manifest, stage: Stage) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 Names = Annotated[tuple[str, ...], Strict(False)]  # TOML has lists only
 SOURCES = ("folder", "parquet", "json_lines", "csv", "images", "hub", "loader")
@@ -12,6 +13,15 @@ SOURCES = ("folder", "parquet", "json_lines", "csv", "images", "hub", "loader")
 
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_nan(cls, value: Any) -> Any:
+        """TOML has nan: a bound that nothing holds, or that everything does."""
+        every = value.values() if isinstance(value, dict) else [value]
+        if any(isinstance(one, float) and math.isnan(one) for one in every):
+            raise ValueError("nan is no limit; leave the key out, or give a number")
+        return value
 
 
 class Model(_Table):
@@ -68,6 +78,12 @@ class Source(_Table):
             raise ValueError("shuffle is for datasets: let the function of loader shuffle, with a seeded generator")
         if self.arguments and self.loader is None:
             raise ValueError("arguments are those of loader, which is not set")
+        for name in ("config", "revision"):
+            if getattr(self, name) is not None and self.hub is None:
+                raise ValueError(f"{name} is that of hub, which is not set")
+        for name, column in self.columns.items():
+            if not column:
+                raise ValueError(f"columns: nothing feeds the input {name}: name a column, or a list of them")
         return self
 
 

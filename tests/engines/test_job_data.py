@@ -19,6 +19,9 @@ from engines.job.trust import MOST_NUMBERS, DataReport, Seen
 BAD = """
 import torch
 
+def misshapen(batch):
+    return {"input": batch["x"][:, :3] if int(batch["row"][0]) == 6 else batch["x"]}
+
 def nonfinite(batch):
     x = batch["x"].clone()
     if int(batch["row"][0]) // 2 in (3, 8):
@@ -82,7 +85,7 @@ def test_nonfinite_inputs_are_counted_and_named(folder, make_job, capsys, action
     found, err = run(folder, make_job, capsys, "nonfinite", limits=f'on_nonfinite_inputs = "{action}"')
     assert found == code
     if action == "stop":
-        assert "batch 3 has NaN or Inf in its inputs" in err
+        assert "batch 3 has NaN or Inf in input, and limits.on_nonfinite_inputs is" in err
         return
     assert "2 of 14 batches have NaN or Inf inputs: 3, 8" in err
     assert report(folder)["nonfinite"] == {"count": 2, "batches": [3, 8]}
@@ -119,6 +122,11 @@ def test_by_default_one_raising_batch_is_too_many(folder, make_job, capsys):
     code, err = run(folder, make_job, capsys, "raising")
     assert code == 3
     assert "1 of 14 batches raised" in err
+
+
+def test_a_batch_that_does_not_fit_is_named_once(folder, make_job, capsys):
+    _, err = run(folder, make_job, capsys, "misshapen")
+    assert "batch 3: argument input: expected float32" in err
 
 
 def test_ranges_that_have_not_settled_are_told_with_the_decisions_that_moved(folder, make_job, capsys):

@@ -182,6 +182,27 @@ def test_a_gate_that_says_no_is_exit_code_3_and_stays_no(job, capsys):
     assert manifest(job)["status"] == "done"
 
 
+def test_a_verification_that_is_switched_off_does_not_stay_in_the_manifest(job, capsys):
+    """It would be that of an engine of before."""
+    edit(job, "min_sqnr_db = 30.0", "")
+    edit(job, "batch_size = 2", "batch_size = 2\nheld_out_share = 0.0")
+    code, _, err = run(job, capsys)
+    assert code == 0
+    assert "verify: no stage of this job any more" in err
+    assert sorted(manifest(job)["stages"]) == ["build", "calibrate", "cast", "plan"]
+    assert manifest(job)["status"] == "done"
+    assert not (job.parent / "out/verification.json").exists()
+
+
+def test_a_manifest_that_cannot_be_read_is_told_with_the_way_out(job, capsys):
+    (job.parent / "out/manifest.json").write_text("{")
+    code, _, err = run(job, capsys)
+    assert code == 1
+    assert "manifest.json is not a readable job file" in err
+    assert "`calibcast run --redo` makes everything anew" in err
+    assert run(job, capsys, "--redo")[0] == 0
+
+
 def test_a_metric_of_the_users_is_a_gate(job, capsys):
     functions = job.parent / "functions.py"
     functions.write_text(functions.read_text() + "\ndef accuracy(output, reference, batch):\n    return 0.25\n")
