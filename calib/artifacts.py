@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 
 from calib.errors import ArtifactError
@@ -127,5 +129,36 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
 def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
     """Save a program as `.pt2`, whole or not at all."""
     # torch.export.save warns unless a name ends in .pt2, which a temporary one does not; a stream has no name.
-    with SERIALISING, written_whole(path) as temporary, temporary.open("wb") as stream:
+    with SERIALISING, written_whole(path) as temporary, _Patient(io.FileIO(temporary, "wb")) as stream:
         torch.export.save(program, stream)
+        if stream.error is not None:
+            raise stream.error
+
+
+class _Patient(io.BufferedWriter):
+    """A file that keeps the error of a full disk to itself until torch's writer is through with it.
+
+    For a file that raises, the writer ends the process: its destructor writes on, and what that throws nobody catches.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return super().seek(offset, whence) if self.error is None else offset
+
+
+def save_frame(path: str | os.PathLike[str], frame: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
+    """Write a frame as Parquet, whole or not at all."""
+    # Into memory first: polars has errors of its own for a full disk, and not the same one twice.
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, metadata=metadata)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())

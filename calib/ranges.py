@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch.export import ExportedProgram
 
-from calib.artifacts import SCHEMA_VERSION, check_header, parsed, versions, written_whole
+from calib.artifacts import SCHEMA_VERSION, check_header, parsed, save_frame, versions
 from calib.errors import ArtifactError, MismatchError
 from calib.fingerprint import fingerprint, first_difference, node_digests, weights_hash
 from calib.graph import TensorSpec
@@ -113,8 +113,7 @@ class RangeTable:
         """Write the table as Parquet, whole or not at all. Raises ArtifactError when it cannot be written."""
         header = {_HEADER_KEY: _KIND, "schema": SCHEMA_VERSION, "calibration": asdict(self.calibration)}
         whole = self.frame.join(self.hidden, on=["node", "output"], how="left", maintain_order="left")
-        with written_whole(path) as temporary:
-            whole.write_parquet(temporary, metadata={_HEADER_KEY: json.dumps(header)})
+        save_frame(path, whole, {_HEADER_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RangeTable:

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch.export import ExportedProgram
 
-from calib.artifacts import load_json, load_program, parsed, save_json, save_program, written_whole
+from calib.artifacts import load_json, load_program, parsed, save_frame, save_json, save_program
 from calib.errors import ArtifactError, MismatchError
 from calib.fingerprint import fingerprint, node_digests, weights_hash
 from calib.ranges import RangeTable
@@ -88,8 +88,7 @@ class Engine:
             self.plan.save(folder / _PLAN)
         if self.ranges is not None:
             self.ranges.save(folder / _RANGES)
-        with written_whole(folder / _LEDGER) as temporary:
-            self.ledger.write_parquet(temporary)
+        save_frame(folder / _LEDGER, self.ledger)
         manifest = {
             "backend": self.backend,
             "why": self.why,
