@@ -243,11 +243,13 @@ def _follow(run: JobRun) -> None:
 
 
 def _drop_checkpoint(run: JobRun) -> None:
-    """The table is safe: what led to it is not needed any more."""
-    path = run.folder.checkpoint(run.ranks.rank, run.ranks.world)
-    path.unlink(missing_ok=True)
-    if run.store is not None:
-        run.store.drop(path.relative_to(run.folder.path).as_posix())
+    """The table is safe: what led to it is not needed any more, nor what a run of more or fewer processes has left."""
+    own = run.folder.checkpoint(run.ranks.rank, run.ranks.world)
+    every = {own, *own.parent.glob("rank-*.npz")} if run.ranks.first else {own}
+    for path in every:
+        path.unlink(missing_ok=True)
+        if run.store is not None:
+            run.store.drop(path.relative_to(run.folder.path).as_posix())
 
 
 def _now() -> str:

@@ -81,7 +81,7 @@ class DataReport:
         self.raised.add(number)
         if len(self.messages) < MOST_MESSAGES:
             # Errors of `calib` say which batch it was; so does whoever shows these.
-            self.messages[str(number)] = re.sub(rf"^batch {number}[:,]? ", "", message)
+            self.messages[str(number)] = re.sub(rf"^batch {number}( is |[:,] )", _rest, message)
 
     @property
     def constant_inputs(self) -> dict[str, float]:
@@ -155,6 +155,10 @@ def refuse_nonfinite(batch: str, inputs: Iterable[str]) -> None:
         f"the gate says no: {batch} has NaN or Inf in {', '.join(inputs)}, and limits.on_nonfinite_inputs is "
         '"stop". Mend the data, or set it to "skip" to leave such batches out.'
     )
+
+
+def _rest(named: re.Match[str]) -> str:
+    return "it is " if named[1] == " is " else ""
 
 
 def _add(mine: Seen, theirs: Seen) -> None:

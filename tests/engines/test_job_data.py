@@ -19,6 +19,9 @@ from engines.job.trust import MOST_NUMBERS, DataReport, Seen
 BAD = """
 import torch
 
+def absent(batch):
+    return None
+
 def misshapen(batch):
     return {"input": batch["x"][:, :3] if int(batch["row"][0]) == 6 else batch["x"]}
 
@@ -127,6 +130,7 @@ def test_by_default_one_raising_batch_is_too_many(folder, make_job, capsys):
 def test_a_batch_that_does_not_fit_is_named_once(folder, make_job, capsys):
     _, err = run(folder, make_job, capsys, "misshapen")
     assert "batch 3: argument input: expected float32" in err
+    assert "batch 0: it is a NoneType; the program takes" in run(folder, make_job, capsys, "absent")[1]
 
 
 def test_ranges_that_have_not_settled_are_told_with_the_decisions_that_moved(folder, make_job, capsys):
