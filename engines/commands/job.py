@@ -54,9 +54,9 @@ def run(
 
     with logging_to_stderr(log_format, ranks.rank, ranks.world):
         try:
-            if dry_run:
+            if dry_run and ranks.first:
                 plan_job(job, say)
-            else:
+            elif not dry_run:
                 run_job(job, say, bar=log_format == "text", redo=redo)
         except CalibcastError as error:
             code = 3 if isinstance(error, GateError) else 2 if isinstance(error, (JobError, LocationError)) else 1

@@ -7,9 +7,11 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -73,16 +75,34 @@ def plan_job(path: Path, say: Say) -> None:
             say(f"held out    {held.about}{'' if number is None else f'; {number} batches to verify with'}")
         run.refuse_nothing(data.batches.length)
         say(f"output      {folder}")
-        manifest = Manifest.load(folder.path) or Manifest(folder.path)
-        redone: set[str] = set()
-        for stage in run.stages():
-            why = _why(manifest, stage, redone)
-            if why:
-                redone.add(stage.name)
-            verdict = f"would be made: {why}" if why else _unchanged(manifest, stage)
-            say(f"{stage.name:<12}{', '.join(stage.artifacts)}: {verdict}")
+        with _there(folder) as path:
+            _say_stages(run, Manifest.load(path) or Manifest(path), say)
         for left in sorted((folder.path / "checkpoints").glob("rank-*.npz")):
             say(f"checkpoint  {left.name}: {_described(left, run.made_of())}")
+
+
+def _say_stages(run: JobRun, manifest: Manifest, say: Say) -> None:
+    stages = run.stages()
+    redone: set[str] = set()
+    for stage in stages:
+        why = _why(manifest, stage, redone)
+        if why:
+            redone.add(stage.name)
+        verdict = f"would be made: {why}" if why else _unchanged(manifest, stage)
+        say(f"{stage.name:<12}{', '.join(stage.artifacts)}: {verdict}")
+    for name in manifest.stages.keys() - {stage.name for stage in stages}:
+        say(f"{name:<12}would be removed: no stage of this job any more")
+
+
+@contextmanager
+def _there(folder: JobFolder) -> Iterator[Path]:
+    """Where what a run would find lies: in the job's folder, or for a while in a copy of what the store has."""
+    with TemporaryDirectory(prefix="calibcast-dry-run-") as copy:
+        if folder.url is not None and not (folder.path / MANIFEST).exists():
+            Store(folder.url, Path(copy)).pull()
+            yield Path(copy)
+        else:
+            yield folder.path
 
 
 def _described(path: Path, made_of: Mapping[str, str]) -> str:

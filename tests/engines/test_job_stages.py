@@ -186,6 +186,7 @@ def test_a_verification_that_is_switched_off_does_not_stay_in_the_manifest(job, 
     """It would be that of an engine of before."""
     edit(job, "min_sqnr_db = 30.0", "")
     edit(job, "batch_size = 2", "batch_size = 2\nheld_out_share = 0.0")
+    assert "verify      would be removed" in run(job, capsys, "--dry-run")[1]
     code, _, err = run(job, capsys)
     assert code == 0
     assert "verify: no stage of this job any more" in err
@@ -343,6 +344,9 @@ def test_artifacts_go_to_an_fsspec_store_with_the_manifest_last(job, capsys, mon
     assert run(job, capsys)[1].count(": made") == 0
     # On another machine, without the scratch folder, nothing is done twice either.
     shutil.rmtree(job.parent / ".calibcast")
+    code, out, _ = run(job, capsys, "--dry-run")
+    assert (code, made(out)) == (0, ([], STAGES))
+    assert not (job.parent / ".calibcast").exists()
     code, out, err = run(job, capsys)
     assert code == 0, err
     assert made(out) == ([], STAGES)
