@@ -134,14 +134,14 @@ def _turned(stderr: TextIO, wrapped: _Wrapped) -> Iterator[None]:
     """Within, handlers that libraries gave their own loggers, as torch does, write to `wrapped` in place of stderr."""
     loggers = [log for log in logging.root.manager.loggerDict.values() if isinstance(log, logging.Logger)]
     handlers = [handler for log in loggers for handler in log.handlers if isinstance(handler, logging.StreamHandler)]
-    turned = [handler for handler in handlers if handler.stream in (stderr, sys.__stderr__)]
-    for handler in turned:
+    turned = [(handler, handler.stream) for handler in handlers if handler.stream in (stderr, sys.__stderr__)]
+    for handler, _ in turned:
         handler.setStream(wrapped)
     try:
         yield
     finally:
-        for handler in turned:
-            handler.setStream(stderr)
+        for handler, before in turned:
+            handler.setStream(before)
 
 
 def tell(message: str, level: int = logging.INFO, **event: Any) -> None:
