@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.errors import ArtifactError
+from calib.seal import UNSEALED, sealed
 
 # Functions that deal in programs import torch themselves: it takes seconds, and who reads a table needs none of it.
 if TYPE_CHECKING:
+    import polars as pl
     import torch
 
 SCHEMA_VERSION = 1
@@ -135,5 +138,36 @@ def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[
     import torch
 
     # torch.export.save warns unless a name ends in .pt2, which a temporary one does not; a stream has no name.
-    with SERIALISING, written_whole(path) as temporary, temporary.open("wb") as stream:
+    with SERIALISING, written_whole(path) as temporary, _Patient(io.FileIO(temporary, "wb")) as stream:
         torch.export.save(program, stream)
+        if stream.error is not None:
+            raise stream.error
+
+
+class _Patient(io.BufferedWriter):
+    """A file that keeps the error of a full disk to itself until torch's writer is through with it.
+
+    For a file that raises, the writer ends the process: its destructor writes on, and what that throws nobody catches.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return super().seek(offset, whence) if self.error is None else offset
+
+
+def save_frame(path: str | os.PathLike[str], frame: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
+    """Write a frame as Parquet with a checksum (`calib.seal`), whole or not at all."""
+    # Into memory first: polars has errors of its own for a full disk, and not the same one twice.
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer, metadata={**(metadata or {}), **UNSEALED})
+    with written_whole(path) as temporary:
+        temporary.write_bytes(sealed(buffer.getvalue()))

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from calib.artifacts import SCHEMA_VERSION, check_header, parsed, versions, written_whole
+from calib.artifacts import SCHEMA_VERSION, check_header, parsed, save_frame, versions
 from calib.columns import HIDDEN
 from calib.digests import fingerprint, first_difference
 from calib.errors import ArtifactError, MismatchError
 from calib.range_checks import check_values
-from calib.seal import UNSEALED, broken_seal, has_parquet_ends, seal
+from calib.seal import broken_seal, has_parquet_ends
 from calib.second_look import second_look
 
 # A table is read, filtered and compared without torch, which takes seconds to import; methods that deal in programs
@@ -119,9 +119,7 @@ class RangeTable:
         """Write the table as Parquet, whole or not at all. Raises ArtifactError when it cannot be written."""
         header = {_HEADER_KEY: _KIND, "schema": SCHEMA_VERSION, "calibration": asdict(self.calibration)}
         whole = self.frame.join(self.hidden, on=["node", "output"], how="left", maintain_order="left")
-        with written_whole(path) as temporary:
-            whole.write_parquet(temporary, metadata={_HEADER_KEY: json.dumps(header), **UNSEALED})
-            seal(temporary)
+        save_frame(path, whole, {_HEADER_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RangeTable:

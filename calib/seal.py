@@ -8,29 +8,26 @@ file with one more entry in its metadata, and checking it takes no reader at all
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import xxhash
 
 _MAGIC = b"PAR1"
 _MARK, _DIGITS = "xxh3-128:", 32
 _SEAL = re.compile(rf"{_MARK}([0-9a-f]{{{_DIGITS}}})".encode())
-# To be given to `write_parquet` as metadata, and filled in by `seal`.
+# To be given to `write_parquet` as metadata, and filled in by `sealed`.
 UNSEALED = {"calibcast.checksum": f"{_MARK}{'0' * _DIGITS}"}
 
 
-def seal(path: Path) -> None:
-    """Fill in the checksum of a Parquet file that was written with `UNSEALED` in its metadata, in place.
+def sealed(content: bytes) -> bytes:
+    """The bytes of a Parquet file that was written with `UNSEALED` in its metadata, with their checksum filled in.
 
     Raises ValueError when there is no place for it.
     """
-    content = path.read_bytes()
     place = _place(content)
     if place is None:
-        raise ValueError(f"{path} has no place for a checksum: write it with the metadata UNSEALED")
-    with path.open("r+b") as stream:
-        stream.seek(place.start(1))
-        stream.write(_digest(content, place))
+        raise ValueError("the file has no place for a checksum: write it with the metadata UNSEALED")
+    start, end = place.span(1)
+    return content[:start] + _digest(content, place) + content[end:]
 
 
 def broken_seal(content: bytes) -> str | None:

@@ -57,12 +57,13 @@ class Statistics:
     def merge(self, other: Statistics, rows: slice | torch.Tensor | None = None) -> None:
         """Take in `other`: counts and histograms add, min and max extend, sums add in float64.
 
-        Of two equal peaks the one merged first keeps its batch; of two non-finite batches the earlier counts.
+        Of two batches with the same peak, and of two that are not finite, the earlier counts, in any order of merging.
         """
         if rows is not None:
             other = other.at(rows)
-        larger = other.absmax() > self.absmax()
-        self.absmax_batch.copy_(torch.where(larger, other.absmax_batch, self.absmax_batch))
+        peak, new = self.absmax(), other.absmax()
+        taken = torch.where(new == peak, other.absmax_batch < self.absmax_batch, new > peak)
+        self.absmax_batch.copy_(torch.where(taken, other.absmax_batch, self.absmax_batch))
         torch.minimum(self.nonfinite_batch, other.nonfinite_batch, out=self.nonfinite_batch)
         mine, theirs = self.values, other.values
         mine[:, 0] = torch.minimum(mine[:, 0], theirs[:, 0])

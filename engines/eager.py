@@ -46,13 +46,18 @@ class EagerBackend:
     def unavailable(self) -> str | None:
         return None
 
-    def build(self, request: BuildRequest) -> Built:
-        settings = dict(request.settings)
-        device = settings.pop("device", None)
-        if request.ahead_of_time:
+    def require(self, ahead_of_time: bool) -> None:
+        if ahead_of_time:
             raise BuildError("backend='eager' has nothing to build ahead of time; use backend='tensorrt'")
-        if settings:
-            raise BuildError(f"backend='eager' takes no setting but device; got {', '.join(sorted(settings))}")
+
+    def check_settings(self, settings: Mapping[str, Any], ahead_of_time: bool) -> None:
+        if unknown := sorted(set(settings) - {"device"}):
+            raise BuildError(f"backend='eager' takes no setting but device; got {', '.join(unknown)}")
+
+    def build(self, request: BuildRequest) -> Built:
+        self.require(request.ahead_of_time)
+        self.check_settings(request.settings, request.ahead_of_time)
+        device = request.settings.get("device")
         ledger = eager_ledger(plan_of(request.plan, request.program), request.program)
         return Built(EagerRuntime(request.program, device), request.program, request.plan, ledger)
 

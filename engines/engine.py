@@ -15,12 +15,12 @@ import polars as pl
 import torch
 from torch.export import ExportedProgram
 
-from calib.artifacts import load_json, load_program, parsed, save_json, save_program, written_whole
+from calib.artifacts import load_json, load_program, parsed, save_frame, save_json, save_program
 from calib.digests import fingerprint
 from calib.errors import ArtifactError, MismatchError
 from calib.fingerprint import node_digests, weights_hash
 from calib.ranges import RangeTable
-from calib.seal import UNSEALED, broken_seal, seal
+from calib.seal import broken_seal
 from engines.backends import backend_named
 from engines.ledger import empty_ledger
 from engines.runtimes import Runtime
@@ -91,9 +91,7 @@ class Engine:
             self.plan.save(folder / _PLAN)
         if self.ranges is not None:
             self.ranges.save(folder / _RANGES)
-        with written_whole(folder / _LEDGER) as temporary:
-            self.ledger.write_parquet(temporary, metadata=UNSEALED)
-            seal(temporary)
+        save_frame(folder / _LEDGER, self.ledger)
         manifest = {
             "backend": self.backend,
             "why": self.why,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +59,27 @@ def load_data(location: str) -> Iterable[Any]:
 def call(location: str, arguments: Mapping[str, Any] | None = None) -> Any:
     """Call the function at `file.py:function` with keyword arguments. What it raises is told with its place."""
     function = load_function(location)
+    given = dict(arguments or {})
+    _check_arguments(location, function, given)
     try:
-        return function(**(arguments or {}))
+        return function(**given)
     except CalibcastError:
         raise
     except Exception as error:
         raise CalibcastError(f"{location} raised {type(error).__name__}: {error}{_line(error)}") from error
+
+
+def _check_arguments(location: str, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C do not tell
+        return
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise LocationError(
+            f"{location}{signature} cannot be called with {', '.join(map(repr, given)) or 'no arguments'}: {error}"
+        ) from error
 
 
 def load_function(location: str) -> Callable[..., Any]:
@@ -101,7 +118,18 @@ def _imported(path: Path) -> Any:
     return module
 
 
-def _line(error: Exception) -> str:
+@contextmanager
+def exits_refused() -> Iterator[None]:
+    """Within, a user's function that calls `sys.exit` is an error: it must not end a job, least of all with code 0."""
+    try:
+        yield
+    except SystemExit as error:
+        raise CalibcastError(
+            f"a function of yours called sys.exit({error.code!r}){_line(error)}: let it raise an error instead"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -65,8 +65,16 @@ class Backend(Protocol):
         """Why this backend cannot run here, and what to do; None when it can."""
         ...
 
+    def require(self, ahead_of_time: bool) -> None:
+        """Raise BuildError unless it can build here."""
+        ...
+
+    def check_settings(self, settings: Mapping[str, Any], ahead_of_time: bool) -> None:
+        """Raise BuildError for settings that it does not have, as far as that can be told before a build."""
+        ...
+
     def build(self, request: BuildRequest) -> Built:
-        """Build a program in the types that its graph spells out. Raises BuildError."""
+        """Build a program in the types that its graph spells out. Raises BuildError, as the two above do."""
         ...
 
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> Runtime:

@@ -117,15 +117,21 @@ class TensorrtBackend:
     def unavailable(self) -> str | None:
         return adapter.missing()
 
-    def build(self, request: BuildRequest) -> Built:
-        if request.ahead_of_time:
+    def require(self, ahead_of_time: bool) -> None:
+        if ahead_of_time:
             require_ahead_of_time()
         elif (problem := self.unavailable()) is not None:
             raise BuildError(
                 f"backend='tensorrt' cannot be used here: {problem}. Or use backend='eager', or ahead_of_time=True."
             )
+
+    def check_settings(self, settings: Mapping[str, Any], ahead_of_time: bool) -> None:
+        _check_names(settings, ahead_of_time)
+
+    def build(self, request: BuildRequest) -> Built:
+        self.require(request.ahead_of_time)
+        self.check_settings(request.settings, request.ahead_of_time)
         settings = dict(request.settings)
-        _check_names(settings, request.ahead_of_time)
         device = str(settings.pop("device", "cuda"))
         weakly_typed = settings.pop("weakly_typed", None)
         limited = buildable(request.program, request.plan, _is_rtx())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -45,13 +47,17 @@ def run(
 
     if log_format not in FORMATS:
         raise LocationError(f"--log-format {log_format!r}: known are {' and '.join(FORMATS)}")
-    ranks = Ranks.here()
+    ranks, results = Ranks.here(), sys.stdout
+
+    def say(line: str) -> None:
+        typer.echo(line, file=results)
+
     with logging_to_stderr(log_format, ranks.rank, ranks.world):
         try:
-            if dry_run:
-                plan_job(job, typer.echo)
-            else:
-                run_job(job, typer.echo, bar=log_format == "text", redo=redo)
+            if dry_run and ranks.first:
+                plan_job(job, say)
+            elif not dry_run:
+                run_job(job, say, bar=log_format == "text", redo=redo)
         except CalibcastError as error:
             code = 3 if isinstance(error, GateError) else 2 if isinstance(error, (JobError, LocationError)) else 1
             tell(str(error), 40, event="error", kind=type(error).__name__, exit_code=code)
@@ -60,6 +66,12 @@ def run(
             name = "interrupted" if stop.code == 130 else "terminated"
             tell(f"{name}: the same command goes on from here", 40, event="stopped", exit_code=stop.code)
             raise typer.Exit(stop.code) from stop
+        except Exception as error:
+            if log_format != "json":
+                raise
+            text = f"{type(error).__name__}: {error}"
+            tell(text, 40, event="error", kind=type(error).__name__, exit_code=1, traceback=traceback.format_exc())
+            raise typer.Exit(1) from error
 
 
 def merge(

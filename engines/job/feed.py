@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from calib.batches import Signature
-from calib.errors import BatchError, GateError
+from calib.errors import BatchError
 from engines.job.progress import Progress
 from engines.job.settings import Limits
 from engines.job.sources import Loaded
-from engines.job.trust import DataReport, check_share
+from engines.job.trust import DataReport, check_share, refuse_nonfinite
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,11 @@ class Feeding:
             self.report.note_raised(item.number, item.error, looked_at=False)
             check_share(self.report, self._limits, self._total)
             return False
-        if self.report.look(item.number, self._signature, item.flat):
+        nonfinite = self.report.look(item.number, self._signature, item.flat)
+        if not nonfinite:
             return True
         if self._limits.on_nonfinite_inputs == "stop":
-            raise GateError(
-                f"held-out batch {item.number} has NaN or Inf in its inputs, and limits.on_nonfinite_inputs is 'stop'"
-            )
+            refuse_nonfinite(f"held-out batch {item.number}", nonfinite)
         return self._limits.on_nonfinite_inputs == "warn"
 
     def inputs(self, _: Any) -> Any:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,15 +65,7 @@ class JobFolder:
 
     def sweep(self) -> None:
         """Remove temporary files of runs that were killed. Only under the lock."""
-        for name in (
-            MANIFEST,
-            "ranges.parquet",
-            "ranges-early.parquet",
-            "plan.json",
-            "mixed.pt2",
-            "engine",
-            "verification.json",
-        ):
+        for name in (MANIFEST, *ARTIFACTS):
             for left in self.path.glob(f".{name}.*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         for left in (self.path / "checkpoints").glob(".rank-*"):
@@ -87,7 +79,7 @@ class JobFolder:
         try:
             lock.acquire()
         except filelock.Timeout as error:
-            who = owner.read_text() if owner.exists() else "another process"
+            who = (owner.read_text() if owner.exists() else "") or "another process"
             raise CalibcastError(
                 f"{self} is in use by {who}. Wait for it, or give this job another output folder: two runs on one "
                 "folder would mix their artifacts."
@@ -95,9 +87,11 @@ class JobFolder:
         except OSError as error:
             raise ArtifactError(f"cannot lock {self.path}: {error}") from error
         try:
-            owner.write_text(
-                f"process {os.getpid()} on {platform.node()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-            )
+            # Only for whom it keeps waiting: on a full disk the lock itself still holds.
+            with suppress(OSError):
+                owner.write_text(
+                    f"process {os.getpid()} on {platform.node()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+                )
             yield
         finally:
             owner.unlink(missing_ok=True)

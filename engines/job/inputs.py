@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from calib.batches import Signature
-from calib.errors import BatchError
+from calib.errors import BatchError, known
 from calib.graph import dtype_name
 from engines.job.errors import JobError
-from engines.job.settings import Source
+from engines.job.settings import Data, Source
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ def inputs_of(
     """
     for name in source.columns:
         if name not in signature.names:
-            raise JobError(f"[data] columns: the model has no input {name!r}; it takes {signature}")
+            raise JobError(f"{_table(source)} columns: the model has no input {name!r}; it takes {signature}")
     if source.columns:
+        if columns is not None and transform is None:
+            _refuse_missing(source, columns)
         return Inputs(signature, dict(source.columns), transform)
     if source.kind == "loader" or transform is not None:
         return Inputs(signature, None, transform)
@@ -70,11 +72,25 @@ def inputs_of(
     if missing:
         shown = ", ".join(columns or ())
         raise JobError(
-            f"[data]: no column is named like the input {missing[0]!r} of the model {signature}; there are {shown}. "
+            f"{_table(source)}: no column is named like the input {missing[0]!r} of the model {signature}; there are "
+            f"{shown}. "
             f'Say which one feeds it: columns = {{ {missing[0]} = "..." }}, or give transform.'
         )
     names = signature.names if columns is None else [name for name in signature.names if name in columns]
     return Inputs(signature, {name: name for name in names}, None)
+
+
+def _table(source: Source) -> str:
+    return "[data]" if isinstance(source, Data) else "[held_out]"
+
+
+def _refuse_missing(source: Source, columns: tuple[str, ...]) -> None:
+    for name, wanted in source.columns.items():
+        for column in (wanted,) if isinstance(wanted, str) else wanted:
+            if column not in columns:
+                raise JobError(
+                    f"{_table(source)} columns: no column {column!r} for the input {name}; {known(column, columns)}"
+                )
 
 
 def _required(signature: Signature) -> list[str]:

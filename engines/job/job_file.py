@@ -113,8 +113,9 @@ def _known_keys(table: str | None) -> str:
 
 
 def _keys(location: tuple[int | str, ...]) -> list[int | str]:
-    """A location without the names of union members, which pydantic puts in."""
-    return [part for part in location if isinstance(part, int) or (re.fullmatch(r"[\w-]+", part) and part != "str")]
+    """A location without the names of union members, which pydantic puts in behind the key that they are of."""
+    own = [part for part in location[2:] if isinstance(part, int) or not (part == "str" or part.startswith("tuple["))]
+    return [*location[:2], *own]
 
 
 def _fields(table: str | None) -> list[str]:

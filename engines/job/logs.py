@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -44,20 +45,54 @@ class _Json(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to the stderr of the moment, above a bar that may be there."""
+    """Writes to `stream`, or to the stderr of the moment, above a bar that may be there."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        super().__init__()
+        self._stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
+        stream = self._stream or sys.stderr
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
-            sys.stderr.flush()
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
         except OSError:  # a closed pipe must not stop the job
             self.handleError(record)
 
 
+class _Wrapped(io.TextIOBase):
+    """A stderr for those who know nothing of JSON: each line that they write is logged as one."""
+
+    def __init__(self, logger: logging.Logger, stream: TextIO) -> None:
+        self._logger, self._stream, self._line = logger, stream, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if line.strip():
+                self._logger.info("%s", line.rstrip("\r"), extra={"event": {"event": "output"}})
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def finish(self) -> None:
+        """Say what stands in the last line without an end."""
+        if self._line:
+            self.write("\n")
+
+
 @contextmanager
 def logging_to_stderr(form: str, rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Within, calibcast's logger and Python's warnings go to stderr in `form` ("text" or "json")."""
-    handler = _Handler()
+    """Within, what calibcast, other libraries and Python's warnings log goes to stderr in `form` ("text" or "json").
+
+    What anybody prints goes to stderr, too: stdout is for results, which are written to the one of before.
+    """
+    stderr = sys.stderr
+    handler = _Handler(stderr if form == "json" else None)
     handler.setFormatter(_Json(rank) if form == "json" else _Lines(rank, world))
     before = (LOGGER.level, LOGGER.propagate, warnings.showwarning)
     LOGGER.addHandler(handler)
@@ -66,11 +101,47 @@ def logging_to_stderr(form: str, rank: int = 0, world: int = 1) -> Iterator[None
     LOGGER.propagate = False
     warnings.showwarning = lambda message, *_, **__: LOGGER.warning("%s", message)
     try:
-        yield
+        with _others(handler), ExitStack() as stack:
+            if form == "json":
+                printed = logging.Logger("printed")  # of no other logger's level
+                printed.addHandler(handler)
+                wrapped = _Wrapped(printed, stderr)
+                stack.callback(wrapped.finish)
+                stack.enter_context(redirect_stderr(wrapped))
+                stack.enter_context(_turned(stderr, wrapped))
+            stack.enter_context(redirect_stdout(sys.stderr))
+            yield
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.level, LOGGER.propagate = before[0], before[1]
         warnings.showwarning = before[2]
+
+
+@contextmanager
+def _others(handler: logging.Handler) -> Iterator[None]:
+    """Within, `handler` stands for those of the root logger that write to a terminal or a pipe themselves."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    root.handlers = [handler, *(other for other in before if type(other) is not logging.StreamHandler)]
+    try:
+        yield
+    finally:
+        root.handlers = before
+
+
+@contextmanager
+def _turned(stderr: TextIO, wrapped: _Wrapped) -> Iterator[None]:
+    """Within, handlers that libraries gave their own loggers, as torch does, write to `wrapped` in place of stderr."""
+    loggers = [log for log in logging.root.manager.loggerDict.values() if isinstance(log, logging.Logger)]
+    handlers = [handler for log in loggers for handler in log.handlers if isinstance(handler, logging.StreamHandler)]
+    turned = [(handler, handler.stream) for handler in handlers if handler.stream in (stderr, sys.__stderr__)]
+    for handler, _ in turned:
+        handler.setStream(wrapped)
+    try:
+        yield
+    finally:
+        for handler, before in turned:
+            handler.setStream(before)
 
 
 def tell(message: str, level: int = logging.INFO, **event: Any) -> None:

@@ -37,7 +37,6 @@ class Manifest:
     reason: str = ""
     job: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
-    gates: list[dict[str, Any]] = field(default_factory=list)
     stages: dict[str, Record] = field(default_factory=dict)
 
     @classmethod
@@ -46,12 +45,19 @@ class Manifest:
         path = folder / MANIFEST
         if not path.exists():
             return None
+        try:
+            return cls._read(folder, path)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}. `calibcast run --redo` makes everything anew.") from error
+
+    @classmethod
+    def _read(cls, folder: Path, path: Path) -> Manifest:
         found = load_json(path, _KIND)
         with parsed(path, _KIND):
             if found["status"] not in STATUSES:
                 raise ArtifactError(f"{path}: unknown status {found['status']!r}; known: {', '.join(STATUSES)}")
             stages = {name: Record(**record) for name, record in found["stages"].items()}
-            return cls(folder, found["status"], found["reason"], found["job"], found["run"], found["gates"], stages)
+            return cls(folder, found["status"], found["reason"], found["job"], found["run"], stages)
 
     def save(self) -> None:
         """Write the manifest, whole or not at all."""

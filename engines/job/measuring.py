@@ -22,7 +22,7 @@ from engines.job.settling import Early
 from engines.job.shares import Share
 from engines.job.signals import Signals
 from engines.job.sources import Batches, Done
-from engines.job.trust import DataReport, check_share
+from engines.job.trust import DataReport, check_share, refuse_nonfinite
 
 # Of a stream nobody knows how long it is, so the share of bad batches is judged after so many.
 _ENOUGH_TO_JUDGE = 100
@@ -139,13 +139,11 @@ def _take(task: Task, run: Run, state: _State, item: Item) -> None:
     """Measure one batch, or note why not."""
     error = item.error
     if error is None:
-        finite = state.report.look(item.number, run.signature, item.flat)
-        if finite or task.limits.on_nonfinite_inputs == "warn":
+        nonfinite = state.report.look(item.number, run.signature, item.flat)
+        if not nonfinite or task.limits.on_nonfinite_inputs == "warn":
             error = _measured(task, run, item)
         elif task.limits.on_nonfinite_inputs == "stop":
-            raise GateError(
-                f'batch {item.number} has NaN or Inf in its inputs, and limits.on_nonfinite_inputs is "stop"'
-            )
+            refuse_nonfinite(f"batch {item.number}", nonfinite)
         else:
             run.skipped.append(item.number)
     if error is not None:

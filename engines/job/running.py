@@ -7,15 +7,18 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
 from calib.artifacts import versions
 from calib.checkpoint import Checkpoint
 from calib.errors import ArtifactError, CalibcastError, GateError
+from engines.job.checks import check_job
 from engines.job.errors import Stopped
 from engines.job.folder import MANIFEST, JobFolder, Store, files_under
 from engines.job.job_file import load_job
@@ -26,6 +29,7 @@ from engines.job.openers import digest
 from engines.job.ranks import Ranks, connected, give, tell_all
 from engines.job.signals import Signals
 from engines.job.stages import JobRun, Stage
+from engines.locations import exits_refused
 
 Say = Callable[[str], None]
 _SAVED = b"saved"
@@ -50,15 +54,17 @@ def run_job(path: Path, say: Say, bar: bool = True, redo: bool = False) -> None:
             with folder.locked():
                 _lead(run, say, redo)
         else:
-            _follow(run)
+            with exits_refused():
+                _follow(run)
 
 
 def plan_job(path: Path, say: Say) -> None:
     """Say what `run_job` would do, and what is already there. Writes nothing."""
     file = load_job(path)
     folder = JobFolder.of(file)
-    with Signals() as signals:
+    with Signals() as signals, exits_refused():
         run = JobRun(file, folder, Ranks(), signals)
+        check_job(file, run.program)
         data, _ = run.opened(file.job.data, run.ranks)
         mine, _ = counts(data.batches.length, run.calibration_share)
         say(f"model       {file.job.model.location}: inputs {run.signature}")
@@ -67,17 +73,36 @@ def plan_job(path: Path, say: Say) -> None:
             held, _ = run.opened(run.held_out[0], run.ranks)
             number, _ = counts(held.batches.length, run.held_out[1])
             say(f"held out    {held.about}{'' if number is None else f'; {number} batches to verify with'}")
+        run.refuse_nothing(data.batches.length)
         say(f"output      {folder}")
-        manifest = Manifest.load(folder.path) or Manifest(folder.path)
-        redone: set[str] = set()
-        for stage in run.stages():
-            why = _why(manifest, stage, redone)
-            if why:
-                redone.add(stage.name)
-            verdict = f"would be made: {why}" if why else _unchanged(manifest, stage)
-            say(f"{stage.name:<12}{', '.join(stage.artifacts)}: {verdict}")
+        with _there(folder) as path:
+            _say_stages(run, Manifest.load(path) or Manifest(path), say)
         for left in sorted((folder.path / "checkpoints").glob("rank-*.npz")):
             say(f"checkpoint  {left.name}: {_described(left, run.made_of())}")
+
+
+def _say_stages(run: JobRun, manifest: Manifest, say: Say) -> None:
+    stages = run.stages()
+    redone: set[str] = set()
+    for stage in stages:
+        why = _why(manifest, stage, redone)
+        if why:
+            redone.add(stage.name)
+        verdict = f"would be made: {why}" if why else _unchanged(manifest, stage)
+        say(f"{stage.name:<12}{', '.join(stage.artifacts)}: {verdict}")
+    for name in manifest.stages.keys() - {stage.name for stage in stages}:
+        say(f"{name:<12}would be removed: no stage of this job any more")
+
+
+@contextmanager
+def _there(folder: JobFolder) -> Iterator[Path]:
+    """Where what a run would find lies: in the job's folder, or for a while in a copy of what the store has."""
+    with TemporaryDirectory(prefix="calibcast-dry-run-") as copy:
+        if folder.url is not None and not (folder.path / MANIFEST).exists():
+            Store(folder.url, Path(copy)).pull()
+            yield Path(copy)
+        else:
+            yield folder.path
 
 
 def _described(path: Path, made_of: Mapping[str, str]) -> str:
@@ -93,13 +118,16 @@ def _described(path: Path, made_of: Mapping[str, str]) -> str:
 
 def _lead(run: JobRun, say: Say, redo: bool) -> None:
     """What the process that writes does."""
+    with exits_refused():
+        check_job(run.file, run.program)
     run.folder.sweep()
     if run.store is not None:
         run.store.pull()
     manifest = Manifest(run.folder.path) if redo else Manifest.load(run.folder.path) or Manifest(run.folder.path)
     job = {"file": run.file.path.name, "settings": json.loads(json.dumps(run.file.job.model_dump()))}
     try:
-        _run_stages(run, manifest, say, job)
+        with exits_refused():
+            _run_stages(run, manifest, say, job)
     except GateError as error:
         _finish(run, manifest, job, "rejected", str(error))
         raise
@@ -114,7 +142,9 @@ def _lead(run: JobRun, say: Say, redo: bool) -> None:
 
 
 def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any]) -> None:
-    for stage in run.stages():
+    stages = run.stages()
+    _drop_others(run, manifest, {stage.name for stage in stages}, job)
+    for stage in stages:
         why = _why(manifest, stage, set())
         if stage.name == "calibrate" and not why:
             tell_all(run.ranks)  # nothing to do for the others
@@ -162,6 +192,19 @@ def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
             "versions": versions(),
         }
     manifest.save()
+
+
+def _drop_others(run: JobRun, manifest: Manifest, names: set[str], job: Mapping[str, Any]) -> None:
+    """Forget stages that the job has no more: what they made would be taken for one with artifacts to come."""
+    dropped = {name: manifest.stages.pop(name) for name in list(manifest.stages) if name not in names}
+    if dropped:
+        _begin(manifest, job)
+    for name, record in dropped.items():
+        tell(f"{name}: no stage of this job any more; what it made is removed", event="stage", stage=name)
+        for file in record.files:
+            (run.folder.path / file).unlink(missing_ok=True)
+            if run.store is not None:
+                run.store.drop(file)
 
 
 def _clear_remains(run: JobRun, manifest: Manifest, stage: Stage) -> None:
@@ -220,11 +263,13 @@ def _follow(run: JobRun) -> None:
 
 
 def _drop_checkpoint(run: JobRun) -> None:
-    """The table is safe: what led to it is not needed any more."""
-    path = run.folder.checkpoint(run.ranks.rank, run.ranks.world)
-    path.unlink(missing_ok=True)
-    if run.store is not None:
-        run.store.drop(path.relative_to(run.folder.path).as_posix())
+    """The table is safe: what led to it is not needed any more, nor what a run of more or fewer processes has left."""
+    own = run.folder.checkpoint(run.ranks.rank, run.ranks.world)
+    every = {own, *own.parent.glob("rank-*.npz")} if run.ranks.first else {own}
+    for path in every:
+        path.unlink(missing_ok=True)
+        if run.store is not None:
+            run.store.drop(path.relative_to(run.folder.path).as_posix())
 
 
 def _now() -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 Names = Annotated[tuple[str, ...], Strict(False)]  # TOML has lists only
 SOURCES = ("folder", "parquet", "json_lines", "csv", "images", "hub", "loader")
@@ -12,6 +13,15 @@ SOURCES = ("folder", "parquet", "json_lines", "csv", "images", "hub", "loader")
 
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_nan(cls, value: Any) -> Any:
+        """TOML has nan: a bound that nothing holds, or that everything does."""
+        every = value.values() if isinstance(value, dict) else [value]
+        if any(isinstance(one, float) and math.isnan(one) for one in every):
+            raise ValueError("nan is no limit; leave the key out, or give a number")
+        return value
 
 
 class Model(_Table):
@@ -68,6 +78,12 @@ class Source(_Table):
             raise ValueError("shuffle is for datasets: let the function of loader shuffle, with a seeded generator")
         if self.arguments and self.loader is None:
             raise ValueError("arguments are those of loader, which is not set")
+        for name in ("config", "revision"):
+            if getattr(self, name) is not None and self.hub is None:
+                raise ValueError(f"{name} is that of hub, which is not set")
+        for name, column in self.columns.items():
+            if not column:
+                raise ValueError(f"columns: nothing feeds the input {name}: name a column, or a list of them")
         return self
 
 
@@ -125,7 +141,9 @@ class Plan(_Table):
 class Build(_Table):
     """The engine."""
 
-    backend: str = Field("auto", description="auto, tensorrt or eager")
+    backend: Literal["auto", "tensorrt", "eager"] = Field(
+        "auto", description="auto: TensorRT where a GPU and Torch-TensorRT are present, else eager"
+    )
     ahead_of_time: bool = Field(False, description="build where there is no GPU; verification then judges the cast "
                                 "program in PyTorch")  # fmt: skip
     strict_precision: bool = Field(False, description="a gate: the engine's own types must be those of the plan")
@@ -190,4 +208,6 @@ class Job(_Table):
         if self.verification.bounds and self.held_out is None and self.data.held_out_share == 0:
             raise ValueError("[verification] has bounds, but nothing is held out: set [data] held_out_share above 0, "
                              "or give [held_out]")  # fmt: skip
+        if self.plan.range_quantile < 1 and not self.calibration.histogram:
+            raise ValueError("[plan] range_quantile below 1 needs histograms: set [calibration] histogram = true")
         return self

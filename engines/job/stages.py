@@ -150,7 +150,7 @@ class JobRun:
     def _measure(self) -> dict[str, Any]:
         made_of = self.made_of()
         task = self.task(made_of)
-        self._refuse_nothing(task)
+        self.refuse_nothing(task.batches.length)
         ranks_module.tell_all(self.ranks, json.dumps(made_of).encode())
         own = measure_shard(task, self.signals, self.bar)
         others = [
@@ -171,11 +171,19 @@ class JobRun:
             (self.folder.path / EARLY).unlink(missing_ok=True)
         return {"summary": str(table), "batches": table.calibration.batches, "report": report.to_json()}
 
-    def _refuse_nothing(self, task: Task) -> None:
-        """Before hours of work, not after: is there a batch to calibrate on, and one to verify with?"""
-        length, share = task.batches.length, self.calibration_share
+    def refuse_nothing(self, length: int | None) -> None:
+        """Before hours of work, not after: is there a batch to calibrate on, and one to verify with?
+
+        length: batches of [data], None where that is unknown. Raises JobError; also for [held_out] data that cannot
+        be opened, or whose columns do not feed the model.
+        """
+        if self.file.job.held_out is not None:
+            held_out, _ = self.opened(self.file.job.held_out, Ranks())
+            if held_out.batches.length == 0:
+                raise JobError(f"[held_out]: {held_out.about}: there is no batch to verify with")
         if length is None:
             return
+        share = self.calibration_share
         held = share.held_out_share
         if held > 0 and not counts(length, Share(held, True))[1]:
             raise JobError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -51,16 +52,18 @@ class DataReport:
     lows: dict[str, float] = field(default_factory=dict)
     highs: dict[str, float] = field(default_factory=dict)
 
-    def look(self, number: int, signature: Signature, flat: Iterable[Any]) -> bool:
-        """Look at the inputs of a batch. True when they are finite."""
-        finite = True
-        for leaf, value in zip(signature.leaves, flat, strict=True):
-            if isinstance(value, torch.Tensor) and value.numel() and not value.is_complex():
-                finite &= self._look_at(leaf.name, number, value)
+    def look(self, number: int, signature: Signature, flat: Iterable[Any]) -> list[str]:
+        """Look at the inputs of a batch: the names of those that have NaN or Inf."""
+        found = [
+            leaf.name
+            for leaf, value in zip(signature.leaves, flat, strict=True)
+            if isinstance(value, torch.Tensor) and value.numel() and not value.is_complex()
+            and not self._look_at(leaf.name, number, value)
+        ]  # fmt: skip
         self.batches += 1
-        if not finite:
+        if found:
             self.nonfinite.add(number)
-        return finite
+        return found
 
     def _look_at(self, name: str, number: int, value: torch.Tensor) -> bool:
         low, high = (float(bound) for bound in torch.aminmax(value.detach()))
@@ -77,7 +80,8 @@ class DataReport:
         self.batches += not looked_at
         self.raised.add(number)
         if len(self.messages) < MOST_MESSAGES:
-            self.messages[str(number)] = message
+            # Errors of `calib` say which batch it was; so does whoever shows these.
+            self.messages[str(number)] = re.sub(rf"^batch {number}( is |[:,] )", _rest, message)
 
     @property
     def constant_inputs(self) -> dict[str, float]:
@@ -143,6 +147,18 @@ def check_share(report: DataReport, limits: Limits, every: int | None = None) ->
             f"the gate says no: {report.raised.count} of {every or report.batches} batches raised "
             f"({100 * share:.3g}%), more than limits.max_bad_share = {100 * limits.max_bad_share:.3g}%. {first}"
         )
+
+
+def refuse_nonfinite(batch: str, inputs: Iterable[str]) -> None:
+    """Raise the GateError of `limits.on_nonfinite_inputs = "stop"`. batch: which one, for people."""
+    raise GateError(
+        f"the gate says no: {batch} has NaN or Inf in {', '.join(inputs)}, and limits.on_nonfinite_inputs is "
+        '"stop". Mend the data, or set it to "skip" to leave such batches out.'
+    )
+
+
+def _rest(named: re.Match[str]) -> str:
+    return "it is " if named[1] == " is " else ""
 
 
 def _add(mine: Seen, theirs: Seen) -> None:

@@ -217,6 +217,17 @@ def test_shards_merge_to_the_whole(program: ExportedProgram) -> None:
     assert merged.calibration.batches == 7
 
 
+def test_of_equal_peaks_in_two_shards_the_earlier_batch_counts(program: ExportedProgram) -> None:
+    """As in one process: whichever shard is merged first."""
+    shards = [prepare(program, None, True, "warn") for _ in range(2)]
+    for index, peak in enumerate((1.0, 5.0, -5.0, 5.0)):
+        shards[index % 2].measure(index, [torch.full((2, 4), peak)])
+    parts = [shard.checkpoint(2, {}) for shard in shards]
+    for order in (parts, parts[::-1]):
+        frame = merge_checkpoints(order).table().frame
+        assert frame.filter(frame["kind"] == "input")["absmax_batch"].item() == 1
+
+
 def test_merging_changes_no_shard_and_refuses_another_run(program: ExportedProgram) -> None:
     run = prepare(program, None, True, "warn")
     run.measure(0, [batches()[0]])

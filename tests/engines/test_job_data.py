@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import polars as pl
@@ -17,6 +18,12 @@ from engines.job.trust import MOST_NUMBERS, DataReport, Seen
 
 BAD = """
 import torch
+
+def absent(batch):
+    return None
+
+def misshapen(batch):
+    return {"input": batch["x"][:, :3] if int(batch["row"][0]) == 6 else batch["x"]}
 
 def nonfinite(batch):
     x = batch["x"].clone()
@@ -81,7 +88,7 @@ def test_nonfinite_inputs_are_counted_and_named(folder, make_job, capsys, action
     found, err = run(folder, make_job, capsys, "nonfinite", limits=f'on_nonfinite_inputs = "{action}"')
     assert found == code
     if action == "stop":
-        assert "batch 3 has NaN or Inf in its inputs" in err
+        assert "batch 3 has NaN or Inf in input, and limits.on_nonfinite_inputs is" in err
         return
     assert "2 of 14 batches have NaN or Inf inputs: 3, 8" in err
     assert report(folder)["nonfinite"] == {"count": 2, "batches": [3, 8]}
@@ -118,6 +125,12 @@ def test_by_default_one_raising_batch_is_too_many(folder, make_job, capsys):
     code, err = run(folder, make_job, capsys, "raising")
     assert code == 3
     assert "1 of 14 batches raised" in err
+
+
+def test_a_batch_that_does_not_fit_is_named_once(folder, make_job, capsys):
+    _, err = run(folder, make_job, capsys, "misshapen")
+    assert "batch 3: argument input: expected float32" in err
+    assert "batch 0: it is a NoneType; the program takes" in run(folder, make_job, capsys, "absent")[1]
 
 
 def test_ranges_that_have_not_settled_are_told_with_the_decisions_that_moved(folder, make_job, capsys):
@@ -273,6 +286,73 @@ def test_logs_are_lines_of_json_and_results_are_on_stdout(folder, make_job, caps
     (error,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert (error["event"], error["kind"], error["exit_code"]) == ("error", "JobError", 2)
     assert _run(["run", str(job), "--log-format", "yaml"]) == 2
+
+
+LOUD = """
+import logging, sys, warnings
+import torch
+
+logging.getLogger("theirs").addHandler(logging.StreamHandler())
+
+def loud(batch):
+    print("printed")
+    print("half a line,", end=" ", file=sys.stderr)
+    print("to stderr", file=sys.stderr)
+    logging.getLogger("library").warning("of a library")
+    logging.getLogger("early").warning("by a handler of before")
+    logging.getLogger("theirs").warning("by a handler of its own")
+    warnings.warn("warned", stacklevel=1)
+    return {"input": batch["x"]}
+
+def leaving(batch):
+    sys.exit(0)
+"""
+
+
+def test_what_others_say_is_json_too_and_never_among_the_results(folder, make_job, capsys, monkeypatch):
+    """Prints, warnings and logs of a user's function and of libraries."""
+    (folder / "loud.py").write_text(LOUD)
+    early = logging.getLogger("early")
+    monkeypatch.setattr(early, "handlers", [logging.StreamHandler()])
+    monkeypatch.setattr(early, "propagate", False)
+    job = make_job(folder, data='folder = "rows"\ntransform = "loud.py:loud"\nbatch_size = 2')
+    assert _run(["run", str(job), "--log-format", "json"]) == 0
+    captured = capsys.readouterr()
+    said = [json.loads(line)["message"] for line in captured.err.splitlines()]
+    for text in (
+        "printed",
+        "half a line, to stderr",
+        "of a library",
+        "by a handler of its own",
+        "by a handler of before",
+        "warned",
+    ):
+        assert text in said
+    assert [line.split()[0] for line in captured.out.splitlines()] == [
+        "calibrate", "plan", "cast", "build", "verify", "manifest"
+    ]  # fmt: skip
+    assert _run(["run", str(job), "--redo"]) == 0
+    captured = capsys.readouterr()
+    assert "printed" not in captured.out
+    assert "warning: of a library" in captured.err
+
+
+def test_a_bug_is_a_line_of_json(folder, make_job, capsys, monkeypatch):
+    job = make_job(folder)
+    monkeypatch.setattr("engines.job.running.load_job", lambda path: 1 // 0)
+    assert _run(["run", str(job), "--log-format", "json"]) == 1
+    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert line["message"].startswith("ZeroDivisionError")
+    assert "test_job_data.py" in line["traceback"]
+
+
+def test_a_function_that_leaves_does_not_end_the_job_as_if_all_were_well(folder, make_job, capsys):
+    (folder / "loud.py").write_text(LOUD)
+    code, err = run(folder, make_job, capsys, source='folder = "rows"\ntransform = "loud.py:leaving"')
+    assert code == 1
+    assert "called sys.exit(0)" in err
+    assert "loud.py:" in err
+    assert json.loads((folder / "out/manifest.json").read_text())["status"] == "failed"
 
 
 def test_a_terminal_sees_a_bar_with_rate_and_memory(folder, make_job, monkeypatch):

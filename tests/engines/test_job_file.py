@@ -62,6 +62,12 @@ def load(tmp_path: Path, text: str):
         ("[model]\nlocation = 'a.pt2'\n[data]", "line 3: [data]: set exactly one of folder", "[data]: folder"),
         (GOOD + "shuffle = true", "an unseeded order does not repeat", "[data]: folder"),
         (GOOD + "arguments = {a = 1}", "arguments are those of loader", "[data]: folder"),
+        (GOOD + "config = 'a'", "config is that of hub, which is not set", "[data]: folder"),
+        (GOOD + "columns = {a = []}", "columns: nothing feeds the input a", "[data]: folder"),
+        (GOOD + "'batch size' = 3", "line 5: unknown key 'batch size' in [data]; near names: batch_size", "[data]: "),
+        (GOOD + "['da ta']\nx = 3", "unknown table 'da ta' in the job; near names: data", "tables: model"),
+        (GOOD + "columns = {'a b' = 3}", "[data] columns['a b'] is 3 (an integer)", "[data]: "),
+        (GOOD + "[verification]\nmin_sqnr_db = nan", "line 6: [verification] min_sqnr_db: nan is no limit", "[verif"),
         (GOOD + "[verification.min_metrics]\nacc = 0.5", "the bound of a metric that is not in metrics", "[verif"),
         (GOOD + "held_out_share = 0.0\n[verification]\nmin_top1 = 0.9", "nothing is held out", "tables: model"),
     ],
@@ -147,3 +153,44 @@ def test_init_overwrites_nothing(tmp_path, capsys):
     assert _run(["init", str(tmp_path)]) == 2
     assert "overwrites nothing" in capsys.readouterr().err
     assert (tmp_path / "functions.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("tables", "code", "said"),
+    [
+        ({"verification": 'metrics = {a = "functions.py:agrement"}'}, 2, "near names: agreement"),
+        (
+            {"model": 'location = "functions.py:model"\narguments = {seeed = 1}'},
+            2,
+            "model(seed=0, scale=1.0) cannot be",
+        ),
+        ({"plan": 'rules = ["functions.py:mine"]'}, 2, "has no function 'mine'"),
+        ({"plan": 'nodes_to_exclude = ["^attention"]'}, 2, "[plan] nodes_to_exclude: '^attention' matches no node"),
+        ({"plan": 'nodes_to_include = ["(("]'}, 2, "is not a regular expression"),
+        ({"plan": 'targets_to_exclude = ["aten.addd"]'}, 2, "no node has the target 'aten.addd'"),
+        ({"plan": "range_quantile = 0.9", "calibration": "histogram = false"}, 2, "needs histograms"),
+        ({"build": 'backend = "eager"\nsettings = {workspace = 1}'}, 2, "takes no setting but device; got workspace"),
+        ({"build": 'backend = "eager"\nsettings = {strict_precision = true}'}, 2, "is a key of [build] itself"),
+        ({"build": 'backend = "eager"\nsettings = {progress = true}'}, 2, "the job gives it"),
+        ({"build": 'backend = "eagre"'}, 2, "should be 'auto', 'tensorrt' or 'eager'"),
+        ({"build": 'backend = "eager"\nahead_of_time = true'}, 1, "nothing to build ahead of time"),
+        ({"calibration": 'device = "cudda"'}, 2, "device 'cudda': give cpu, cuda"),
+        ({"data": 'folder = "rows"\ncolumns = {input = "xx"}'}, 2, "no column 'xx' for the input input; near names: x"),
+        ({"data": 'folder = "rows"\ncolumns = {input = ["x", "y"]}'}, 2, "no column 'y' for the input input"),
+        ({"data": 'folder = "rows"\ncolumns = {input = "x"}\nbatch_size = 100'}, 2, "none of them is left"),
+        ({"held_out": 'json = "rowz.json"'}, 2, "no file matches 'rowz.json'"),
+        ({"held_out": 'columns = {input = "z"}'}, 2, "[held_out] columns: no column 'z' for the input input"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_told_before_the_first(tmp_path, make_job, capsys, tables, code, said):
+    """By a dry run, too; and nothing was measured."""
+    data = 'folder = "rows"\ncolumns = {input = "x"}\nbatch_size = 4'
+    job = make_job(tmp_path, **{"data": data, **tables})
+    for options in (["--dry-run"], []):
+        assert _run(["run", str(job), *options]) == code
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert "Traceback" not in captured.err
+        assert "would be made" not in captured.out
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+    assert not list((tmp_path / "out").rglob("*.npz"))

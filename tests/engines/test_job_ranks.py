@@ -166,6 +166,17 @@ def test_the_same_command_again_finishes_it(base: Path, lost: dict[str, Any], ou
     equal(RangeTable.load(base / "lost/ranges.parquet"), RangeTable.load(base / "rows-1/ranges.parquet"))
 
 
+def test_what_a_run_of_more_processes_left_goes_when_all_is_measured(
+    base: Path, make_job: Any, run_forked: Any
+) -> None:
+    path = job(make_job, base, "fewer", f'folder = "rows"\nbatch_size = {BATCH}')
+    kill = {"rank": 1, "phase": "running", "batch": 2}
+    killed, alone = run_forked([{"job": path, "world": 2, "kill": kill}, {"job": path}])
+    assert killed["codes"] == [1, -signal.SIGKILL]
+    assert alone["codes"] == [0], alone["err"]
+    assert not list((base / "fewer/checkpoints").iterdir())
+
+
 def test_the_same_process_twice_is_not_merged(base: Path, lost: Any, tmp_path: Path, capsys: Any) -> None:
     ranges = str(base / "rows-1/ranges.parquet")
     assert _run(["merge", ranges, ranges, "-o", str(tmp_path / "r.parquet")]) == 1

@@ -182,6 +182,28 @@ def test_a_gate_that_says_no_is_exit_code_3_and_stays_no(job, capsys):
     assert manifest(job)["status"] == "done"
 
 
+def test_a_verification_that_is_switched_off_does_not_stay_in_the_manifest(job, capsys):
+    """It would be that of an engine of before."""
+    edit(job, "min_sqnr_db = 30.0", "")
+    edit(job, "batch_size = 2", "batch_size = 2\nheld_out_share = 0.0")
+    assert "verify      would be removed" in run(job, capsys, "--dry-run")[1]
+    code, _, err = run(job, capsys)
+    assert code == 0
+    assert "verify: no stage of this job any more" in err
+    assert sorted(manifest(job)["stages"]) == ["build", "calibrate", "cast", "plan"]
+    assert manifest(job)["status"] == "done"
+    assert not (job.parent / "out/verification.json").exists()
+
+
+def test_a_manifest_that_cannot_be_read_is_told_with_the_way_out(job, capsys):
+    (job.parent / "out/manifest.json").write_text("{")
+    code, _, err = run(job, capsys)
+    assert code == 1
+    assert "manifest.json is not a readable job file" in err
+    assert "`calibcast run --redo` makes everything anew" in err
+    assert run(job, capsys, "--redo")[0] == 0
+
+
 def test_a_metric_of_the_users_is_a_gate(job, capsys):
     functions = job.parent / "functions.py"
     functions.write_text(functions.read_text() + "\ndef accuracy(output, reference, batch):\n    return 0.25\n")
@@ -277,6 +299,22 @@ def test_a_disk_that_is_really_full(job):
     assert (job.parent / "out/ranges.parquet").read_bytes() == before
 
 
+def test_a_disk_without_a_byte_left_is_told(job, capsys, monkeypatch):
+    """Also the note of who holds the folder cannot be written then: no traceback, and all that was good stays."""
+    before = snapshot(job.parent / "out")
+    edit(job, "batch_size = 2", "batch_size = 4")
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    code, _, err = run(job, capsys)
+    assert code == 1
+    assert "cannot write" in err
+    assert "No space left on device" in err
+    assert snapshot(job.parent / "out") == before
+
+
 def test_an_output_that_cannot_be_written_is_told_before_hours_of_work(job, capsys):
     (job.parent / "file").write_text("")
     edit(job, 'folder = "out"', 'folder = "file/out"')
@@ -306,6 +344,9 @@ def test_artifacts_go_to_an_fsspec_store_with_the_manifest_last(job, capsys, mon
     assert run(job, capsys)[1].count(": made") == 0
     # On another machine, without the scratch folder, nothing is done twice either.
     shutil.rmtree(job.parent / ".calibcast")
+    code, out, _ = run(job, capsys, "--dry-run")
+    assert (code, made(out)) == (0, ([], STAGES))
+    assert not (job.parent / ".calibcast").exists()
     code, out, err = run(job, capsys)
     assert code == 0, err
     assert made(out) == ([], STAGES)

@@ -1,0 +1,64 @@
+"""What the stages to come would refuse, asked before the first: hours of work should not end in a typo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from calib.errors import BuildError, PlanError
+from engines.backends import chosen
+from engines.job.errors import JobError
+from engines.job.job_file import JobFile
+from engines.job.settings import Build
+from engines.locations import load_function
+from passes.regions import candidates
+from passes.settings import Settings, low_type_of
+
+# Arguments of `build` that are no keys of [build], and may stand among its settings; the others are the backend's.
+_OF_BUILD = {"isolate", "cache", "cache_size"}
+_OF_THE_JOB = {"mixed", "plan", "ranges", "progress"}
+
+
+def check_job(file: JobFile, program: ExportedProgram) -> None:
+    """Ask of every stage what can be known without data: functions, patterns, settings, the backend, the device.
+
+    Raises JobError or LocationError for a mistake in the job file, BuildError for a backend that is not here.
+    """
+    job = file.job
+    for location in job.verification.metrics.values():
+        load_function(file.function(location))
+    rules = [load_function(file.function(location)) for location in job.plan.rules]
+    arguments = job.plan.model_dump(exclude={"rules", "low_precision_type"})
+    try:
+        low_type = low_type_of(job.plan.low_precision_type)
+        Settings(rules=rules, **arguments).judge(candidates(program), None, low_type)
+    except PlanError as error:
+        raise JobError(f"{file.path}: [plan] {error}") from error
+    if job.calibration.device is not None:
+        _check_device(file, job.calibration.device)
+    _check_build(file, job.build)
+
+
+def _check_device(file: JobFile, device: str) -> None:
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise JobError(f"{file.path}: [calibration] device {device!r}: give cpu, cuda or cuda:1") from error
+
+
+def _check_build(file: JobFile, asked: Build) -> None:
+    for name in asked.settings:
+        if name in Build.model_fields:
+            raise JobError(f"{file.path}: [build] settings: {name!r} is a key of [build] itself: set it there")
+        if name in _OF_THE_JOB:
+            raise JobError(f"{file.path}: [build] settings: {name!r} is not to be set, the job gives it")
+    backend, _ = chosen(asked.backend, asked.ahead_of_time)
+    backend.require(asked.ahead_of_time)
+    own: dict[str, Any] = {name: value for name, value in asked.settings.items() if name not in _OF_BUILD}
+    if own:
+        try:
+            backend.check_settings(own, asked.ahead_of_time)
+        except BuildError as error:
+            raise JobError(f"{file.path}: [build] settings: {error}") from error
