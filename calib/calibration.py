@@ -14,7 +14,9 @@ from typing import Any
 
 import polars as pl
 import torch
+from torch import fx
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from calib.batches import Signature, numbered, signature_of
@@ -30,6 +32,7 @@ from calib.observer import Observer
 from calib.order import batch_hash, refuse_unseeded, resumed, rewind
 from calib.range_statistics import table_of
 from calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size
+from calib.undefined import undefined_tensors
 
 _log = logging.getLogger("calibcast")
 HALF_MAX = 65504.0  # largest finite fp16 value, IEEE 754 binary16
@@ -76,9 +79,16 @@ class Run:
         self.note_inputs(flat)
         return True
 
-    def _watch(self, name: str, *rest: Any) -> None:
-        if name not in self._weight_names:
-            self.observer.watch(name, *rest)
+    @cached_property
+    def _undefined(self) -> frozenset[str]:
+        return undefined_tensors(self.program)
+
+    def _watch(self, name: str, node: fx.Node, result: Any, arguments: dict[fx.Node, Any]) -> None:
+        if name in self._weight_names:
+            return
+        if name in self._undefined:
+            result = pytree.tree_map_only(torch.Tensor, torch.zeros_like, result)
+        self.observer.watch(name, node, result, arguments)
 
     def note_inputs(self, flat: list[Any]) -> None:
         """Count a batch, its sizes and its hash."""

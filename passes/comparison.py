@@ -21,6 +21,7 @@ from calib.execution import ProgramRunner, Ran, naming_batch, tensors_of
 from calib.graph import REGION_CHILD, TensorSpec, base_op, dtype_name, op_name, tensor_specs, tensor_values, walk, where
 from calib.masks import mask_tensors
 from calib.sentinels import MASK_AT_MOST
+from calib.undefined import undefined_tensors
 from passes.lineage import readings
 from passes.tensor_errors import COLUMNS, TensorErrors, rounding_db
 
@@ -153,7 +154,7 @@ class _Comparing:
         self._ours, self._theirs, self._specs = ours, theirs, specs
         self._rows = {(spec.node, spec.output): row for row, spec in enumerate(specs)}
         self._weights = {spec.node for spec in specs if spec.kind not in {"activation", "input"}}
-        self._named = {spec.node for spec in specs}
+        self._named = {spec.node for spec in specs} - undefined_tensors(theirs.program)
         self._masks = mask_tensors(theirs.program)
         self._errors = TensorErrors(len(specs), theirs.device)
         self._types: dict[int, torch.dtype] = {}
