@@ -154,7 +154,8 @@ class _Comparing:
         self._ours, self._theirs, self._specs = ours, theirs, specs
         self._rows = {(spec.node, spec.output): row for row, spec in enumerate(specs)}
         self._weights = {spec.node for spec in specs if spec.kind not in {"activation", "input"}}
-        self._named = {spec.node for spec in specs} - undefined_tensors(theirs.program)
+        self._named = {spec.node for spec in specs}
+        self._undefined = undefined_tensors(theirs.program)
         self._masks = mask_tensors(theirs.program)
         self._errors = TensorErrors(len(specs), theirs.device)
         self._types: dict[int, torch.dtype] = {}
@@ -183,8 +184,10 @@ class _Comparing:
         masked = MASK_AT_MOST if theirs.name in self._masks else None
         for output, tensor in tensors_of(theirs.node, theirs.result):
             row = self._rows.get((theirs.name, output))
-            if row is not None and output in mine:
-                self._types[row] = mine[output].dtype
+            if row is None or output not in mine:
+                continue
+            self._types[row] = mine[output].dtype
+            if theirs.name not in self._undefined:
                 self._errors.update(row, mine[output], tensor, index, masked)
 
     def result(self) -> Comparison:
