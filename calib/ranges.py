@@ -16,7 +16,7 @@ import polars as pl
 from calib.artifacts import SCHEMA_VERSION, check_header, parsed, versions, written_whole
 from calib.columns import HIDDEN
 from calib.digests import fingerprint, first_difference
-from calib.errors import ArtifactError, MismatchError
+from calib.errors import ArtifactError, MismatchError, require_kind
 from calib.range_checks import check_values
 from calib.seal import UNSEALED, broken_seal, has_parquet_ends, seal
 from calib.second_look import second_look
@@ -183,6 +183,12 @@ class RangeTable:
         from calib.range_statistics import statistics_of
 
         return statistics_of(self)
+
+
+def require_table(value: Any, argument: str = "ranges") -> None:
+    """Raise MismatchError for anything but a RangeTable, such as the path of one."""
+    remedy = "Give what calibrate returns, or RangeTable.load(path)."
+    require_kind(value, RangeTable, argument, remedy, MismatchError)
 
 
 def hidden_rows(frame: pl.DataFrame) -> pl.DataFrame:
