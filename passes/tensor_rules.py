@@ -182,22 +182,31 @@ def _above(
         return None
     batch = "" if worst.absmax_batch is None or worst.is_weight else f" in batch {worst.absmax_batch}"
     share = "" if quantile >= 1.0 else f" (quantile {quantile:g})"
-    seen_text = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
+    reached = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
+    if _all_mask(worst) and worst.mask_min is not None:
+        reached = f"nothing but mask values, down to {worst.mask_min:.4g}"
     return Verdict(
-        rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
+        rule, f"{_role(facts, worst)} reached {reached}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
     )
 
 
 def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
     """The magnitude that a node answers for: of a masked tensor, softmax and attention care for the upper end alone.
 
-    What is all mask has none: of a row with fewer than k valid scores, the k-th largest is one.
+    What is all mask has none where the low type holds it, as `full(-inf)` of a causal mask. Neither has what is chosen:
+    of a row with fewer than k valid scores, the k-th largest is a mask value.
     """
     if tensor.masked and (facts.base in SOFTMAX or facts.base in ATTENTION):
         return max(0.0, tensor.max or 0.0)
-    if tensor.masked and tensor.absmax is None and not tensor.nonfinite and facts.base in SELECTS | COMPARES:
-        return 0.0
+    if _all_mask(tensor):
+        held = tensor.mask_min is None or tensor.mask_min >= -facts.low.max
+        if held or facts.base in SELECTS | COMPARES:
+            return 0.0
     return tensor.magnitude(quantile)
+
+
+def _all_mask(tensor: TensorFacts) -> bool:
+    return tensor.masked > 0 and tensor.absmax is None and not tensor.nonfinite
 
 
 def _role(facts: NodeFacts, tensor: TensorFacts) -> str:

@@ -371,6 +371,18 @@ class TestMask:
         assert DataMax(512.0)(node(masked, base="mul")) is not None
         assert DataMax(512.0)(node(replace(masked, max=600.0), base="softmax")).evidence == 600.0
 
+    def test_what_is_all_mask_has_no_magnitude(self) -> None:
+        """A tensor of -inf or -1e4 and nothing else, as `full` makes it; one of -1e9, which fp16 does not hold, has."""
+        for least in (None, -1e4, -65504.0):
+            every = tensor(None, masked=16, mask_min=least)
+            assert DataMax(512.0)(node(output=every, base="full")) is None
+            assert DataMax(512.0)(node(every, base="where")) is None
+        beyond = tensor(None, masked=16, mask_min=-1e9)
+        verdict = DataMax(512.0)(node(output=beyond, base="full"))
+        assert "nothing but mask values, down to -1e+09" in verdict.reason
+        assert DataMax(512.0)(node(output=beyond, base="full", low_type=BRAIN)) is None
+        assert DataMax(512.0)(node(output=replace(beyond, masked=0, nonfinite=16), base="full")) is not None
+
 
 class TestInterior:
     def test_a_bound_above_the_low_type(self) -> None:
