@@ -102,6 +102,12 @@ class RangeTable:
     def __len__(self) -> int:
         return len(self.frame)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RangeTable):
+            return NotImplemented
+        same = self.calibration == other.calibration and self.frame.equals(other.frame)
+        return same and self.hidden.equals(other.hidden)
+
     def __str__(self) -> str:
         above = self.frame.filter(pl.col("absmax") > 65504).height
         bad = self.frame.filter(pl.col("nonfinite_batch").is_not_null()).height

@@ -48,7 +48,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VerificationReport:
     """Evidence, not a bool: how far each output is from the reference, over all batches.
 

@@ -70,7 +70,7 @@ class NonfiniteNode:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """How far each tensor of a cast graph is from the program's, over all batches.
 
