@@ -31,12 +31,13 @@ def cancelled_nodes(names: Mapping[fx.Node, str], evidence: Evidence, low_type: 
     and means the share that rounding takes is handed on.
     """
     found: dict[str, Cancelled] = {}
+    seen: set[fx.Node] = set()
     for node, name in names.items():
         if node.op == "call_function" and base_op(node.target) in _TAKES_AWAY:
             decibels = _left(node, names, evidence, format_of(low_type))
             if decibels is not None and decibels < LEAST_SQNR_DB:
                 left = Cancelled(name, evidence[name, 0].rms or 0.0, decibels)
-                for concerned in (node, *_makers(node)):
+                for concerned in (node, *_makers(node, seen)):
                     if concerned in names:
                         found.setdefault(names[concerned], left)
     return found
@@ -70,15 +71,14 @@ def _facts(node: fx.Node, names: Mapping[fx.Node, str], evidence: Evidence) -> T
     return evidence.get((names.get(producer, producer.name), output or 0))
 
 
-def _makers(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that made the operands, and those that made what they hand on."""
-    waiting, seen = list(node.all_input_nodes), set(node.all_input_nodes)
+def _makers(node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
+    """The nodes that made the operands, and those that made what they hand on; of all calls together each once."""
+    waiting = list(node.all_input_nodes)
     while waiting:
         maker, _ = producer_of(waiting.pop())
-        if maker.op != "call_function":
+        if maker in seen or maker.op != "call_function":
             continue
+        seen.add(maker)
         yield maker
         if base_op(maker.target) in _HANDS_ON:
-            fresh = [n for n in maker.all_input_nodes if n not in seen]
-            seen.update(fresh)
-            waiting.extend(fresh)
+            waiting.extend(maker.all_input_nodes)
