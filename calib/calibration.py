@@ -24,7 +24,7 @@ from calib.captured_execution import captured_or_plain
 from calib.checkpoint import Checkpoint, Pace, copy_into
 from calib.device_observer import observer_for
 from calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
-from calib.execution import ProgramRunner, refuse_training
+from calib.execution import ProgramRunner, refuse_training, require_program
 from calib.fingerprint import inputs_hash, node_digests, weights_hash
 from calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
 from calib.masks import mask_tensors
@@ -240,6 +240,7 @@ def prepare(program: ExportedProgram, device: torch.device | str | None, histogr
     """A calibration that has seen nothing yet. Raises as `calibrate` does."""
     if on_nonfinite not in ON_NONFINITE:
         raise CalibcastError(f"on_nonfinite={on_nonfinite!r}: known are {', '.join(map(repr, ON_NONFINITE))}")
+    require_program(program)
     refuse_training(program)
     specs = tensor_specs(program)
     if not specs:

@@ -73,6 +73,13 @@ def known(name: str, names: Iterable[str], most: int = 8) -> str:
     return f"known: {shown}{f' and {len(every) - most} more' if len(every) > most else ''}"
 
 
+def require_kind(value: Any, kind: type, argument: str, remedy: str, error: type[CalibcastError]) -> None:
+    """Raise `error` unless `value` is of a class: what came for which argument, and how to get what belongs there."""
+    if not isinstance(value, kind):
+        came = "None" if value is None else f"a {type(value).__name__}"
+        raise error(f"{argument} is {came}, expected a {kind.__name__}. {remedy}")
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its `repr` where it has none. Libraries append whole stack traces."""
     return (str(error).strip() or repr(error)).splitlines()[0]

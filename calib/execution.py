@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from calib.aliasing import mutated_inputs
-from calib.errors import BatchError, ProgramError, first_line
+from calib.errors import BatchError, ProgramError, first_line, require_kind
 from calib.graph import AUTOCAST_REGION, REGION_CHILD, child_of, program_device, state_tensor, where
 
 # watch(name, node, result, arguments): called after a node has run and before anything can change its result.
@@ -212,6 +212,12 @@ def tensors_of(node: fx.Node, result: Any) -> list[tuple[int, torch.Tensor]]:
     if isinstance(result, (list, tuple)):
         return [(i, item) for i, item in enumerate(result) if isinstance(item, torch.Tensor)]
     return []
+
+
+def require_program(value: Any, argument: str = "program", remedy: str = "") -> None:
+    """Raise ProgramError for anything but an exported program, such as the module itself."""
+    export = "Give what torch.export.export(model.eval(), args) returns."
+    require_kind(value, ExportedProgram, argument, remedy or export, ProgramError)
 
 
 def refuse_training(program: ExportedProgram) -> None:

@@ -18,7 +18,7 @@ _NUMBERS = ("min", "max", "absmax", "smallest", "rms", "batches", "elements")
 CHANGES = ("new", "gone", "grew", "shrank", "same")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RangeDiff:
     """Two tables, row by row.
 

@@ -14,7 +14,16 @@ from calib.columns import BINS, HIDDEN, NO_BATCH, NO_HIDDEN
 from calib.digests import first_difference
 from calib.errors import MismatchError
 from calib.graph import TensorSpec
-from calib.ranges import HIDDEN_SCHEMA, MAX_HASHES, SCHEMA, Calibration, RangeTable, hidden_rows, merge_sizes
+from calib.ranges import (
+    HIDDEN_SCHEMA,
+    MAX_HASHES,
+    SCHEMA,
+    Calibration,
+    RangeTable,
+    hidden_rows,
+    merge_sizes,
+    require_table,
+)
 from calib.statistics import Statistics
 
 
@@ -22,6 +31,8 @@ def merged(tables: Sequence[RangeTable]) -> RangeTable:
     """See `RangeTable.merge`."""
     if not tables:
         raise MismatchError("nothing to merge: give at least one RangeTable")
+    for number, table in enumerate(tables):
+        require_table(table, f"table {number}")
     first = total = tables[0]
     for number, table in enumerate(tables[1:], 1):
         difference = first_difference(first.calibration.digests, table.calibration.digests)

@@ -16,7 +16,7 @@ import polars as pl
 from calib.artifacts import SCHEMA_VERSION, check_header, parsed, save_frame, versions
 from calib.columns import HIDDEN
 from calib.digests import fingerprint, first_difference
-from calib.errors import ArtifactError, MismatchError
+from calib.errors import ArtifactError, MismatchError, require_kind
 from calib.range_checks import check_values
 from calib.seal import broken_seal, has_parquet_ends
 from calib.second_look import second_look
@@ -102,6 +102,12 @@ class RangeTable:
     def __len__(self) -> int:
         return len(self.frame)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RangeTable):
+            return NotImplemented
+        same = self.calibration == other.calibration and self.frame.equals(other.frame)
+        return same and self.hidden.equals(other.hidden)
+
     def __str__(self) -> str:
         above = self.frame.filter(pl.col("absmax") > 65504).height
         bad = self.frame.filter(pl.col("nonfinite_batch").is_not_null()).height
@@ -181,6 +187,12 @@ class RangeTable:
         from calib.range_statistics import statistics_of
 
         return statistics_of(self)
+
+
+def require_table(value: Any, argument: str = "ranges") -> None:
+    """Raise MismatchError for anything but a RangeTable, such as the path of one."""
+    remedy = "Give what calibrate returns, or RangeTable.load(path)."
+    require_kind(value, RangeTable, argument, remedy, MismatchError)
 
 
 def hidden_rows(frame: pl.DataFrame) -> pl.DataFrame:

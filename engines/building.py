@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from calib.execution import require_program
 from calib.ranges import RangeTable
 from engines.backends import chosen
 from engines.engine import Engine
@@ -60,6 +61,7 @@ def build(  # noqa: PLR0913 - the public contract
         BuildError: unknown backend or setting, a missing package, or the builder failed: at which nodes, what to do.
         GateError: `strict_precision` says no (`report`: the rows).
     """
+    require_program(mixed, "mixed", "Give what insert_casts(program, plan) returns, or any exported program.")
     found, why = chosen(backend, ahead_of_time)
     _log.info("backend %s (%s)", found.name, why)
     request = BuildRequest(

@@ -31,7 +31,7 @@ _MANIFEST, _PROGRAM, _PLAN, _RANGES = "manifest.json", "program.pt2", "plan.json
 _LEDGER = "ledger.parquet"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Engine:
     """A built engine. Call it like the model: `engine(*args, **kwargs)`, in the model's own output structure.
 

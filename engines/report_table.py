@@ -18,6 +18,7 @@ from engines.usage import UsageError
 if TYPE_CHECKING:
     from passes.plan import PrecisionPlan
 
+_KINDS = ("input", "parameter", "buffer", "constant", "activation")
 _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -60,13 +61,14 @@ def report_frame(  # noqa: PLR0913 - one per filter
     )
     if plan is not None:
         frame = frame.join(_decisions(plan), on="node", how="left", maintain_order="left")
-    conditions = [] if above is None else [(pl.col("absmax") > above) | (pl.col("absmax").is_null())]
+    nothing_finite = pl.col("absmax").is_null() & (pl.col("nonfinite") > 0)  # neither all mask nor empty
+    conditions = [] if above is None else [(pl.col("absmax") > above) | nothing_finite]
     if op is not None:
         conditions.append(_has_op(frame, op))
     if module is not None:
         conditions.append(_matches("module", f"^(?:{_regex(module)})"))
     if kind is not None:
-        conditions.append(_is_known(frame, "kind", kind))
+        conditions.append(_is_kind(kind))
     if rule is not None:
         conditions.append(_has_rule(frame, plan, rule))
     conditions += [_condition(frame, text) for text in where]
@@ -106,7 +108,8 @@ def _decisions(plan: PrecisionPlan) -> pl.DataFrame:
 
 def _sorted(frame: pl.DataFrame, sort: str | None, descending: bool) -> pl.DataFrame:
     if sort is None:
-        keys = [pl.col("nonfinite") > 0, pl.col("absmax").fill_null(float("inf"))]
+        bad = pl.col("nonfinite") > 0
+        keys = [bad, pl.col("absmax").fill_null(pl.when(bad).then(float("inf")).otherwise(0.0))]
         return frame.sort(keys, descending=descending, maintain_order=True)
     _check_column(frame, sort)
     if isinstance(frame.schema[sort], pl.List):
@@ -125,19 +128,19 @@ def _has_op(frame: pl.DataFrame, op: str) -> pl.Expr:
     return found
 
 
-def _is_known(frame: pl.DataFrame, column: str, value: str) -> pl.Expr:
-    present = set(frame[column].drop_nulls().unique())
-    if value not in present:
-        raise UsageError(f"--{column} {value}: no tensor has it; {known(value, present)}")
-    return pl.col(column) == value
+def _is_kind(kind: str) -> pl.Expr:
+    if kind not in _KINDS:
+        raise UsageError(f"--kind {kind}: no kind of tensor; {known(kind, _KINDS)}")
+    return pl.col("kind") == kind
 
 
 def _has_rule(frame: pl.DataFrame, plan: PrecisionPlan | None, rule: str) -> pl.Expr:
     if plan is None:
         raise UsageError(f"--rule {rule}: rules are of a plan; give --plan P.json")
     met = {v.rule for d in plan.decisions for v in d.verdicts} | {d.rule for d in plan.decisions if d.rule}
-    if rule not in met:
-        raise UsageError(f"--rule {rule}: no node has met it; {known(rule, met)}")
+    asked = {str(name) for name in plan.settings.get("rules", ())}  # those that no node has met, too
+    if rule not in met | asked:
+        raise UsageError(f"--rule {rule}: the plan has no such rule; {known(rule, met | asked)}")
     return pl.col("rules").list.contains(rule).fill_null(False) | (pl.col("rule") == rule).fill_null(False)
 
 

@@ -18,8 +18,15 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from calib.batches import numbered, signature_of
-from calib.errors import CalibcastError, GateError, MismatchError
-from calib.execution import ProgramRunner, input_structure, output_names, output_structure, tensors_of
+from calib.errors import CalibcastError, GateError, MismatchError, require_kind
+from calib.execution import (
+    ProgramRunner,
+    input_structure,
+    output_names,
+    output_structure,
+    require_program,
+    tensors_of,
+)
 from calib.fingerprint import inputs_hash
 from calib.graph import where
 from engines.attribution import Attribution
@@ -41,7 +48,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VerificationReport:
     """Evidence, not a bool: how far each output is from the reference, over all batches.
 
@@ -155,6 +162,8 @@ def verify(  # noqa: PLR0913 - the public contract
         MismatchError: the engine's outputs have another structure or shape. BatchError: as in `calibrate`.
         CalibcastError: a metric raised.
     """
+    require_program(program)
+    require_kind(metrics or {}, Mapping, "metrics", "Give {name: function(output, reference)}.", CalibcastError)
     signature = signature_of(program)
     runner = ProgramRunner(program, getattr(engine, "device", None))
     comparison = _Comparison(engine, runner, dict(metrics or {}), _attribution(engine, runner, attribute))

@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from passes.cast_insertion import insert_casts
     from passes.classification import classify
     from passes.comparison import Comparison, compare
-    from passes.facts import Hidden, Literal, NodeFacts, TensorFacts
+    from passes.facts import Cancelled, Hidden, Literal, NodeFacts, TensorFacts
     from passes.plan import Decision, PrecisionPlan
     from passes.tensor_rules import Rule, Verdict
 
 __all__ = [
+    "Cancelled",
     "Comparison",
     "Decision",
     "Hidden",
@@ -32,7 +33,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        **dict.fromkeys(("Hidden", "Literal", "NodeFacts", "TensorFacts"), "passes.facts"),
+        **dict.fromkeys(("Cancelled", "Hidden", "Literal", "NodeFacts", "TensorFacts"), "passes.facts"),
         **dict.fromkeys(("Decision", "PrecisionPlan"), "passes.plan"),
         **dict.fromkeys(("Rule", "Verdict"), "passes.tensor_rules"),
         **dict.fromkeys(("Comparison", "compare"), "passes.comparison"),

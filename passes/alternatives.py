@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 
 from calib.collector import paused
 from calib.errors import PlanError
+from calib.execution import require_program
 from calib.graph import dtype_name
-from calib.ranges import RangeTable
+from calib.ranges import RangeTable, require_table
 from passes.cast_count import CastCounter
 from passes.classification import masked_nodes
 from passes.decisions import decide
@@ -87,8 +88,9 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
         PlanError: as `classify`; or `base` is of another program.
         MismatchError: the ranges are of another program.
     """
+    require_table(ranges)
     asked = [
-        Setting(low_type_of(low_type), float(limit), float(quantile))
+        Setting(low_type_of(low_type), limit, quantile)
         for low_type, limit, quantile in product(
             _several(low_precision_type), _several(data_max), _several(range_quantile)
         )
@@ -97,6 +99,7 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
         raise PlanError("nothing to ask: give at least one data_max, low_precision_type and range_quantile")
     for setting in asked:
         check_limits(setting.data_max, None, None, setting.quantile, ranges)
+    require_program(program)
     ranges.check(program, weights)
     if base is not None:
         base.check(program)

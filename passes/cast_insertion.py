@@ -19,6 +19,8 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 from calib.aliasing import shared_arguments, written_arguments
 from calib.collector import paused
+from calib.errors import PlanError, require_kind
+from calib.execution import require_program
 from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint
 from passes.dtype_arguments import with_low_dtype
 from passes.low_types import fake_mode_of, retyped, types_of
@@ -43,6 +45,9 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
         MismatchError: the plan is of another program.
         PlanError: the program's metadata is missing, so that types cannot be derived.
     """
+    require_program(program)
+    remedy = "Give what classify returns, or PrecisionPlan.load(path)."
+    require_kind(plan, PrecisionPlan, "plan", remedy, PlanError)
     plan.check(program)
     # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module

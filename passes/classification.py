@@ -9,9 +9,10 @@ import torch
 from torch.export import ExportedProgram
 
 from calib.collector import paused
+from calib.execution import require_program
 from calib.fingerprint import node_digests
 from calib.graph import dtype_name
-from calib.ranges import RangeTable
+from calib.ranges import RangeTable, require_table
 from passes.decisions import decide
 from passes.facts import LOW, WEIGHT_KINDS
 from passes.flips import LazyFlips, flips_of
@@ -67,7 +68,9 @@ def classify(  # noqa: PLR0913 - the public contract
         data_max, init_max, max_depth_of_reduction, nodes_to_exclude, targets_to_exclude, nodes_to_include,
         targets_to_include, range_quantile, rules, wide_accumulation,
     )  # fmt: skip
+    require_program(program)
     if ranges is not None:
+        require_table(ranges)
         ranges.check(program, weights)
     with paused():
         facts = ProgramFacts.of(program, ranges)

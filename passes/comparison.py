@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from calib.batches import numbered, signature_of
 from calib.errors import MismatchError
-from calib.execution import ProgramRunner, Ran, naming_batch, tensors_of
+from calib.execution import ProgramRunner, Ran, naming_batch, require_program, tensors_of
 from calib.graph import REGION_CHILD, TensorSpec, base_op, dtype_name, op_name, tensor_specs, tensor_values, walk, where
 from calib.masks import mask_tensors
 from calib.sentinels import MASK_AT_MOST
@@ -71,7 +71,7 @@ class NonfiniteNode:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """How far each tensor of a cast graph is from the program's, over all batches.
 
@@ -136,6 +136,8 @@ def compare(  # noqa: PLR0913 - as calibrate
     Raises:
         MismatchError: `mixed` was not made from `program`. BatchError: as in `calibrate`.
     """
+    require_program(program)
+    require_program(mixed, "mixed", "Give what insert_casts(program, plan) returns.")
     comparing = _Comparing.of(program, mixed, device)
     batches = numbered(dataloader, signature_of(program), transform, max_batches)
     with tqdm(batches, "compare", max_batches, unit="batch", disable=None if progress else True) as bar:

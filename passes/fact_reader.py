@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from passes.evidence import Evidence, with_values
-from passes.facts import NodeFacts, TensorFacts
+from passes.facts import Cancelled, NodeFacts, TensorFacts
 from passes.number_formats import NumberFormat, format_of
 from passes.outlines import NodeOutline
 
@@ -18,7 +18,8 @@ from passes.outlines import NodeOutline
 class FactReader:
     """Makes `NodeFacts` of outlines, for one low type. kinds: of placeholders, by name; a table may lack them.
 
-    magnified, offset_free: what `passes.sensitivity` found of the graph's tensors and nodes.
+    magnified, offset_free: what `passes.sensitivity` found of the graph's tensors and nodes; cancelled: what
+    `passes.cancellation` did.
     """
 
     evidence: Evidence = field(repr=False)
@@ -26,6 +27,7 @@ class FactReader:
     low_type: torch.dtype
     magnified: frozenset[tuple[str, int]] = frozenset()
     offset_free: frozenset[str] = frozenset()
+    cancelled: Mapping[str, Cancelled] = field(default_factory=dict)
     _known: dict[tuple[str, int, str | None], TensorFacts] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -42,6 +44,7 @@ class FactReader:
             outputs=tuple([look_up((name, output, None)) for name, output, _ in outline.outputs]),
             low_type=self.low_type,
             low=self._low,
+            cancelled=self.cancelled.get(outline.name),
         )
         return facts
 

@@ -87,6 +87,18 @@ class Hidden:
     bound: float
 
 
+@dataclass(frozen=True)
+class Cancelled:
+    """What a sum or difference leaves of operands that are nearly equal.
+
+    node: the one that adds them up. rms: of its result. decibels: that to the rounding of its operands.
+    """
+
+    node: str
+    rms: float
+    decibels: float
+
+
 def _float16() -> torch.dtype:
     import torch  # whoever judges without it says in which format
 
@@ -100,6 +112,7 @@ class NodeFacts:
     inputs, outputs: its floating-point tensors. literals: numbers that become tensor values. epsilon: the op's own,
     if it has one. depth: how many products or terms are summed into one output element. hidden: bounds of values
     that the op hides. least_spread: the least variance (or mean square) that a norm divides by the root of.
+    cancelled: too little is left of what it adds up, or of what it makes where that is added up.
     moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given. low_type: what it is to run
     in; a NumberFormat only where tensors are judged without a program.
     """
@@ -115,6 +128,7 @@ class NodeFacts:
     depth: int | None = None
     hidden: tuple[Hidden, ...] = ()
     least_spread: float | None = None
+    cancelled: Cancelled | None = None
     moves: bool = False
     custom: bool = False
     has_ranges: bool = True

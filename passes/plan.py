@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from calib.artifacts import load_json, parsed, save_json
 from calib.digests import fingerprint, first_difference
 from calib.errors import ArtifactError, MismatchError, PlanError, known
+from calib.execution import require_program
 from calib.fingerprint import node_digests
 from calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
 from passes.facts import HIGH as HIGH
@@ -198,6 +199,7 @@ class PrecisionPlan:
 
         Nodes with a floating-point tensor in fp16 or bf16, whichever is more frequent, are low; those in fp32 high.
         """
+        require_program(program)
         nodes = candidates(program)
         types = Counter(
             value.dtype

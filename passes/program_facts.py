@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from calib.graph import input_kinds
 from calib.ranges import RangeTable
+from passes.cancellation import cancelled_nodes
 from passes.evidence import HiddenEvidence, evidence_of
 from passes.fact_reader import FactReader
 from passes.low_types import LOW_TYPES
@@ -42,7 +43,14 @@ class ProgramFacts:
         outlines = {candidate.name: outliner.of(candidate.node) for candidate in nodes if candidate.kept is None}
         offset_free = offset_free_nodes(names)
         readers = {
-            low_type: FactReader(evidence, kinds, low_type, magnified_tensors(names, evidence, low_type), offset_free)
+            low_type: FactReader(
+                evidence,
+                kinds,
+                low_type,
+                magnified_tensors(names, evidence, low_type),
+                offset_free,
+                cancelled_nodes(names, evidence, low_type),
+            )
             for low_type in LOW_TYPES.values()
         }
         return cls(nodes, outlines, named_ties(nodes), readers)

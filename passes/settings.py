@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, SupportsFloat, TypeGuard
 
 import torch
 
@@ -55,6 +55,8 @@ class Settings:
         for name in [entry.name for entry in fields(self) if entry.default == ()]:
             value = getattr(self, name)
             one = isinstance(value, str) or callable(value)
+            if not one and not isinstance(value, Iterable):
+                raise PlanError(f"{name}={value!r}: give a list or a set of them")
             object.__setattr__(self, name, (value,) if one else tuple(value))
 
     def judge(self, nodes: Sequence[Candidate], ranges: RangeTable | None, low_type: torch.dtype) -> Judge:
@@ -109,10 +111,10 @@ def check_limits(
 ) -> None:
     """Raise PlanError for a limit that is not positive, and for a quantile outside (0, 1] or without histograms."""
     for name, value in (("data_max", data_max), ("init_max", init_max), ("max_depth_of_reduction", depth)):
-        if value is not None and (isinstance(value, bool) or not value > 0):
-            raise PlanError(f"{name}={value}: give a positive number, or inf to switch the rule off")
-    if not 0 < quantile <= 1:
-        raise PlanError(f"range_quantile={quantile}: give a share above 0 and at most 1")
+        if not (value is None and name != "data_max") and not (_is_number(value) and value > 0):
+            raise PlanError(f"{name}={value!r}: give a positive number, or inf to switch the rule off")
+    if not (_is_number(quantile) and 0 < quantile <= 1):
+        raise PlanError(f"range_quantile={quantile!r}: give a share above 0 and at most 1")
     if quantile < 1 and ranges is not None and ranges.frame["histogram"].null_count():
         raise PlanError(
             f"range_quantile={quantile} needs histograms, and these ranges were measured with histogram=False. "
@@ -120,7 +122,14 @@ def check_limits(
         )
 
 
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, SupportsFloat) and not isinstance(value, bool)
+
+
 def _patterns(patterns: Iterable[str], argument: str, nodes: Sequence[Candidate]) -> tuple[str, ...]:
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise PlanError(f"{argument}: {pattern!r} is no text; give regular expressions as str")
     checked = tuple(sorted(set(patterns)))
     if not checked:
         return ()

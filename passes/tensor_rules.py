@@ -15,6 +15,8 @@ from calib.operators import ATTENTION, COMPARES, SELECTS, SOFTMAX
 from passes.facts import NodeFacts, TensorFacts
 from passes.number_formats import NumberFormat
 
+LEAST_SQNR_DB = 20.0  # of a tensor over its rounding: a tenth of it is noise
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -74,10 +76,11 @@ class Storage:
     Catches offsets (400.05 and 400.10 become equal), where a reader may take the offset away; a gate of 0.5 that is
     only multiplied is held to its magnitude instead. A tensor that is faint as a whole, its peak below four times the
     smallest normal value, must keep `faint` dB, as the rounding of subnormal values is not relative to them; and what
-    a division or a logarithm blows up must be normal. Weights and constant tensors are exempt.
+    a division or a logarithm blows up must be normal. Weights and constant tensors are exempt. So must be left of a
+    difference what is `limit` dB above the rounding of its operands, wherever they spread.
     """
 
-    limit: float = 20.0
+    limit: float = LEAST_SQNR_DB
     faint: float = 40.0
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
@@ -86,7 +89,18 @@ class Storage:
                 verdict = self._lost(facts, tensor)
                 if verdict is not None:
                     return verdict
-        return None
+        return self._cancelled(facts)
+
+    def _cancelled(self, facts: NodeFacts) -> Verdict | None:
+        left = facts.cancelled
+        if left is None or left.decibels >= self.limit:
+            return None
+        what = "it adds up" if left.node == facts.name else f"it makes an operand of {left.node}, which adds up"
+        reason = (
+            f"{what} what is nearly equal: rms {left.rms:.4g} is left, {left.decibels:.3g} dB over the rounding of the "
+            f"operands in {facts.low.short}, below {self.limit:g} dB"
+        )
+        return Verdict("storage", reason, left.decibels, self.limit)
 
     def _lost(self, facts: NodeFacts, tensor: TensorFacts) -> Verdict | None:
         tiny = facts.low.smallest_normal
@@ -127,7 +141,7 @@ def storage_sqnr(tensor: TensorFacts, low: NumberFormat) -> float | None:
     if tensor.absmax > low.max:
         return -math.inf  # becomes inf
     signal = _signal(tensor.rms, tensor.mean, tensor.offset_counts)
-    noise = _most_noise(tensor.rms, low) if tensor.histogram is None else _noise(tensor.histogram, low)
+    noise = rounding_noise(tensor, low)
     if noise == 0.0:
         return None
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
@@ -141,14 +155,19 @@ def keeps_surely(tensor: TensorFacts, low: NumberFormat, limit: float) -> bool:
     if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.absmax > low.max:
         return False
     signal = _signal(tensor.rms, tensor.mean, tensor.offset_counts)
-    return signal > 0 and 10 * math.log10(signal / _most_noise(tensor.rms, low)) >= limit + 1
+    return signal > 0 and 10 * math.log10(signal / most_noise(tensor.rms, low)) >= limit + 1
 
 
 def _signal(rms: float, mean: float, offset_counts: bool) -> float:
     return rms**2 - (mean**2 if offset_counts else 0.0)
 
 
-def _most_noise(rms: float, low: NumberFormat) -> float:
+def rounding_noise(tensor: TensorFacts, low: NumberFormat) -> float:
+    """Mean squared error of storing a measured tensor: from its histogram, or without one the most that it can be."""
+    return most_noise(tensor.rms or 0.0, low) if tensor.histogram is None else _noise(tensor.histogram, low)
+
+
+def most_noise(rms: float, low: NumberFormat) -> float:
     """Bound of the mean squared rounding error: of an element at most half a step of its own, or of a subnormal."""
     return (rms * low.eps) ** 2 / 12 + (low.smallest_normal * low.eps) ** 2 / 12
 
@@ -182,22 +201,31 @@ def _above(
         return None
     batch = "" if worst.absmax_batch is None or worst.is_weight else f" in batch {worst.absmax_batch}"
     share = "" if quantile >= 1.0 else f" (quantile {quantile:g})"
-    seen_text = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
+    reached = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
+    if _all_mask(worst) and worst.mask_min is not None:
+        reached = f"nothing but mask values, down to {worst.mask_min:.4g}"
     return Verdict(
-        rule, f"{_role(facts, worst)} reached {seen_text}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
+        rule, f"{_role(facts, worst)} reached {reached}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
     )
 
 
 def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
     """The magnitude that a node answers for: of a masked tensor, softmax and attention care for the upper end alone.
 
-    What is all mask has none: of a row with fewer than k valid scores, the k-th largest is one.
+    What is all mask has none where the low type holds it, as `full(-inf)` of a causal mask. Neither has what is chosen:
+    of a row with fewer than k valid scores, the k-th largest is a mask value.
     """
     if tensor.masked and (facts.base in SOFTMAX or facts.base in ATTENTION):
         return max(0.0, tensor.max or 0.0)
-    if tensor.masked and tensor.absmax is None and not tensor.nonfinite and facts.base in SELECTS | COMPARES:
-        return 0.0
+    if _all_mask(tensor):
+        held = tensor.mask_min is None or tensor.mask_min >= -facts.low.max
+        if held or facts.base in SELECTS | COMPARES:
+            return 0.0
     return tensor.magnitude(quantile)
+
+
+def _all_mask(tensor: TensorFacts) -> bool:
+    return tensor.masked > 0 and tensor.absmax is None and not tensor.nonfinite
 
 
 def _role(facts: NodeFacts, tensor: TensorFacts) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from calib.errors import BatchError, CalibcastError
 from engines.commands.options import Data, MaxBatches, Model, Transform, check_folder, inputs, note
+from engines.text_table import printable
 
 
 def calibrate(  # noqa: PLR0913 - a command line has options
@@ -92,7 +93,7 @@ def plan(  # noqa: PLR0913
     )
     typer.echo(str(decided))
     for name in decided.high_precision_nodes:
-        typer.echo(f"  {decided.explain(name)}")
+        typer.echo(f"  {printable(decided.explain(name))}")
     if output is not None:
         decided.save(output)
         typer.echo(f"wrote {output}")

@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -337,3 +338,12 @@ def test_hashes_are_kept_up_to_a_limit(whole: RangeTable) -> None:
     assert len(merged.calibration.input_hashes) == MAX_HASHES
     assert merged.calibration.input_hashes[: len(BATCHES)] == whole.calibration.input_hashes
     assert RangeTable.merge([whole, whole]).calibration.input_hashes == whole.calibration.input_hashes
+
+
+def test_equal_tables_are_equal(program: ExportedProgram, tmp_path: Path) -> None:
+    """Row by row, NaN and missing values too; of other data, or no table at all, they are not."""
+    first, other = (calibrate(program, data, progress=False) for data in (BATCHES[:2], BATCHES[1:2]))
+    first.save(tmp_path / "r.parquet")
+    assert RangeTable.load(tmp_path / "r.parquet") == first
+    assert first != other
+    assert first != "r.parquet"

@@ -168,6 +168,20 @@ def test_a_plan_of_another_model_is_refused(here, capsys):
     assert not Path("engine").exists()
 
 
+def test_a_plan_shows_hostile_module_names_as_text(here, capsys):
+    (here / "hostile.py").write_text(
+        "import torch\n"
+        "def model():\n"
+        "    net = torch.nn.Sequential()\n"
+        "    net.add_module('a\\nb\\x1b[31m', torch.nn.Linear(4, 2))\n"
+        "    return net.eval(), (torch.randn(5, 4),)\n"
+    )
+    code, out, _ = run(capsys, "plan", "hostile.py:model", "--nodes-to-exclude", ".*")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "linear" in line]
+    assert "(aten.linear.default, a\ufffdb\ufffd[31m) stays" in line
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_signals_have_their_exit_codes(here, name, code):
     (here / "slow.py").write_text(

@@ -110,7 +110,7 @@ def test_what_has_no_finite_value_is_above_every_limit():
         ({"where": ["rms"]}, "give COLUMN, one of"),
         ({"where": ["histogram>3"]}, "histogram is a list"),
         ({"op": "linaer"}, "near names: linear"),
-        ({"kind": "weight"}, "no tensor has it; known: activation, input, parameter"),
+        ({"kind": "weight"}, "no kind of tensor; known: activation, buffer, constant, input, parameter"),
         ({"rule": "data_mx"}, "near names: data_max"),
         ({"module": "a("}, "not a regular expression"),
     ],
@@ -118,6 +118,26 @@ def test_what_has_no_finite_value_is_above_every_limit():
 def test_unknown_names_list_the_known_ones(made, filters, message):
     with pytest.raises(UsageError, match="(?s)" + message.replace("(", r"\(")):
         report_frame(*made, **filters)
+
+
+@pytest.mark.parametrize("filters", [{"kind": "buffer"}, {"rule": "nonfinite"}, {"rule": "interior", "kind": "input"}])
+def test_what_nothing_has_is_no_row_and_no_mistake(made, filters):
+    """A model without buffers, a plan without that rule: a pipeline that asks for them gets no rows."""
+    assert nodes(made, **filters) == []
+
+
+def test_what_is_all_mask_is_not_worst():
+    """`full(-inf)` has no finite value, and nothing is wrong with it: it is no worse than a magnitude of 600."""
+
+    class Causal(nn.Module):
+        def forward(self, x):
+            return (600 * x @ x.mT + torch.full((4, 4), float("-inf")).triu(1)).softmax(-1)
+
+    x = torch.eye(4)[None]
+    ranges = calibrate(torch.export.export(Causal(), (x,)), [x], progress=False)
+    assert ranges.frame.filter(node="full")["absmax"].to_list() == [None]
+    assert set(report_frame(ranges, above=512)["node"]) == {"mul", "matmul", "add"}
+    assert report_frame(ranges)["absmax"].to_list()[:1] == [600.0]
 
 
 def test_a_rule_needs_a_plan(made):

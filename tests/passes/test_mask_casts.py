@@ -81,6 +81,27 @@ def test_a_mask_never_pulls_attention_into_fp32(how: Callable[..., Any], value: 
     assert float((found - expected).norm() / expected.norm()) < (1e-3 if low_type == torch.float16 else 1e-2)
 
 
+def causal(x: torch.Tensor) -> torch.Tensor:
+    mask = torch.full((16, 16), -math.inf).triu(1)
+    return (x @ x.transpose(-1, -2) + mask).softmax(-1) @ x
+
+
+def chosen(x: torch.Tensor) -> torch.Tensor:
+    mask = torch.where(torch.arange(16) < 11, torch.zeros(()), torch.full((), -math.inf))
+    return (x @ x.transpose(-1, -2) + mask).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("how", [causal, chosen])
+def test_a_tensor_that_is_all_mask_is_no_reason_for_fp32(how: Any, export: Any) -> None:
+    """What `full` makes for a causal mask is -inf throughout: both types hold that, so nothing here stays in fp32."""
+    x = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(1))
+    program = export(how, x)
+    plan = classify(program, calibrate(program, [x], progress=False))
+    assert plan.high_precision_nodes == (), [plan.explain(name) for name in plan.high_precision_nodes]
+    expected, found = program.module()(x), insert_casts(program, plan).module()(x)
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
 @pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("how", WAYS)
 def test_a_fully_masked_row_stays_finite(how: Callable[..., Any], low_type: torch.dtype) -> None:

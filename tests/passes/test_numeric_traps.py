@@ -58,6 +58,7 @@ EPOCH = 1.7e9 + 86400 * torch.rand(64, generator=torch.Generator().manual_seed(0
 ROWS = noise(8, 16)
 WITH_EMPTY_ROWS = torch.cat([ROWS, torch.zeros(2, 16)])
 
+SPREAD = torch.linspace(1, 400, 64)
 TRAPS = {
     "a sum that overflows, its mean does not": Trap(
         lambda x: x.sum(-1) / 4096, (40 + noise(4, 4096),), (0.02 * noise(4, 4096),), {"sum_1": "data_max"}
@@ -103,6 +104,18 @@ TRAPS = {
         (400 + 0.05 * noise(8, 64),),
         (noise(8, 64),),
         {"mean": "storage", "sub": "storage"},
+    ),
+    "400.05 against 400.10, in tensors from 0 to 400": Trap(
+        lambda a, b: (a.relu() - b.view(-1)) * 10,
+        (SPREAD, SPREAD + 0.05 * noise(64).abs()),
+        (SPREAD, 0.9 * SPREAD),
+        {"relu": "storage", "view": "storage", "sub": "storage"},
+    ),
+    "a variance as the difference of two means": Trap(
+        lambda x: (x * x).mean(-1) - x.mean(-1) ** 2,
+        (20 + 0.2 * noise(8, 64),),
+        (noise(8, 64),),
+        {"mean": "storage", "pow_1": "storage", "sub": "storage"},
     ),
     "squared distances in a logsumexp": Trap(
         lambda x, c: torch.logsumexp(-(x[:, None] - c[None]).pow(2), -1),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from passes import Hidden, Literal, NodeFacts, TensorFacts
+from calib import calibrate
+from passes import Cancelled, Hidden, Literal, NodeFacts, TensorFacts, classify
 from passes.number_formats import BFLOAT16, FLOAT16, format_of
 from passes.rules import (
     Follows,
@@ -29,6 +31,7 @@ from passes.rules import (
 from passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage, keeps_surely, storage_sqnr
 
 HALF, BRAIN = torch.float16, torch.bfloat16
+SPREAD = torch.linspace(1, 400, 64)
 
 
 def tensor(absmax: float | None = 1.0, name: str = "x", kind: str = "activation", **facts: object) -> TensorFacts:
@@ -351,6 +354,41 @@ class TestStorage:
         assert abs(predicted - real) < 3 or max(predicted, real) < 10
 
 
+class TestCancellation:
+    def test_what_a_difference_leaves_is_held_to_the_rounding_of_its_operands(self) -> None:
+        """The difference itself, and whoever makes an operand; 20 dB and more is enough."""
+        left = Cancelled("sub", 0.05, 7.0)
+        verdict = Storage()(node(tensor(400.0), name="sub", cancelled=left))
+        assert (verdict.rule, verdict.evidence, verdict.limit) == ("storage", 7.0, 20.0)
+        assert "it adds up what is nearly equal: rms 0.05 is left, 7 dB over the rounding" in verdict.reason
+        assert "it makes an operand of sub" in Storage()(node(tensor(400.0), cancelled=left)).reason
+        assert Storage()(node(tensor(400.0), cancelled=replace(left, decibels=20.0))) is None
+
+    @pytest.mark.parametrize(
+        ("function", "operands", "expected"),
+        [
+            (lambda a, b: a - b, (SPREAD, SPREAD + 0.1), {"sub"}),
+            (
+                lambda a, b: (b * 1.5).view(8, 8) + a.relu().neg().view(8, 8) * 1.5,
+                (SPREAD, SPREAD + 0.1),
+                {"mul", "view", "relu", "neg", "view_1", "mul_1", "add"},
+            ),
+            (lambda a, b: a - b, (SPREAD, 0.99 * SPREAD), set()),  # 1% is enough
+            (lambda a, b: a - b, (SPREAD, SPREAD), set()),  # nothing is left, in any type
+            (lambda a, b: a - b, (torch.ones(64), torch.ones(64) + 3e-4), {"sub"}),
+            (lambda a, b: a - b, (torch.ones(64), torch.ones(64) + 2**-10), set()),  # the type holds both
+            (lambda a, b: a - 400.0, (SPREAD, SPREAD), set()),  # a number is not rounded with a tensor
+        ],
+    )
+    def test_what_is_found_in_a_graph(
+        self, export: Any, function: Any, operands: tuple[torch.Tensor, ...], expected: set[str]
+    ) -> None:
+        program = export(function, *operands)
+        plan = classify(program, calibrate(program, [operands], progress=False), data_max=math.inf)
+        found = {d.node for d in plan.decisions if any(v.rule == "storage" for v in d.verdicts)}
+        assert found == expected
+
+
 class TestMask:
     def test_arithmetic_with_finite_mask_values(self) -> None:
         """Adding a mask of -1e9 stays in fp32, where a fully masked row loses its scores; one of -inf does no harm."""
@@ -370,6 +408,18 @@ class TestMask:
         assert DataMax(512.0)(node(masked, base="softmax")) is None
         assert DataMax(512.0)(node(masked, base="mul")) is not None
         assert DataMax(512.0)(node(replace(masked, max=600.0), base="softmax")).evidence == 600.0
+
+    def test_what_is_all_mask_has_no_magnitude(self) -> None:
+        """A tensor of -inf or -1e4 and nothing else, as `full` makes it; one of -1e9, which fp16 does not hold, has."""
+        for least in (None, -1e4, -65504.0):
+            every = tensor(None, masked=16, mask_min=least)
+            assert DataMax(512.0)(node(output=every, base="full")) is None
+            assert DataMax(512.0)(node(every, base="where")) is None
+        beyond = tensor(None, masked=16, mask_min=-1e9)
+        verdict = DataMax(512.0)(node(output=beyond, base="full"))
+        assert "nothing but mask values, down to -1e+09" in verdict.reason
+        assert DataMax(512.0)(node(output=beyond, base="full", low_type=BRAIN)) is None
+        assert DataMax(512.0)(node(output=replace(beyond, masked=0, nonfinite=16), base="full")) is not None
 
 
 class TestInterior:

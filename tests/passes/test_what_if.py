@@ -113,7 +113,7 @@ def test_a_quantile_looks_past_rare_peaks():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"data_max": [512, -1]}, "data_max=-1.0: give a positive number"),
+        ({"data_max": [512, -1]}, "data_max=-1: give a positive number"),
         ({"data_max": []}, "nothing to ask"),
         ({"low_precision_type": "int8"}, "known are torch.float16 and torch.bfloat16"),
         ({"range_quantile": [0.5, 2.0]}, "range_quantile=2.0"),
