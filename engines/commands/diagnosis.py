@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from engines.commands.options import Data, MaxBatches, Model, Transform, inputs
+from engines.text_table import printable
 
 
 def diagnose(  # noqa: PLR0913 - a command line has options
@@ -34,4 +35,5 @@ def diagnose(  # noqa: PLR0913 - a command line has options
     plan = PrecisionPlan.load(plan_file)
     mixed = insert_casts(program, plan)
     comparison = compare(program, mixed, batches, transform=function, max_batches=max_batches, device=device)
-    typer.echo(report(program, plan, comparison, rows))
+    for line in report(program, plan, comparison, rows).split("\n"):
+        typer.echo(printable(line))  # modules may be called anything, also what a terminal obeys

@@ -168,18 +168,25 @@ def test_a_plan_of_another_model_is_refused(here, capsys):
     assert not Path("engine").exists()
 
 
-def test_a_plan_shows_hostile_module_names_as_text(here, capsys):
+def test_plan_and_diagnosis_show_hostile_module_names_as_text(here, capsys):
     (here / "hostile.py").write_text(
         "import torch\n"
         "def model():\n"
         "    net = torch.nn.Sequential()\n"
         "    net.add_module('a\\nb\\x1b[31m', torch.nn.Linear(4, 2))\n"
         "    return net.eval(), (torch.randn(5, 4),)\n"
+        "def large():\n"
+        "    return [torch.full((5, 4), 1e6)]\n"
     )
     code, out, _ = run(capsys, "plan", "hostile.py:model", "--nodes-to-exclude", ".*")
     assert code == 0
     (line,) = [line for line in out.splitlines() if "linear" in line]
     assert "(aten.linear.default, a\ufffdb\ufffd[31m) stays" in line
+    assert run(capsys, "plan", "hostile.py:model", "-o", "p.json")[0] == 0
+    code, out, _ = run(capsys, "diagnose", "hostile.py:model", "p.json", "--data", "hostile.py:large")
+    assert code == 0
+    assert "linear" in out
+    assert "\x1b" not in out
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
