@@ -8,6 +8,7 @@ crash, and the stand-ins must not outlive the question.
 from __future__ import annotations
 
 from functools import cache
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ STAND_INS: dict[str, Any] = {
     "mem_get_info": lambda *_: (1 << 35, 1 << 35),
     "get_device_name": lambda *_: "none",
 }
+
+
+def has_builder() -> bool:
+    """Whether the version that the tests of the builder are about is installed; found without importing it."""
+    try:
+        return metadata.version("torch-tensorrt-rtx").startswith("2.14")
+    except metadata.PackageNotFoundError:
+        return False
 
 
 class _Unread:

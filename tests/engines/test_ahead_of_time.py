@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import polars as pl
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from benchmarks.rtx_builder import has_builder
 from calib import BuildError, MismatchError, calibrate
 from engines import Engine, build
 from engines.cli import _run
@@ -20,13 +20,6 @@ from engines.demo import EnergyClassifier
 from passes import classify, insert_casts
 
 ROOT = Path(__file__).parents[2]
-
-
-def has_builder():
-    try:
-        return metadata.version("torch-tensorrt-rtx").startswith("2.14")
-    except metadata.PackageNotFoundError:
-        return False
 
 
 pytestmark = pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")

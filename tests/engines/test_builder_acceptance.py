@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import metadata
 from typing import Any
 
 import pytest
@@ -18,15 +17,8 @@ for package in ("timm", "torchvision", "transformers"):
     pytest.importorskip(package)
 
 from benchmarks.isolation import Worker  # noqa: E402
+from benchmarks.rtx_builder import has_builder  # noqa: E402
 from benchmarks.zoo import ZOO  # noqa: E402
-
-
-def has_builder() -> bool:
-    try:
-        return metadata.version("torch-tensorrt-rtx").startswith("2.14")
-    except metadata.PackageNotFoundError:
-        return False
-
 
 pytestmark = pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
 FP16 = frozenset(

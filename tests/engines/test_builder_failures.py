@@ -2,7 +2,6 @@
 
 import sys
 import textwrap
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
+from benchmarks.rtx_builder import has_builder
 from calib import BuildError, calibrate
 from engines import build, builder_isolation
 from engines.builder_isolation import BUILDING, CONVERTING, BuilderError, build_isolated, failure_of
@@ -37,13 +37,6 @@ def planned():
     ranges = calibrate(program, [x], progress=False)
     plan = classify(program, ranges, nodes_to_exclude=["^scaled_dot"])
     return insert_casts(program, plan), plan, ranges
-
-
-def has_builder():
-    try:
-        return metadata.version("torch-tensorrt-rtx").startswith("2.14")
-    except metadata.PackageNotFoundError:
-        return False
 
 
 needs_builder = pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")

@@ -1,12 +1,12 @@
 """What a builder cannot do in the low type is in fp32 before it is asked, and the engine's plan says why."""
 
 from dataclasses import replace
-from importlib import metadata
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.rtx_builder import has_builder
 from calib import BuildError
 from calib.execution import ProgramRunner
 from engines import build
@@ -91,13 +91,6 @@ def test_a_program_without_a_plan_is_given_as_well():
     mixed, _ = low(Summed(), SERIES, torch.float16)
     given = buildable(mixed, None, is_rtx=True)
     assert (given.plan, list(given.kept)) == (None, ["cumsum"])
-
-
-def has_builder():
-    try:
-        return metadata.version("torch-tensorrt-rtx").startswith("2.14")
-    except metadata.PackageNotFoundError:
-        return False
 
 
 needs_builder = pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
