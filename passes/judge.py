@@ -42,7 +42,7 @@ class Judge:
 
     def in_type(self, low_type: torch.dtype) -> Judge:
         """The same rules for another low type, whose largest value is the limit of weights unless the user gave one."""
-        limit = float(torch.finfo(low_type).max) if self.init_max is None else float(self.init_max)
+        limit = weight_limit(self.init_max, low_type)
         rules = tuple(InitMax(limit) if isinstance(rule, InitMax) else rule for rule in self.rules)
         return replace(self, low_type=low_type, rules=rules)
 
@@ -82,6 +82,11 @@ class Judge:
         if max(seen) > self.data_max:  # it only moves data, or `range_quantile` leaves the peak out
             return f"no rule is met; its largest magnitude is {max(seen):.4g}", max(seen)
         return f"its largest magnitude is {max(seen):.4g}, within data_max {self.data_max:g}", max(seen)
+
+
+def weight_limit(init_max: float | None, low_type: torch.dtype) -> float:
+    """The limit of weights: the user's, or the largest finite value of the low type."""
+    return float(torch.finfo(low_type).max) if init_max is None else float(init_max)
 
 
 def _verdict(rule: Rule, facts: NodeFacts) -> Verdict | None:

@@ -12,7 +12,7 @@ import torch
 from calib.errors import PlanError, known
 from calib.graph import module_path, op_name
 from calib.ranges import RangeTable
-from passes.judge import Included, Judge
+from passes.judge import Included, Judge, weight_limit
 from passes.low_types import LOW_TYPES
 from passes.number_formats import format_of
 from passes.regions import Candidate
@@ -70,7 +70,7 @@ class Settings:
         include = _patterns(self.nodes_to_include, "nodes_to_include", nodes)
         targets = _targets(self.targets_to_exclude, "targets_to_exclude", nodes)
         included = Included(include, _targets(self.targets_to_include, "targets_to_include", nodes))
-        limit = float(torch.finfo(low_type).max) if self.init_max is None else float(self.init_max)
+        limit = weight_limit(self.init_max, low_type)
         depth = self.max_depth_of_reduction
         every: tuple[Rule, ...] = (
             NodesToExclude(exclude),
