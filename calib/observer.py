@@ -37,9 +37,8 @@ class Observer:
     ) -> None:
         self._rows: dict[Row, int] = {(spec.node, spec.output): i for i, spec in enumerate(specs)}
         self._masks = {row for (name, _), row in self._rows.items() if name in masks}
-        self._on_host = device.type == "cpu"
         self._histogram = histogram
-        self._kernel = HostKernel(histogram) if self._on_host else None
+        self._kernel = HostKernel(histogram) if device.type == "cpu" else None
         self._small = SmallTensors(histogram) if self._kernel is not None else None
         self._copies: dict[int, int] = {}
         self._batch = Statistics.empty(len(specs), histogram, device)
