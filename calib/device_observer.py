@@ -11,37 +11,52 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import fx
 
 from calib.columns import BINS
 from calib.graph import TensorSpec
+from calib.hidden import Slices, slices_of
 from calib.kernel import is_dense
 from calib.observer import Observer
 from calib.sentinels import MASK_AT_MOST
 
 _log = logging.getLogger("calibcast")
-# Elements of one step of one program: four for each of its threads, which is 80 registers (ptxas, sm_90), so that three
-# programs fit on a multiprocessor. As many programs as an H200's 132 hold. Each has a place of its own: 20 KB a tensor.
-BLOCK, WARPS, PROGRAMS = 1024, 8, 396
-_MOST = (1 << 31) - 1
-_NOTHING = (math.inf, math.inf, math.inf, -math.inf)  # least, smallest magnitude, lowest mask value, largest
+# Elements of a block: eight for each thread of a program, 32 of a tile. As many programs as the 132 multiprocessors of
+# an H100 or H200 hold at once. Each has a place of its own: 20 KB a tensor. Four warps took 0.86 of the time of eight
+# for histograms, and as long for ranges (H100, 25.7 million elements).
+BLOCK, WARPS, PROGRAMS = 1024, 4, 396
+# Elements of a tensor that int32 counts, and the steps of all programs beyond them.
+_MOST = (1 << 31) - (1 << 20)
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+# Of `sum_slices`: elements that a program takes at a time, and of slices that are worth it, of a few and of many.
+_GROUP, _LONG, _LONGEST, _MANY = 4096, 1 << 13, 1 << 16, 128
 
 
 @dataclass
 class Layout:
-    """What one way of running a program writes into which row: sizes of measured rows, and rows that equal others."""
+    """What one way of running a program writes into which row.
+
+    sizes: of the tensors that were measured, by row. equals: rows whose tensor was measured for another. attention:
+    rows of attention operators, whose keys lie apart.
+    """
 
     sizes: dict[int, int] = field(default_factory=dict)
     equals: dict[int, int] = field(default_factory=dict)
-    _tensors: tuple[torch.Tensor, ...] | None = None
+    attention: list[int] = field(default_factory=list)
+    _tensors: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def tensors(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Rows, their sizes, rows that equal others, and which: int64, on the device, made once."""
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, for which row their tensors were measured, and of what size (int64 [3, R]); attention. Made once."""
         if self._tensors is None:
-            lists = (list(self.sizes), list(self.sizes.values()), list(self.equals), list(self.equals.values()))
-            self._tensors = tuple(torch.tensor(values, dtype=torch.int64, device=device) for values in lists)
+            roots = {row: row for row in self.sizes} | self.equals
+            lists = (list(roots), list(roots.values()), [self.sizes[root] for root in roots.values()])
+            where, attention = (
+                torch.tensor(rows, dtype=torch.int64, device=device) for rows in (lists, self.attention)
+            )
+            self._tensors = where, attention
         return self._tensors
 
 
@@ -61,20 +76,21 @@ class DeviceObserver(Observer):
         super().__init__(specs, device, histogram, masks)
         rows = len(specs)
         self._tally = importlib.import_module("calib.triton_kernel").tally
-        self._nothing = torch.tensor(_NOTHING, dtype=torch.float32, device=device)
-        self._values = self._nothing.repeat(rows, PROGRAMS, 1)
-        self._counts = torch.zeros(rows, PROGRAMS, 5, dtype=torch.int32, device=device)
-        self._sums = torch.zeros(rows, PROGRAMS, 2, dtype=torch.float64, device=device)
+        self._sum_slices = importlib.import_module("calib.triton_slices").sum_slices
+        self._gather = importlib.import_module("calib.triton_gather").gather
+        self._values = torch.empty(rows, PROGRAMS, 4, dtype=torch.float32, device=device)
+        self._counts = torch.empty(rows, PROGRAMS, 5, dtype=torch.int32, device=device)
+        self._sums = torch.empty(rows, PROGRAMS, 2, dtype=torch.float64, device=device)
         self._bins = torch.zeros(rows if histogram else 1, BINS, dtype=torch.int64, device=device)
+        self._keys = torch.zeros(rows, dtype=torch.float64, device=device)
         self.layout = Layout()
         self._decoded = False
 
     def start(self, index: int, layout: Layout | None = None) -> None:
         """Begin batch `index`. `layout`: of a run that is replayed, in which nothing is watched."""
         super().start(index)
-        self._values.copy_(self._nothing.expand_as(self._values))
-        for array in (self._counts, self._sums, self._bins):
-            array.zero_()
+        self._bins.zero_()
+        self._keys.zero_()
         self.layout = Layout() if layout is None else layout
         self._decoded = False
 
@@ -89,7 +105,7 @@ class DeviceObserver(Observer):
     def _write(self, row: int, tensor: torch.Tensor) -> None:
         size = tensor.numel()
         elsewhere = tensor.device != self._values.device  # weights are measured where they are
-        if elsewhere or tensor.dtype not in _TYPES or tensor.is_neg() or not is_dense(tensor) or size > _MOST - BLOCK:
+        if elsewhere or tensor.dtype not in _TYPES or tensor.is_neg() or not is_dense(tensor) or size > _MOST:
             super()._write(row, tensor)
             return
         masked = row in self._masks
@@ -108,26 +124,55 @@ class DeviceObserver(Observer):
         else:
             super()._copy(source, row)
 
+    def _look_inside(self, row: int, node: fx.Node, arguments: dict[fx.Node, Any]) -> None:
+        parts = slices_of(node, arguments)
+        shapes = [shape for slices in parts if (shape := self._shape_of(slices)) is not None]
+        if not parts or len(shapes) < len(parts):
+            super()._look_inside(row, node, arguments)
+            return
+        hidden = self._batch.hidden
+        self._sum(parts[0], shapes[0], hidden, row * hidden.stride(0))
+        if len(parts) == 2:
+            self._sum(parts[1], shapes[1], self._keys, row)
+            self.layout.attention.append(row)
+
+    def _shape_of(self, slices: Slices) -> tuple[int, int, int] | None:
+        """What `sum_slices` takes; None where it does not, or not well."""
+        x = slices.x
+        if x.device != self._values.device or x.dtype not in _TYPES or x.is_neg() or x.numel() > _MOST:
+            return None
+        shape = slices.in_memory()
+        longest = _LONG if shape is None or shape[0] < _MANY else _LONGEST
+        return shape if shape is not None and shape[1] <= longest else None
+
+    def _sum(self, slices: Slices, shape: tuple[int, int, int], found: torch.Tensor, place: int) -> None:
+        count, length, inner = shape
+        columns = min(1 << (length - 1).bit_length(), 1024) if inner == 1 else 1
+        rows = min(_GROUP // columns, 1024, 1 << (count - 1).bit_length())
+        x = slices.x.detach()
+        flat = x.as_strided((x.numel(),), (1,), x.storage_offset())
+        self._sum_slices[(min(-(-count // rows), 2 * PROGRAMS),)](
+            flat, found.view(torch.int64), place, count, length, inner,
+            SQUARES=slices.squares, SPREAD=slices.spread, ADJACENT=inner == 1, ROWS=rows, COLUMNS=columns,
+        )  # fmt: skip
+
     def _decode(self) -> None:
         """Bring what the kernels wrote into the batch's rows. Once a batch, for all rows at once."""
         if self._decoded:
             return
         self._decoded = True
         batch = self._batch
-        rows, sizes, copies, sources = self.layout.tensors(self._values.device)
-        values = self._values[rows]
-        low, small, lowest = values[:, :, :3].amin(1).double().unbind(1)
-        high = values[:, :, 3].amax(1).double()
-        batch.values[rows] = torch.cat([torch.stack([low, high, small], 1), self._sums[rows].sum(1)], 1)
-        batch.counts[rows] = torch.cat([sizes[:, None], self._counts[rows].sum(1)], 1)
-        batch.batches[rows] = 1
-        if batch.histograms is not None:
-            batch.histograms[rows] = self._bins[rows]
-        batch.hidden[rows, 2] = torch.minimum(batch.hidden[rows, 2], lowest)
-        for array in (batch.values, batch.counts, batch.batches, batch.histograms):
-            if array is not None:
-                array[copies] = array[sources]
-        batch.hidden[copies, 2] = batch.hidden[sources, 2]
+        where, attention = self.layout.tensors(self._values.device)
+        if where.shape[1]:
+            bins = self._bins if batch.histograms is None else batch.histograms
+            self._gather[(where.shape[1],)](
+                where, where.shape[1], self._values, self._counts, self._sums, self._bins,
+                batch.values, batch.counts, batch.batches, batch.hidden, bins,
+                PLACES=PROGRAMS, LANES=1 << (PROGRAMS - 1).bit_length(), HISTOGRAM=self._histogram, BLOCK=BLOCK,
+            )  # fmt: skip
+        if len(attention):
+            logits = (batch.hidden[attention, 0] * self._keys[attention]).sqrt()
+            batch.hidden[attention, 0] = logits.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def fused_problem(device: torch.device) -> str | None:

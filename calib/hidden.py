@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from calib.graph import argument_of, as_list, base_op
-from calib.kernel import pieces
+from calib.kernel import is_dense, pieces
 from calib.operators import ATTENTION, SQUARES, SUMS
 
 # Elements of scratch at a time: squares of a large activation would double the memory that a forward pass needs.
@@ -22,6 +23,35 @@ _STEP = 1 << 21
 _LAYER_NORMS = frozenset({"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"})
 _UNCENTRED = frozenset({"rms_norm", "_fused_rms_norm", "norm", "linalg_vector_norm"})
 _GROUPS_AT = {"group_norm": 1, "native_group_norm": 6}
+_POOLS = frozenset(name for name in SUMS if "pool" in name)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What an operator sums: the slices of `x` along `dimensions`.
+
+    squares: sums of squares, else of magnitudes. spread: 0 if none is wanted, 1 for the mean square of a slice, 2 for
+    its mean square deviation.
+    """
+
+    x: torch.Tensor
+    dimensions: list[int]
+    squares: bool
+    spread: int = 0
+
+    def in_memory(self) -> tuple[int, int, int] | None:
+        """How many slices there are, of how many elements, which lie how far apart; None if memory has gaps between
+        them, or other dimensions."""
+        if not is_dense(self.x):
+            return None
+        order = sorted((d for d in range(self.x.dim()) if self.x.size(d) > 1), key=self.x.stride)
+        at = [i for i, dimension in enumerate(order) if dimension in self.dimensions]
+        if not at:
+            return self.x.numel(), 1, 1
+        if at[-1] - at[0] != len(at) - 1:
+            return None
+        length = math.prod(self.x.size(order[i]) for i in at)
+        return self.x.numel() // length, length, self.x.stride(order[at[0]])
 
 
 def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tensor | None:
@@ -29,18 +59,44 @@ def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tens
 
     The first is the largest magnitude: of sums (and of means, before the division) the largest sum of |x| along the
     reduced dimensions; of norms and variances the largest sum of squares; of attention the largest logit that the
-    lengths of queries and keys allow, before scaling (Cauchy-Schwarz). The second is the least mean square deviation
-    of a slice (of an RMS norm the mean square), by whose root a norm divides; inf for what is no norm.
+    lengths of queries and keys allow, before scaling (|q . k| is at most |q| |k|: Cauchy-Schwarz). The second is the
+    least mean square deviation of a slice (of an RMS norm the mean square), by whose root a norm divides; inf for what
+    is no norm.
     """
     base = base_op(node.target)
-    measure = _measure_of(base)
-    if measure is None:
-        return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: arguments.get(n))
-    x = args[0] if args else None
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.numel():
-        return None
-    return measure(node, base, args, kwargs)
+    if base in _POOLS:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: arguments.get(n))
+        pooled = bool(args) and isinstance(args[0], torch.Tensor) and _summable(args[0])
+        return _pooled(node, base, args, kwargs) if pooled else None
+    found = [_measured(slices) for slices in slices_of(node, arguments)]
+    if len(found) == 2:
+        (queries, _), (keys, _) = found
+        return _pair((queries.double() * keys.double()).sqrt())
+    return _pair(*found[0]) if found else None
+
+
+def slices_of(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> tuple[Slices, ...]:
+    """What `node` sums inside: of attention the queries and the keys, of any other operator one tensor, or nothing."""
+    base = base_op(node.target)
+    summed = 2 if base in ATTENTION else int(base in SQUARES or base in SUMS - _POOLS)
+    found = [arguments.get(n) if isinstance(n, fx.Node) else None for n in node.args[:summed]]
+    tensors = [x for x in found if isinstance(x, torch.Tensor) and _summable(x)]
+    if not tensors or len(tensors) < len(found):
+        return ()
+    if base in ATTENTION:
+        return tuple(Slices(x, [x.dim() - 1], True) for x in tensors)
+    x = tensors[0]
+    dimensions = reduced_dimensions(node, base, x.dim())
+    if base in SUMS:
+        return (Slices(x, dimensions, False),)
+    groups = group_count(node, base)
+    if groups is not None:
+        x = torch.unflatten(x, 1, (groups, -1))
+    return (Slices(x, dimensions, True, 1 if base in _UNCENTRED else 2),)
+
+
+def _summable(x: torch.Tensor) -> bool:
+    return x.is_floating_point() and x.numel() > 0
 
 
 def reduced_dimensions(node: fx.Node, base: str, rank: int) -> list[int]:
@@ -80,23 +136,6 @@ def group_count(node: fx.Node, base: str) -> int | None:
     return int(node.args[_GROUPS_AT[base]]) if base in _GROUPS_AT else None  # type: ignore[arg-type]
 
 
-_Measure = Callable[[fx.Node, str, tuple[Any, ...], dict[str, Any]], torch.Tensor]
-
-
-def _measure_of(base: str) -> _Measure | None:
-    if base in SUMS:
-        return _pooled if "pool" in base else _summed
-    if base in SQUARES:
-        return _squared
-    return _attended if base in ATTENTION else None
-
-
-def _summed(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    x = args[0]
-    sums = _sums(x, reduced_dimensions(node, base, x.dim()), torch.abs)
-    return _pair(sums.amax())
-
-
 def _pooled(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The operator itself gives the means of |x|; times the elements of a window, they are its sums."""
     x = args[0]
@@ -105,24 +144,17 @@ def _pooled(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, A
     return _pair(means.amax() * window_size(base, as_list(args[1]), x.shape))
 
 
-def _squared(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    x = args[0]
-    dimensions = reduced_dimensions(node, base, x.dim())
-    groups = group_count(node, base)
-    if groups is not None:
-        x = x.unflatten(1, (groups, -1))
+def _measured(slices: Slices) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The largest sum, and the least spread."""
+    x, dimensions = slices.x, slices.dimensions
+    sums = _sums(x, dimensions, torch.square if slices.squares else torch.abs)
+    if not slices.spread:
+        return sums.amax(), None
     terms = max(1, math.prod(x.shape[d] for d in dimensions))
-    squares = _sums(x, dimensions, torch.square)
-    spread = squares.double() / terms
-    if base not in _UNCENTRED:
+    spread = sums.double() / terms
+    if slices.spread == 2:
         spread = spread - (_sums(x, dimensions, None).double() / terms).square()
-    return _pair(squares.amax(), spread.amin().clamp_min(0))
-
-
-def _attended(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """|q . k| is at most |q| |k|."""
-    query, key = (_sums(x, [x.dim() - 1], torch.square).amax().double() for x in args[:2])
-    return _pair((query * key).sqrt())
+    return sums.amax(), spread.amin().clamp_min(0)
 
 
 def _pair(largest: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:

@@ -62,9 +62,8 @@ class Observer:
             if row is not None and tensor.numel():
                 self._record(row, name, node, tensor, arguments)
         row = self._rows.get((name, 0))
-        hidden = hidden_values(node, arguments) if row is not None else None
-        if hidden is not None:
-            self._batch.hidden[row, :2] = hidden
+        if row is not None:
+            self._look_inside(row, node, arguments)
 
     def measure(self, name: str, tensor: torch.Tensor) -> None:
         """Measure a tensor that no run gives: a parameter, a buffer, a constant."""
@@ -89,6 +88,11 @@ class Observer:
     def above(self, limit: float) -> int:
         """How many tensors have passed `limit` in magnitude so far. Waits for the device."""
         return int((self.total.absmax() > limit).sum())
+
+    def _look_inside(self, row: int, node: fx.Node, arguments: dict[fx.Node, Any]) -> None:
+        hidden = hidden_values(node, arguments)
+        if hidden is not None:
+            self._batch.hidden[row, :2] = hidden
 
     def _record(self, row: int, name: str, node: fx.Node, tensor: torch.Tensor, arguments: dict[fx.Node, Any]) -> None:
         identity = _identity(tensor)

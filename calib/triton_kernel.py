@@ -4,9 +4,10 @@ Imports Triton, so import it only where a GPU is. It computes what `calib.kernel
 twenty kernels. Each program writes what it found to a place of its own, and all rows are put together at once at the
 end of a batch: atomic operations of a thousand programs on one place took longer than reading the tensor.
 
-Arithmetic on integers, not memory, limits it, so a block of values like those of most tensors (finite, zero or between
-2^-47 and 2^17) takes a short way: a quarter of the exponents to count, and nothing to tell apart. Any other block takes
-the long one. Both give the same.
+Instructions, not memory, limit it. So a program goes over its tiles the short way: no masks, nothing told apart,
+nothing reduced over threads before the end. What it found shows whether that was right (all values finite, none so
+large or small that its square or exponent is not held), and if not, it goes over them again, the long way. Both give
+the same.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import triton.language as tl
 
 INFINITY = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-# The biased exponents of the short way: 2^-47 is far below what fp16 holds, 2^17 above it.
+# The biased exponents that the short way counts: from 2^-46, far below what fp16 holds, to 2^17, above it. The first
+# slot is for zeros.
 FIRST, COMMON = tl.constexpr(80), tl.constexpr(64)
+# fp32 loses squares of values below 2^-63. Beside the square of one above 2^-30, 2^31 of them are less than 2^-35.
+LEAST = tl.constexpr(2.0**-30)
 
 
 # Not one kernel for each size and row that happens to be 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["size", "row", "mask_at_most"])  # type: ignore[untyped-decorator,unused-ignore]
-def tally(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0915 - a kernel
+@triton.jit(do_not_specialize=["size", "row", "mask_at_most"])
+def tally(
     x_ptr,
     values_ptr,  # float32 [rows, programs, 4]: least, smallest magnitude, lowest mask value, largest
     counts_ptr,  # int32 [rows, programs, 5]: nan, posinf, neginf, zeros, masked
@@ -31,94 +35,156 @@ def tally(  # type: ignore[no-untyped-def] # noqa: PLR0913, PLR0915 - a kernel
     size,
     row,
     mask_at_most,
-    PLACES: tl.constexpr,  # noqa: N803 - Triton's own style
-    MASKED: tl.constexpr,  # noqa: N803
-    HISTOGRAM: tl.constexpr,  # noqa: N803
-    BLOCK: tl.constexpr,  # noqa: N803
+    PLACES: tl.constexpr,
+    MASKED: tl.constexpr,
+    HISTOGRAM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Statistics of `size` elements. Each program takes every so manieth block, and has one of `PLACES` places."""
-    program = tl.program_id(0)
-    low = tl.full([BLOCK], float("inf"), tl.float32)
-    high = tl.full([BLOCK], float("-inf"), tl.float32)
-    small = tl.full([BLOCK], MAGNITUDE, tl.int32)
-    total = tl.zeros([BLOCK], tl.float64)
-    squares = tl.zeros([BLOCK], tl.float64)
-    zeros = tl.zeros([BLOCK], tl.int32)
-    common = tl.zeros([COMMON], tl.int32)
-    bins = tl.zeros([256], tl.int32)
-    nan, posinf, neginf, masked, more_zeros = 0, 0, 0, 0, 0
+    """Statistics of `size` elements. Each program takes every so manieth tile of four blocks, and of the blocks left.
+
+    Each has one of `PLACES` places, and writes all of it. A block has at most 4095 elements.
+    """
+    tiles = 0 if MASKED else size // (4 * BLOCK)
+    least, most, tiny, sum_x, sum_xx, zeros, common = _short_way(x_ptr, tiles, HISTOGRAM, BLOCK)
+    largest = tl.maximum(most, -least)
+    # Where a value was NaN or Inf, or the square of one beyond fp32, the sum of squares is Inf or NaN.
+    again = tl.where(sum_xx < float("inf"), (largest < LEAST) & (largest > 0), True)
+    if HISTOGRAM:
+        again = again | (largest >= 2.0**17) | (tiny < ((FIRST + 1) << 23) - 1)
+    least, most = tl.where(again, float("inf"), least), tl.where(again, float("-inf"), most)
+    tiny, zeros = tl.where(again, MAGNITUDE, tiny), tl.where(again, 0, zeros)
+    sum_x, sum_xx = tl.where(again, 0.0, sum_x), tl.where(again, 0.0, sum_xx)
+
+    nan, posinf, neginf, masked = 0, 0, 0, 0
     mask_low = float("inf")
-    for first in range(program * BLOCK, size, tl.num_programs(0) * BLOCK):
-        offsets = first + tl.arange(0, BLOCK)
-        valid = offsets < size
-        x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        bits = x.to(tl.int32, bitcast=True)
-        magnitude = bits & MAGNITUDE
-        zero = magnitude == 0
-        slot = (magnitude >> 23) - FIRST
-        odd = ((slot < 0) | (slot >= COMMON)) & (magnitude != 0) | (offsets >= size)
-        if MASKED:
-            odd = odd | (x <= mask_at_most)
-        wide = x.to(tl.float64)
-        if tl.max(odd.to(tl.int32), 0) == 0:
-            low = tl.minimum(low, x)
-            high = tl.maximum(high, x)
-            # Less one, both zeros are the largest integer, and the rest keep their order.
-            small = tl.minimum(small, (bits - 1) & MAGNITUDE)
-            total += wide
-            squares += wide * wide
-            zeros += zero.to(tl.int32)
-            if HISTOGRAM:
-                common += tl.histogram(tl.where(zero, 0, slot), COMMON)
-        else:
-            shown = valid
-            if MASKED:
-                hidden = valid & (x <= mask_at_most)
-                shown = valid & ((x > mask_at_most) | (magnitude > INFINITY))
-                masked += tl.sum(hidden.to(tl.int32), 0)
-                lowest = tl.where(hidden & (magnitude < INFINITY), x, float("inf"))
-                mask_low = tl.minimum(mask_low, tl.min(lowest, 0))
-            finite = shown & (magnitude < INFINITY)
-            infinite = shown & (magnitude == INFINITY)
-            nan += tl.sum((valid & (magnitude > INFINITY)).to(tl.int32), 0)
-            posinf += tl.sum((infinite & (bits > 0)).to(tl.int32), 0)
-            neginf += tl.sum((infinite & (bits < 0)).to(tl.int32), 0)
-            more_zeros += tl.sum((finite & zero).to(tl.int32), 0)
-            low = tl.minimum(low, tl.where(finite, x, float("inf")))
-            high = tl.maximum(high, tl.where(finite, x, float("-inf")))
-            small = tl.minimum(small, tl.where(finite, (bits - 1) & MAGNITUDE, MAGNITUDE))
-            kept = tl.where(finite, wide, 0.0)
-            total += kept
-            squares += kept * kept
-            if HISTOGRAM:
-                # What does not count is put into bin 0 and taken out of it.
-                uncounted = tl.sum((~shown).to(tl.int32), 0)
-                bins += tl.histogram(tl.where(shown, magnitude >> 23, 0), 256)
-                bins -= tl.where(tl.arange(0, 256) == 0, uncounted, 0)
-    place = row.to(tl.int64) * PLACES + program
-    short_zeros = tl.sum(zeros, 0)
-    least = tl.min(small, 0)
-    smallest = tl.where(least == MAGNITUDE, INFINITY, least + 1).to(tl.float32, bitcast=True)
-    values = values_ptr + place * 4
-    tl.store(values, tl.min(low, 0))
-    tl.store(values + 1, smallest)
-    tl.store(values + 3, tl.max(high, 0))
-    counts = counts_ptr + place * 5
+    bins = tl.zeros([256], tl.int32)
+    left = (4 * tiles + tl.program_id(0)) * BLOCK
+    if again or left < size:
+        found, counted, mask_low, bins = _long_way(
+            x_ptr, size, tiles, again, left, mask_at_most, MASKED, HISTOGRAM, BLOCK
+        )
+        least, most, tiny, sum_x, sum_xx, zeros = _both(
+            least, most, tiny, sum_x, sum_xx, zeros, found[0], found[1], found[2], found[3], found[4], found[5]
+        )
+        nan, posinf, neginf, masked = counted
+
+    place = row.to(tl.int64) * PLACES + tl.program_id(0)
+    values, counts, sums = values_ptr + place * 4, counts_ptr + place * 5, sums_ptr + place * 2
+    tl.store(values, least)
+    tl.store(values + 1, tl.where(tiny == MAGNITUDE, INFINITY, tiny + 1).to(tl.float32, bitcast=True))
+    tl.store(values + 2, mask_low)
+    tl.store(values + 3, most)
     tl.store(counts, nan)
     tl.store(counts + 1, posinf)
     tl.store(counts + 2, neginf)
-    tl.store(counts + 3, short_zeros + more_zeros)
-    if MASKED:
-        tl.store(values + 2, mask_low)
-        tl.store(counts + 4, masked)
-    tl.store(sums_ptr + place * 2, tl.sum(total, 0))
-    tl.store(sums_ptr + place * 2 + 1, tl.sum(squares, 0))
+    tl.store(counts + 3, zeros)
+    tl.store(counts + 4, masked)
+    tl.store(sums, sum_x)
+    tl.store(sums + 1, sum_xx)
     if HISTOGRAM:
         # Data has a few dozen exponents: the other bins need no atomic operation.
-        found = bins_ptr + row.to(tl.int64) * 256
-        places = tl.arange(0, 256)
-        bins += tl.where(places == 0, short_zeros, 0)
-        tl.atomic_add(found + places, bins.to(tl.int64), mask=bins != 0)
-        slots = tl.arange(0, COMMON)
-        common -= tl.where(slots == 0, short_zeros, 0)
-        tl.atomic_add(found + FIRST + slots, common.to(tl.int64), mask=common != 0)
+        first, places, slots = bins_ptr + row.to(tl.int64) * 256, tl.arange(0, 256), tl.arange(0, COMMON)
+        common = tl.where(again, 0, common)
+        tl.atomic_add(first + places, bins.to(tl.int64), mask=bins != 0)
+        tl.atomic_add(first + tl.where(slots == 0, 0, FIRST + slots), common.to(tl.int64), mask=common != 0)
+
+
+@triton.jit
+def _both(low, high, small, total, squares, zeros, low_2, high_2, small_2, total_2, squares_2, zeros_2):
+    """What two lanes, or two ways, found, as one."""
+    low, high, small = tl.minimum(low, low_2), tl.maximum(high, high_2), tl.minimum(small, small_2)
+    return low, high, small, total + total_2, squares + squares_2, zeros + zeros_2
+
+
+@triton.jit
+def _short_way(x_ptr, tiles, HISTOGRAM: tl.constexpr, BLOCK: tl.constexpr):
+    """Of this program's tiles: least, largest, smallest magnitude less one, sum, sum of squares, zeros; exponents."""
+    lanes = tl.arange(0, BLOCK)
+    low = tl.full([BLOCK], float("inf"), tl.float32)
+    high = tl.full([BLOCK], float("-inf"), tl.float32)
+    small = tl.full([BLOCK], MAGNITUDE, tl.int32)
+    total, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    zeros, common = tl.zeros([BLOCK], tl.int32), tl.zeros([COMMON], tl.int32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first = x_ptr + tile * (4 * BLOCK) + lanes
+        a, b = tl.load(first).to(tl.float32), tl.load(first + BLOCK).to(tl.float32)
+        c, d = tl.load(first + 2 * BLOCK).to(tl.float32), tl.load(first + 3 * BLOCK).to(tl.float32)
+        low = tl.minimum(low, tl.minimum(tl.minimum(a, b), tl.minimum(c, d)))
+        high = tl.maximum(high, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
+        total += ((a + b) + (c + d)).to(tl.float64)
+        squares += ((a * a + b * b) + (c * c + d * d)).to(tl.float64)
+        # Less one, both zeros are the largest integer, and the rest keep their order.
+        e, f = (a.to(tl.int32, bitcast=True) - 1) & MAGNITUDE, (b.to(tl.int32, bitcast=True) - 1) & MAGNITUDE
+        g, h = (c.to(tl.int32, bitcast=True) - 1) & MAGNITUDE, (d.to(tl.int32, bitcast=True) - 1) & MAGNITUDE
+        small = tl.minimum(small, tl.minimum(tl.minimum(e, f), tl.minimum(g, h)))
+        if HISTOGRAM:
+            tiled = tl.join(tl.join(a, b), tl.join(c, d)).to(tl.int32, bitcast=True)
+            magnitude = tl.reshape(tiled, [4 * BLOCK], can_reorder=True) & MAGNITUDE
+            common += tl.histogram(tl.maximum((magnitude >> 23) - FIRST, 0), COMMON)
+        else:
+            zeros += (a == 0).to(tl.int32) + (b == 0).to(tl.int32) + (c == 0).to(tl.int32) + (d == 0).to(tl.int32)
+    least, most, tiny, sum_x, sum_xx, none = tl.reduce((low, high, small, total, squares, zeros), 0, _both)
+    if HISTOGRAM:
+        none = tl.sum(tl.where(tl.arange(0, COMMON) == 0, common, 0), 0)
+    return least, most, tiny, sum_x, sum_xx, none, common
+
+
+@triton.jit
+def _long_way(
+    x_ptr,
+    size,
+    tiles,
+    again,  # whether the tiles, too
+    left,  # first element of this program's first block behind the tiles
+    mask_at_most,
+    MASKED: tl.constexpr,
+    HISTOGRAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same of blocks of any values, the last of which may be short; counts; the lowest mask value; exponents."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    lanes = tl.arange(0, BLOCK)
+    low = tl.full([BLOCK], float("inf"), tl.float32)
+    high = tl.full([BLOCK], float("-inf"), tl.float32)
+    lowest = tl.full([BLOCK], float("inf"), tl.float32)
+    small = tl.full([BLOCK], MAGNITUDE, tl.int32)
+    total, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
+    zeros, bins = tl.zeros([BLOCK], tl.int32), tl.zeros([256], tl.int32)
+    nan, posinf, neginf, masked = 0, 0, 0, 0
+    repeated = tl.where(again, 4 * tl.cdiv(tl.maximum(tiles - program, 0), programs), 0)
+    steps = repeated + tl.cdiv(tl.maximum(size - left, 0), programs * BLOCK)
+    for step in range(steps):
+        in_tiles = (4 * (program + (step // 4) * programs) + step % 4) * BLOCK
+        first = tl.where(step < repeated, in_tiles, left + (step - repeated) * programs * BLOCK)
+        offsets = first + lanes
+        shown = offsets < size
+        x = tl.load(x_ptr + offsets, mask=shown, other=0.0).to(tl.float32)
+        bits = x.to(tl.int32, bitcast=True)
+        magnitude = bits & MAGNITUDE
+        if MASKED:
+            hidden = shown & (x <= mask_at_most)
+            shown = shown & ((x > mask_at_most) | (magnitude > INFINITY))
+            lowest = tl.minimum(lowest, tl.where(hidden & (magnitude < INFINITY), x, float("inf")))
+        finite, infinite = shown & (magnitude < INFINITY), shown & (magnitude == INFINITY)
+        # Counts of a block, twelve bits each, as one number: one sum over the threads instead of four.
+        flags = (shown & (magnitude > INFINITY)).to(tl.int64) + ((infinite & (bits > 0)).to(tl.int64) << 12)
+        flags += ((infinite & (bits < 0)).to(tl.int64) << 24) + ((~shown).to(tl.int64) << 36)
+        counted = tl.sum(flags, 0)
+        nan += (counted & 0xFFF).to(tl.int32)
+        posinf += ((counted >> 12) & 0xFFF).to(tl.int32)
+        neginf += ((counted >> 24) & 0xFFF).to(tl.int32)
+        unshown = (counted >> 36).to(tl.int32)
+        masked += unshown - tl.maximum(first + BLOCK - size, 0)
+        zeros += (finite & (magnitude == 0)).to(tl.int32)
+        low = tl.minimum(low, tl.where(finite, x, float("inf")))
+        high = tl.maximum(high, tl.where(finite, x, float("-inf")))
+        small = tl.minimum(small, tl.where(finite, (bits - 1) & MAGNITUDE, MAGNITUDE))
+        kept = tl.where(finite, x, 0.0).to(tl.float64)
+        total += kept
+        squares += kept * kept
+        if HISTOGRAM:
+            # What does not count is put into bin 0 and taken out of it.
+            bins += tl.histogram(tl.where(shown, magnitude >> 23, 0), 256)
+            bins -= tl.where(tl.arange(0, 256) == 0, unshown, 0)
+    found = tl.reduce((low, high, small, total, squares, zeros), 0, _both)
+    return found, (nan, posinf, neginf, masked), tl.min(lowest, 0), bins

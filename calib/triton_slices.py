@@ -1,0 +1,57 @@
+"""What an operator sums inside, on a GPU: one kernel a tensor instead of some fifteen. Imports Triton, as `tally` does.
+
+It computes what `calib.hidden` does with `Slices`. All it finds is at least zero, and such numbers are ordered as the
+integers of their bits, so that programs meet in two integer atomics: float64 ones would need a loop.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["place", "slices", "length", "inner"])
+def sum_slices(
+    x_ptr,
+    found_ptr,  # int64 [places]: the bits of float64 numbers; the largest sum at `place`, the least spread behind it
+    place,
+    slices,
+    length,  # elements of a slice
+    inner,  # elements between two neighbours of a slice: 1 if `ADJACENT`
+    SQUARES: tl.constexpr,  # sums of squares, else of magnitudes
+    SPREAD: tl.constexpr,  # 0: none is wanted; 1: mean squares; 2: mean square deviations
+    ADJACENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # 1 where slices are not adjacent: the threads lie side by side in memory either way
+):
+    """Each program takes every so manieth group of `ROWS` slices."""
+    largest = tl.zeros([ROWS], tl.float64)
+    least = tl.full([ROWS], float("inf"), tl.float64)
+    columns = tl.arange(0, COLUMNS)
+    if ADJACENT:
+        inner = 1  # so that the compiler knows
+    for group in range(tl.program_id(0), tl.cdiv(slices, ROWS), tl.num_programs(0)):
+        rows = group * ROWS + tl.arange(0, ROWS)
+        first = (rows // inner).to(tl.int64) * length * inner + rows % inner
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        plain = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for at in range(0, length, COLUMNS):
+            inside = (rows < slices)[:, None] & (at + columns < length)[None, :]
+            offsets = first[:, None] + (at + columns).to(tl.int64)[None, :] * inner
+            x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            sums += x * x if SQUARES else tl.abs(x)
+            if SPREAD == 2:
+                plain += x
+        total = tl.sum(sums.to(tl.float64), 1)
+        # What is not a number bounds nothing, and deviates by nothing.
+        largest = tl.maximum(largest, tl.where(total == total, total, float("inf")))
+        if SPREAD > 0:
+            spread = total / length
+            if SPREAD == 2:
+                mean = tl.sum(plain.to(tl.float64), 1) / length
+                spread -= mean * mean
+            spread = tl.where(spread > 0, spread, 0.0)
+            least = tl.minimum(least, tl.where(rows < slices, spread, float("inf")))
+    tl.atomic_max(found_ptr + place, tl.max(largest, 0).to(tl.int64, bitcast=True))
+    if SPREAD > 0:
+        tl.atomic_min(found_ptr + place + 1, tl.min(least, 0).to(tl.int64, bitcast=True))
