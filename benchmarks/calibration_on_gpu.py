@@ -3,10 +3,11 @@
     python benchmarks/calibration_on_gpu.py --output benchmarks/results/calibration_on_gpu.md
 
 Ways: the interpreter alone; measured by some twenty kernels a tensor (`Observer`); by one (`DeviceObserver`), in the
-interpreter and as a replayed CUDA graph; Torch-TensorRT's tracer, where it is installed. TF32 is off. Times are medians
-over interleaved rounds, for a batch that is on the GPU already. Peak memory is what torch has allocated above the
-network and its inputs, at few and at many batches. The break-even is the number of batches after which capturing a
-graph, with its one batch that runs in the interpreter, has paid for itself.
+interpreter and, as `calibrate` does, as a replayed CUDA graph; Torch-TensorRT's tracer, where it is installed. TF32 is
+off. Times are medians over interleaved rounds. Batches are on the GPU already, or brought there from the host, and then
+compared with a forward that brings them, too. Peak memory is what torch has allocated above the network and its inputs,
+at few and at many batches. The break-even is the number of batches after which capturing a graph, with its one batch
+that runs in the interpreter, has paid for itself.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine
 from benchmarks.engine_networks import subject
-from calib.captured_execution import CapturedRunner, captured_or_plain
+from calib.calibration import prepare
+from calib.captured_execution import CapturedRunner
 from calib.device_observer import DeviceObserver, fused_problem
 from calib.execution import ProgramRunner
 from calib.graph import tensor_specs
@@ -34,29 +36,33 @@ from calib.observer import Observer
 
 NETWORKS = ("resnet50", "vit_b_16", "bert_base", "nafnet")
 FEW, MANY, ROUNDS = 2, 16, 7
+FROM_HOST = ", batches on the host"
 Way = Callable[[int], Any]  # runs so many batches
 
 
-def measured(program: Any, flat: list[Any], kind: type[Observer], histogram: bool, captured: bool) -> Way:
-    """Batches measured by this observer, as `calibrate` runs them."""
-    runner = ProgramRunner(program)
-    observer = kind(tensor_specs(program), runner.device, histogram, mask_tensors(program))
-    step = captured_or_plain(runner, observer) if captured else _interpreted(runner, observer)
+def measured(program: Any, flat: list[Any], histogram: bool, kind: type[Observer]) -> Way:
+    """Batches that run in the interpreter, measured by this observer."""
+    run = prepare(program, None, histogram, "warn")
+    observer = run.observer = kind(run.specs, run.runner.device, histogram, mask_tensors(program))
 
-    def run(batches: int) -> None:
-        for index in range(batches):
-            step(flat, index, observer.watch)
+    def batches(count: int) -> None:
+        for index in range(count):
+            observer.start(index)
+            run.runner.run_batch(flat, index, run.watch)
             observer.finish()
 
-    return run
+    return batches
 
 
-def _interpreted(runner: ProgramRunner, observer: Observer) -> Callable[..., None]:
-    def step(flat: list[Any], index: int, watch: Any) -> None:
-        observer.start(index)
-        runner.run_batch(flat, index, watch)
+def calibrated(program: Any, flat: list[Any], histogram: bool) -> Way:
+    """Batches as `calibrate` takes them: captured, hashed."""
+    run = prepare(program, None, histogram, "warn")
 
-    return step
+    def batches(count: int) -> None:
+        for index in range(count):
+            run.measure(index, flat)
+
+    return batches
 
 
 def ways(name: str) -> dict[str, Callable[[], Way]]:
@@ -67,8 +73,13 @@ def ways(name: str) -> dict[str, Callable[[], Way]]:
         program = torch.export.export(net.model, inputs)
     flat, module = list(inputs), program.module()
 
+    host = [value.cpu() for value in inputs]
+
     def forward() -> Way:
         return lambda n: [net.model(*inputs) for _ in range(n)] and None
+
+    def from_host() -> Way:
+        return lambda n: [net.model(*(value.to("cuda") for value in host)) for _ in range(n)] and None
 
     def interpreter() -> Way:
         runner = ProgramRunner(program)
@@ -81,11 +92,14 @@ def ways(name: str) -> dict[str, Callable[[], Way]]:
 
     found: dict[str, Callable[[], Way]] = {"forward": forward, "interpreter": interpreter}
     for text, histogram in (("ranges", False), ("all", True)):
-        found[f"many kernels, {text}"] = lambda h=histogram: measured(program, flat, Observer, h, False)
+        found[f"many kernels, {text}"] = lambda h=histogram: measured(program, flat, h, Observer)
         if fused_problem(torch.device("cuda")) is None:
-            found[f"one kernel, {text}"] = lambda h=histogram: measured(program, flat, DeviceObserver, h, False)
-            found[f"captured, {text}"] = lambda h=histogram: measured(program, flat, DeviceObserver, h, True)
+            found[f"one kernel, {text}"] = lambda h=histogram: measured(program, flat, h, DeviceObserver)
+            found[f"captured, {text}"] = lambda h=histogram: calibrated(program, flat, h)
     found["Torch-TensorRT's tracer"] = tracer
+    found[f"forward{FROM_HOST}"] = from_host
+    for text, histogram in (("ranges", False), ("all", True)):
+        found[f"captured, {text}{FROM_HOST}"] = lambda h=histogram: calibrated(program, host, h)
     return found
 
 
@@ -136,11 +150,11 @@ def rows(name: str) -> list[str]:
                 del made[label]
                 lines.append(f"| {name} | {label} | fails: {type(error).__name__} in a round | | | | |")
             torch.cuda.empty_cache()
-    base = statistics.median(times["forward"])
     for label, found in times.items():
         if label not in made:
             continue
         middle = statistics.median(found)
+        base = statistics.median(times["forward" + FROM_HOST * label.endswith(FROM_HOST)])
         plain = times.get(label.replace("captured", "one kernel"))
         pays = ""
         if label.startswith("captured") and plain is not None:

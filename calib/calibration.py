@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from calib.checkpoint import Checkpoint, Pace, copy_into
 from calib.device_observer import observer_for
 from calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
 from calib.execution import ProgramRunner, refuse_training, require_program
-from calib.fingerprint import inputs_hash, node_digests, weights_hash
+from calib.fingerprint import begin_inputs_hash, node_digests, weights_hash
 from calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
 from calib.masks import mask_tensors
 from calib.observer import Observer
@@ -36,6 +38,8 @@ from calib.undefined import undefined_tensors
 
 _log = logging.getLogger("calibcast")
 HALF_MAX = 65504.0  # largest finite fp16 value, IEEE 754 binary16
+# Counting what has passed fp16's limit waits for the device, which should have the next batch by then.
+_TELL_SECONDS = 0.5
 ON_NONFINITE = ("warn", "skip", "stop")
 
 
@@ -71,30 +75,32 @@ class Run:
 
         Raises BatchError when a node raises; nothing of the batch is taken in then.
         """
-        self._step(flat, index, self._watch)
+        hashed = begin_inputs_hash(flat) if self.batches < MAX_HASHES else None
+        self._step(flat, index, self.watch)
         if self.on_nonfinite != "warn" and (row := self.observer.first_nonfinite()) is not None:
             _leave_out(self, index, self.specs[row])
             return False
         self.observer.finish()
-        self.note_inputs(flat)
+        self._note_inputs(flat, hashed)
         return True
 
     @cached_property
     def _undefined(self) -> frozenset[str]:
         return undefined_tensors(self.program)
 
-    def _watch(self, name: str, node: fx.Node, result: Any, arguments: dict[fx.Node, Any]) -> None:
+    def watch(self, name: str, node: fx.Node, result: Any, arguments: dict[fx.Node, Any]) -> None:
+        """Measure what a node gave. Weights are measured once, before the first batch."""
         if name in self._weight_names:
             return
         if name in self._undefined:
             result = pytree.tree_map_only(torch.Tensor, torch.zeros_like, result)
         self.observer.watch(name, node, result, arguments)
 
-    def note_inputs(self, flat: list[Any]) -> None:
+    def _note_inputs(self, flat: list[Any], hashed: Callable[[], str] | None) -> None:
         """Count a batch, its sizes and its hash."""
         self.batches += 1
-        if self.batches <= MAX_HASHES:
-            self.hashes.append(inputs_hash(flat))
+        if hashed is not None:
+            self.hashes.append(hashed())
         for leaf, value in zip(self.signature.leaves, flat, strict=True):
             if isinstance(value, torch.Tensor):
                 counts = self.sizes.setdefault(leaf.name, [{} for _ in value.shape])
@@ -254,12 +260,15 @@ def prepare(program: ExportedProgram, device: torch.device | str | None, histogr
 
 
 def _measure(run: Run, bar: tqdm[tuple[int, Any, list[Any]]], keeper: _Keeper | None) -> None:
+    told = -math.inf
     for index, batch, flat in bar:
         run.measure(index, flat)
         if keeper is not None:
             keeper.keep(run, index + 1, batch)
-        if not bar.disable:
+        last = index + 1 == bar.total
+        if not bar.disable and (last or time.monotonic() - told > _TELL_SECONDS):
             bar.set_postfix_str(f"{run.observer.above(HALF_MAX)} tensors above {HALF_MAX:g}")
+            told = time.monotonic()
 
 
 def measure_weights(run: Run) -> None:

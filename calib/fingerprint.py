@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -49,6 +49,36 @@ def inputs_hash(tensors: Iterable[Any]) -> str:
             for chunk in _bytes_of(value):
                 total.update(chunk)
     return str(total.hexdigest())
+
+
+def begin_inputs_hash(tensors: Iterable[Any]) -> Callable[[], str]:
+    """`inputs_hash`, begun now and finished by the call of what is returned.
+
+    Tensors on a GPU are brought to the host beside what runs there, so that it can be given the batch at once: it would
+    stand idle while its inputs are copied and hashed (4 ms of 12 for ResNet-50's 19 MB).
+    """
+    copies = [_copied_beside(value) for value in tensors]
+
+    def finish() -> str:
+        for _, copied in copies:
+            if copied is not None:
+                copied.synchronize()
+        return inputs_hash(value for value, _ in copies)
+
+    return finish
+
+
+def _copied_beside(value: Any) -> tuple[Any, torch.cuda.Event | None]:
+    if not isinstance(value, torch.Tensor) or value.device.type != "cuda":
+        return value, None
+    current, beside = torch.cuda.current_stream(value.device), torch.cuda.Stream(value.device)  # type: ignore[no-untyped-call]
+    beside.wait_stream(current)  # for who made the inputs
+    with torch.cuda.stream(beside):
+        copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(beside)
+    value.record_stream(beside)  # its memory is not given to another before that
+    return copy, copied
 
 
 def _bytes_of(tensor: torch.Tensor) -> Iterator[Any]:  # arrays of bytes

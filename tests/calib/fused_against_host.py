@@ -1,6 +1,10 @@
-"""Holds the fused kernel to the host kernel on the CPU. Run with TRITON_INTERPRET=1; Triton reads it when imported."""
+"""Holds the fused kernels to the host's.
+
+Run on the CPU with TRITON_INTERPRET=1, which Triton reads when imported; or, with the argument `cuda`, on a GPU.
+"""
 
 import math
+import sys
 
 import torch
 
@@ -12,6 +16,7 @@ from calib.graph import TensorSpec, tensor_specs
 from calib.observer import Observer
 
 CPU = torch.device("cpu")
+DEVICE = torch.device(*sys.argv[1:] or ["cpu"])
 INF, NAN = math.inf, math.nan
 TENSORS = {
     "plain": torch.randn(700),
@@ -72,6 +77,7 @@ class Sums(torch.nn.Module):
 
 def compare(ours, theirs, names):
     """Counts, histograms and extremes are equal; sums are within fp32 rounding, in which the host forms them."""
+    ours = ours.to(CPU)
     for array in ("counts", "histograms", "batches", "absmax_batch", "nonfinite_batch"):
         mine, reference = getattr(ours, array), getattr(theirs, array)
         if reference is not None:
@@ -84,27 +90,37 @@ def compare(ours, theirs, names):
     torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=1e-4, atol=1e-9)
 
 
-def compare_tensors(histogram):
-    masks = frozenset({"masked", "all masked", "tiles, masked"})
-    specs = [TensorSpec(name, 0, "", "", "", "activation", "float32", ()) for name in TENSORS]
-    observers = [kind(specs, CPU, histogram, masks) for kind in (DeviceObserver, Observer)]
-    for observer in observers:
+def compare_tensors(tensors, histogram):
+    masks = frozenset(name for name in tensors if "masked" in name)
+    specs = [TensorSpec(name, 0, "", "", "", "activation", "float32", ()) for name in tensors]
+    totals = []
+    for kind, device in ((DeviceObserver, DEVICE), (Observer, CPU)):
+        observer = kind(specs, device, histogram, masks)
         for batch in range(2):
             observer.start(batch)
-            for name, tensor in TENSORS.items():
-                observer.measure(name, tensor)
+            for name, tensor in tensors.items():
+                observer.measure(name, on(device, tensor))
             observer.finish()
-    compare(observers[0].total, observers[1].total, TENSORS)
+        totals.append(observer.total)
+    compare(*totals, tensors)
+
+
+def on(device, tensor):
+    """With its strides: `to` would fill an expanded tensor and one with gaps."""
+    if device == CPU:
+        return tensor
+    whole = torch.empty(0, dtype=tensor.dtype, device=device).set_(tensor.untyped_storage().cuda())
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def compare_runs(model, size):
     program = torch.export.export(model, (torch.randn(size),))
     specs = tensor_specs(program)
     totals = []
-    for kind in (DeviceObserver, Observer):
-        observer = kind(specs, CPU, True)
-        step = captured_or_plain(ProgramRunner(program), observer)
-        for batch in range(2):
+    for kind, device in ((DeviceObserver, DEVICE), (Observer, CPU)):
+        observer = kind(specs, device, True)
+        step = captured_or_plain(ProgramRunner(program, device), observer)
+        for batch in range(3):
             step([torch.linspace(-1, 2, size) * (batch + 1)], batch, observer.watch)
             assert observer.first_nonfinite() is None
             observer.finish()
@@ -114,10 +130,26 @@ def compare_runs(model, size):
     compare(*totals, [spec.node for spec in specs])
 
 
+def large():
+    """Tensors of many tiles for each program: for a GPU."""
+    odd = torch.tensor([1e-30, -0.0, NAN, 1e20, INF, -INF])
+    return {
+        "large": torch.randn(3_000_003),
+        "large, odd": torch.cat([torch.randn(2_000_000), odd, torch.randn(1_000_000)]),
+        "large, tiny": torch.randn(2_000_000) * 1e-22,
+        "large, masked": torch.where(torch.rand(2_000_000) < 0.3, -INF, torch.randn(2_000_000)),
+        "large, half": torch.randn(2_000_001).half(),
+    }
+
+
 if __name__ == "__main__":
-    device_observer.BLOCK, device_observer.PROGRAMS = 128, 3  # several steps of several programs
-    compare_tensors(histogram=True)
-    compare_tensors(histogram=False)
-    compare_runs(Views(), 24)
-    compare_runs(Sums(), 120)
+    blocks = [(128, 3)]  # several steps of several programs
+    if DEVICE != CPU:
+        blocks.append((device_observer.BLOCK, device_observer.PROGRAMS))
+        TENSORS |= large()
+    for device_observer.BLOCK, device_observer.PROGRAMS in blocks:
+        compare_tensors(TENSORS, histogram=True)
+        compare_tensors(TENSORS, histogram=False)
+        compare_runs(Views(), 24)
+        compare_runs(Sums(), 120)
     print("same")

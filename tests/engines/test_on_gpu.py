@@ -1,6 +1,7 @@
 """What only a GPU can show: run with `python -m pytest -m gpu` where CUDA and Torch-TensorRT are."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,25 @@ def test_batches_replayed_as_a_graph_measure_what_the_interpreter_measures():
     assert torch.equal(fused.total.absmax_batch, plain.total.absmax_batch)
     torch.testing.assert_close(fused.total.values[:, :3], plain.total.values[:, :3], rtol=1e-6, atol=0)
     torch.testing.assert_close(fused.total.values[:, 3:], plain.total.values[:, 3:], rtol=1e-5, atol=1e-4)
+
+
+def test_the_fused_kernels_measure_what_the_host_measures():
+    root = Path(__file__).parents[2]
+    script = root / "tests" / "calib" / "fused_against_host.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "cuda"], cwd=root, capture_output=True, text=True, timeout=500,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def test_batches_on_the_gpu_are_known_again_on_the_host(batches):
+    """Their hash is taken beside the run, of memory that the run does not wait for."""
+    host = torch.export.export(Small().eval(), (batches[0],), dynamic_shapes={"x": {0: Dim("n", min=1, max=32)}})
+    on_host = calibrate(host, batches * 3, device="cuda", progress=False)
+    on_gpu = calibrate(host, (batch.cuda() for batch in batches * 3), device="cuda", progress=False)
+    assert on_gpu.calibration.input_hashes == on_host.calibration.input_hashes
+    assert len(on_gpu.calibration.input_hashes) == len(batches)
 
 
 class Regions(nn.Module):
