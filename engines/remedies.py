@@ -96,9 +96,9 @@ def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
 
 
 def can_be_widened(node: fx.Node) -> bool:
-    """Whether it computes in a low type that it does not state itself, and into storage of its own."""
+    """Whether it gives one tensor, of a low type that it does not state itself, in storage of its own."""
     states_type = any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
-    if states_type or written_arguments(node):
+    if states_type or written_arguments(node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return False
     return any(value.dtype in {torch.float16, torch.bfloat16} for _, value in tensor_values(node))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from engines.engine_cache import EngineCache, cache_key, default_folder
 from engines.engine_files import WIRING, engine_paths
 from engines.inspection import EngineLayer, parse_inspector, parse_listing
 from engines.ledger import ledger_of, plan_of, readers_of
-from engines.remedies import Remedy, advice, remedies
+from engines.remedies import advice, remedies
+from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from engines.runtimes import BuildRequest
 from engines.widening import restated, widened
 from passes.plan import PrecisionPlan
@@ -87,47 +89,113 @@ def _plain(name: str, value: Any) -> Any:
         return repr(value)
 
 
+@dataclass(frozen=True)
+class _Build:
+    """A build that succeeded. remedies: what was done for it; widened: nodes that it keeps in fp32."""
+
+    result: BuilderResult
+    job: BuilderJob
+    program: ExportedProgram
+    remedies: tuple[str, ...] = ()
+    widened: tuple[str, ...] = ()
+
+
 def _built(request: BuildRequest, job: BuilderJob, folder: Path) -> tuple[ExportedProgram, dict[str, Any]]:
     """Build, and again with one remedy after another where that is allowed."""
     program = restated(request.program)
-    applied: list[str] = []
-    changed: tuple[str, ...] = ()
-    options: list[Remedy] | None = None
-    while True:
-        try:
-            result = _attempt(request, job, program, folder)
-            break
-        except BuilderError as failure:
-            if request.on_failure == "error":
-                raise BuildError(advice(failure, program, job.settings)) from failure
-            if options is None:
-                first, options = failure, remedies(failure, program, job.settings)
-            if not options:
-                tried = "; ".join(applied) or "nothing that is known to help"
-                text = advice(first, request.program, request.settings)
-                raise BuildError(f"{text} on_failure='fallback' tried: {tried}. Last: {failure}") from failure
-            remedy = options.pop(0)
-            _log.warning("%s; trying to %s", failure, remedy.text)
-            applied.append(f"{remedy.text}, as {failure}")
-            _emptied(folder)
-            job = replace(job, settings={**job.settings, **remedy.settings})
-            if remedy.widen:
-                changed = remedy.widen
-                program = restated(widened(request.program, changed))
+    try:
+        build = _Build(_attempt(request, job, program, folder), job, program)
+    except BuilderError as failure:
+        if request.on_failure == "error":
+            raise BuildError(_advice(failure, program, job.settings)) from failure
+        build = _remedied(request, job, failure, folder)
+    result = build.result
     record = {
         "ahead_of_time": job.ahead_of_time,
         "isolated": request.isolate,
-        "remedies": applied,
-        "widened": list(changed),
+        "remedies": list(build.remedies),
+        "widened": list(build.widened),
         "fallback_to_pytorch": dict(result.torch_nodes),
         "build_seconds": round(result.seconds, 3),
-        "applied_settings": {name: _plain(name, value) for name, value in job.settings.items()},
+        "applied_settings": {name: _plain(name, value) for name, value in build.job.settings.items()},
     }
     if result.torch_nodes:
         shown = ", ".join(list(result.torch_nodes)[:8])
         _log.warning("%d nodes run in PyTorch, beside the engine: %s", len(result.torch_nodes), shown)
     _write_layers(folder, result)
-    return program, record
+    return build.program, record
+
+
+def _advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> str:
+    text = advice(failure, program, settings)
+    if remedies(failure, program, settings) or not can_search(failure) or not operator_groups(program):
+        return text
+    return (
+        f"{text} on_failure='fallback' looks for the operators that it fails at, in at most {MOST_BUILDS} more builds."
+    )
+
+
+def _remedied(request: BuildRequest, job: BuilderJob, failure: BuilderError, folder: Path) -> _Build:
+    """Build with one known remedy after another; where none helps, look for the operators that the builder fails at."""
+    first, program = failure, restated(request.program)
+    widen: tuple[str, ...] = ()
+    applied: list[str] = []
+    for remedy in remedies(first, program, job.settings):
+        _log.warning("%s; trying to %s", failure, remedy.text)
+        applied.append(f"{remedy.text}, as {failure}")
+        job = replace(job, settings={**job.settings, **remedy.settings})
+        widen = remedy.widen or widen
+        try:
+            return _again(request, job, widen, applied, folder)
+        except BuilderError as next_failure:
+            failure = next_failure
+    if can_search(failure):
+        found = _searched(request, job, failure, applied, folder)
+        if found is not None:
+            return found
+        applied.append("keep operators in fp32, none and all of those that can be")
+    tried = "; ".join(applied) or "nothing that is known to help"
+    text = advice(first, request.program, request.settings)
+    raise BuildError(f"{text} on_failure='fallback' tried: {tried}. Last: {failure}") from failure
+
+
+def _again(
+    request: BuildRequest, job: BuilderJob, widen: tuple[str, ...], applied: Sequence[str], folder: Path
+) -> _Build:
+    """Raises BuilderError."""
+    _emptied(folder)
+    program = restated(widened(request.program, widen) if widen else request.program)
+    return _Build(_attempt(request, job, program, folder), job, program, tuple(applied), widen)
+
+
+def _searched(
+    request: BuildRequest, job: BuilderJob, failure: BuilderError, applied: Sequence[str], folder: Path
+) -> _Build | None:
+    """The build with the fewest nodes in fp32 that was found, its files in `folder`; None if there is none."""
+    builds: dict[tuple[str, ...], _Build] = {}
+    asked: list[tuple[str, ...]] = []
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as aside:
+
+        def helps(names: tuple[str, ...]) -> bool:
+            asked.append(names)
+            _log.warning("%s; looking for its operators: %d nodes in fp32", failure, len(names))
+            try:
+                build = _again(request, job, names, applied, folder)
+            except BuilderError as error:
+                _log.info("with %d nodes in fp32: %s", len(names), error)
+                return False
+            folder.rename(Path(aside) / str(len(builds)))
+            folder.mkdir()
+            builds[names] = build
+            return True
+
+        names = smallest_choice(operator_groups(restated(request.program)), helps)
+        if names is None:
+            return None
+        _emptied(folder)
+        shutil.copytree(Path(aside) / str(list(builds).index(names)), folder, dirs_exist_ok=True)
+    remedy = f"keep {len(names)} nodes like {names[0]} in fp32, found in {len(asked)} builds, as {failure}"
+    return replace(builds[names], remedies=(*applied, remedy))
 
 
 def _emptied(folder: Path) -> None:

@@ -1,0 +1,146 @@
+"""A builder that fails and names nothing: the operators that it fails at are found by building again."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from benchmarks.rtx_builder import has_builder
+from calib import BuildError, calibrate
+from engines import build, tensorrt_build
+from engines.builder_isolation import BUILDING, BuilderError, build_isolated
+from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
+from passes import classify, insert_casts
+
+
+class Gated(nn.Module):
+    """Convolutions, two of them grouped, gates and a pool."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
+        self.depth = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in range(2))
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        for depth in self.depth:
+            y = depth(x)
+            x = y * torch.sigmoid(y.mean((2, 3), keepdim=True))
+        return self.last(x)
+
+
+@pytest.fixture(scope="module")
+def planned():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    program = torch.export.export(Gated().eval(), (x,))
+    ranges = calibrate(program, [x], progress=False)
+    plan = classify(program, ranges, low_precision_type=torch.bfloat16)
+    return insert_casts(program, plan), plan
+
+
+def computed_in(program, name):
+    """The type in which a node computes: that of its first floating-point argument."""
+    node = next(node for node in program.graph.nodes if node.name == name)
+    return node.args[0].meta["val"].dtype
+
+
+def failing_at(monkeypatch, *names):
+    """Let the builder fail at an execution context as long as one of `names` is in bf16. How often it was asked."""
+    asked = []
+
+    def attempt(job, program, folder, timeout, progress=True):
+        asked.append([name for name in names if computed_in(program, name) == torch.bfloat16])
+        (folder / "left over").write_text("of a build that failed")
+        if asked[-1]:
+            raise BuilderError("context", "Unable to create an execution context", BUILDING)
+        (folder / "left over").unlink()
+        return build_isolated(job, program, folder, timeout, progress)
+
+    monkeypatch.setattr(tensorrt_build, "build_isolated", attempt)
+    return asked
+
+
+def ahead(planned, **arguments):
+    mixed, plan = planned
+    return build(mixed, plan, backend="tensorrt", ahead_of_time=True, cache=False, progress=False, **arguments)
+
+
+def test_operators_are_told_apart_and_grouped_convolutions_from_others(planned):
+    groups = operator_groups(planned[0])
+    assert ("conv2d", "conv2d_3") in groups
+    assert ("conv2d_1", "conv2d_2") in groups
+    names = [name for group in groups for name in group]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+@pytest.mark.parametrize("culprits", [("conv2d_1", "conv2d_2"), ("sigmoid", "conv2d_3")])
+def test_the_operators_are_found_and_kept_in_fp32(planned, monkeypatch, tmp_path, culprits):
+    asked = failing_at(monkeypatch, *culprits)
+    engine = ahead(planned, on_failure="fallback")
+    kept = set(engine.record["widened"])
+    wanted = {name for group in operator_groups(planned[0]) if set(group) & set(culprits) for name in group}
+    assert kept == wanted
+    (remedy,) = engine.record["remedies"]
+    assert f"keep {len(kept)} nodes like" in remedy
+    assert "execution context" in remedy
+    assert f"found in {len(asked) - 1} builds" in remedy
+    assert len(asked) <= MOST_BUILDS + 1
+    assert {row["node"] for row in engine.ledger.iter_rows(named=True) if row["planned"] == "high"} >= kept
+    engine.save(tmp_path / "engine")
+    assert not list((tmp_path / "engine").rglob("left over"))
+
+
+def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
+    def attempt(*arguments):
+        raise BuilderError("context", "Unable to create an execution context", BUILDING)
+
+    monkeypatch.setattr(tensorrt_build, "build_isolated", attempt)
+    with pytest.raises(BuildError, match=r"tried: keep operators in fp32, none and all of those that can be"):
+        ahead(planned, on_failure="fallback")
+    with pytest.raises(BuildError, match=rf"looks for the operators that it fails at, in at most {MOST_BUILDS} more"):
+        ahead(planned)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "searched"),
+    [("context", "", True), ("crash", BUILDING, True), ("memory", BUILDING, False), ("hang", BUILDING, False),
+     ("unsupported", BUILDING, False), ("refused", "loading the program", False)],
+)  # fmt: skip
+def test_only_what_may_be_an_operators_fault_is_searched(kind, stage, searched):
+    assert can_search(BuilderError(kind, "", stage)) is searched
+
+
+@given(st.integers(1, 20), st.data())
+def test_the_smallest_choice_is_the_culprits(count, data):
+    culprits = data.draw(st.sets(st.integers(0, count - 1), min_size=1, max_size=3))
+    groups = [(f"{i}a", f"{i}b") for i in range(count)]
+    asked = []
+
+    def helps(names):
+        asked.append(names)
+        return {f"{i}a" for i in culprits} <= set(names)
+
+    found = smallest_choice(groups, helps, most=100)
+    assert found == tuple(name for i in sorted(culprits) for name in groups[i])
+    assert len(asked) == len(set(asked)), "nothing is built twice"
+    assert len(asked) <= 1 + len(culprits) * (1 + count.bit_length())
+
+
+def test_a_search_that_is_cut_short_gives_the_best_that_it_found():
+    groups = [(str(i),) for i in range(16)]
+    asked = []
+
+    def helps(names):
+        asked.append(names)
+        return {"3", "11"} <= set(names)
+
+    found = smallest_choice(groups, helps, most=3)
+    assert len(asked) == 3
+    assert found is not None
+    assert {"3", "11"} <= set(found)
+    assert len(found) < 16
+    assert smallest_choice(groups, lambda names: False) is None
+    assert smallest_choice([], lambda names: True) is None
