@@ -13,6 +13,7 @@ that runs in the interpreter, has paid for itself.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -114,6 +115,7 @@ def milliseconds(run: Way, batches: int = 4) -> float:
 
 def peak(make: Callable[[], Way], batches: int) -> float:
     """MB that torch allocated at most above what was there before."""
+    gc.collect()  # networks and graphs that were measured before
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -122,9 +124,9 @@ def peak(make: Callable[[], Way], batches: int) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def rows(name: str) -> list[str]:
+def rows(name: str, wanted: list[str]) -> list[str]:
     """A Markdown row for each way. Batches on the GPU first, then on the host: what one keeps is not there for both."""
-    found = ways(name)
+    found = {label: make for label, make in ways(name).items() if any(part in label for part in ["forward", *wanted])}
     on_host = {label: make for label, make in found.items() if label.endswith(FROM_HOST)}
     on_gpu = {label: make for label, make in found.items() if label not in on_host}
     return [*_measured_rows(name, on_gpu, ""), *_measured_rows(name, on_host, FROM_HOST)]
@@ -190,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="write the Markdown there, too")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS))
+    parser.add_argument("--ways", nargs="*", default=[""], help="only those that have one of these in their names")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -203,7 +206,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for name in options.networks:
-        lines += rows(name)
+        lines += rows(name, options.ways)
         machine.write(options.output, "\n".join(lines))
 
 

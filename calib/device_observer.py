@@ -18,8 +18,8 @@ from torch import fx
 
 from calib.columns import BINS
 from calib.graph import TensorSpec
-from calib.hidden import Slices, slices_of
-from calib.kernel import is_dense
+from calib.hidden import Slices, SlicesInMemory, slices_of
+from calib.kernel import memory_levels
 from calib.observer import Observer
 from calib.sentinels import MASK_AT_MOST
 
@@ -63,7 +63,7 @@ class Layout:
 class DeviceObserver(Observer):
     """An `Observer` whose batch is measured by one fused kernel a tensor. Needs Triton, which comes with torch on GPUs.
 
-    Tensors that the kernel does not take (float64, expanded ones, ones with gaps) are measured as `Observer` does.
+    Tensors that the kernel does not take (float64, ones of more than two strides) are measured as `Observer` does.
     """
 
     def __init__(
@@ -103,17 +103,19 @@ class DeviceObserver(Observer):
         super().finish()
 
     def _write(self, row: int, tensor: torch.Tensor) -> None:
-        size = tensor.numel()
+        size, levels = tensor.numel(), memory_levels(zip(tensor.shape, tensor.stride(), strict=True))
         elsewhere = tensor.device != self._values.device  # weights are measured where they are
-        if elsewhere or tensor.dtype not in _TYPES or tensor.is_neg() or not is_dense(tensor) or size > _MOST:
+        if elsewhere or tensor.dtype not in _TYPES or tensor.is_neg() or len(levels) > 2 or size > _MOST:
             super()._write(row, tensor)
             return
         masked = row in self._masks
-        programs = min(PROGRAMS, -(-size // BLOCK))
-        flat = tensor.detach().as_strided((size,), (1,), tensor.storage_offset())
-        self._tally[(programs,)](
-            flat, self._values, self._counts, self._sums, self._bins, size, row, MASK_AT_MOST if masked else 0.0,
-            PLACES=PROGRAMS, MASKED=masked, HISTOGRAM=self._histogram, BLOCK=BLOCK, num_warps=WARPS,
+        (width, step), pitch = levels[0], levels[1][1] if len(levels) > 1 else 0
+        tiled = step == 1 and width % (4 * BLOCK) == 0 and pitch % 4 == 0
+        self._tally[(min(PROGRAMS, -(-size // BLOCK)),)](
+            _start_of(tensor), self._values, self._counts, self._sums, self._bins, size, row,
+            MASK_AT_MOST if masked else 0.0, width, step, pitch,
+            GAPS=0 if step == len(levels) == 1 else 1 if tiled else 2, PLACES=PROGRAMS, MASKED=masked,
+            HISTOGRAM=self._histogram, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
         self.layout.sizes[row] = size
 
@@ -126,34 +128,33 @@ class DeviceObserver(Observer):
 
     def _look_inside(self, row: int, node: fx.Node, arguments: dict[fx.Node, Any]) -> None:
         parts = slices_of(node, arguments)
-        shapes = [shape for slices in parts if (shape := self._shape_of(slices)) is not None]
-        if not parts or len(shapes) < len(parts):
+        places = [found for slices in parts if (found := self._places_of(slices)) is not None]
+        if not parts or len(places) < len(parts):
             super()._look_inside(row, node, arguments)
             return
         hidden = self._batch.hidden
-        self._sum(parts[0], shapes[0], hidden, row * hidden.stride(0))
+        self._sum(parts[0], places[0], hidden, row * hidden.stride(0))
         if len(parts) == 2:
-            self._sum(parts[1], shapes[1], self._keys, row)
+            self._sum(parts[1], places[1], self._keys, row)
             self.layout.attention.append(row)
 
-    def _shape_of(self, slices: Slices) -> tuple[int, int, int] | None:
+    def _places_of(self, slices: Slices) -> SlicesInMemory | None:
         """What `sum_slices` takes; None where it does not, or not well."""
         x = slices.x
         if x.device != self._values.device or x.dtype not in _TYPES or x.is_neg() or x.numel() > _MOST:
             return None
-        shape = slices.in_memory()
-        longest = _LONG if shape is None or shape[0] < _MANY else _LONGEST
-        return shape if shape is not None and shape[1] <= longest else None
+        places = slices.in_memory()
+        longest = _LONG if places is None or places.count < _MANY else _LONGEST
+        return places if places is not None and places.length <= longest else None
 
-    def _sum(self, slices: Slices, shape: tuple[int, int, int], found: torch.Tensor, place: int) -> None:
-        count, length, inner = shape
-        columns = min(1 << (length - 1).bit_length(), 1024) if inner == 1 else 1
-        rows = min(_GROUP // columns, 1024, 1 << (count - 1).bit_length())
-        x = slices.x.detach()
-        flat = x.as_strided((x.numel(),), (1,), x.storage_offset())
-        self._sum_slices[(min(-(-count // rows), 2 * PROGRAMS),)](
-            flat, found.view(torch.int64), place, count, length, inner,
-            SQUARES=slices.squares, SPREAD=slices.spread, ADJACENT=inner == 1, ROWS=rows, COLUMNS=columns,
+    def _sum(self, slices: Slices, places: SlicesInMemory, found: torch.Tensor, place: int) -> None:
+        adjacent = places.apart == 1
+        columns = min(_power(places.length), 1024) if adjacent else 1
+        rows = min(_GROUP // columns, 1024, _power(places.count))
+        self._sum_slices[(min(-(-places.count // rows), 2 * PROGRAMS),)](
+            _start_of(slices.x), found.view(torch.int64), place,
+            places.count, places.length, places.apart, places.width, places.step, places.pitch,
+            SQUARES=slices.squares, SPREAD=slices.spread, ADJACENT=adjacent, ROWS=rows, COLUMNS=columns,
         )  # fmt: skip
 
     def _decode(self) -> None:
@@ -168,11 +169,21 @@ class DeviceObserver(Observer):
             self._gather[(where.shape[1],)](
                 where, where.shape[1], self._values, self._counts, self._sums, self._bins,
                 batch.values, batch.counts, batch.batches, batch.hidden, bins,
-                PLACES=PROGRAMS, LANES=1 << (PROGRAMS - 1).bit_length(), HISTOGRAM=self._histogram, BLOCK=BLOCK,
+                PLACES=PROGRAMS, LANES=_power(PROGRAMS), HISTOGRAM=self._histogram, BLOCK=BLOCK,
             )  # fmt: skip
         if len(attention):
             logits = (batch.hidden[attention, 0] * self._keys[attention]).sqrt()
             batch.hidden[attention, 0] = logits.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _start_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What stands for the memory in which its elements lie."""
+    return tensor.detach().as_strided((1,), (1,), tensor.storage_offset())
+
+
+def _power(number: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
 
 
 def fused_problem(device: torch.device) -> str | None:

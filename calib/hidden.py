@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from calib.graph import argument_of, as_list, base_op
-from calib.kernel import is_dense, pieces
+from calib.kernel import memory_levels, pieces
 from calib.operators import ATTENTION, SQUARES, SUMS
 
 # Elements of scratch at a time: squares of a large activation would double the memory that a forward pass needs.
@@ -24,6 +24,21 @@ _LAYER_NORMS = frozenset({"layer_norm", "native_layer_norm", "rms_norm", "_fused
 _UNCENTRED = frozenset({"rms_norm", "_fused_rms_norm", "norm", "linalg_vector_norm"})
 _GROUPS_AT = {"group_norm": 1, "native_group_norm": 6}
 _POOLS = frozenset(name for name in SUMS if "pool" in name)
+
+
+@dataclass(frozen=True)
+class SlicesInMemory:
+    """Where slices lie: `count` of them, of `length` elements that are `apart` from each other.
+
+    Slice i begins at (i // width) * pitch + (i % width) * step.
+    """
+
+    count: int
+    length: int
+    apart: int
+    width: int
+    step: int
+    pitch: int
 
 
 @dataclass(frozen=True)
@@ -39,19 +54,17 @@ class Slices:
     squares: bool
     spread: int = 0
 
-    def in_memory(self) -> tuple[int, int, int] | None:
-        """How many slices there are, of how many elements, which lie how far apart; None if memory has gaps between
-        them, or other dimensions."""
-        if not is_dense(self.x):
+    def in_memory(self) -> SlicesInMemory | None:
+        """Where they lie; None where it takes more strides to say."""
+        shape, strides, reduced = self.x.shape, self.x.stride(), set(self.dimensions)
+        inside = memory_levels((shape[d], strides[d]) for d in reduced)
+        between = memory_levels((shape[d], strides[d]) for d in range(self.x.dim()) if d not in reduced)
+        if len(inside) > 1 or len(between) > 2:
             return None
-        order = sorted((d for d in range(self.x.dim()) if self.x.size(d) > 1), key=self.x.stride)
-        at = [i for i, dimension in enumerate(order) if dimension in self.dimensions]
-        if not at:
-            return self.x.numel(), 1, 1
-        if at[-1] - at[0] != len(at) - 1:
-            return None
-        length = math.prod(self.x.size(order[i]) for i in at)
-        return self.x.numel() // length, length, self.x.stride(order[at[0]])
+        (length, apart), (width, step) = inside[0], between[0]
+        return SlicesInMemory(
+            self.x.numel() // length, length, apart, width, step, between[1][1] if len(between) > 1 else 0
+        )
 
 
 def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tensor | None:
@@ -64,7 +77,7 @@ def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tens
     is no norm.
     """
     base = base_op(node.target)
-    if base in _POOLS:
+    if base in _POOLS and not _pools_all(node, base):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: arguments.get(n))
         pooled = bool(args) and isinstance(args[0], torch.Tensor) and _summable(args[0])
         return _pooled(node, base, args, kwargs) if pooled else None
@@ -78,7 +91,8 @@ def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tens
 def slices_of(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> tuple[Slices, ...]:
     """What `node` sums inside: of attention the queries and the keys, of any other operator one tensor, or nothing."""
     base = base_op(node.target)
-    summed = 2 if base in ATTENTION else int(base in SQUARES or base in SUMS - _POOLS)
+    sums = base in SUMS - _POOLS or _pools_all(node, base)
+    summed = 2 if base in ATTENTION else int(base in SQUARES or sums)
     found = [arguments.get(n) if isinstance(n, fx.Node) else None for n in node.args[:summed]]
     tensors = [x for x in found if isinstance(x, torch.Tensor) and _summable(x)]
     if not tensors or len(tensors) < len(found):
@@ -86,13 +100,18 @@ def slices_of(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> tuple[Slices, 
     if base in ATTENTION:
         return tuple(Slices(x, [x.dim() - 1], True) for x in tensors)
     x = tensors[0]
+    if sums:
+        return (Slices(x, reduced_dimensions(node, base, x.dim()), False),)
     dimensions = reduced_dimensions(node, base, x.dim())
-    if base in SUMS:
-        return (Slices(x, dimensions, False),)
     groups = group_count(node, base)
     if groups is not None:
         x = torch.unflatten(x, 1, (groups, -1))
     return (Slices(x, dimensions, True, 1 if base in _UNCENTRED else 2),)
+
+
+def _pools_all(node: fx.Node, base: str) -> bool:
+    """Whether it is a pool with one window, whose size is that of its input."""
+    return base.startswith("adaptive_avg_pool") and all(size == 1 for size in as_list(node.args[1]))
 
 
 def _summable(x: torch.Tensor) -> bool:
@@ -111,6 +130,8 @@ def reduced_dimensions(node: fx.Node, base: str, rank: int) -> list[int]:
         return list(range(2, rank + 1))
     if base == "instance_norm":
         return list(range(2, rank))
+    if base in _POOLS:
+        return list(range(rank - int(base[-2]), rank))
     chosen = argument_of(node, "dim")
     dimensions = [d for d in as_list(chosen) if isinstance(d, int)]
     return [d % rank for d in dimensions] if dimensions and rank else list(range(rank))

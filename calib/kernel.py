@@ -11,7 +11,7 @@ of fp32 (IEEE 754: bin 0 zeros and subnormals, bin 255 Inf and NaN, bin e the ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -252,6 +252,19 @@ def is_dense(tensor: torch.Tensor) -> bool:
                 return False
             expected *= size
     return True
+
+
+def memory_levels(dimensions: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """How many elements lie how far apart, from the innermost: (size, stride) of dimensions, joined where possible."""
+    levels: list[tuple[int, int]] = []
+    for size, stride in sorted(dimensions, key=lambda dimension: dimension[1]):
+        if size == 1:
+            continue
+        if levels and stride == levels[-1][0] * levels[-1][1]:
+            levels[-1] = (levels[-1][0] * size, levels[-1][1])
+        else:
+            levels.append((size, stride))
+    return levels or [(1, 1)]
 
 
 def pieces(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:

@@ -5,9 +5,8 @@ twenty kernels. Each program writes what it found to a place of its own, and all
 end of a batch: atomic operations of a thousand programs on one place took longer than reading the tensor.
 
 Instructions, not memory, limit it. So a program goes over its tiles the short way: no masks, nothing told apart,
-nothing reduced over threads before the end. What it found shows whether that was right (all values finite, none so
-large or small that its square or exponent is not held), and if not, it goes over them again, the long way. Both give
-the same.
+nothing reduced over threads before the end. What it found shows whether that was right (all values finite, of exponents
+that it counts), and if not, it goes over them again, the long way. Both give the same.
 """
 
 from __future__ import annotations
@@ -20,12 +19,10 @@ MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 # The biased exponents that the short way counts: from 2^-46, far below what fp16 holds, to 2^17, above it. The first
 # slot is for zeros.
 FIRST, COMMON = tl.constexpr(80), tl.constexpr(64)
-# fp32 loses squares of values below 2^-63. Beside the square of one above 2^-30, 2^31 of them are less than 2^-35.
-LEAST = tl.constexpr(2.0**-30)
 
 
 # Not one kernel for each size and row that happens to be 1 or a multiple of 16.
-@triton.jit(do_not_specialize=["size", "row", "mask_at_most"])
+@triton.jit(do_not_specialize=["size", "row", "mask_at_most", "width", "step", "pitch"])
 def tally(
     x_ptr,
     values_ptr,  # float32 [rows, programs, 4]: least, smallest magnitude, lowest mask value, largest
@@ -35,6 +32,10 @@ def tally(
     size,
     row,
     mask_at_most,
+    width,  # element i lies at (i // width) * pitch + (i % width) * step, from here
+    step,
+    pitch,  # to here
+    GAPS: tl.constexpr,  # 0: at i; 1: a tile's elements lie side by side, four of them aligned; 2: in any way
     PLACES: tl.constexpr,
     MASKED: tl.constexpr,
     HISTOGRAM: tl.constexpr,
@@ -45,12 +46,13 @@ def tally(
     Each has one of `PLACES` places, and writes all of it. A block has at most 4095 elements.
     """
     tiles = 0 if MASKED else size // (4 * BLOCK)
-    least, most, tiny, sum_x, sum_xx, zeros, common = _short_way(x_ptr, tiles, HISTOGRAM, BLOCK)
-    largest = tl.maximum(most, -least)
-    # Where a value was NaN or Inf, or the square of one beyond fp32, the sum of squares is Inf or NaN.
-    again = tl.where(sum_xx < float("inf"), (largest < LEAST) & (largest > 0), True)
+    least, most, tiny, sum_x, sum_xx, zeros, common = _short_way(
+        x_ptr, tiles, width, step, pitch, GAPS, HISTOGRAM, BLOCK
+    )
+    # Where a value was NaN or Inf, the sum of squares is; no square of an fp32 value is too large for float64.
+    again = tl.where(sum_xx < float("inf"), False, True)
     if HISTOGRAM:
-        again = again | (largest >= 2.0**17) | (tiny < ((FIRST + 1) << 23) - 1)
+        again = again | (tl.maximum(most, -least) >= 2.0**17) | (tiny < ((FIRST + 1) << 23) - 1)
     least, most = tl.where(again, float("inf"), least), tl.where(again, float("-inf"), most)
     tiny, zeros = tl.where(again, MAGNITUDE, tiny), tl.where(again, 0, zeros)
     sum_x, sum_xx = tl.where(again, 0.0, sum_x), tl.where(again, 0.0, sum_xx)
@@ -61,7 +63,7 @@ def tally(
     left = (4 * tiles + tl.program_id(0)) * BLOCK
     if again or left < size:
         found, counted, mask_low, bins = _long_way(
-            x_ptr, size, tiles, again, left, mask_at_most, MASKED, HISTOGRAM, BLOCK
+            x_ptr, size, tiles, again, left, mask_at_most, width, step, pitch, GAPS, MASKED, HISTOGRAM, BLOCK
         )
         least, most, tiny, sum_x, sum_xx, zeros = _both(
             least, most, tiny, sum_x, sum_xx, zeros, found[0], found[1], found[2], found[3], found[4], found[5]
@@ -97,7 +99,13 @@ def _both(low, high, small, total, squares, zeros, low_2, high_2, small_2, total
 
 
 @triton.jit
-def _short_way(x_ptr, tiles, HISTOGRAM: tl.constexpr, BLOCK: tl.constexpr):
+def _place(i, width, step, pitch, GAPS: tl.constexpr):
+    """Where element i lies."""
+    return i.to(tl.int64) if GAPS == 0 else (i // width).to(tl.int64) * pitch + (i % width).to(tl.int64) * step
+
+
+@triton.jit
+def _short_way(x_ptr, tiles, width, step, pitch, GAPS: tl.constexpr, HISTOGRAM: tl.constexpr, BLOCK: tl.constexpr):
     """Of this program's tiles: least, largest, smallest magnitude less one, sum, sum of squares, zeros; exponents."""
     lanes = tl.arange(0, BLOCK)
     low = tl.full([BLOCK], float("inf"), tl.float32)
@@ -106,13 +114,23 @@ def _short_way(x_ptr, tiles, HISTOGRAM: tl.constexpr, BLOCK: tl.constexpr):
     total, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     zeros, common = tl.zeros([BLOCK], tl.int32), tl.zeros([COMMON], tl.int32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        first = x_ptr + tile * (4 * BLOCK) + lanes
-        a, b = tl.load(first).to(tl.float32), tl.load(first + BLOCK).to(tl.float32)
-        c, d = tl.load(first + 2 * BLOCK).to(tl.float32), tl.load(first + 3 * BLOCK).to(tl.float32)
+        first = tile * (4 * BLOCK)
+        if GAPS == 2:
+            a_at = x_ptr + _place(first + lanes, width, step, pitch, GAPS)
+            b_at = x_ptr + _place(first + BLOCK + lanes, width, step, pitch, GAPS)
+            c_at = x_ptr + _place(first + 2 * BLOCK + lanes, width, step, pitch, GAPS)
+            d_at = x_ptr + _place(first + 3 * BLOCK + lanes, width, step, pitch, GAPS)
+        else:
+            # Said so that the compiler knows that it is a multiple of four, and loads four at a time.
+            a_at = x_ptr + _place(first, width, step, pitch, GAPS) // 4 * 4 + lanes
+            b_at, c_at, d_at = a_at + BLOCK, a_at + 2 * BLOCK, a_at + 3 * BLOCK
+        a, b = tl.load(a_at).to(tl.float32), tl.load(b_at).to(tl.float32)
+        c, d = tl.load(c_at).to(tl.float32), tl.load(d_at).to(tl.float32)
         low = tl.minimum(low, tl.minimum(tl.minimum(a, b), tl.minimum(c, d)))
         high = tl.maximum(high, tl.maximum(tl.maximum(a, b), tl.maximum(c, d)))
-        total += ((a + b) + (c + d)).to(tl.float64)
-        squares += ((a * a + b * b) + (c * c + d * d)).to(tl.float64)
+        wide_a, wide_b, wide_c, wide_d = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
+        total += (wide_a + wide_b) + (wide_c + wide_d)
+        squares += (wide_a * wide_a + wide_b * wide_b) + (wide_c * wide_c + wide_d * wide_d)
         # Less one, both zeros are the largest integer, and the rest keep their order.
         e, f = (a.to(tl.int32, bitcast=True) - 1) & MAGNITUDE, (b.to(tl.int32, bitcast=True) - 1) & MAGNITUDE
         g, h = (c.to(tl.int32, bitcast=True) - 1) & MAGNITUDE, (d.to(tl.int32, bitcast=True) - 1) & MAGNITUDE
@@ -137,6 +155,10 @@ def _long_way(
     again,  # whether the tiles, too
     left,  # first element of this program's first block behind the tiles
     mask_at_most,
+    width,
+    step,
+    pitch,
+    GAPS: tl.constexpr,
     MASKED: tl.constexpr,
     HISTOGRAM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,13 +174,13 @@ def _long_way(
     zeros, bins = tl.zeros([BLOCK], tl.int32), tl.zeros([256], tl.int32)
     nan, posinf, neginf, masked = 0, 0, 0, 0
     repeated = tl.where(again, 4 * tl.cdiv(tl.maximum(tiles - program, 0), programs), 0)
-    steps = repeated + tl.cdiv(tl.maximum(size - left, 0), programs * BLOCK)
-    for step in range(steps):
-        in_tiles = (4 * (program + (step // 4) * programs) + step % 4) * BLOCK
-        first = tl.where(step < repeated, in_tiles, left + (step - repeated) * programs * BLOCK)
+    turns = repeated + tl.cdiv(tl.maximum(size - left, 0), programs * BLOCK)
+    for turn in range(turns):
+        in_tiles = (4 * (program + (turn // 4) * programs) + turn % 4) * BLOCK
+        first = tl.where(turn < repeated, in_tiles, left + (turn - repeated) * programs * BLOCK)
         offsets = first + lanes
         shown = offsets < size
-        x = tl.load(x_ptr + offsets, mask=shown, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + _place(offsets, width, step, pitch, GAPS), mask=shown, other=0.0).to(tl.float32)
         bits = x.to(tl.int32, bitcast=True)
         magnitude = bits & MAGNITUDE
         if MASKED:

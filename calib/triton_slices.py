@@ -10,34 +10,37 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["place", "slices", "length", "inner"])
+@triton.jit(do_not_specialize=["place", "slices", "length", "apart", "width", "step", "pitch"])
 def sum_slices(
     x_ptr,
     found_ptr,  # int64 [places]: the bits of float64 numbers; the largest sum at `place`, the least spread behind it
     place,
-    slices,
-    length,  # elements of a slice
-    inner,  # elements between two neighbours of a slice: 1 if `ADJACENT`
+    slices,  # as in `calib.hidden.SlicesInMemory`, from here
+    length,
+    apart,
+    width,
+    step,
+    pitch,  # to here
     SQUARES: tl.constexpr,  # sums of squares, else of magnitudes
     SPREAD: tl.constexpr,  # 0: none is wanted; 1: mean squares; 2: mean square deviations
-    ADJACENT: tl.constexpr,
+    ADJACENT: tl.constexpr,  # whether `apart` is 1
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # 1 where slices are not adjacent: the threads lie side by side in memory either way
+    COLUMNS: tl.constexpr,  # 1 where they are not adjacent, so that threads lie side by side in memory either way
 ):
     """Each program takes every so manieth group of `ROWS` slices."""
     largest = tl.zeros([ROWS], tl.float64)
     least = tl.full([ROWS], float("inf"), tl.float64)
     columns = tl.arange(0, COLUMNS)
     if ADJACENT:
-        inner = 1  # so that the compiler knows
+        apart = 1  # so that the compiler knows
     for group in range(tl.program_id(0), tl.cdiv(slices, ROWS), tl.num_programs(0)):
         rows = group * ROWS + tl.arange(0, ROWS)
-        first = (rows // inner).to(tl.int64) * length * inner + rows % inner
+        first = (rows // width).to(tl.int64) * pitch + (rows % width).to(tl.int64) * step
         sums = tl.zeros([ROWS, COLUMNS], tl.float32)
         plain = tl.zeros([ROWS, COLUMNS], tl.float32)
         for at in range(0, length, COLUMNS):
             inside = (rows < slices)[:, None] & (at + columns < length)[None, :]
-            offsets = first[:, None] + (at + columns).to(tl.int64)[None, :] * inner
+            offsets = first[:, None] + (at + columns).to(tl.int64)[None, :] * apart
             x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
             sums += x * x if SQUARES else tl.abs(x)
             if SPREAD == 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import getitem
 from typing import Any
 
 import torch
@@ -96,9 +97,11 @@ def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
 
 
 def can_be_widened(node: fx.Node) -> bool:
-    """Whether it gives one tensor, of a low type that it does not state itself, in storage of its own."""
+    """Whether it makes one tensor of others, of a low type that it does not state itself, in storage of its own."""
     states_type = any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
-    if states_type or written_arguments(node) or not isinstance(node.meta.get("val"), torch.Tensor):
+    if states_type or written_arguments(node) or node.target is getitem:
+        return False
+    if not isinstance(node.meta.get("val"), torch.Tensor):
         return False
     return any(value.dtype in {torch.float16, torch.bfloat16} for _, value in tensor_values(node))
 

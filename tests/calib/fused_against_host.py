@@ -44,6 +44,11 @@ TENSORS = {
     "half": torch.randn(300).half(),
     "bfloat16": torch.randn(300).bfloat16(),
     "permuted": torch.randn(6, 7, 8).permute(2, 0, 1),
+    "chunk": torch.randn(6, 4, 512)[:, 1:3],
+    "narrow": torch.randn(40, 96)[:, 32:64],
+    "queries": torch.randn(2, 30, 3, 4, 16).permute(2, 0, 3, 1, 4)[1],
+    "three strides": torch.randn(6, 9, 9)[:, ::2, ::2],
+    "windows": torch.randn(900).unfold(0, 9, 3),
     "gaps": torch.randn(10, 10)[:, ::2],
     "expanded": torch.randn(4, 1).expand(4, 9),
     "double": torch.randn(40).double(),
@@ -75,15 +80,15 @@ class Sums(torch.nn.Module):
         return sums, norms, permuted, f.scaled_dot_product_attention(q, k, v), f.avg_pool2d(y, 2)
 
 
-def compare(ours, theirs, names):
-    """Counts, histograms and extremes are equal; sums are within fp32 rounding, in which the host forms them."""
+def compare(ours, theirs, names, rounding=0.0):
+    """Counts, histograms and extremes are equal, if the tensors are; sums are within fp32 rounding, as on the host."""
     ours = ours.to(CPU)
     for array in ("counts", "histograms", "batches", "absmax_batch", "nonfinite_batch"):
         mine, reference = getattr(ours, array), getattr(theirs, array)
         if reference is not None:
             for row, name in enumerate(names):
                 assert torch.equal(mine[row], reference[row]), (array, name, mine[row], reference[row])
-    assert torch.equal(ours.values[:, :3], theirs.values[:, :3])
+    torch.testing.assert_close(ours.values[:, :3], theirs.values[:, :3], rtol=rounding, atol=rounding)
     scale = theirs.values[:, :2].abs().amax(1).clamp(1e-30, 1e30)  # of sums that cancel out
     torch.testing.assert_close(ours.values[:, 3] / scale, theirs.values[:, 3] / scale, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(ours.values[:, 4], theirs.values[:, 4], rtol=1e-5, atol=0)
@@ -127,7 +132,8 @@ def compare_runs(model, size):
         totals.append(observer.total)
         if kind is DeviceObserver and isinstance(model, Views):
             assert len(observer.layout.equals) >= 2, "views are measured once"
-    compare(*totals, [spec.node for spec in specs])
+    # Operators round in their own way on a GPU.
+    compare(*totals, [spec.node for spec in specs], rounding=0.0 if DEVICE == CPU else 1e-5)
 
 
 def large():

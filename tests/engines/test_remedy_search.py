@@ -15,11 +15,11 @@ from passes import classify, insert_casts
 
 
 class Gated(nn.Module):
-    """Convolutions, two of them grouped, gates and a pool."""
+    """Convolutions, two of them grouped, gates, pools and halves of a tensor."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1)
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 3, 1)
         self.depth = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, groups=8) for _ in range(2))
 
     def forward(self, x):
@@ -27,7 +27,8 @@ class Gated(nn.Module):
         for depth in self.depth:
             y = depth(x)
             x = y * torch.sigmoid(y.mean((2, 3), keepdim=True))
-        return self.last(x)
+        first, second = x.chunk(2, 1)
+        return self.last(first * second)
 
 
 @pytest.fixture(scope="module")
