@@ -31,8 +31,11 @@ BLOCK, WARPS, PROGRAMS = 1024, 4, 396
 # Elements of a tensor that int32 counts, and the steps of all programs beyond them.
 _MOST = (1 << 31) - (1 << 20)
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-# Of `sum_slices`: elements that a program takes at a time, and of slices that are worth it, of a few and of many.
-_GROUP, _LONG, _LONGEST, _MANY = 4096, 1 << 13, 1 << 16, 128
+# Of `sum_slices`: elements that a program takes at a time.
+_GROUP = 4096
+# Steps that a program goes through one after another, at some 0.15 us each (H100), beyond which torch's own sums, which
+# share a slice among programs, are faster.
+_STEPS = 512
 
 
 @dataclass
@@ -144,17 +147,14 @@ class DeviceObserver(Observer):
         if x.device != self._values.device or x.dtype not in _TYPES or x.is_neg() or x.numel() > _MOST:
             return None
         places = slices.in_memory()
-        longest = _LONG if places is None or places.count < _MANY else _LONGEST
-        return places if places is not None and places.length <= longest else None
+        return places if places is not None and _steps(places) <= _STEPS else None
 
     def _sum(self, slices: Slices, places: SlicesInMemory, found: torch.Tensor, place: int) -> None:
-        adjacent = places.apart == 1
-        columns = min(_power(places.length), 1024) if adjacent else 1
-        rows = min(_GROUP // columns, 1024, _power(places.count))
-        self._sum_slices[(min(-(-places.count // rows), 2 * PROGRAMS),)](
+        rows, columns = _group(places)
+        self._sum_slices[(_programs(places),)](
             _start_of(slices.x), found.view(torch.int64), place,
             places.count, places.length, places.apart, places.width, places.step, places.pitch,
-            SQUARES=slices.squares, SPREAD=slices.spread, ADJACENT=adjacent, ROWS=rows, COLUMNS=columns,
+            SQUARES=slices.squares, SPREAD=slices.spread, ADJACENT=places.apart == 1, ROWS=rows, COLUMNS=columns,
         )  # fmt: skip
 
     def _decode(self) -> None:
@@ -174,6 +174,24 @@ class DeviceObserver(Observer):
         if len(attention):
             logits = (batch.hidden[attention, 0] * self._keys[attention]).sqrt()
             batch.hidden[attention, 0] = logits.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _group(places: SlicesInMemory) -> tuple[int, int]:
+    """How many slices a program takes at a time, and how many elements of each."""
+    columns = min(_power(places.length), 1024) if places.apart == 1 else 1
+    # At least as many slices as lie in one line of memory, at most so many that all programs have some.
+    fair = _power(max(1, places.count // (2 * PROGRAMS)))
+    return min(_GROUP // columns, 1024, max(32, fair) if columns == 1 else 1024, _power(places.count)), columns
+
+
+def _programs(places: SlicesInMemory) -> int:
+    return min(-(-places.count // _group(places)[0]), 2 * PROGRAMS)
+
+
+def _steps(places: SlicesInMemory) -> int:
+    """How often a program of `sum_slices` reads, one time after another."""
+    rows, columns = _group(places)
+    return -(-places.count // (rows * _programs(places))) * -(-places.length // columns)
 
 
 def _start_of(tensor: torch.Tensor) -> torch.Tensor:

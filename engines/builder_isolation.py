@@ -28,7 +28,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _LOG = "builder.log"
 _TAIL = 20_000  # characters of a builder's own output that are read for names
 LOADING, CONVERTING = "loading the program", "converting the graph"
-BUILDING, WRITING = "building the engine", "writing the engine"
+BUILDING, WRITING, RUNNING = "building the engine", "writing the engine", "running the engine"
 _STAGES = {"lower": "lowering the graph", "build": BUILDING, "write": WRITING, "load": LOADING}
 _CONTEXT_WORDS = ("execution context", "createexecutioncontext", "create_execution_context")
 _MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
@@ -36,7 +36,7 @@ _MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate m
 
 @dataclass(eq=False)  # not frozen: Python sets the traceback of an exception
 class BuilderError(Exception):
-    """A build that failed. kind: crash, hang, memory, unsupported, context or refused.
+    """A build that failed. kind: crash, hang, memory, unsupported, context, refused; or wrong, when run once.
 
     message: what was said. stage: how far it came. node: the last that was converted. log: the end of what the
     builder and its libraries printed. layers: names and nodes of the layers of the networks that were made.

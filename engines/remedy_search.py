@@ -22,7 +22,9 @@ class _EnoughError(Exception):
 
 def can_search(failure: BuilderError) -> bool:
     """Whether it may be an operator's fault, and not the machine's."""
-    return failure.kind == "context" or (failure.kind in {"crash", "refused"} and failure.stage in {BUILDING, WRITING})
+    return failure.kind in {"context", "wrong"} or (
+        failure.kind in {"crash", "refused"} and failure.stage in {BUILDING, WRITING}
+    )
 
 
 def operator_groups(program: ExportedProgram) -> list[tuple[str, ...]]:

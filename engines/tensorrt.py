@@ -28,7 +28,8 @@ from engines.engine_files import WIRING, read_parts
 from engines.profiles import check_profile, profiles
 from engines.remedies import FAILED, raised, settings_for
 from engines.runtimes import BuildRequest, Built
-from engines.tensorrt_build import build_files, layers_of, ledger_in
+from engines.tensorrt_build import Trial, build_files, layers_of, ledger_in
+from engines.trial_run import trial_inputs, trial_problem
 
 _log = logging.getLogger("calibcast")
 _PROFILES, _KIND, _PARTS = "profiles.json", "profiles", "tensorrt"
@@ -151,7 +152,9 @@ class TensorrtBackend:
             weakly_typed=None if weakly_typed is None else tuple(str(t).removeprefix("torch.") for t in weakly_typed),
         )
         files = tempfile.TemporaryDirectory(prefix="calibcast-engine-")
-        program, record = build_files(replace(request, settings=settings), job, Path(files.name), self.versions())
+        request = replace(request, settings=settings)
+        trial = _trial(request, shapes)
+        program, record = build_files(request, job, Path(files.name), self.versions(), trial)
         layers = [layer for layer in layers_of(Path(files.name)) if layer.types]
         counts = {"typed_layers": len(layers), "half_layers": sum(layer.is_half for layer in layers)}
         record = {**record, **counts, "set_by_plan": why if by_plan else "", "kept_in_fp32": limited.kept}
@@ -175,6 +178,19 @@ class TensorrtBackend:
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, **adapter.package_versions(), **gpu_facts()}
+
+
+def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
+    """Runs an engine once where one can run here."""
+    if request.ahead_of_time or adapter.missing() is not None:
+        return lambda folder, program: None
+    device = torch.device("cuda")
+
+    def trial(folder: Path, program: ExportedProgram) -> str | None:
+        flat = trial_inputs(signature_of(program), shapes, request.ranges, device)
+        return trial_problem(TensorrtRuntime(folder, program, shapes), program, flat)
+
+    return trial
 
 
 def _check_names(settings: Mapping[str, Any], ahead_of_time: bool) -> None:

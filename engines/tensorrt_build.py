@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from calib.artifacts import load_json, parsed, save_json
 from calib.artifacts import versions as own_versions
 from calib.errors import BuildError
 from calib.fingerprint import node_digests, weights_hash
-from engines.builder_isolation import BuilderError, build_isolated, failure_of
+from engines.builder_isolation import RUNNING, BuilderError, build_isolated, failure_of
 from engines.builder_job import BuilderJob, BuilderResult, encoded
 from engines.builder_process import compile_job
 from engines.engine_cache import EngineCache, cache_key, default_folder
@@ -35,10 +35,16 @@ _log = logging.getLogger("calibcast")
 LAYERS, _KIND = "layers.json", "layers"
 
 
+# What is wrong with the engine in a folder, which was made of this program; None if nothing, or if it cannot be run.
+Trial = Callable[[Path, ExportedProgram], str | None]
+
+
 def build_files(
-    request: BuildRequest, job: BuilderJob, folder: Path, versions: Mapping[str, str]
+    request: BuildRequest, job: BuilderJob, folder: Path, versions: Mapping[str, str], trial: Trial
 ) -> tuple[ExportedProgram, dict[str, Any]]:
     """Put the engine's files into `folder`; the program that was built, and the record of it for the manifest.
+
+    trial: what an engine has to stand that was made by a remedy.
 
     Raises BuildError that names the nodes at which the builder failed, and what can be done.
     """
@@ -53,7 +59,7 @@ def build_files(
             program = widened(request.program, found["widened"]) if found["widened"] else request.program
             program = restated(program)
             return program, {**found, "cache": {"key": key, "hit": True}}
-        program, record = _built(request, job, folder)
+        program, record = _built(request, job, folder, trial)
         if cache is not None:
             cache.keep(key, folder, record)
     return program, {**record, "cache": {"key": key, "hit": False} if cache is not None else None}
@@ -100,7 +106,9 @@ class _Build:
     widened: tuple[str, ...] = ()
 
 
-def _built(request: BuildRequest, job: BuilderJob, folder: Path) -> tuple[ExportedProgram, dict[str, Any]]:
+def _built(
+    request: BuildRequest, job: BuilderJob, folder: Path, trial: Trial
+) -> tuple[ExportedProgram, dict[str, Any]]:
     """Build, and again with one remedy after another where that is allowed."""
     program = restated(request.program)
     try:
@@ -108,7 +116,7 @@ def _built(request: BuildRequest, job: BuilderJob, folder: Path) -> tuple[Export
     except BuilderError as failure:
         if request.on_failure == "error":
             raise BuildError(_advice(failure, program, job.settings)) from failure
-        build = _remedied(request, job, failure, folder)
+        build = _remedied(request, job, failure, folder, trial)
     result = build.result
     record = {
         "ahead_of_time": job.ahead_of_time,
@@ -135,7 +143,7 @@ def _advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[s
     )
 
 
-def _remedied(request: BuildRequest, job: BuilderJob, failure: BuilderError, folder: Path) -> _Build:
+def _remedied(request: BuildRequest, job: BuilderJob, failure: BuilderError, folder: Path, trial: Trial) -> _Build:
     """Build with one known remedy after another; where none helps, look for the operators that the builder fails at."""
     first, program = failure, restated(request.program)
     widen: tuple[str, ...] = ()
@@ -146,11 +154,11 @@ def _remedied(request: BuildRequest, job: BuilderJob, failure: BuilderError, fol
         job = replace(job, settings={**job.settings, **remedy.settings})
         widen = remedy.widen or widen
         try:
-            return _again(request, job, widen, applied, folder)
+            return _again(request, job, widen, applied, folder, trial)
         except BuilderError as next_failure:
             failure = next_failure
     if can_search(failure):
-        found = _searched(request, job, failure, applied, folder)
+        found = _searched(request, job, failure, applied, folder, trial)
         if found is not None:
             return found
         applied.append("keep operators in fp32, none and all of those that can be")
@@ -160,16 +168,19 @@ def _remedied(request: BuildRequest, job: BuilderJob, failure: BuilderError, fol
 
 
 def _again(
-    request: BuildRequest, job: BuilderJob, widen: tuple[str, ...], applied: Sequence[str], folder: Path
+    request: BuildRequest, job: BuilderJob, widen: tuple[str, ...], applied: Sequence[str], folder: Path, trial: Trial
 ) -> _Build:
     """Raises BuilderError."""
     _emptied(folder)
     program = restated(widened(request.program, widen) if widen else request.program)
-    return _Build(_attempt(request, job, program, folder), job, program, tuple(applied), widen)
+    build = _Build(_attempt(request, job, program, folder), job, program, tuple(applied), widen)
+    if (problem := trial(folder, program)) is not None:
+        raise BuilderError("wrong", problem, RUNNING)
+    return build
 
 
 def _searched(
-    request: BuildRequest, job: BuilderJob, failure: BuilderError, applied: Sequence[str], folder: Path
+    request: BuildRequest, job: BuilderJob, failure: BuilderError, applied: Sequence[str], folder: Path, trial: Trial
 ) -> _Build | None:
     """The build with the fewest nodes in fp32 that was found, its files in `folder`; None if there is none."""
     builds: dict[tuple[str, ...], _Build] = {}
@@ -180,7 +191,7 @@ def _searched(
             asked.append(names)
             _log.warning("%s; looking for its operators: %d nodes in fp32", failure, len(names))
             try:
-                build = _again(request, job, names, applied, folder)
+                build = _again(request, job, names, applied, folder, trial)
             except BuilderError as error:
                 _log.info("with %d nodes in fp32: %s", len(names), error)
                 return False

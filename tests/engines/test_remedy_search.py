@@ -8,9 +8,12 @@ from torch import nn
 
 from benchmarks.rtx_builder import has_builder
 from calib import BuildError, calibrate
-from engines import build, tensorrt_build
+from calib.batches import signature_of
+from engines import build, tensorrt, tensorrt_build
 from engines.builder_isolation import BUILDING, BuilderError, build_isolated
+from engines.profiles import profiles
 from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
+from engines.trial_run import trial_inputs, trial_problem
 from passes import classify, insert_casts
 
 
@@ -92,6 +95,54 @@ def test_the_operators_are_found_and_kept_in_fp32(planned, monkeypatch, tmp_path
     assert {row["node"] for row in engine.ledger.iter_rows(named=True) if row["planned"] == "high"} >= kept
     engine.save(tmp_path / "engine")
     assert not list((tmp_path / "engine").rglob("left over"))
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+def test_an_engine_that_is_wrong_is_no_remedy(planned, monkeypatch):
+    """The grouped convolutions in fp32 give an engine, but one that gives NaN until the sigmoids are in fp32, too."""
+    failing_at(monkeypatch, "conv2d_1", "conv2d_2")
+    tried = []
+
+    def trial(folder, program):
+        tried.append(computed_in(program, "sigmoid"))
+        return None if tried[-1] == torch.float32 else "the engine gives NaN"
+
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: trial)
+    engine = ahead(planned, on_failure="fallback")
+    assert set(engine.record["widened"]) == {"conv2d_1", "conv2d_2", "sigmoid", "sigmoid_1"}
+    assert torch.bfloat16 in tried
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: lambda folder, program: "the engine gives NaN")
+    with pytest.raises(BuildError, match="all of those that can be"):
+        ahead(planned, on_failure="fallback")
+
+
+def test_a_trial_tells_what_is_not_finite_and_what_does_not_run(planned):
+    mixed, _ = planned
+    signature = signature_of(mixed)
+    shapes = profiles(signature, None)
+    (x,) = flat = trial_inputs(signature, shapes, None, torch.device("cpu"))
+    assert x.shape == (2, 3, 16, 16)
+    assert -1 <= float(x.min()) < -0.9
+    assert 0.9 < float(x.max()) <= 1
+    program = mixed.module()
+    assert trial_problem(program, mixed, flat) is None
+    wrong = "the engine gives NaN or Inf for 3 of 1536 values that its program gives"
+    assert trial_problem(lambda x: broken(program(x)), mixed, flat) == wrong
+    assert "does not run: ZeroDivisionError" in str(trial_problem(lambda x: 1 / 0, mixed, flat))
+
+
+def broken(result):
+    result.view(-1)[:3] = torch.nan
+    return result
+
+
+def test_a_trial_takes_values_that_calibration_saw(planned):
+    x = torch.rand(2, 3, 16, 16) * 5 + 10
+    program = torch.export.export(Gated().eval(), (x,))
+    ranges = calibrate(program, [x], progress=False)
+    signature = signature_of(program)
+    (made,) = trial_inputs(signature, profiles(signature, ranges), ranges, torch.device("cpu"))
+    assert float(x.min()) <= float(made.min()) <= float(made.max()) <= float(x.max())
 
 
 def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
