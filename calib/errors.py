@@ -51,6 +51,10 @@ class PlanError(CalibcastError):
     """A plan cannot be made or used as asked."""
 
 
+class SettingError(PlanError):
+    """What a plan was asked for is out of range, or names nothing."""
+
+
 class BuildError(CalibcastError):
     """An engine cannot be built as asked."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from calib.errors import CalibcastError, GateError
+from calib.errors import CalibcastError, GateError, SettingError
 from engines.commands import diagnosis, engine, job, review, stages
 from engines.commands.options import note
 from engines.job.errors import JobError
@@ -81,7 +81,7 @@ def _run(arguments: list[str] | None) -> int:
         return int(error.exit_code)
 
 
-_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, UsageError: 2, JobError: 2, GateError: 3}
+_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, UsageError: 2, JobError: 2, SettingError: 2, GateError: 3}
 
 
 def _terminated(*_: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from calib.collector import paused
-from calib.errors import PlanError
+from calib.errors import SettingError
 from calib.execution import require_program
 from calib.graph import dtype_name
 from calib.ranges import RangeTable, require_table
@@ -96,7 +96,7 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
         )
     ]
     if not asked:
-        raise PlanError("nothing to ask: give at least one data_max, low_precision_type and range_quantile")
+        raise SettingError("nothing to ask: give at least one data_max, low_precision_type and range_quantile")
     for setting in asked:
         check_limits(setting.data_max, None, None, setting.quantile, ranges)
     require_program(program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from calib.errors import PlanError
+from calib.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ _NAMES = {"float16": FLOAT16, "fp16": FLOAT16, "half": FLOAT16, "bfloat16": BFLO
 
 
 def format_of(low_type: Any) -> NumberFormat:
-    """The format of a `torch.dtype`, or of a name of one. Raises PlanError for all but fp16 and bf16."""
+    """The format of a `torch.dtype`, or of a name of one. Raises SettingError for all but fp16 and bf16."""
     found = low_type if isinstance(low_type, NumberFormat) else _NAMES.get(str(low_type).removeprefix("torch."))
     if found is None:
-        raise PlanError(
+        raise SettingError(
             f"low_precision_type={low_type}: known are torch.float16 and torch.bfloat16. Integer and 8-bit types need "
             "quantisation with scales, which calibcast does not do."
         )

@@ -9,7 +9,7 @@ from typing import Any, SupportsFloat, TypeGuard
 
 import torch
 
-from calib.errors import PlanError, known
+from calib.errors import SettingError, known
 from calib.graph import module_path, op_name
 from calib.ranges import RangeTable
 from passes.judge import Included, Judge, weight_limit
@@ -56,14 +56,14 @@ class Settings:
             value = getattr(self, name)
             one = isinstance(value, str) or callable(value)
             if not one and not isinstance(value, Iterable):
-                raise PlanError(f"{name}={value!r}: give a list or a set of them")
+                raise SettingError(f"{name}={value!r}: give a list or a set of them")
             object.__setattr__(self, name, (value,) if one else tuple(value))
 
     def judge(self, nodes: Sequence[Candidate], ranges: RangeTable | None, low_type: torch.dtype) -> Judge:
         """All rules with these settings, for these nodes.
 
         Raises:
-            PlanError: a setting is out of range, or a pattern or target matches no node.
+            SettingError: a setting is out of range, or a pattern or target matches no node.
         """
         check_limits(self.data_max, self.init_max, self.max_depth_of_reduction, self.range_quantile, ranges)
         exclude = _patterns(self.nodes_to_exclude, "nodes_to_exclude", nodes)
@@ -102,21 +102,21 @@ class Settings:
 
 
 def low_type_of(value: torch.dtype | str) -> torch.dtype:
-    """`torch.float16` or `torch.bfloat16`, from itself or a name. Raises PlanError for anything else."""
+    """`torch.float16` or `torch.bfloat16`, from itself or a name. Raises SettingError for anything else."""
     return LOW_TYPES[format_of(value).name]
 
 
 def check_limits(
     data_max: float, init_max: float | None, depth: int | None, quantile: float, ranges: RangeTable | None
 ) -> None:
-    """Raise PlanError for a limit that is not positive, and for a quantile outside (0, 1] or without histograms."""
+    """Raise SettingError for a limit that is not positive, and for a quantile outside (0, 1] or without histograms."""
     for name, value in (("data_max", data_max), ("init_max", init_max), ("max_depth_of_reduction", depth)):
         if not (value is None and name != "data_max") and not (_is_number(value) and value > 0):
-            raise PlanError(f"{name}={value!r}: give a positive number, or inf to switch the rule off")
+            raise SettingError(f"{name}={value!r}: give a positive number, or inf to switch the rule off")
     if not (_is_number(quantile) and 0 < quantile <= 1):
-        raise PlanError(f"range_quantile={quantile!r}: give a share above 0 and at most 1")
+        raise SettingError(f"range_quantile={quantile!r}: give a share above 0 and at most 1")
     if quantile < 1 and ranges is not None and ranges.frame["histogram"].null_count():
-        raise PlanError(
+        raise SettingError(
             f"range_quantile={quantile} needs histograms, and these ranges were measured with histogram=False. "
             "Calibrate with histogram=True, or use range_quantile=1.0."
         )
@@ -129,7 +129,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 def _patterns(patterns: Iterable[str], argument: str, nodes: Sequence[Candidate]) -> tuple[str, ...]:
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise PlanError(f"{argument}: {pattern!r} is no text; give regular expressions as str")
+            raise SettingError(f"{argument}: {pattern!r} is no text; give regular expressions as str")
     checked = tuple(sorted(set(patterns)))
     if not checked:
         return ()
@@ -138,11 +138,13 @@ def _patterns(patterns: Iterable[str], argument: str, nodes: Sequence[Candidate]
         try:
             hit = any(matched((pattern,), name, module) for name, module in names)
         except re.error as error:
-            raise PlanError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error
+            raise SettingError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error
         if not hit:
             plain = re.sub(r"[\^$\\.*+?()\[\]{}|]", "", pattern)
             every = {text for pair in names for text in pair if text}
-            raise PlanError(f"{argument}: {pattern!r} matches no node name and no module path; {known(plain, every)}")
+            raise SettingError(
+                f"{argument}: {pattern!r} matches no node name and no module path; {known(plain, every)}"
+            )
     return checked
 
 
@@ -155,6 +157,6 @@ def _targets(targets: Iterable[Target], argument: str, nodes: Sequence[Candidate
     for target in targets:
         name = str(target).removeprefix("torch.ops.")
         if name not in present:
-            raise PlanError(f"{argument}: no node has the target {name!r}; {known(name, present)}")
+            raise SettingError(f"{argument}: no node has the target {name!r}; {known(name, present)}")
         found.add(name)
     return frozenset(found)
