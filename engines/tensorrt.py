@@ -188,7 +188,11 @@ def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
 
     def trial(folder: Path, program: ExportedProgram) -> str | None:
         flat = trial_inputs(signature_of(program), shapes, request.ranges, device)
-        return trial_problem(TensorrtRuntime(folder, program, shapes), program, flat)
+        try:
+            runtime = TensorrtRuntime(folder, program, shapes)
+        except ArtifactError as error:
+            return str(error)
+        return trial_problem(runtime, program, flat)
 
     return trial
 

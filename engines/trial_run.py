@@ -6,6 +6,7 @@ NaN for whatever it is given.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +17,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from calib.batches import Leaf, Signature
-from calib.execution import ProgramRunner, input_structure
+from calib.execution import NodeError, ProgramRunner, input_structure
 from calib.ranges import RangeTable
 from engines.builder_job import Profile
+
+_log = logging.getLogger("calibcast")
 
 
 def trial_inputs(
@@ -47,12 +50,17 @@ def _seen(name: str, ranges: RangeTable | None) -> tuple[float, float]:
 
 
 def trial_problem(run: Callable[..., Any], program: ExportedProgram, flat: Sequence[Any]) -> str | None:
-    """What is wrong with an engine: it raises, or gives NaN or Inf where its program gives numbers. None: neither.
+    """What is wrong with an engine: it raises, or gives NaN or Inf where its program gives numbers. None: neither, or
+    its program does not run on these inputs.
 
     flat: inputs on the device of the engine, to which a copy of the program is moved.
     """
     device = next((value.device for value in flat if isinstance(value, torch.Tensor)), None)
-    wanted = ProgramRunner(program, device).run(flat)
+    try:
+        wanted = ProgramRunner(program, device).run(flat)
+    except (NodeError, RuntimeError) as error:  # not the engine's fault, such as a lack of memory
+        _log.warning("the engine was not tried out, as its program does not run on such inputs: %s", error)
+        return None
     args, kwargs = input_structure(program, flat)
     try:
         given = pytree.tree_leaves(run(*args, **kwargs))

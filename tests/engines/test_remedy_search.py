@@ -131,6 +131,11 @@ def test_a_trial_tells_what_is_not_finite_and_what_does_not_run(planned):
     assert "does not run: ZeroDivisionError" in str(trial_problem(lambda x: 1 / 0, mixed, flat))
 
 
+def test_where_the_program_does_not_run_no_engine_is_blamed(planned, caplog):
+    assert trial_problem(lambda x: 1 / 0, planned[0], [torch.ones(2, 5, 16, 16)]) is None
+    assert "was not tried out" in caplog.text
+
+
 def broken(result):
     result.view(-1)[:3] = torch.nan
     return result
