@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from calib.batches import Signature, numbered, signature_of
 from calib.captured_execution import captured_or_plain
 from calib.checkpoint import Checkpoint, Pace, copy_into
-from calib.device_observer import observer_for
+from calib.device_observer import observer_for, on
 from calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
 from calib.execution import ProgramRunner, refuse_training, require_program
 from calib.fingerprint import begin_inputs_hash, node_digests, weights_hash
@@ -76,11 +76,12 @@ class Run:
         Raises BatchError when a node raises; nothing of the batch is taken in then.
         """
         hashed = begin_inputs_hash(flat) if self.batches < MAX_HASHES else None
-        self._step(flat, index, self.watch)
-        if self.on_nonfinite != "warn" and (row := self.observer.first_nonfinite()) is not None:
-            _leave_out(self, index, self.specs[row])
-            return False
-        self.observer.finish()
+        with on(self.runner.device):
+            self._step(flat, index, self.watch)
+            if self.on_nonfinite != "warn" and (row := self.observer.first_nonfinite()) is not None:
+                _leave_out(self, index, self.specs[row])
+                return False
+            self.observer.finish()
         self._note_inputs(flat, hashed)
         return True
 
@@ -274,12 +275,13 @@ def _measure(run: Run, bar: tqdm[tuple[int, Any, list[Any]]], keeper: _Keeper | 
 def measure_weights(run: Run) -> None:
     """Parameters, buffers and constants: once, in chunks, where they are."""
     targets = input_targets(run.program)
-    run.observer.start(0)
-    for spec in run.specs:
-        tensor = state_tensor(run.program, targets[spec.node]) if spec.node in targets else None
-        if tensor is not None:
-            run.observer.measure(spec.node, tensor.detach())
-    run.observer.finish()
+    with on(run.runner.device):
+        run.observer.start(0)
+        for spec in run.specs:
+            tensor = state_tensor(run.program, targets[spec.node]) if spec.node in targets else None
+            if tensor is not None:
+                run.observer.measure(spec.node, tensor.detach())
+        run.observer.finish()
 
 
 def _leave_out(run: Run, index: int, spec: TensorSpec) -> None:

@@ -10,6 +10,7 @@ import importlib
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +156,7 @@ class DeviceObserver(Observer):
             _start_of(slices.x), found.view(torch.int64), place,
             places.count, places.length, places.apart, places.width, places.step, places.pitch,
             SQUARES=slices.squares, SPREAD=slices.spread, ADJACENT=places.apart == 1, ROWS=rows, COLUMNS=columns,
+            num_warps=8 if columns > 1 else 4,
         )  # fmt: skip
 
     def _decode(self) -> None:
@@ -199,6 +201,11 @@ def _start_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_strided((1,), (1,), tensor.storage_offset())
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: Triton launches there, and graphs are captured there, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _power(number: int) -> int:
     """The least power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
@@ -220,7 +227,8 @@ def observer_for(specs: Sequence[TensorSpec], device: torch.device, histogram: b
     problem = fused_problem(device)
     if problem is None:
         try:
-            _try_out(device, histogram)
+            with on(device):
+                _try_out(device, histogram)
             return DeviceObserver(specs, device, histogram, masks)
         except Exception as error:  # Triton compiles here, with whatever compiler and driver there are
             problem = f"the fused kernel does not work here: {type(error).__name__}: {error}"
@@ -230,11 +238,23 @@ def observer_for(specs: Sequence[TensorSpec], device: torch.device, histogram: b
 
 
 def _try_out(device: torch.device, histogram: bool) -> None:
-    spec = TensorSpec("x", 0, "", "", "", "activation", "float32", ())
-    observer = DeviceObserver([spec], device, histogram)
+    """Measure a tensor in each way that the kernels go, which compiles them. Raises RuntimeError for a wrong one."""
+    kinds = ("dense", "gaps", "masked")
+    specs = [TensorSpec(kind, 0, "", "", "", "activation", "float32", ()) for kind in kinds]
+    observer = DeviceObserver(specs, device, histogram, frozenset({"masked"}))
+    values = torch.tensor([-2.0, 0.0, 0.5, float("nan")], device=device)
     observer.start(0)
-    observer.measure("x", torch.tensor([-2.0, 0.0, 0.5, float("nan")], device=device))
+    observer.measure("dense", values)
+    observer.measure("gaps", values.repeat_interleave(3)[::3])
+    observer.measure("masked", torch.cat([values, values.new_tensor([-1e30])]))
+    slices = Slices(values.new_tensor([[1.0, 3.0], [2.0, 2.5]]), [1], squares=True, spread=2)
+    places = slices.in_memory()
+    assert places is not None
+    observer._sum(slices, places, observer._batch.hidden, 0)
     observer.finish()
-    found, counts = observer.total.values[0].tolist(), observer.total.counts[0].tolist()
-    if found != [-2.0, 0.5, 0.5, -1.5, 4.25] or counts != [4, 1, 0, 0, 1, 0]:
+    total = observer.total
+    found, counts = total.values.tolist(), total.counts.tolist()
+    if found != [[-2.0, 0.5, 0.5, -1.5, 4.25]] * 3 or counts != [[4, 1, 0, 0, 1, 0]] * 2 + [[5, 1, 0, 0, 1, 1]]:
         raise RuntimeError(f"it measures [-2, 0, 0.5, nan] as {found}, {counts}")
+    if (sums := total.hidden[0, :2].tolist()) != [10.25, 0.0625]:
+        raise RuntimeError(f"it sums the squares of [[1, 3], [2, 2.5]] as {sums}")

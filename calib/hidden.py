@@ -20,6 +20,8 @@ from calib.operators import ATTENTION, SQUARES, SUMS
 
 # Elements of scratch at a time: squares of a large activation would double the memory that a forward pass needs.
 _STEP = 1 << 21
+# Of the mean square: fp32 sums are right to some 1e-6 of it.
+_DOUBTFUL = 1e-4
 _LAYER_NORMS = frozenset({"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"})
 _UNCENTRED = frozenset({"rms_norm", "_fused_rms_norm", "norm", "linalg_vector_norm"})
 _GROUPS_AT = {"group_norm": 1, "native_group_norm": 6}
@@ -172,16 +174,20 @@ def _measured(slices: Slices) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not slices.spread:
         return sums.amax(), None
     terms = max(1, math.prod(x.shape[d] for d in dimensions))
-    spread = sums.double() / terms
-    if slices.spread == 2:
-        spread = spread - (_sums(x, dimensions, None).double() / terms).square()
-    return sums.amax(), spread.amin().clamp_min(0)
+    mean_squares = sums.double() / terms
+    if slices.spread == 1:
+        return sums.amax(), mean_squares.amin()
+    if x.device.type == "cpu":  # where asking costs nothing: of values far from zero, the difference is rounding alone
+        spread = mean_squares - (_sums(x, dimensions, None).double() / terms).square()
+        if bool((spread >= _DOUBTFUL * mean_squares).all()):
+            return sums.amax(), spread.amin()
+    return sums.amax(), _variances(x, dimensions).amin()
 
 
 def _pair(largest: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:
     # What is not a number bounds nothing.
     largest = torch.nan_to_num(largest.double(), nan=math.inf, posinf=math.inf)
-    least = torch.full_like(largest, math.inf) if least is None else torch.nan_to_num(least.double(), nan=0.0)
+    least = torch.full_like(largest, math.inf) if least is None else torch.nan_to_num(least.double(), 0.0, math.inf)
     return torch.stack([largest, least])
 
 
@@ -190,12 +196,19 @@ def _sums(x: torch.Tensor, dimensions: list[int], of: Callable[[torch.Tensor], t
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
 
     def total(piece: torch.Tensor, along: list[int]) -> torch.Tensor:
-        values = piece if of is None else of(piece)
+        values = piece if of is None else of(piece.to(wide))
         return (values.sum(along, dtype=wide) if along else values).reshape(-1)
 
     if len(dimensions) == x.dim():
         return torch.stack([total(piece, [0]) for piece in pieces(x, _STEP)]).sum(0, keepdim=True)
     return torch.cat([total(piece, dimensions) for piece in _pieces(x, dimensions)])
+
+
+def _variances(x: torch.Tensor, dimensions: list[int]) -> torch.Tensor:
+    """Mean square deviations of the slices along `dimensions`, in some order: slower than sums, and exact."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parts = (x,) if len(dimensions) == x.dim() else _pieces(x, dimensions)
+    return torch.cat([part.to(wide).var(dimensions, correction=0).reshape(-1).double() for part in parts])
 
 
 def _pieces(x: torch.Tensor, reduced: list[int]) -> tuple[torch.Tensor, ...]:

@@ -36,22 +36,23 @@ def sum_slices(
     for group in range(tl.program_id(0), tl.cdiv(slices, ROWS), tl.num_programs(0)):
         rows = group * ROWS + tl.arange(0, ROWS)
         first = (rows // width).to(tl.int64) * pitch + (rows % width).to(tl.int64) * step
-        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-        plain = tl.zeros([ROWS, COLUMNS], tl.float32)
+        # In float64: the variance of values far from zero is a small difference of large sums.
+        sums = tl.zeros([ROWS, COLUMNS], tl.float64)
+        plain = tl.zeros([ROWS, COLUMNS], tl.float64)
         for at in range(0, length, COLUMNS):
             inside = (rows < slices)[:, None] & (at + columns < length)[None, :]
             offsets = first[:, None] + (at + columns).to(tl.int64)[None, :] * apart
-            x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float64)
             sums += x * x if SQUARES else tl.abs(x)
             if SPREAD == 2:
                 plain += x
-        total = tl.sum(sums.to(tl.float64), 1)
+        total = tl.sum(sums, 1)
         # What is not a number bounds nothing, and deviates by nothing.
         largest = tl.maximum(largest, tl.where(total == total, total, float("inf")))
         if SPREAD > 0:
             spread = total / length
             if SPREAD == 2:
-                mean = tl.sum(plain.to(tl.float64), 1) / length
+                mean = tl.sum(plain, 1) / length
                 spread -= mean * mean
             spread = tl.where(spread > 0, spread, 0.0)
             least = tl.minimum(least, tl.where(rows < slices, spread, float("inf")))

@@ -148,6 +148,7 @@ def large():
 
 
 if __name__ == "__main__":
+    device_observer._try_out(DEVICE, True)
     blocks = [(128, 3)]  # several steps of several programs
     if DEVICE != CPU:
         blocks.append((device_observer.BLOCK, device_observer.PROGRAMS))
