@@ -187,10 +187,10 @@ def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
     device = torch.device("cuda")
 
     def trial(folder: Path, program: ExportedProgram) -> str | None:
-        flat = trial_inputs(signature_of(program), shapes, request.ranges, device)
+        flat = trial_inputs(program, shapes, request.ranges, device)
         try:
             runtime = TensorrtRuntime(folder, program, shapes)
-        except ArtifactError as error:
+        except (ArtifactError, BuildError) as error:
             return str(error)
         return trial_problem(runtime, program, flat)
 

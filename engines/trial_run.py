@@ -14,9 +14,10 @@ from typing import Any
 import polars as pl
 import torch
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from calib.batches import Leaf, Signature
+from calib.batches import Leaf, signature_of
 from calib.execution import NodeError, ProgramRunner, input_structure
 from calib.ranges import RangeTable
 from engines.builder_job import Profile
@@ -25,25 +26,29 @@ _log = logging.getLogger("calibcast")
 
 
 def trial_inputs(
-    signature: Signature, shapes: Sequence[Profile], ranges: RangeTable | None, device: torch.device
+    program: ExportedProgram, shapes: Sequence[Profile], ranges: RangeTable | None, device: torch.device
 ) -> list[Any]:
-    """Flat inputs of the most frequent sizes: uniform between what calibration saw, else between -1 and 1; whole
-    numbers are 0, which is a place in every table."""
-    generator = torch.Generator().manual_seed(0)
+    """Flat inputs of the most frequent sizes: uniform between what calibration saw, else between -1 and 1.
 
-    def made(leaf: Leaf, shape: tuple[int, ...]) -> Any:
+    Whole numbers are 0, which is a place in every table; truth values are true, which masks nothing out.
+    """
+    generator = torch.Generator().manual_seed(0)
+    specs = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+
+    def made(leaf: Leaf, node: str, shape: tuple[int, ...]) -> Any:
         if leaf.dtype is None:
             return shape[0] if leaf.sizes else leaf.constant
         if not leaf.dtype.is_floating_point:
-            return torch.zeros(shape, dtype=leaf.dtype, device=device)
-        low, high = _seen(leaf.name, ranges)
+            return torch.full(shape, leaf.dtype == torch.bool, dtype=leaf.dtype, device=device)
+        low, high = _seen(node, ranges)
         return (low + (high - low) * torch.rand(shape, generator=generator)).to(device, leaf.dtype)
 
-    return [made(leaf, usual) for leaf, (_, usual, _) in zip(signature.leaves, shapes, strict=True)]
+    leaves = signature_of(program).leaves
+    return [made(leaf, node, usual) for leaf, node, (_, usual, _) in zip(leaves, specs, shapes, strict=True)]
 
 
 def _seen(name: str, ranges: RangeTable | None) -> tuple[float, float]:
-    """The least and the largest value of an input."""
+    """The least and the largest value of the input whose node this is."""
     rows = None if ranges is None else ranges.frame.filter((pl.col("kind") == "input") & (pl.col("node") == name))
     found = (-1.0, 1.0) if rows is None or not len(rows) else (rows["min"][0], rows["max"][0])
     return found if all(value is not None and math.isfinite(value) for value in found) else (-1.0, 1.0)
@@ -63,11 +68,15 @@ def trial_problem(run: Callable[..., Any], program: ExportedProgram, flat: Seque
         return None
     args, kwargs = input_structure(program, flat)
     try:
-        given = pytree.tree_leaves(run(*args, **kwargs))
+        pairs = _pairs(pytree.tree_leaves(run(*args, **kwargs)), wanted)
+        # Read here: what went wrong on a GPU is told to who asks it next.
+        wrong = sum(int((~torch.isfinite(ours) & torch.isfinite(theirs)).sum()) for ours, theirs in pairs)
+    except torch.OutOfMemoryError as error:  # for which the copy of the program may be to blame
+        _log.warning("the engine was not tried out, for want of memory: %s", error)
+        return None
     except Exception as error:  # the runtime's own, whatever it is
         return f"the engine does not run: {type(error).__name__}: {error}"
-    wrong = sum(int((~torch.isfinite(ours) & torch.isfinite(theirs)).sum()) for ours, theirs in _pairs(given, wanted))
-    total = sum(theirs.numel() for _, theirs in _pairs(given, wanted))
+    total = sum(theirs.numel() for _, theirs in pairs)
     return f"the engine gives NaN or Inf for {wrong} of {total} values that its program gives" if wrong else None
 
 

@@ -13,6 +13,7 @@ from engines import build, tensorrt, tensorrt_build
 from engines.builder_isolation import BUILDING, BuilderError, build_isolated
 from engines.profiles import profiles
 from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
+from engines.runtimes import BuildRequest
 from engines.trial_run import trial_inputs, trial_problem
 from passes import classify, insert_casts
 
@@ -118,9 +119,8 @@ def test_an_engine_that_is_wrong_is_no_remedy(planned, monkeypatch):
 
 def test_a_trial_tells_what_is_not_finite_and_what_does_not_run(planned):
     mixed, _ = planned
-    signature = signature_of(mixed)
-    shapes = profiles(signature, None)
-    (x,) = flat = trial_inputs(signature, shapes, None, torch.device("cpu"))
+    shapes = profiles(signature_of(mixed), None)
+    (x,) = flat = trial_inputs(mixed, shapes, None, torch.device("cpu"))
     assert x.shape == (2, 3, 16, 16)
     assert -1 <= float(x.min()) < -0.9
     assert 0.9 < float(x.max()) <= 1
@@ -141,13 +141,37 @@ def broken(result):
     return result
 
 
-def test_a_trial_takes_values_that_calibration_saw(planned):
-    x = torch.rand(2, 3, 16, 16) * 5 + 10
-    program = torch.export.export(Gated().eval(), (x,))
-    ranges = calibrate(program, [x], progress=False)
-    signature = signature_of(program)
-    (made,) = trial_inputs(signature, profiles(signature, ranges), ranges, torch.device("cpu"))
-    assert float(x.min()) <= float(made.min()) <= float(made.max()) <= float(x.max())
+class Nested(nn.Module):
+    def forward(self, batch, *, places):
+        return torch.where(batch["mask"], batch["x"], 0.0) + batch["table"][places]
+
+
+def test_a_trial_takes_values_that_calibration_saw():
+    """Nested inputs, too; masks mask nothing out, and places are places in a table."""
+    x = torch.rand(2, 16) * 5 + 10
+    batch = {"x": x, "mask": torch.rand(2, 16) < 0.5, "table": torch.randn(3, 16)}
+    inputs = {"batch": batch, "places": torch.tensor([2, 1])}
+    program = torch.export.export(Nested().eval(), (), inputs)
+    ranges = calibrate(program, [inputs], progress=False)
+    shapes = profiles(signature_of(program), ranges)
+    made = dict(
+        zip(inputs["batch"] | {"places": 0}, trial_inputs(program, shapes, ranges, torch.device("cpu")), strict=True)
+    )
+    assert float(x.min()) <= float(made["x"].min()) <= float(made["x"].max()) <= float(x.max())
+    assert made["mask"].all()
+    assert made["places"].tolist() == [0, 0]
+
+
+def test_a_trial_that_fails_ends_no_search(planned, monkeypatch):
+    class Refused:
+        def __init__(self, *arguments):
+            raise BuildError("TensorRT refuses the engine")
+
+    monkeypatch.setattr(tensorrt, "TensorrtRuntime", Refused)
+    monkeypatch.setattr(tensorrt.adapter, "missing", lambda: None)
+    monkeypatch.setattr(tensorrt, "trial_inputs", lambda *arguments: [])
+    trial = tensorrt._trial(BuildRequest(planned[0]), [])
+    assert trial(None, planned[0]) == "TensorRT refuses the engine"
 
 
 def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
