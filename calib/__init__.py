@@ -11,6 +11,7 @@ from calib.errors import (
     MismatchError,
     PlanError,
     ProgramError,
+    SettingError,
 )
 from calib.lazy_names import lazy_names
 
@@ -28,6 +29,7 @@ __all__ = [
     "PlanError",
     "ProgramError",
     "RangeTable",
+    "SettingError",
     "calibrate",
 ]
 

@@ -6,6 +6,7 @@ CalibcastError
 ├── ArtifactError   a file is truncated, foreign, newer, or not what it claims to be
 ├── MismatchError   two things that do not belong together: ranges, plan or engine of another program
 ├── PlanError       a plan cannot be made or used: unknown name, target, pattern, dtype
+│   └── SettingError  what it was asked for is out of range, or names nothing
 ├── BuildError      an engine cannot be built: unknown backend, missing package, the builder said no
 └── GateError       a gate that the user set said no (`report`: the evidence)
 """

@@ -186,4 +186,4 @@ def test_what_if_takes_another_base_and_refuses_bad_numbers(here, capsys):
     assert "against p.json" in out
     assert "+0 -0" in out
     assert run(capsys, *arguments, "--data-max", "many")[0] == 2
-    assert run(capsys, *arguments, "--data-max", "0")[0] == 1
+    assert run(capsys, *arguments, "--data-max", "0")[0] == 2
