@@ -245,13 +245,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the elements fill one block of memory, in whatever order: contiguous, channels-last, permuted."""
     if tensor.is_contiguous():
         return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return memory_levels(zip(tensor.shape, tensor.stride(), strict=True)) == [(tensor.numel(), 1)]
 
 
 def memory_levels(dimensions: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import Any
@@ -84,16 +84,22 @@ def remedies(failure: BuilderError, program: ExportedProgram, settings: Mapping[
 
 def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
     """Where a builder names some nodes, others of the same operator fail too: each operator whole, the rarest first."""
-    alike: dict[str, list[str]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and can_be_widened(node):
-            alike.setdefault(base_op(node.target), []).append(node.name)
-    named = sorted((names for names in alike.values() if set(names) & set(low)), key=len)
+    operators = nodes_alike(program, lambda node: base_op(node.target))
+    named = sorted((names for names in operators if set(names) & set(low)), key=len)
     return [
-        Remedy(f"keep all {len(names)} nodes like {names[0]} in fp32", widen=tuple(names))
+        Remedy(f"keep all {len(names)} nodes like {names[0]} in fp32", widen=names)
         for names in named
         if set(names) - set(low)
     ]
+
+
+def nodes_alike(program: ExportedProgram, kind: Callable[[fx.Node], Hashable]) -> list[tuple[str, ...]]:
+    """Names of the nodes that can be kept in fp32, those of one kind together, in graph order."""
+    alike: dict[Hashable, list[str]] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and can_be_widened(node):
+            alike.setdefault(kind(node), []).append(node.name)
+    return [tuple(names) for names in alike.values()]
 
 
 def can_be_widened(node: fx.Node) -> bool:

@@ -9,11 +9,11 @@ from torch.export import ExportedProgram
 
 from calib.graph import argument_of, base_op
 from engines.builder_isolation import BUILDING, WRITING, BuilderError
-from engines.remedies import can_be_widened
+from engines.remedies import nodes_alike
 
 # Builds of a search. Twelve operators, one of them to blame, take six.
 MOST_BUILDS = 12
-_GROUPED = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "_convolution"})
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "_convolution"})
 
 
 class _EnoughError(Exception):
@@ -30,17 +30,13 @@ def can_search(failure: BuilderError) -> bool:
 def operator_groups(program: ExportedProgram) -> list[tuple[str, ...]]:
     """Names of the nodes that can be kept in fp32, by operator. Grouped convolutions, which have kernels of their own,
     are apart from others."""
-    alike: dict[tuple[str, bool], list[str]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and can_be_widened(node):
-            base = base_op(node.target)
-            alike.setdefault((base, base in _GROUPED and _groups(node) > 1), []).append(node.name)
-    return [tuple(names) for names in alike.values()]
+    return nodes_alike(program, _operator)
 
 
-def _groups(node: fx.Node) -> int:
-    groups = argument_of(node, "groups")
-    return groups if isinstance(groups, int) else 1
+def _operator(node: fx.Node) -> tuple[str, bool]:
+    base = base_op(node.target)
+    groups = argument_of(node, "groups") if base in _CONVOLUTIONS else 1
+    return base, isinstance(groups, int) and groups > 1
 
 
 def smallest_choice(

@@ -14,7 +14,6 @@ from typing import Any
 import polars as pl
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from calib.batches import Leaf, signature_of
@@ -33,7 +32,6 @@ def trial_inputs(
     Whole numbers are 0, which is a place in every table; truth values are true, which masks nothing out.
     """
     generator = torch.Generator().manual_seed(0)
-    specs = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
 
     def made(leaf: Leaf, node: str, shape: tuple[int, ...]) -> Any:
         if leaf.dtype is None:
@@ -43,8 +41,8 @@ def trial_inputs(
         low, high = _seen(node, ranges)
         return (low + (high - low) * torch.rand(shape, generator=generator)).to(device, leaf.dtype)
 
-    leaves = signature_of(program).leaves
-    return [made(leaf, node, usual) for leaf, node, (_, usual, _) in zip(leaves, specs, shapes, strict=True)]
+    leaves, nodes = signature_of(program).leaves, program.graph_signature.user_inputs
+    return [made(leaf, str(node), usual) for leaf, node, (_, usual, _) in zip(leaves, nodes, shapes, strict=True)]
 
 
 def _seen(name: str, ranges: RangeTable | None) -> tuple[float, float]:
