@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import Any
@@ -12,7 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from calib.aliasing import written_arguments
-from calib.graph import base_op, dtype_name, module_path, tensor_values
+from calib.graph import argument_of, base_op, dtype_name, module_path, tensor_values
 from engines.builder_isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
 from passes.plan import HIGH, Decision, PrecisionPlan
 from passes.tensor_rules import Verdict
@@ -174,26 +174,44 @@ def raised(plan: PrecisionPlan | None, reasons: Mapping[str, str]) -> PrecisionP
 
 
 def settings_for(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bool) -> tuple[dict[str, Any], str]:
-    """Settings that the plan's own verdicts ask for, and why.
+    """Settings that the plan's own verdicts and the program's types ask for, and why.
 
+    - Attention that is masked and computes in fp32 is decomposed for TensorRT-RTX: fused, its results are wrong.
     - Attention that stays high between low nodes is decomposed for TensorRT-RTX, whose builder (1.6) crashes on it.
     - A node that was forced low although something inside it may overflow gets fp32 accumulation; attention is then
       decomposed as well, as its hidden values are only reachable so.
     """
-    if plan is None:
-        return {}, ""
-    forced = [d for d in plan.decisions if d.precision == "low" and any(v.rule == "interior" for v in d.verdicts)]
-    attention = {node.name for node in attention_nodes(program)}
-    high = [name for name in plan.high_precision_nodes if name in attention and plan.low_precision_nodes]
     found: dict[str, Any] = {}
     reasons = []
+    decisions = () if plan is None else plan.decisions
+    attention = {node.name for node in attention_nodes(program)}
+    forced = [d for d in decisions if d.precision == "low" and any(v.rule == "interior" for v in d.verdicts)]
     if forced:
         found["use_fp32_acc"] = True
         reasons.append(f"use_fp32_acc: {_listed(d.node for d in forced)} may overflow inside (interior)")
-    if any(d.node in attention for d in forced):
+    if why := _decomposed(plan, program, is_rtx, attention & {d.node for d in forced}):
         found["decompose_attention"] = True
-        reasons.append("decompose_attention: so that attention accumulates in fp32")
-    elif high and is_rtx:
-        found["decompose_attention"] = True
-        reasons.append(f"decompose_attention: {_listed(high)} stays in fp32 among half-precision nodes")
+        reasons.append(f"decompose_attention: {why}")
     return found, "; ".join(reasons)
+
+
+def _decomposed(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bool, forced: Collection[str]) -> str:
+    """Why attention has to be decomposed; empty where it need not be. forced: attention that may overflow inside."""
+    if forced:
+        return "so that attention accumulates in fp32"
+    masked = [node.name for node in attention_nodes(program) if _is_masked_fp32(node)]
+    if masked and is_rtx:
+        return f"{_listed(masked)} is masked and in fp32, which TensorRT-RTX fuses wrongly"
+    names = {node.name for node in attention_nodes(program)}
+    high = [] if plan is None else [name for name in plan.high_precision_nodes if name in names]
+    if high and is_rtx and plan is not None and plan.low_precision_nodes:
+        return f"{_listed(high)} stays in fp32 among half-precision nodes"
+    return ""
+
+
+def _is_masked_fp32(node: fx.Node) -> bool:
+    """Fused by TensorRT-RTX 1.4 (an H100, 2026-11-25), such attention has a relative error of 1.3, whichever the mask:
+    bool, -inf, the lowest fp32, -1e4. Decomposed, causal, without a mask or in fp16, it is right."""
+    query = node.all_input_nodes[0].meta.get("val")
+    masked = isinstance(argument_of(node, "attn_mask"), fx.Node)
+    return masked and isinstance(query, torch.Tensor) and query.dtype == torch.float32

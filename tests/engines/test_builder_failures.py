@@ -91,6 +91,34 @@ def test_settings_that_a_plan_asks_for(planned):
     assert "scaled_dot_product_attention may overflow inside" in why
 
 
+class Masked(nn.Module):
+    """Attention with whichever mask."""
+
+    def __init__(self, is_causal=False):
+        super().__init__()
+        self.is_causal = is_causal
+
+    def forward(self, x, mask=None):
+        return F.scaled_dot_product_attention(x, x, x, mask, is_causal=self.is_causal)
+
+
+@pytest.mark.parametrize(
+    ("mask", "is_causal", "wrong"),
+    [(None, False, False), (None, True, False), (torch.ones(8, 8, dtype=torch.bool), False, True),
+     (torch.zeros(8, 8), False, True)],
+)  # fmt: skip
+def test_masked_attention_in_fp32_is_decomposed_as_rtx_fuses_it_wrongly(mask, is_causal, wrong):
+    x = torch.randn(1, 2, 8, 16)
+    inputs = (x,) if mask is None else (x, mask)
+    program = torch.export.export(Masked(is_causal), inputs)
+    settings, why = settings_for(None, program, True)
+    assert settings == ({"decompose_attention": True} if wrong else {})
+    assert ("scaled_dot_product_attention is masked and in fp32" in why) is wrong
+    assert settings_for(None, program, False) == ({}, "")
+    plan = classify(program, None)
+    assert settings_for(plan, insert_casts(program, plan), True) == ({}, ""), "in fp16 it is right"
+
+
 def fake_builder(monkeypatch, tmp_path, body):
     """Let `body` be what a builder process runs."""
     folder = tmp_path / "fake" / "engines"
