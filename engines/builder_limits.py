@@ -13,8 +13,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from calib.graph import base_op, tensor_values
-from engines.remedies import can_be_widened, raised
-from engines.widening import widened
+from engines.remedies import raised
+from engines.widening import can_be_widened, widened
 from passes.op_table import TRANSPOSED
 from passes.plan import PrecisionPlan
 from passes.regions import qualified_name

@@ -27,7 +27,7 @@ from calib.artifacts import load_json, parsed, save_json
 from calib.errors import ArtifactError
 
 _log = logging.getLogger("calibcast")
-_ENTRY, _KIND, _VERSION = "entry.json", "cached engine", 2
+_ENTRY, _KIND, _VERSION = "entry.json", "cached engine", 3
 _CHUNK = 1 << 22
 GIB = 1 << 30
 DEFAULT_SIZE = 10 * GIB

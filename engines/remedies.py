@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from calib.aliasing import written_arguments
-from calib.graph import argument_of, base_op, dtype_name, module_path, tensor_values
+from calib.graph import argument_of, base_op, dtype_name, module_path
 from engines.builder_isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
+from engines.widening import can_be_widened
 from passes.plan import HIGH, Decision, PrecisionPlan
 from passes.tensor_rules import Verdict
 
@@ -100,16 +99,6 @@ def nodes_alike(program: ExportedProgram, kind: Callable[[fx.Node], Hashable]) -
         if node.op == "call_function" and can_be_widened(node):
             alike.setdefault(kind(node), []).append(node.name)
     return [tuple(names) for names in alike.values()]
-
-
-def can_be_widened(node: fx.Node) -> bool:
-    """Whether it makes one tensor of others, of a low type that it does not state itself, in storage of its own."""
-    states_type = any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
-    if states_type or written_arguments(node) or node.target is getitem:
-        return False
-    if not isinstance(node.meta.get("val"), torch.Tensor):
-        return False
-    return any(value.dtype in {torch.float16, torch.bfloat16} for _, value in tensor_values(node))
 
 
 def advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> str:

@@ -28,9 +28,11 @@ def can_search(failure: BuilderError) -> bool:
 
 
 def operator_groups(program: ExportedProgram) -> list[tuple[str, ...]]:
-    """Names of the nodes that can be kept in fp32, by operator. Grouped convolutions, which have kernels of their own,
-    are apart from others."""
-    return nodes_alike(program, _operator)
+    """Names of the nodes that can be kept in fp32, by operator, the rarest first: what is found is among the first.
+
+    Grouped convolutions, which have kernels of their own, are apart from others.
+    """
+    return sorted(nodes_alike(program, _operator), key=len)
 
 
 def _operator(node: fx.Node) -> tuple[str, bool]:

@@ -20,6 +20,7 @@ from calib.errors import ArtifactError, BuildError, known
 from calib.execution import input_structure
 from engines import torch_tensorrt_adapter as adapter
 from engines.ahead_of_time import RTX, require_ahead_of_time
+from engines.build_attempts import Trial
 from engines.builder_job import BuilderJob, Profile
 from engines.builder_limits import buildable
 from engines.builder_process import WHOLE
@@ -28,7 +29,7 @@ from engines.engine_files import WIRING, read_parts
 from engines.profiles import check_profile, profiles
 from engines.remedies import FAILED, raised, settings_for
 from engines.runtimes import BuildRequest, Built
-from engines.tensorrt_build import Trial, build_files, layers_of, ledger_in
+from engines.tensorrt_build import build_files, layers_of, ledger_in
 from engines.trial_run import trial_inputs, trial_problem
 
 _log = logging.getLogger("calibcast")

@@ -10,46 +10,126 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from calib.aliasing import written_arguments
 from calib.errors import BuildError
-from calib.graph import base_op, dtype_name, tensor_values
+from calib.graph import base_op, dtype_name, producer_of, tensor_values
+from calib.operators import MOVES
 from engines.program_device import copied
 from passes.cast_insertion import CAST
 
 _LOW = {torch.float16, torch.bfloat16}
+_TO_FP32 = {"dtype": torch.float32}
 
 
 def widened(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
-    """A copy of `program` in which the nodes `names` compute in fp32 and give their results in the types they had.
+    """A copy of `program` in which the nodes `names` compute in fp32, and others read results in the types they had.
 
-    Weights stay as they are stored. Raises BuildError for a node that gives several tensors or states a type itself.
+    Weights stay as they are stored. Between two of the nodes nothing is rounded, except where something is written in
+    place. Raises BuildError for a node that states a type itself.
     """
     result = copied(program)
-    for node in list(result.graph.nodes):
-        if node.op == "call_function" and node.name in names:
-            _widen(node, result.graph)
+    _Widening(result, names).run()
     result.graph.lint()
     result.graph_module.recompile()
     return result
 
 
-def _widen(node: fx.Node, graph: fx.Graph) -> None:
-    values = tensor_values(node)
-    stated = any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
-    if len(values) != 1 or not isinstance(node.meta.get("val"), torch.Tensor) or stated:
-        raise BuildError(f"node {node.name} cannot be kept in fp32 afterwards: leave it out of the plan instead")
-    before = values[0][1].dtype
-    with graph.inserting_before(node):
+def with_movement(program: ExportedProgram, names: Collection[str]) -> tuple[str, ...]:
+    """`names`, and the low nodes that only move what these make: a cast stands behind them as well as before them."""
+    found = set(names)
+    for node in program.graph.nodes:
+        low = [source for source in node.all_input_nodes if _is_low(source)]
+        moved = node.op == "call_function" and base_op(node.target) in MOVES and low and can_be_widened(node)
+        if moved and all(producer_of(source)[0].name in found for source in low):
+            found.add(node.name)
+    return tuple(node.name for node in program.graph.nodes if node.name in found)
+
+
+def can_be_widened(node: fx.Node) -> bool:
+    """Whether it makes tensors of others, at least one of a low type that it does not state, in storage of its own."""
+    if node.target is getitem or _states_type(node) or written_arguments(node):
+        return False
+    several = isinstance(node.meta.get("val"), (list, tuple))
+    return _is_low(node) and (not several or all(user.target is getitem for user in node.users))
+
+
+def _states_type(node: fx.Node) -> bool:
+    return any(isinstance(a, torch.dtype) for a in [*node.args, *node.kwargs.values()])
+
+
+def _is_low(node: fx.Node) -> bool:
+    return any(value.dtype in _LOW for _, value in tensor_values(node))
+
+
+class _Widening:
+    """One walk over a graph. `_wide` maps what others read, a cast back, to what it is a cast of."""
+
+    def __init__(self, program: ExportedProgram, names: Collection[str]) -> None:
+        self._graph, self._signature, self._names = program.graph, program.graph_signature, names
+        self._wide: dict[fx.Node, fx.Node] = {}
+        self._casts: dict[fx.Node, fx.Node] = {}
+        self._bypassed: set[fx.Node] = set()  # casts that were there, and are no longer read by all
+        # A value that is written in place has to be the same for all: nothing may read what it was before its cast.
+        self._written = any(written_arguments(node) for node in program.graph.nodes)
+
+    def run(self) -> None:
+        for node in list(self._graph.nodes):
+            if node.op == "call_function" and node.name in self._names:
+                self._widen(node)
+            elif node.target is CAST and node.kwargs == _TO_FP32 and node.args[0] in self._wide and not self._written:
+                self._read_instead(node, self._wide[node.args[0]], list(node.users))
+                self._graph.erase_node(node)
+        for cast in self._bypassed.union(self._wide):
+            if not cast.users:
+                self._graph.erase_node(cast)
+
+    def _widen(self, node: fx.Node) -> None:
+        if _states_type(node):
+            raise BuildError(f"node {node.name} cannot be kept in fp32 afterwards: leave it out of the plan instead")
         for source in list(node.all_input_nodes):
-            if any(value.dtype in _LOW for _, value in tensor_values(source)):
-                node.replace_input_with(source, _cast(graph, source, torch.float32))
-    if before not in _LOW:
-        return
-    node.meta = {**node.meta, "val": node.meta["val"].to(torch.float32)}
-    readers = list(node.users)
-    with graph.inserting_after(node):
-        back = _cast(graph, node, before)
-    for reader in readers:
-        reader.replace_input_with(node, back)
+            if _is_low(source):
+                node.replace_input_with(source, self._in_fp32(source, node))
+        made = node.meta["val"]
+        if isinstance(made, torch.Tensor):
+            self._give_back(node)
+            return
+        node.meta = {**node.meta, "val": [_fp32(value) for value in made]}
+        for picked in list(node.users):
+            self._give_back(picked)
+
+    def _in_fp32(self, source: fx.Node, reader: fx.Node) -> fx.Node:
+        if self._written:
+            with self._graph.inserting_before(reader):
+                return _cast(self._graph, source, torch.float32)
+        if source.target is CAST and source.args[0].meta["val"].dtype == torch.float32:  # type: ignore[union-attr]
+            self._bypassed.add(source)
+            return source.args[0]  # type: ignore[return-value]
+        if source not in self._casts:
+            with self._graph.inserting_before(reader):
+                self._casts[source] = _cast(self._graph, source, torch.float32)
+        return self._casts[source]
+
+    def _give_back(self, node: fx.Node) -> None:
+        """Let `node` be in fp32, and its readers have it in the type that it had."""
+        before = node.meta["val"].dtype
+        if before not in _LOW:
+            return
+        node.meta = {**node.meta, "val": _fp32(node.meta["val"])}
+        readers = list(node.users)
+        with self._graph.inserting_after(node):
+            back = _cast(self._graph, node, before)
+        self._read_instead(node, back, readers)
+        self._wide[back] = node
+
+    def _read_instead(self, before: fx.Node, after: fx.Node, readers: Collection[fx.Node]) -> None:
+        for reader in readers:
+            reader.replace_input_with(before, after)
+            if reader.op == "output":
+                self._signature.replace_all_uses(before.name, after.name)
+
+
+def _fp32(value: Any) -> Any:
+    return value.to(torch.float32) if isinstance(value, torch.Tensor) and value.dtype in _LOW else value
 
 
 def _cast(graph: fx.Graph, source: fx.Node, dtype: torch.dtype) -> fx.Node:

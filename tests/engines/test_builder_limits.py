@@ -127,6 +127,6 @@ def test_the_real_builder_still_has_the_limit(name, monkeypatch):
     """When a new version takes these, the limit is to be taken out."""
     model, x, low_type, _ = CASES[name]
     monkeypatch.setattr("engines.builder_limits._limit", lambda node, is_rtx: None)
-    monkeypatch.setattr("engines.tensorrt_build.restated", lambda program: program)
+    monkeypatch.setattr("engines.build_attempts.restated", lambda program: program)
     with pytest.raises(BuildError):
         build(*low(model, x, low_type), **AHEAD)

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.rtx_builder import has_builder
 from calib import BuildError, calibrate
 from calib.batches import signature_of
-from engines import build, tensorrt, tensorrt_build
+from engines import build, build_attempts, tensorrt
 from engines.builder_isolation import BUILDING, BuilderError, build_isolated
 from engines.profiles import profiles
 from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
@@ -63,7 +63,7 @@ def failing_at(monkeypatch, *names):
         (folder / "left over").unlink()
         return build_isolated(job, program, folder, timeout, progress)
 
-    monkeypatch.setattr(tensorrt_build, "build_isolated", attempt)
+    monkeypatch.setattr(build_attempts, "build_isolated", attempt)
     return asked
 
 
@@ -113,8 +113,39 @@ def test_an_engine_that_is_wrong_is_no_remedy(planned, monkeypatch):
     assert set(engine.record["widened"]) == {"conv2d_1", "conv2d_2", "sigmoid", "sigmoid_1"}
     assert torch.bfloat16 in tried
     monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: lambda folder, program: "the engine gives NaN")
-    with pytest.raises(BuildError, match="all of those that can be"):
+    with pytest.raises(BuildError, match="with all of those that can be: the engine gives NaN"):
         ahead(planned, on_failure="fallback")
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+def test_an_engine_that_builds_and_is_wrong_is_remedied_where_that_is_allowed(planned, monkeypatch):
+    """Nothing fails: it gives NaN, until what makes it so is in fp32. Without leave it is not even tried out."""
+    tried = []
+
+    def trial(folder, program):
+        tried.append(computed_in(program, "sigmoid"))
+        return None if tried[-1] == torch.float32 else "the engine gives NaN"
+
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: trial)
+    engine = ahead(planned, on_failure="fallback")
+    assert {"sigmoid", "sigmoid_1"} == set(engine.record["widened"])
+    assert "as the engine gives NaN" in engine.record["remedies"][-1]
+    assert engine.record["trial_problem"] is None
+    tried.clear()
+    assert ahead(planned).record["remedies"] == []
+    assert not tried
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+def test_an_engine_that_stays_wrong_is_given_and_said_to_be(planned, monkeypatch, caplog, tmp_path):
+    """A trial is of made-up inputs: what it finds is for `verify` to judge, and no reason to have no engine."""
+    monkeypatch.setattr(build_attempts, "smallest_choice", lambda groups, helps: helps(groups[0]) or None)
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: lambda folder, program: "the engine gives NaN")
+    engine = ahead(planned, on_failure="fallback")
+    assert (engine.record["trial_problem"], engine.record["widened"]) == ("the engine gives NaN", [])
+    assert "the engine gives NaN, and no remedy was found" in caplog.text
+    assert "verify it" in caplog.text
+    engine.save(tmp_path / "engine")
 
 
 def test_a_trial_tells_what_is_not_finite_and_what_does_not_run(planned):
@@ -178,8 +209,10 @@ def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
     def attempt(*arguments):
         raise BuilderError("context", "Unable to create an execution context", BUILDING)
 
-    monkeypatch.setattr(tensorrt_build, "build_isolated", attempt)
-    with pytest.raises(BuildError, match=r"tried: keep operators in fp32, none and all of those that can be"):
+    monkeypatch.setattr(build_attempts, "build_isolated", attempt)
+    with pytest.raises(
+        BuildError, match=r"tried: keep operators in fp32, as Unable .*; with all of those that can be: Unable"
+    ):
         ahead(planned, on_failure="fallback")
     with pytest.raises(BuildError, match=rf"looks for the operators that it fails at, in at most {MOST_BUILDS} more"):
         ahead(planned)

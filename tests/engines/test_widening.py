@@ -8,7 +8,7 @@ from torch import nn
 
 from calib import BuildError
 from calib.execution import ProgramRunner
-from engines.widening import restated, widened
+from engines.widening import can_be_widened, restated, widened, with_movement
 from passes import PrecisionPlan, classify, insert_casts
 
 
@@ -19,16 +19,20 @@ class Chain(nn.Module):
 
 def half_chain():
     """x -> to fp16 -> mul -> exp -> relu -> sub -> to fp32"""
-    program = torch.export.export(Chain(), (torch.randn(4),))
+    return all_low(Chain(), torch.randn(4))
+
+
+def all_low(model, *inputs, keep_io_types=True):
+    program = torch.export.export(model.eval(), inputs)
     plan = PrecisionPlan.from_types(program)
     low = tuple(replace(d, precision="low") for d in plan.decisions)
-    return insert_casts(program, replace(plan, decisions=low))
+    return insert_casts(program, replace(plan, decisions=low), keep_io_types)
 
 
 def types(program):
-    return {
-        n.name: str(n.meta["val"].dtype).removeprefix("torch.") for n in program.graph.nodes if n.op == "call_function"
-    }
+    """The type of each node that gives one tensor."""
+    made = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "call_function"}
+    return {n: str(v.dtype).removeprefix("torch.") for n, v in made.items() if isinstance(v, torch.Tensor)}
 
 
 def test_the_named_nodes_compute_in_fp32_and_their_readers_see_what_they_saw():
@@ -42,6 +46,78 @@ def test_the_named_nodes_compute_in_fp32_and_their_readers_see_what_they_saw():
     x = torch.randn(4)
     (ours,), (theirs,) = (ProgramRunner(p).run([x]) for p in (wide, mixed))
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_between_two_of_the_nodes_nothing_is_rounded():
+    """before: mul16 -> exp16 -> relu16 -> sub16   after: mul16 -> to32 -> exp32 -> relu32 -> to16 -> sub16"""
+    mixed = half_chain()
+    wide = widened(mixed, {"exp", "relu"})
+    assert [t for n, t in types(wide).items() if n not in {"mul", "sub"}] == [
+        "float16", "float32", "float32", "float32", "float16", "float32",
+    ]  # fmt: skip
+    x = torch.tensor([0.1, 0.2, 3.6, -2.0])
+    inner = torch.relu((x.half() * 3).float().exp()).half() - 1
+    torch.testing.assert_close(ProgramRunner(wide).run([x])[0], inner.float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("keep_io_types", [True, False])
+def test_a_program_kept_whole_in_fp32_has_no_cast_but_of_its_outputs(keep_io_types, tmp_path):
+    """The output itself is one of the nodes: what the program is said to give is renamed with it."""
+    mixed = all_low(Chain(), torch.randn(4), keep_io_types=keep_io_types)
+    wide = widened(mixed, {"mul", "exp", "relu", "sub"})
+    torch.export.save(wide, tmp_path / "wide.pt2")
+    found = types(torch.export.load(tmp_path / "wide.pt2"))
+    assert {found[name] for name in ("mul", "exp", "relu", "sub")} == {"float32"}
+    (result,) = ProgramRunner(wide).run([torch.ones(4)])
+    assert result.dtype == (torch.float32 if keep_io_types else torch.float16)
+    assert len(found) == 4 + (not keep_io_types)
+    torch.testing.assert_close(result.float(), Chain()(torch.ones(4)), rtol=1e-3, atol=0)
+
+
+class Halves(nn.Module):
+    def forward(self, x):
+        first, second = (x * 3).transpose(0, 1).chunk(2)
+        best, places = first.max(0)
+        return best * second[places % 2].sum(0)
+
+
+def test_what_only_moves_a_result_follows_it_and_nothing_else_does():
+    """before: mul16 -> transpose16 -> chunk16 -> max16, index16   after: all of it in fp32 -> to16 -> max16; index32"""
+    mixed = all_low(Halves(), torch.randn(3, 4))
+    names = with_movement(mixed, {"mul"})
+    assert names == ("mul", "transpose", "chunk", "index")
+    found = types(widened(mixed, names))
+    assert [found[name] for name in ("mul", "transpose", "index", "sum_1")] == [
+        "float32", "float32", "float32", "float16",
+    ]  # fmt: skip
+    assert with_movement(mixed, {"transpose"}) == ("transpose", "chunk", "index")
+    assert with_movement(mixed, ()) == ()
+
+
+def test_a_node_that_gives_several_tensors_is_kept_in_fp32_whole():
+    """Also where one of them is of integers: it has no other type."""
+    x = torch.randn(3, 4)
+    mixed = all_low(Halves(), x)
+    assert all(can_be_widened(node) for node in mixed.graph.nodes if node.name in {"chunk", "max_1"})
+    wide = widened(mixed, {"max_1"})
+    values = next(node.meta["val"] for node in wide.graph.nodes if node.name == "max_1")
+    assert [value.dtype for value in values] == [torch.float32, torch.int64]
+    torch.testing.assert_close(ProgramRunner(wide).run([x])[0], ProgramRunner(mixed).run([x])[0])
+
+
+class Written(nn.Module):
+    def forward(self, x):
+        y = x.exp()
+        y.mul_(2)
+        return y.relu() + 1
+
+
+def test_where_something_is_written_in_place_all_read_what_was_written():
+    """relu32 must not read exp32, which is from before mul_ wrote into the cast of it."""
+    x = torch.randn(4)
+    mixed = all_low(Written(), x)
+    wide = widened(mixed, {"exp", "relu"})
+    torch.testing.assert_close(ProgramRunner(wide).run([x])[0], x.exp() * 2 + 1, rtol=2e-3, atol=2e-3)
 
 
 def test_it_saves_and_loads(tmp_path):
