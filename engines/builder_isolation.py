@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -184,4 +185,13 @@ def failure_of(
         found = "unsupported"
     elif any(word in text for word in _CONTEXT_WORDS):
         found = "context"
-    return BuilderError(found, f"{kind}: {message[:800]}", stage, node, log, layers)
+    said = _no_engine(kind, message, log) or f"{kind}: {message[:800]}"
+    return BuilderError(found, said, stage, node, log, layers)
+
+
+def _no_engine(kind: str, message: str, log: str) -> str:
+    """What TensorRT said when it gave None for an engine, at which Torch-TensorRT only stumbles; empty otherwise."""
+    if kind not in {"TypeError", "AssertionError"} or (message and "NoneType" not in message):
+        return ""
+    lines = re.findall(r"(?:Internal Error: |buildSerializedNetwork: )(.+)", log)
+    return f"TensorRT gave no engine: {lines[-1].strip()[:800]}" if lines else ""

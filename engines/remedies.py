@@ -37,9 +37,9 @@ def attention_nodes(program: ExportedProgram) -> list[fx.Node]:
     return [node for node in program.graph.nodes if base_op(node.target) == ATTENTION]
 
 
-def region_of(failure: BuilderError, program: ExportedProgram) -> tuple[str, ...]:
+def region_of(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the nodes that a failure points at: those whose layers it names, else the one being converted, else
-    attention, which is what builders fail at most; () where nothing points anywhere."""
+    attention that is not decomposed, which is what builders fail at most; () where nothing points anywhere."""
     names = {node.name for node in program.graph.nodes if node.op == "call_function"}
     if failure.stage == CONVERTING and failure.node in names:
         return (failure.node,)
@@ -48,7 +48,8 @@ def region_of(failure: BuilderError, program: ExportedProgram) -> tuple[str, ...
     found = set(named)
     if 0 < len(found) <= _MOST:
         return tuple(node.name for node in program.graph.nodes if node.name in found)
-    if failure.stage in {BUILDING, WRITING} and failure.kind not in {"memory", "unsupported"}:
+    fused = not settings.get("decompose_attention")
+    if fused and failure.stage in {BUILDING, WRITING} and failure.kind not in {"memory", "unsupported"}:
         return tuple(node.name for node in _suspects(program))
     return ()
 
@@ -69,7 +70,7 @@ def remedies(failure: BuilderError, program: ExportedProgram, settings: Mapping[
     """What can be tried after `failure`, the least costly first; empty when nothing is known to help."""
     if failure.kind in {"memory", "hang"}:
         return []
-    region = region_of(failure, program)
+    region = region_of(failure, program, settings)
     found: list[Remedy] = []
     has_attention = any(node.name in region for node in attention_nodes(program))
     if has_attention and not settings.get("decompose_attention"):
@@ -103,7 +104,7 @@ def nodes_alike(program: ExportedProgram, kind: Callable[[fx.Node], Hashable]) -
 
 def advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> str:
     """The error that a user sees: what failed, where, and what to do."""
-    region = region_of(failure, program)
+    region = region_of(failure, program, settings)
     place = f" at {_described(region, program)}" if region else f" while {failure.stage or 'starting'}"
     options = remedies(failure, program, settings)
     if options:

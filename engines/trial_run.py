@@ -1,8 +1,4 @@
-"""Running an engine once, beside its program: a remedy that gives an engine need not give a right one.
-
-TensorRT-RTX 1.4 makes an engine of a NAFNet in bf16 once its grouped convolutions are in fp32, and that engine gives
-NaN for whatever it is given.
-"""
+"""Running an engine once, beside its program: that one was built does not make it right."""
 
 from __future__ import annotations
 

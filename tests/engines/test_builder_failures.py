@@ -216,7 +216,7 @@ def test_nodes_are_read_from_the_layers_that_the_builder_names(planned, tmp_path
     fake_builder(monkeypatch, tmp_path, body)
     mixed = planned[0]
     found = failure(mixed, tmp_path)
-    assert region_of(found, mixed) == ("linear_2",)
+    assert region_of(found, mixed, {}) == ("linear_2",)
     # First what was named, then all of its kind: a builder that has no way for one has none for the others.
     every = tuple(node.name for node in mixed.graph.nodes if node.name.startswith("linear") and "_as_" not in node.name)
     assert [r.widen for r in remedies(found, mixed, {})] == [("linear_2",), every]
@@ -238,6 +238,25 @@ def test_each_kind_of_failure_has_its_advice(planned, kind, message, found, word
     caught = failure_of(kind, message, stage=BUILDING)
     assert caught.kind == found
     assert words in advice(caught, planned[0], {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("TypeError", "a bytes-like object is required, not 'NoneType'"), ("AssertionError", "")]
+)
+def test_what_tensorrt_said_is_told_where_torch_tensorrt_only_stumbles(planned, kind, message):
+    """As TensorRT-RTX 1.4 said it of a linear layer over 96 rows. The attention is decomposed, and not to blame."""
+    log = (
+        "WARNING:torch_tensorrt:In JIT build, strongly typed is enabled by default.\n"
+        "Internal Error: MyelinCheckException: operand.cpp:156: CHECK(logical_mem_size == data_->size()) failed.\n"
+        "ERROR:torch_tensorrt [TensorRT Conversion Context]:IBuilder::buildSerializedNetwork: Error Code 1: Myelin "
+        "(logical memory size (768) should be equal to non-opaque payload size (73728))\n"
+    )
+    caught = failure_of(kind, message, stage=BUILDING, log=log)
+    text = advice(caught, planned[0], {"decompose_attention": True})
+    assert text.startswith("TensorRT gave no engine: Error Code 1: Myelin (logical memory size (768) should be equal")
+    assert "while building the engine. Remedy: keep operators out" in text
+    assert failure_of(kind, message, stage=BUILDING).message.startswith(f"{kind}: {message}")
+    assert failure_of("ValueError", "bad", log=log).message == "ValueError: bad"
 
 
 def test_a_node_that_cannot_be_converted_is_named(planned):

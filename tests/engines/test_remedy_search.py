@@ -78,6 +78,8 @@ def test_operators_are_told_apart_and_grouped_convolutions_from_others(planned):
     assert ("conv2d_1", "conv2d_2") in groups
     names = [name for group in groups for name in group]
     assert len(names) == len(set(names))
+    assert [len(group) for group in groups] == sorted(len(group) for group in groups), "the rarest first"
+    assert ("chunk",) in groups, "what gives several tensors, too"
 
 
 @pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
