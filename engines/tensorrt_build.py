@@ -47,6 +47,10 @@ def build_files(
         found = None if cache is None else cache.find(key, folder)
         if found is not None:
             _log.info("engine %s comes from the cache", key[:12])
+            if found["trial_problem"]:
+                _log.warning(
+                    "engine %s: %s, and no remedy was found: verify it before use", key[:12], found["trial_problem"]
+                )
             program = widened(request.program, found["widened"]) if found["widened"] else request.program
             program = restated(program)
             return program, {**found, "cache": {"key": key, "hit": True}}

@@ -69,7 +69,8 @@ def failing_at(monkeypatch, *names):
 
 def ahead(planned, **arguments):
     mixed, plan = planned
-    return build(mixed, plan, backend="tensorrt", ahead_of_time=True, cache=False, progress=False, **arguments)
+    arguments = {"cache": False, **arguments}
+    return build(mixed, plan, backend="tensorrt", ahead_of_time=True, progress=False, **arguments)
 
 
 def test_operators_are_told_apart_and_grouped_convolutions_from_others(planned):
@@ -148,6 +149,11 @@ def test_an_engine_that_stays_wrong_is_given_and_said_to_be(planned, monkeypatch
     assert "the engine gives NaN, and no remedy was found" in caplog.text
     assert "verify it" in caplog.text
     engine.save(tmp_path / "engine")
+    arguments = {"on_failure": "fallback", "cache": tmp_path / "cache"}
+    assert ahead(planned, **arguments).record["cache"]["hit"] is False
+    caplog.clear()
+    assert ahead(planned, **arguments).record["cache"]["hit"] is True
+    assert "the engine gives NaN, and no remedy was found: verify it" in caplog.text, "a cached one, too"
 
 
 def test_a_trial_tells_what_is_not_finite_and_what_does_not_run(planned):
