@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from calib.graph import base_op, tensor_values
 from engines.remedies import raised
-from engines.widening import can_be_widened, widened
+from engines.widening import widenable, widened
 from passes.op_table import TRANSPOSED
 from passes.plan import PrecisionPlan
 from passes.regions import qualified_name
@@ -39,7 +39,8 @@ class Buildable:
 def buildable(program: ExportedProgram, plan: PrecisionPlan | None, is_rtx: bool) -> Buildable:
     """`program` with the nodes in fp32 that the builder cannot take low, and the plan that says so."""
     found = {node: reason for node in program.graph.nodes if (reason := _limit(node, is_rtx)) is not None}
-    found = {node: reason for node, reason in found.items() if can_be_widened(node)}
+    able = widenable(program) if found else ()
+    found = {node: reason for node, reason in found.items() if node in able}
     if not found:
         return Buildable(program, plan, {})
     kept = {node.name: reason for node, reason in found.items()}

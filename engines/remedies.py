@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from calib.graph import argument_of, base_op, dtype_name, module_path
 from engines.builder_isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
-from engines.widening import can_be_widened
+from engines.widening import widenable
 from passes.plan import HIGH, Decision, PrecisionPlan
 from passes.tensor_rules import Verdict
 
@@ -75,8 +75,8 @@ def remedies(failure: BuilderError, program: ExportedProgram, settings: Mapping[
     has_attention = any(node.name in region for node in attention_nodes(program))
     if has_attention and not settings.get("decompose_attention"):
         found.append(Remedy("decompose attention (decompose_attention=True)", {"decompose_attention": True}))
-    nodes = {node.name: node for node in program.graph.nodes}
-    low = tuple(name for name in region if can_be_widened(nodes[name]))
+    able = {node.name for node in widenable(program)}
+    low = tuple(name for name in region if name in able)
     if low:
         found.append(Remedy(f"keep {_listed(low)} in fp32", widen=low))
     return found + _by_operator(program, low)
@@ -95,9 +95,9 @@ def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
 
 def nodes_alike(program: ExportedProgram, kind: Callable[[fx.Node], Hashable]) -> list[tuple[str, ...]]:
     """Names of the nodes that can be kept in fp32, those of one kind together, in graph order."""
-    alike: dict[Hashable, list[str]] = {}
+    alike, able = dict[Hashable, list[str]](), widenable(program)
     for node in program.graph.nodes:
-        if node.op == "call_function" and can_be_widened(node):
+        if node in able:
             alike.setdefault(kind(node), []).append(node.name)
     return [tuple(names) for names in alike.values()]
 

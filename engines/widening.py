@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from calib.aliasing import written_arguments
+from calib.aliasing import storage_roots, written_arguments
 from calib.errors import BuildError
 from calib.graph import base_op, dtype_name, producer_of, tensor_values
 from calib.operators import MOVES
@@ -36,18 +36,27 @@ def widened(program: ExportedProgram, names: Collection[str]) -> ExportedProgram
 
 def with_movement(program: ExportedProgram, names: Collection[str]) -> tuple[str, ...]:
     """`names`, and the low nodes that only move what these make: a cast stands behind them as well as before them."""
-    found = set(names)
+    found, able = set(names), widenable(program)
     for node in program.graph.nodes:
         low = [source for source in node.all_input_nodes if _is_low(source)]
-        moved = node.op == "call_function" and base_op(node.target) in MOVES and low and can_be_widened(node)
+        moved = node in able and base_op(node.target) in MOVES and low
         if moved and all(producer_of(source)[0].name in found for source in low):
             found.add(node.name)
     return tuple(node.name for node in program.graph.nodes if node.name in found)
 
 
-def can_be_widened(node: fx.Node) -> bool:
-    """Whether it makes tensors of others, at least one of a low type that it does not state, in storage of its own."""
-    if node.target is getitem or _states_type(node) or written_arguments(node):
+def widenable(program: ExportedProgram) -> frozenset[fx.Node]:
+    """The nodes that can be kept in fp32: they make low tensors of others, and do not state their type.
+
+    A view is none if what it shows is written in place anywhere: in fp32 it would show something else.
+    """
+    nodes, roots = program.graph.nodes, storage_roots(program.graph_module)
+    written = frozenset[fx.Node]().union(*(roots[n] for node in nodes for n in written_arguments(node)))
+    return frozenset(node for node in nodes if _makes_low(node) and (node in roots[node] or not roots[node] & written))
+
+
+def _makes_low(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target is getitem or _states_type(node) or written_arguments(node):
         return False
     several = isinstance(node.meta.get("val"), (list, tuple))
     return _is_low(node) and (not several or all(user.target is getitem for user in node.users))

@@ -1,15 +1,20 @@
 """Nodes of a cast graph kept in fp32 after all."""
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.fuzz.case import plan_by_hand, run_checked
+from benchmarks.fuzz.programs import drawn, exported, inputs_of
 from calib import BuildError
 from calib.execution import ProgramRunner
-from engines.widening import can_be_widened, restated, widened, with_movement
+from engines.widening import restated, widenable, widened, with_movement
 from passes import PrecisionPlan, classify, insert_casts
+
+LOW = {torch.float16, torch.bfloat16}
 
 
 class Chain(nn.Module):
@@ -98,7 +103,7 @@ def test_a_node_that_gives_several_tensors_is_kept_in_fp32_whole():
     """Also where one of them is of integers: it has no other type."""
     x = torch.randn(3, 4)
     mixed = all_low(Halves(), x)
-    assert all(can_be_widened(node) for node in mixed.graph.nodes if node.name in {"chunk", "max_1"})
+    assert {node.name for node in widenable(mixed)} >= {"chunk", "max_1"}
     wide = widened(mixed, {"max_1"})
     values = next(node.meta["val"] for node in wide.graph.nodes if node.name == "max_1")
     assert [value.dtype for value in values] == [torch.float32, torch.int64]
@@ -118,6 +123,46 @@ def test_where_something_is_written_in_place_all_read_what_was_written():
     mixed = all_low(Written(), x)
     wide = widened(mixed, {"exp", "relu"})
     torch.testing.assert_close(ProgramRunner(wide).run([x])[0], x.exp() * 2 + 1, rtol=2e-3, atol=2e-3)
+
+
+class WrittenThroughView(nn.Module):
+    def forward(self, x):
+        y = x.exp()
+        y.transpose(0, 1).mul_(2)
+        return y.relu() + x.transpose(0, 1)
+
+
+def test_a_view_that_is_written_through_is_never_kept_in_fp32():
+    """A copy of it would be written, and y would stay as it was. The view of x, which nothing writes, can be."""
+    x = torch.randn(3, 3)
+    mixed = all_low(WrittenThroughView(), x)
+    names = {node.name for node in widenable(mixed)}
+    assert names == {"exp", "relu", "transpose_1", "add"}
+    assert "transpose" not in with_movement(mixed, names)
+    wanted = (x.exp() * 2).relu() + x.T
+    torch.testing.assert_close(ProgramRunner(widened(mixed, names)).run([x])[0], wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("number", range(40))
+def test_random_programs_give_what_they_gave(number):
+    """Whatever nodes are kept, written in place or not: types as recorded, of the outputs as before, and the values."""
+    draw = drawn(7, number)
+    program = exported(draw.recipe)
+    coins = -1 if draw.coins is None else draw.coins
+    plan = plan_by_hand(program, lambda i: bool(coins >> i & 1), draw.low_type, legal=True)
+    mixed = insert_casts(program, plan, keep_io_types=number % 3 != 0)
+    wanted = run_checked(mixed, *inputs_of())
+    able = sorted(node.name for node in widenable(mixed))
+    for names in (able, with_movement(mixed, random.Random(number).sample(able, len(able) // 2))):
+        wide = widened(mixed, names)
+        low = {node.name for node in wide.graph.nodes if getattr(node.meta.get("val"), "dtype", None) in LOW}
+        assert not low & set(names)
+        for ours, theirs in zip(run_checked(wide, *inputs_of()), wanted, strict=True):
+            if isinstance(theirs, torch.Tensor):
+                assert ours.dtype == theirs.dtype
+                if draw.recipe.smooth and theirs.is_floating_point():
+                    error, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
+                    assert error <= 0.08 * size + 2e-3 * theirs.numel() ** 0.5
 
 
 def test_it_saves_and_loads(tmp_path):
