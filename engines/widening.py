@@ -15,10 +15,9 @@ from calib.errors import BuildError
 from calib.graph import base_op, dtype_name, producer_of, tensor_values
 from calib.operators import MOVES
 from engines.program_device import copied
-from passes.cast_insertion import CAST
+from passes.cast_insertion import CAST, place_of
 
 _LOW = {torch.float16, torch.bfloat16}
-_TO_FP32 = {"dtype": torch.float32}
 
 
 def widened(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
@@ -56,7 +55,9 @@ def widenable(program: ExportedProgram) -> frozenset[fx.Node]:
 
 
 def _makes_low(node: fx.Node) -> bool:
-    if node.op != "call_function" or node.target is getitem or _states_type(node) or written_arguments(node):
+    """What regions and operators of users do with another type is theirs to say."""
+    aten = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in {"aten", "prims"}
+    if not aten or _states_type(node) or written_arguments(node):
         return False
     several = isinstance(node.meta.get("val"), (list, tuple))
     return _is_low(node) and (not several or all(user.target is getitem for user in node.users))
@@ -85,7 +86,7 @@ class _Widening:
         for node in list(self._graph.nodes):
             if node.op == "call_function" and node.name in self._names:
                 self._widen(node)
-            elif node.target is CAST and node.kwargs == _TO_FP32 and node.args[0] in self._wide and not self._written:
+            elif node.args and node.args[0] in self._wide and self._undoes(node, self._wide[node.args[0]]):
                 self._read_instead(node, self._wide[node.args[0]], list(node.users))
                 self._graph.erase_node(node)
         for cast in self._bypassed.union(self._wide):
@@ -102,7 +103,7 @@ class _Widening:
         if isinstance(made, torch.Tensor):
             self._give_back(node)
             return
-        node.meta = {**node.meta, "val": [_fp32(value) for value in made]}
+        node.meta = {**node.meta, "val": type(made)([_fp32(value) for value in made])}
         for picked in list(node.users):
             self._give_back(picked)
 
@@ -110,9 +111,12 @@ class _Widening:
         if self._written:
             with self._graph.inserting_before(reader):
                 return _cast(self._graph, source, torch.float32)
-        if source.target is CAST and source.args[0].meta["val"].dtype == torch.float32:  # type: ignore[union-attr]
+        if source in self._wide:
+            return self._wide[source]
+        before = source.args[0] if source.target is CAST else None
+        if isinstance(before, fx.Node) and before.meta["val"].dtype == torch.float32 and _same_but_type(source, before):
             self._bypassed.add(source)
-            return source.args[0]  # type: ignore[return-value]
+            return before
         if source not in self._casts:
             with self._graph.inserting_before(reader):
                 self._casts[source] = _cast(self._graph, source, torch.float32)
@@ -130,6 +134,11 @@ class _Widening:
         self._read_instead(node, back, readers)
         self._wide[back] = node
 
+    def _undoes(self, node: fx.Node, before: fx.Node) -> bool:
+        """Whether `node` only widens what a cast back has made of `before`."""
+        to_fp32 = node.target is CAST and node.meta["val"].dtype == torch.float32
+        return to_fp32 and not self._written and _same_but_type(node, before)
+
     def _read_instead(self, before: fx.Node, after: fx.Node, readers: Collection[fx.Node]) -> None:
         for reader in readers:
             reader.replace_input_with(before, after)
@@ -137,8 +146,16 @@ class _Widening:
                 self._signature.replace_all_uses(before.name, after.name)
 
 
+def _same_but_type(cast: fx.Node, before: fx.Node) -> bool:
+    """Whether a cast changes neither place nor strides, as a `to` of the user's may."""
+    return set(cast.kwargs) == {"dtype"} and place_of(cast.meta["val"]) == place_of(before.meta["val"])
+
+
 def _fp32(value: Any) -> Any:
-    return value.to(torch.float32) if isinstance(value, torch.Tensor) and value.dtype in _LOW else value
+    """A recorded value in fp32, its strides as they were: `to` would make what was expanded dense."""
+    if not isinstance(value, torch.Tensor) or value.dtype not in _LOW:
+        return value
+    return value.new_empty_strided(value.size(), value.stride(), dtype=torch.float32)
 
 
 def _cast(graph: fx.Graph, source: fx.Node, dtype: torch.dtype) -> fx.Node:

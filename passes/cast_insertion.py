@@ -164,7 +164,7 @@ class _Emission:
         assert isinstance(before, fx.Node)
         narrow, wide = before.meta["val"], node.meta["val"]
         lossless = narrow.dtype == dtype and torch.promote_types(narrow.dtype, wide.dtype) != narrow.dtype
-        return before if lossless and _place(narrow) == _place(wide) else None
+        return before if lossless and place_of(narrow) == place_of(wide) else None
 
     def _new_name(self, name: str) -> str:
         while name in self._names:
@@ -274,6 +274,6 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and is_measurable(value.dtype)
 
 
-def _place(value: torch.Tensor) -> tuple[torch.device, list[int]]:
+def place_of(value: torch.Tensor) -> tuple[torch.device, list[int]]:
     """Device and strides: a `.to` may change them along with the type. As numbers, since comparing symbols guards."""
     return value.device, [size_hint(stride) for stride in value.stride()]

@@ -1,5 +1,6 @@
 """Nodes of a cast graph kept in fp32 after all."""
 
+import io
 import random
 from dataclasses import replace
 
@@ -163,6 +164,45 @@ def test_random_programs_give_what_they_gave(number):
                 if draw.recipe.smooth and theirs.is_floating_point():
                     error, size = (ours.double() - theirs.double()).norm(), theirs.double().norm()
                     assert error <= 0.08 * size + 2e-3 * theirs.numel() ** 0.5
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda a: (a * 2,), lambda a: (a - 1,), (x * 2,))[0] + 1
+
+
+def test_a_region_is_never_kept_in_fp32():
+    """What is in its branches says its types, and a graph that says otherwise could not even be saved."""
+    program = torch.export.export(Branches().half(), (torch.randn(3).half(),))
+    names = {node.name for node in widenable(program)}
+    assert names == {"mul", "sum_1", "add"}
+    torch.export.save(widened(program, names), io.BytesIO())
+
+
+class Gates(nn.Module):
+    def forward(self, x):
+        first, second = (x * 3).chunk(2, 1)
+        return first * second
+
+
+def test_parts_of_a_kept_tensor_are_not_rounded_either():
+    """Its parts have gaps between their rows, which a cast would close."""
+    x = torch.randn(3, 4)
+    wide = widened(all_low(Gates(), x), {"mul", "chunk", "mul_1"})
+    assert set(types(wide).values()) == {"float32"}
+    assert torch.equal(ProgramRunner(wide).run([x])[0], Gates()(x))
+
+
+class Spread(nn.Module):
+    def forward(self, x):
+        return (x.half() * 2)[:, None].expand(4, 5, 6).float().view(-1)
+
+
+def test_a_cast_that_makes_a_tensor_dense_is_no_cast_to_pass_by():
+    x = torch.randn(4, 6)
+    program = torch.export.export(Spread(), (x,)).run_decompositions()
+    wide = widened(program, with_movement(program, {"mul"}))
+    torch.testing.assert_close(ProgramRunner(wide).run([x])[0], Spread()(x), rtol=2e-3, atol=2e-3)
 
 
 def test_it_saves_and_loads(tmp_path):
