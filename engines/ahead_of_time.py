@@ -46,6 +46,12 @@ def ahead_of_time_problem() -> str | None:
     return None
 
 
+def is_rtx() -> bool:
+    """Whether the installed flavour of Torch-TensorRT is the one over TensorRT-RTX."""
+    found = installed_flavour()
+    return found is not None and found[0] == RTX
+
+
 def require_ahead_of_time() -> None:
     """Raise BuildError unless engines can be built ahead of time here."""
     problem = ahead_of_time_problem()

@@ -13,10 +13,11 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from calib.errors import BuildError
+from engines.ahead_of_time import is_rtx
 from engines.builder_isolation import RUNNING, BuilderError, build_isolated, failure_of
 from engines.builder_job import BuilderJob, BuilderResult
 from engines.builder_process import compile_job
-from engines.remedies import advice, remedies
+from engines.remedies import advice, remedies, settings_for
 from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from engines.runtimes import BuildRequest
 from engines.widening import restated, widened, with_movement
@@ -74,9 +75,12 @@ class Attempts:
         """Build with these nodes in fp32. Raises BuilderError."""
         request, folder = self._request, self._folder
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        folder.mkdir(mode=0o700)  # as it was: it holds weights
         widen = with_movement(request.program, widen)
         program = restated(widened(request.program, widen) if widen else request.program)
+        if widen:  # attention among them is in fp32 now
+            asked = settings_for(request.plan, program, is_rtx())[0]
+            job = replace(job, settings={**asked, **job.settings})
         if request.isolate or job.ahead_of_time:
             result = build_isolated(job, program, folder, request.build_timeout, request.progress)
         else:
@@ -84,8 +88,11 @@ class Attempts:
         return Build(result, job, program, tuple(self._applied), widen)
 
     def _tried(self, job: BuilderJob, widen: tuple[str, ...]) -> Build:
-        """Build and try the engine out. Raises BuilderError."""
-        build = self._attempt(job, widen)
+        """Build and try the engine out. Raises BuilderError: what is refused is no remedy, and loses no engine."""
+        try:
+            build = self._attempt(job, widen)
+        except BuildError as error:
+            raise BuilderError("refused", str(error)) from error
         if (problem := self._trial(self._folder, build.program)) is not None:
             raise BuilderError("wrong", problem, RUNNING)
         return build
@@ -137,7 +144,7 @@ class Attempts:
         if () in self._kept:
             _log.warning("%s, and no remedy was found (%s): verify it before use", first, tried)
             return self._restored(())
-        text = advice(first, self._request.program, self._request.settings)
+        text = advice(first, restated(self._request.program), self._job.settings)
         raise BuildError(f"{text} on_failure='fallback' tried: {tried}. Last: {last}") from last
 
     def _keep(self, names: tuple[str, ...], build: Build) -> None:

@@ -190,8 +190,10 @@ def failure_of(
 
 
 def _no_engine(kind: str, message: str, log: str) -> str:
-    """What TensorRT said when it gave None for an engine, at which Torch-TensorRT only stumbles; empty otherwise."""
-    if kind not in {"TypeError", "AssertionError"} or (message and "NoneType" not in message):
+    """What TensorRT said when it gave None for an engine, at which Torch-TensorRT only stumbles: over the type of None
+    in 2.11, with an empty assertion, or in 2.14 with words that give no reason. Empty otherwise."""
+    stumbled = message in {"", f"{kind}()"} or "NoneType" in message or "returned None" in message
+    if not stumbled:
         return ""
     lines = re.findall(r"(?:Internal Error: |buildSerializedNetwork: )(.+)", log)
     return f"TensorRT gave no engine: {lines[-1].strip()[:800]}" if lines else ""

@@ -19,7 +19,7 @@ from calib.batches import signature_of
 from calib.errors import ArtifactError, BuildError, known
 from calib.execution import input_structure
 from engines import torch_tensorrt_adapter as adapter
-from engines.ahead_of_time import RTX, require_ahead_of_time
+from engines.ahead_of_time import is_rtx, require_ahead_of_time
 from engines.build_attempts import Trial
 from engines.builder_job import BuilderJob, Profile
 from engines.builder_limits import buildable
@@ -136,11 +136,11 @@ class TensorrtBackend:
         settings = dict(request.settings)
         device = str(settings.pop("device", "cuda"))
         weakly_typed = settings.pop("weakly_typed", None)
-        limited = buildable(request.program, request.plan, _is_rtx())
+        limited = buildable(request.program, request.plan, is_rtx())
         for name, reason in limited.kept.items():
             _log.info("%s runs in fp32: %s", name, reason)
         request = replace(request, program=limited.program, plan=limited.plan)
-        by_plan, why = settings_for(request.plan, request.program, _is_rtx())
+        by_plan, why = settings_for(request.plan, request.program, is_rtx())
         by_plan = {name: value for name, value in by_plan.items() if name not in settings}
         if by_plan:
             _log.info("set because of the plan: %s", why)
@@ -188,9 +188,12 @@ def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
     device = torch.device("cuda")
 
     def trial(folder: Path, program: ExportedProgram) -> str | None:
-        flat = trial_inputs(program, shapes, request.ranges, device)
         try:
+            flat = trial_inputs(program, shapes, request.ranges, device)
             runtime = TensorrtRuntime(folder, program, shapes)
+        except torch.OutOfMemoryError as error:
+            _log.warning("the engine was not tried out, for want of memory: %s", error)
+            return None
         except (ArtifactError, BuildError) as error:
             return str(error)
         return trial_problem(runtime, program, flat)
@@ -206,8 +209,3 @@ def _check_names(settings: Mapping[str, Any], ahead_of_time: bool) -> None:
     for name in settings:
         if name not in names:
             raise BuildError(f"torch_tensorrt.dynamo.compile has no setting {name!r}; {known(name, names)}")
-
-
-def _is_rtx() -> bool:
-    found = adapter.installed_flavour()
-    return found is not None and found[0] == RTX

@@ -241,8 +241,11 @@ def test_each_kind_of_failure_has_its_advice(planned, kind, message, found, word
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("TypeError", "a bytes-like object is required, not 'NoneType'"), ("AssertionError", "")]
-)
+    ("kind", "message"),
+    [("TypeError", "a bytes-like object is required, not 'NoneType'"), ("AssertionError", ""),
+     ("AssertionError", "AssertionError()"),
+     ("RuntimeError", "TensorRT build_serialized_network returned None; engine build failed.")],
+)  # fmt: skip
 def test_what_tensorrt_said_is_told_where_torch_tensorrt_only_stumbles(planned, kind, message):
     """As TensorRT-RTX 1.4 said it of a linear layer over 96 rows. The attention is decomposed, and not to blame."""
     log = (

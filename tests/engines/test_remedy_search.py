@@ -10,7 +10,7 @@ from benchmarks.rtx_builder import has_builder
 from calib import BuildError, calibrate
 from calib.batches import signature_of
 from engines import build, build_attempts, tensorrt
-from engines.builder_isolation import BUILDING, BuilderError, build_isolated
+from engines.builder_isolation import BUILDING, RUNNING, BuilderError, build_isolated
 from engines.profiles import profiles
 from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from engines.runtimes import BuildRequest
@@ -178,6 +178,57 @@ def test_where_the_program_does_not_run_no_engine_is_blamed(planned, caplog):
 def broken(result):
     result.view(-1)[:3] = torch.nan
     return result
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+def test_an_error_half_way_loses_no_engine(planned, monkeypatch):
+    """The first engine is wrong, and what is built next is refused: the first is given, with its files."""
+    builds = []
+
+    def attempt(*arguments):
+        builds.append(arguments)
+        if len(builds) > 1:
+            raise BuildError("require_full_compilation=True, and a node runs in PyTorch")
+        return build_isolated(*arguments)
+
+    monkeypatch.setattr(build_attempts, "build_isolated", attempt)
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: lambda folder, program: "the engine gives NaN")
+    engine = ahead(planned, on_failure="fallback")
+    assert len(builds) == 2
+    assert engine.record["trial_problem"] == "the engine gives NaN"
+    assert engine.ledger.height
+
+
+class Attending(nn.Module):
+    """Attention with a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+
+    def forward(self, x, mask):
+        x = self.first(x)
+        return torch.relu(nn.functional.scaled_dot_product_attention(x, x, x, mask))
+
+
+@pytest.mark.parametrize("said", [{}, {"decompose_attention": False}])
+def test_masked_attention_that_a_remedy_puts_in_fp32_is_decomposed(monkeypatch, said):
+    """As it is where the plan keeps it there, and unless the user says otherwise. The folder stays private."""
+    inputs = (torch.randn(2, 4, 8, 16), torch.ones(8, 8, dtype=torch.bool))
+    program = torch.export.export(Attending().eval(), inputs)
+    plan = classify(program, None)
+    asked = []
+
+    def attempt(job, program, folder, timeout, progress=True):
+        low = computed_in(program, "scaled_dot_product_attention") == torch.float16
+        asked.append((low, job.settings.get("decompose_attention"), folder.stat().st_mode & 0o777))
+        raise BuilderError("context", "Unable to create an execution context", RUNNING)
+
+    monkeypatch.setattr(build_attempts, "build_isolated", attempt)
+    monkeypatch.setattr(build_attempts, "is_rtx", lambda: True)
+    with pytest.raises(BuildError, match="tried: keep operators in fp32"):
+        ahead((insert_casts(program, plan), plan), on_failure="fallback", **said)
+    assert asked == [(True, said.get("decompose_attention"), 0o700), (False, not said, 0o700)]
 
 
 class Nested(nn.Module):
