@@ -17,6 +17,7 @@ from engines.ahead_of_time import is_rtx
 from engines.builder_isolation import RUNNING, BuilderError, build_isolated, failure_of
 from engines.builder_job import BuilderJob, BuilderResult
 from engines.builder_process import compile_job
+from engines.engine_cache import emptied
 from engines.remedies import advice, remedies, settings_for
 from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from engines.runtimes import BuildRequest
@@ -52,21 +53,22 @@ class Attempts:
 
     def __init__(self, request: BuildRequest, job: BuilderJob, folder: Path, trial: Trial) -> None:
         self._request, self._job, self._folder, self._trial = request, job, folder, trial
+        self._program = restated(request.program)
         self._kept: dict[tuple[str, ...], tuple[Build, Path]] = {}
         self._applied: list[str] = []
 
     def run(self) -> Build:
         """Raises BuildError that names the nodes at which the builder failed, and what can be done."""
-        request = self._request
+        on_failure = self._request.on_failure
         with tempfile.TemporaryDirectory(dir=self._folder.parent, prefix=f"{self._folder.name}-") as aside:
             self._aside = Path(aside)
             try:
                 build = self._attempt(self._job)
             except BuilderError as failure:
-                if request.on_failure == "error":
-                    raise BuildError(_advice(failure, restated(request.program), self._job.settings)) from failure
+                if on_failure == "error":
+                    raise BuildError(_advice(failure, self._program, self._job.settings)) from failure
                 return self._remedied(failure)
-            if request.on_failure == "error" or (problem := self._trial(self._folder, build.program)) is None:
+            if on_failure == "error" or (problem := self._trial(self._folder, build.program)) is None:
                 return build
             self._keep((), replace(build, problem=problem))
             return self._remedied(BuilderError("wrong", problem, RUNNING))
@@ -74,11 +76,12 @@ class Attempts:
     def _attempt(self, job: BuilderJob, widen: tuple[str, ...] = ()) -> Build:
         """Build with these nodes in fp32. Raises BuilderError."""
         request, folder = self._request, self._folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)  # as it was: it holds weights
+        emptied(folder)
         widen = with_movement(request.program, widen)
-        program = restated(widened(request.program, widen) if widen else request.program)
-        if widen:  # attention among them is in fp32 now
+        program = self._program
+        if widen:
+            program = restated(widened(request.program, widen))
+            # Attention among them is in fp32 now.
             asked = settings_for(request.plan, program, is_rtx())[0]
             job = replace(job, settings={**asked, **job.settings})
         if request.isolate or job.ahead_of_time:
@@ -100,7 +103,7 @@ class Attempts:
     def _remedied(self, first: BuilderError) -> Build:
         """Build with one known remedy after another; where none helps, look for the operators that it fails at."""
         job, failure, widen = self._job, first, tuple[str, ...]()
-        for remedy in remedies(first, restated(self._request.program), job.settings):
+        for remedy in remedies(first, self._program, job.settings):
             _log.warning("%s; trying to %s", failure, remedy.text)
             self._applied.append(f"{remedy.text}, as {failure}")
             job = replace(job, settings={**job.settings, **remedy.settings})
@@ -130,7 +133,7 @@ class Attempts:
             asked.append("")
             return True
 
-        names = smallest_choice(operator_groups(restated(self._request.program)), helps)
+        names = smallest_choice(operator_groups(self._program), helps)
         if names is None:
             if asked:
                 self._applied.append(f"keep operators in fp32, as {failure}; with all of those that can be: {asked[0]}")
@@ -144,7 +147,7 @@ class Attempts:
         if () in self._kept:
             _log.warning("%s, and no remedy was found (%s): verify it before use", first, tried)
             return self._restored(())
-        text = advice(first, restated(self._request.program), self._job.settings)
+        text = advice(first, self._program, self._job.settings)
         raise BuildError(f"{text} on_failure='fallback' tried: {tried}. Last: {last}") from last
 
     def _keep(self, names: tuple[str, ...], build: Build) -> None:

@@ -84,7 +84,7 @@ class EngineCache:
         if damaged:
             _log.warning("the cached engine %s is damaged (%s) and is built anew", key[:12], ", ".join(damaged))
             shutil.rmtree(entry, ignore_errors=True)
-            _emptied(target)
+            emptied(target)
             return None
         os.utime(entry)  # its time says when it was last used
         return record
@@ -131,9 +131,10 @@ class EngineCache:
         return self.folder / f"{key}.lock"
 
 
-def _emptied(folder: Path) -> None:
+def emptied(folder: Path) -> None:
+    """Remove what is in a folder, which is its owner's alone then: it holds weights."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _size(folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -174,29 +174,30 @@ def settings_for(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: b
     found: dict[str, Any] = {}
     reasons = []
     decisions = () if plan is None else plan.decisions
-    attention = {node.name for node in attention_nodes(program)}
-    forced = [d for d in decisions if d.precision == "low" and any(v.rule == "interior" for v in d.verdicts)]
+    forced = [d.node for d in decisions if d.precision == "low" and any(v.rule == "interior" for v in d.verdicts)]
     if forced:
         found["use_fp32_acc"] = True
-        reasons.append(f"use_fp32_acc: {_listed(d.node for d in forced)} may overflow inside (interior)")
-    if why := _decomposed(plan, program, is_rtx, attention & {d.node for d in forced}):
+        reasons.append(f"use_fp32_acc: {_listed(forced)} may overflow inside (interior)")
+    if why := _decomposed(plan, program, is_rtx, forced):
         found["decompose_attention"] = True
         reasons.append(f"decompose_attention: {why}")
     return found, "; ".join(reasons)
 
 
-def _decomposed(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bool, forced: Collection[str]) -> str:
-    """Why attention has to be decomposed; empty where it need not be. forced: attention that may overflow inside."""
-    if forced:
+def _decomposed(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bool, forced: Sequence[str]) -> str:
+    """Why attention has to be decomposed; empty where it need not be. forced: nodes that may overflow inside."""
+    attention = {node.name: node for node in attention_nodes(program)}
+    if not attention.keys().isdisjoint(forced):
         return "so that attention accumulates in fp32"
-    masked = [node.name for node in attention_nodes(program) if _is_masked_fp32(node)]
-    if masked and is_rtx:
+    if not is_rtx:
+        return ""
+    masked = [name for name, node in attention.items() if _is_masked_fp32(node)]
+    if masked:
         return f"{_listed(masked)} is masked and in fp32, which TensorRT-RTX fuses wrongly"
-    names = {node.name for node in attention_nodes(program)}
-    high = [] if plan is None else [name for name in plan.high_precision_nodes if name in names]
-    if high and is_rtx and plan is not None and plan.low_precision_nodes:
-        return f"{_listed(high)} stays in fp32 among half-precision nodes"
-    return ""
+    if plan is None or not plan.low_precision_nodes:
+        return ""
+    high = [name for name in plan.high_precision_nodes if name in attention]
+    return f"{_listed(high)} stays in fp32 among half-precision nodes" if high else ""
 
 
 def _is_masked_fp32(node: fx.Node) -> bool:

@@ -86,8 +86,8 @@ class _Widening:
         for node in list(self._graph.nodes):
             if node.op == "call_function" and node.name in self._names:
                 self._widen(node)
-            elif node.args and node.args[0] in self._wide and self._undoes(node, self._wide[node.args[0]]):
-                self._read_instead(node, self._wide[node.args[0]], list(node.users))
+            elif (before := self._undone(node)) is not None:
+                self._read_instead(node, before, list(node.users))
                 self._graph.erase_node(node)
         for cast in self._bypassed.union(self._wide):
             if not cast.users:
@@ -134,10 +134,12 @@ class _Widening:
         self._read_instead(node, back, readers)
         self._wide[back] = node
 
-    def _undoes(self, node: fx.Node, before: fx.Node) -> bool:
-        """Whether `node` only widens what a cast back has made of `before`."""
-        to_fp32 = node.target is CAST and node.meta["val"].dtype == torch.float32
-        return to_fp32 and not self._written and _same_but_type(node, before)
+    def _undone(self, node: fx.Node) -> fx.Node | None:
+        """What the cast back is of that `node` widens again, and does nothing else to."""
+        if self._written or node.target is not CAST or node.meta["val"].dtype != torch.float32:
+            return None
+        before = self._wide.get(node.args[0])  # type: ignore[arg-type]
+        return before if before is not None and _same_but_type(node, before) else None
 
     def _read_instead(self, before: fx.Node, after: fx.Node, readers: Collection[fx.Node]) -> None:
         for reader in readers:

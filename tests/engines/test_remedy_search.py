@@ -67,6 +67,18 @@ def failing_at(monkeypatch, *names):
     return asked
 
 
+def wrong_until_sigmoids_are_wide(monkeypatch):
+    """Let every trial find NaN as long as the sigmoids are in bf16. What it saw them in."""
+    tried = []
+
+    def trial(folder, program):
+        tried.append(computed_in(program, "sigmoid"))
+        return None if tried[-1] == torch.float32 else "the engine gives NaN"
+
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: trial)
+    return tried
+
+
 def ahead(planned, **arguments):
     mixed, plan = planned
     arguments = {"cache": False, **arguments}
@@ -105,13 +117,7 @@ def test_the_operators_are_found_and_kept_in_fp32(planned, monkeypatch, tmp_path
 def test_an_engine_that_is_wrong_is_no_remedy(planned, monkeypatch):
     """The grouped convolutions in fp32 give an engine, but one that gives NaN until the sigmoids are in fp32, too."""
     failing_at(monkeypatch, "conv2d_1", "conv2d_2")
-    tried = []
-
-    def trial(folder, program):
-        tried.append(computed_in(program, "sigmoid"))
-        return None if tried[-1] == torch.float32 else "the engine gives NaN"
-
-    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: trial)
+    tried = wrong_until_sigmoids_are_wide(monkeypatch)
     engine = ahead(planned, on_failure="fallback")
     assert set(engine.record["widened"]) == {"conv2d_1", "conv2d_2", "sigmoid", "sigmoid_1"}
     assert torch.bfloat16 in tried
@@ -123,13 +129,7 @@ def test_an_engine_that_is_wrong_is_no_remedy(planned, monkeypatch):
 @pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
 def test_an_engine_that_builds_and_is_wrong_is_remedied_where_that_is_allowed(planned, monkeypatch):
     """Nothing fails: it gives NaN, until what makes it so is in fp32. Without leave it is not even tried out."""
-    tried = []
-
-    def trial(folder, program):
-        tried.append(computed_in(program, "sigmoid"))
-        return None if tried[-1] == torch.float32 else "the engine gives NaN"
-
-    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: trial)
+    tried = wrong_until_sigmoids_are_wide(monkeypatch)
     engine = ahead(planned, on_failure="fallback")
     assert {"sigmoid", "sigmoid_1"} == set(engine.record["widened"])
     assert "as the engine gives NaN" in engine.record["remedies"][-1]
