@@ -24,9 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from calibcast.calib import calibrate
+
 from benchmarks import machine
 from benchmarks.networks import NETWORKS, made
-from calib import calibrate
 
 ROUNDS, BATCHES = 5, 4
 MEMORY_KINDS = ("forward", "interpreter", "histogram=False", "all statistics", "Torch-TensorRT tracer")

@@ -25,15 +25,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from calibcast.calib.calibration import prepare
+from calibcast.calib.captured_execution import CapturedRunner
+from calibcast.calib.device_observer import DeviceObserver, fused_problem
+from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.graph import tensor_specs
+from calibcast.calib.masks import mask_tensors
+from calibcast.calib.observer import Observer
+
 from benchmarks import machine
 from benchmarks.engine_networks import subject
-from calib.calibration import prepare
-from calib.captured_execution import CapturedRunner
-from calib.device_observer import DeviceObserver, fused_problem
-from calib.execution import ProgramRunner
-from calib.graph import tensor_specs
-from calib.masks import mask_tensors
-from calib.observer import Observer
 
 NETWORKS = ("resnet50", "vit_b_16", "bert_base", "nafnet")
 FEW, MANY, ROUNDS = 2, 16, 7

@@ -24,9 +24,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import engines
+from calibcast import engines
+from calibcast.engines.demo import Digits, correct, load_digits, train
+
 from benchmarks import machine
-from engines.demo import Digits, correct, load_digits, train
 
 ROUNDS, CALLS = 15, 20
 Batch = tuple[torch.Tensor, torch.Tensor]

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, {root!r})
-from engines.job.progress import resident_mb
+from calibcast.engines.job.progress import resident_mb
 
 
 class Same(Dataset):
@@ -65,7 +65,8 @@ def run(job: Path, processes: int = 1) -> float:
     """Run a job anew with one torch thread a process; how long its calibration took."""
     launcher = [] if processes == 1 else ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"]
     subprocess.run(
-        [sys.executable, "-m", *launcher, "engines.cli", "run", str(job), "--redo"], check=True, cwd=ROOT,
-        stdout=subprocess.DEVNULL, env={**__import__("os").environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-m", *launcher, "calibcast", "run", str(job), "--redo"], check=True, cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env={**__import__("os").environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / ".package")},
     )  # fmt: skip
     return seconds(job)

@@ -22,12 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from calibcast.calib import calibrate
+from calibcast.engines.job.running import run_job
+from calibcast.engines.locations import load_data, load_model
+
 from benchmarks import machine
 from benchmarks.job_files import run, seconds, write_job
 from benchmarks.networks import NETWORKS, made
-from calib import calibrate
-from engines.job.running import run_job
-from engines.locations import load_data, load_model
 
 OVERHEAD, SPEEDUP = 1.05, 1.7
 

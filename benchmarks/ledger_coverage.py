@@ -17,13 +17,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from calibcast.calib import calibrate
+from calibcast.calib.errors import CalibcastError
+from calibcast.engines import build
+from calibcast.engines.ledger.ledger_text import contradictions, unknown_share
+from calibcast.passes import classify, insert_casts
+
 from benchmarks import engine_networks as networks
 from benchmarks import machine
-from calib import calibrate
-from calib.errors import CalibcastError
-from engines import build
-from engines.ledger_text import contradictions, unknown_share
-from passes import classify, insert_casts
 
 SUBJECTS: dict[str, Callable[[], networks.Subject]] = {
     "resnet50": lambda: networks.resnet50("cpu", batch=2),

@@ -70,7 +70,7 @@ class Network:
 
     def prepared(self, variants: Sequence[str], doing: Callable[[str], None]) -> dict[str, Prepared]:
         """Every variant, ready or with what went wrong. Engines are built at once, each in a process of its own."""
-        from calib import calibrate
+        from calibcast.calib import calibrate
 
         model, found = self.subject.model, dict[str, Prepared]()
         with tf32(False):
@@ -99,7 +99,7 @@ class Network:
         torch._dynamo.reset()
         compiled = torch.compile(self.subject.model)
         run = _with_autocast(compiled) if "autocast" in variant else compiled
-        from calib.artifacts import SERIALISING
+        from calibcast.calib.artifacts import SERIALISING
 
         with SERIALISING, torch.no_grad(), tf32(False):
             run(*self.inputs)
@@ -107,7 +107,7 @@ class Network:
 
     def _cast(self, variant: str) -> tuple[Any, Any, float]:
         """The program that an engine variant is built from, its plan or None, and the seconds that it took."""
-        from passes import classify, insert_casts
+        from calibcast.passes import classify, insert_casts
 
         start, plan, program = time.perf_counter(), None, self.program
         if variant == "TensorRT whole-half":
@@ -123,7 +123,7 @@ class Network:
         return _tried(lambda: self._built(variant, program, plan, seconds))
 
     def _built(self, variant: str, program: Any, plan: Any, seconds: float) -> Prepared:
-        from engines import build
+        from calibcast.engines import build
 
         start = time.perf_counter() - seconds
         engine = build(
@@ -161,7 +161,7 @@ class Network:
 
 
 def _note(engine: Any, planned: bool) -> str:
-    from engines.ledger_text import contradictions, unknown_share
+    from calibcast.engines.ledger.ledger_text import contradictions, unknown_share
 
     parts = []
     if planned:
@@ -243,7 +243,7 @@ def _row(variant: str, prepared: Prepared, error: dict[str, Any]) -> dict[str, A
 
 def _error(network: Network, variant: str, prepared: Prepared) -> dict[str, Any]:
     """Relative L2, SQNR and what is not finite, over the held-out batches; what fails to run is a note."""
-    from engines.metrics import OutputError
+    from calibcast.engines.judging.metrics import OutputError
 
     assert prepared.run is not None
     total = OutputError("all")

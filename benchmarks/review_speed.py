@@ -31,14 +31,15 @@ from torch.nn import functional as F  # noqa: N812 - as everybody calls it
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from calibcast.calib import RangeTable, calibrate
+from calibcast.calib.range_diff import range_diff
+from calibcast.engines.html_report import html_report
+from calibcast.engines.review.diff_report import diff_text
+from calibcast.engines.review.report_table import report_frame, report_table
+from calibcast.passes import classify, what_if
+from calibcast.passes.tensor_diff import tensor_decision_diff
+
 from benchmarks import machine
-from calib import RangeTable, calibrate
-from calib.range_diff import range_diff
-from engines.diff_report import diff_text
-from engines.html_report import html_report
-from engines.report_table import report_frame, report_table
-from passes import classify, what_if
-from passes.tensor_diff import tensor_decision_diff
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS, WIDTH, HEADS, RUNS = 263, 16, 4, 5
@@ -98,8 +99,8 @@ def command(*arguments: str) -> Callable[[], None]:
 
     def run() -> None:
         subprocess.run(
-            [sys.executable, "-m", "engines.cli", *arguments],
-            check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            [sys.executable, "-m", "calibcast", *arguments],
+            check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT / ".package")},
         )  # fmt: skip
 
     return run

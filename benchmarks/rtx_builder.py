@@ -12,10 +12,9 @@ from importlib import metadata
 from typing import Any
 
 import torch
+from calibcast.calib.execution import input_structure
+from calibcast.calib.graph import size_hint
 from torch.export import ExportedProgram
-
-from calib.execution import input_structure
-from calib.graph import size_hint
 
 STAND_INS: dict[str, Any] = {
     "get_device_capability": lambda *_: (9, 0),

@@ -20,11 +20,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from calibcast.calib import calibrate
+from calibcast.passes import classify, insert_casts
 from torch import nn
 
 from benchmarks.machine import header, write
-from calib import calibrate
-from passes import classify, insert_casts
 
 MEGABYTE = 2**20
 

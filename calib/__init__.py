@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from calib.errors import (
+from calibcast.calib.errors import (
     ArtifactError,
     BatchError,
     BuildError,
@@ -13,11 +13,11 @@ from calib.errors import (
     ProgramError,
     SettingError,
 )
-from calib.lazy_names import lazy_names
+from calibcast.calib.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from calib.calibration import calibrate
-    from calib.ranges import RangeTable
+    from calibcast.calib.calibration import calibrate
+    from calibcast.calib.ranges import RangeTable
 
 __all__ = [
     "ArtifactError",
@@ -33,4 +33,6 @@ __all__ = [
     "calibrate",
 ]
 
-__getattr__, __dir__ = lazy_names(__name__, {"RangeTable": "calib.ranges", "calibrate": "calib.calibration"})
+__getattr__, __dir__ = lazy_names(
+    __name__, {"RangeTable": "calibcast.calib.ranges", "calibrate": "calibcast.calib.calibration"}
+)

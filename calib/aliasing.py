@@ -7,10 +7,9 @@ from operator import getitem
 from typing import Any
 
 import torch
+from calibcast.calib.graph import REGION_CHILD, child_of
 from torch import fx
 from torch.export import ExportedProgram
-
-from calib.graph import REGION_CHILD, child_of
 
 # In evaluation these give back their input itself, which their schemas do not say.
 _IDENTITY_IN_EVAL = {

@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.errors import ArtifactError
-from calib.seal import UNSEALED, sealed
+from calibcast.calib.errors import ArtifactError
+from calibcast.calib.seal import UNSEALED, sealed
 
 # Functions that deal in programs import torch themselves: it takes seconds, and who reads a table needs none of it.
 if TYPE_CHECKING:

@@ -8,12 +8,11 @@ from typing import Any
 
 import sympy
 import torch
+from calibcast.calib.errors import BatchError, CalibcastError, known
+from calibcast.calib.graph import dtype_name
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
-
-from calib.errors import BatchError, CalibcastError, known
-from calib.graph import dtype_name
 
 _MISSING = object()
 _HINT = "Give transform=, a function from your batch to the model's inputs."

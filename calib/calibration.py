@@ -16,25 +16,24 @@ from typing import Any
 
 import polars as pl
 import torch
+from calibcast.calib.batches import Signature, numbered, signature_of
+from calibcast.calib.captured_execution import captured_or_plain
+from calibcast.calib.checkpoint import Checkpoint, Pace, copy_into
+from calibcast.calib.device_observer import observer_for, on
+from calibcast.calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
+from calibcast.calib.execution import ProgramRunner, refuse_training, require_program
+from calibcast.calib.fingerprint import begin_inputs_hash, node_digests, weights_hash
+from calibcast.calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
+from calibcast.calib.loader_order import batch_hash, refuse_unseeded, resumed, rewind
+from calibcast.calib.masks import mask_tensors
+from calibcast.calib.observer import Observer
+from calibcast.calib.range_statistics import table_of
+from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size
+from calibcast.calib.uninitialised import undefined_tensors
 from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
-
-from calib.batches import Signature, numbered, signature_of
-from calib.captured_execution import captured_or_plain
-from calib.checkpoint import Checkpoint, Pace, copy_into
-from calib.device_observer import observer_for, on
-from calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
-from calib.execution import ProgramRunner, refuse_training, require_program
-from calib.fingerprint import begin_inputs_hash, node_digests, weights_hash
-from calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
-from calib.masks import mask_tensors
-from calib.observer import Observer
-from calib.order import batch_hash, refuse_unseeded, resumed, rewind
-from calib.range_statistics import table_of
-from calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size
-from calib.undefined import undefined_tensors
 
 _log = logging.getLogger("calibcast")
 HALF_MAX = 65504.0  # largest finite fp16 value, IEEE 754 binary16

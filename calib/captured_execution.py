@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from calib.device_observer import DeviceObserver, Layout
-from calib.execution import NodeError, ProgramRunner, Watch
+from calibcast.calib.device_observer import DeviceObserver, Layout
+from calibcast.calib.execution import NodeError, ProgramRunner, Watch
 
 _log = logging.getLogger("calibcast")
 _Key = tuple[Any, ...]

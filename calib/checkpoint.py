@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from calib.artifacts import SCHEMA_VERSION, check_header, parsed, written_whole
-from calib.digests import first_difference
-from calib.errors import ArtifactError, MismatchError
-from calib.graph import TensorSpec
-from calib.range_statistics import table_of
-from calib.ranges import MAX_HASHES, Calibration, RangeTable, merge_sizes
-from calib.statistics import Statistics
+from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, written_whole
+from calibcast.calib.errors import ArtifactError, MismatchError
+from calibcast.calib.graph import TensorSpec
+from calibcast.calib.graph_digests import first_difference
+from calibcast.calib.range_statistics import table_of
+from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, merge_sizes
+from calibcast.calib.statistics import Statistics
 
 _KIND = "checkpoint"
 _HEADER, _TOTAL = "header", "total"

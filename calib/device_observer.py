@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from calibcast.calib.graph import TensorSpec
+from calibcast.calib.hidden import Slices, SlicesInMemory, slices_of
+from calibcast.calib.kernel import memory_levels
+from calibcast.calib.observer import Observer
+from calibcast.calib.sentinels import MASK_AT_MOST
+from calibcast.calib.statistic_names import BINS
 from torch import fx
-
-from calib.columns import BINS
-from calib.graph import TensorSpec
-from calib.hidden import Slices, SlicesInMemory, slices_of
-from calib.kernel import memory_levels
-from calib.observer import Observer
-from calib.sentinels import MASK_AT_MOST
 
 _log = logging.getLogger("calibcast")
 # Elements of a block: eight for each thread of a program, 32 of a tile. As many programs as the 132 multiprocessors of
@@ -79,9 +78,9 @@ class DeviceObserver(Observer):
     ) -> None:
         super().__init__(specs, device, histogram, masks)
         rows = len(specs)
-        self._tally = importlib.import_module("calib.triton_kernel").tally
-        self._sum_slices = importlib.import_module("calib.triton_slices").sum_slices
-        self._gather = importlib.import_module("calib.triton_gather").gather
+        self._tally = importlib.import_module("calibcast.calib.triton_kernel").tally
+        self._sum_slices = importlib.import_module("calibcast.calib.triton_slices").sum_slices
+        self._gather = importlib.import_module("calibcast.calib.triton_gather").gather
         self._values = torch.empty(rows, PROGRAMS, 4, dtype=torch.float32, device=device)
         self._counts = torch.empty(rows, PROGRAMS, 5, dtype=torch.int32, device=device)
         self._sums = torch.empty(rows, PROGRAMS, 2, dtype=torch.float64, device=device)
@@ -216,7 +215,7 @@ def fused_problem(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"{device.type} is no GPU"
     try:
-        importlib.import_module("calib.triton_kernel")
+        importlib.import_module("calibcast.calib.triton_kernel")
     except Exception as error:  # Triton looks for a driver and a compiler when it is imported
         return f"Triton does not import: {type(error).__name__}: {error}"
     return None

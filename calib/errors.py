@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calib.ranges import RangeTable
+    from calibcast.calib.ranges import RangeTable
 
 
 class CalibcastError(Exception):

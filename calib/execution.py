@@ -8,14 +8,13 @@ from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
+from calibcast.calib.aliasing import mutated_inputs
+from calibcast.calib.errors import BatchError, ProgramError, first_line, require_kind
+from calibcast.calib.graph import AUTOCAST_REGION, REGION_CHILD, child_of, program_device, state_tensor, where
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
-
-from calib.aliasing import mutated_inputs
-from calib.errors import BatchError, ProgramError, first_line, require_kind
-from calib.graph import AUTOCAST_REGION, REGION_CHILD, child_of, program_device, state_tensor, where
 
 # watch(name, node, result, arguments): called after a node has run and before anything can change its result.
 # `name` is qualified inside regions; `arguments` holds the tensors that it read, by node.

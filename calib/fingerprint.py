@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import xxhash
+from calibcast.calib.graph import Step, dtype_name, input_targets, op_name, state_tensor, tensor_values, walk
 from torch import fx
 from torch.export import ExportedProgram
-
-from calib.graph import Step, dtype_name, input_targets, op_name, state_tensor, tensor_values, walk
 
 # Bytes hashed at a time, so that a weight on a GPU is never copied to the host whole.
 _CHUNK = 1 << 24

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from calibcast.calib.graph import argument_of, as_list, base_op
+from calibcast.calib.kernel import memory_levels, pieces
+from calibcast.calib.operators import ATTENTION, SQUARES, SUMS
 from torch import fx
-
-from calib.graph import argument_of, as_list, base_op
-from calib.kernel import memory_levels, pieces
-from calib.operators import ATTENTION, SQUARES, SUMS
 
 # Elements of scratch at a time: squares of a large activation would double the memory that a forward pass needs.
 _STEP = 1 << 21

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-
-from calib.columns import BINS, COUNTS, NOTHING
+from calibcast.calib.statistic_names import BINS, COUNTS, NOTHING
 
 # Elements per step. On the host, 2 MB of input and as much of scratch stay in the caches between the passes; on a
 # device it bounds the temporaries to some hundred MB, and keeps counts in fp32 exact below 2^24.

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from operator import getitem
 
+from calibcast.calib.aliasing import operands, storage_roots, written_arguments
+from calibcast.calib.graph import REGION_CHILD, base_op, child_of, input_kinds, tensor_values
+from calibcast.calib.operators import ATTENTION, SOFTMAX
+from calibcast.calib.sentinels import PASSES, Sentinels, is_float, reads_order, sentinels_of
 from torch import fx
 from torch.export import ExportedProgram
-
-from calib.aliasing import operands, storage_roots, written_arguments
-from calib.graph import REGION_CHILD, base_op, child_of, input_kinds, tensor_values
-from calib.operators import ATTENTION, SOFTMAX
-from calib.sentinels import PASSES, Sentinels, is_float, reads_order, sentinels_of
 
 # Parameters are left out: a learned bias is a magnitude. Inside regions every operand may carry what came from outside.
 _SOURCES = frozenset({"input", "buffer", "constant"})

@@ -7,15 +7,14 @@ from operator import getitem
 from typing import Any
 
 import torch
+from calibcast.calib.execution import tensors_of
+from calibcast.calib.graph import TensorSpec
+from calibcast.calib.hidden import hidden_values
+from calibcast.calib.kernel import HostKernel, is_dense, measure_on_device
+from calibcast.calib.sentinels import MASK_AT_MOST
+from calibcast.calib.small_tensors import SmallTensors
+from calibcast.calib.statistics import Statistics
 from torch import fx
-
-from calib.execution import tensors_of
-from calib.graph import TensorSpec
-from calib.hidden import hidden_values
-from calib.kernel import HostKernel, is_dense, measure_on_device
-from calib.sentinels import MASK_AT_MOST
-from calib.small_tensors import SmallTensors
-from calib.statistics import Statistics
 
 Row = tuple[str, int]  # (qualified node name, output position)
 # What tells that a tensor still holds what was measured: where it lies, its size and type, its version counter.

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
-
-from calib.columns import BINS
-from calib.errors import ArtifactError
+from calibcast.calib.errors import ArtifactError
+from calibcast.calib.statistic_names import BINS
 
 KINDS = ("input", "parameter", "buffer", "constant", "activation", "other")
 _ALWAYS = (

@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import polars as pl
-
-from calib.alignment import aligned
-from calib.digests import first_difference
-from calib.errors import MismatchError
-from calib.ranges import RangeTable
+from calibcast.calib.alignment import aligned
+from calibcast.calib.errors import MismatchError
+from calibcast.calib.graph_digests import first_difference
+from calibcast.calib.ranges import RangeTable
 
 HALF_MAX = 65504.0  # the largest finite fp16 value
 _PLACES = ("node", "output", "op", "module", "source", "kind")

@@ -9,12 +9,10 @@ from typing import Any
 
 import polars as pl
 import torch
-
-from calib.columns import BINS, HIDDEN, NO_BATCH, NO_HIDDEN
-from calib.digests import first_difference
-from calib.errors import MismatchError
-from calib.graph import TensorSpec
-from calib.ranges import (
+from calibcast.calib.errors import MismatchError
+from calibcast.calib.graph import TensorSpec
+from calibcast.calib.graph_digests import first_difference
+from calibcast.calib.ranges import (
     HIDDEN_SCHEMA,
     MAX_HASHES,
     SCHEMA,
@@ -24,7 +22,8 @@ from calib.ranges import (
     merge_sizes,
     require_table,
 )
-from calib.statistics import Statistics
+from calibcast.calib.statistic_names import BINS, HIDDEN, NO_BATCH, NO_HIDDEN
+from calibcast.calib.statistics import Statistics
 
 
 def merged(tables: Sequence[RangeTable]) -> RangeTable:

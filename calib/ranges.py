@@ -12,21 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-
-from calib.artifacts import SCHEMA_VERSION, check_header, parsed, save_frame, versions
-from calib.columns import HIDDEN
-from calib.digests import fingerprint, first_difference
-from calib.errors import ArtifactError, MismatchError, require_kind
-from calib.range_checks import check_values
-from calib.seal import broken_seal, has_parquet_ends
-from calib.second_look import second_look
+from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, save_frame, versions
+from calibcast.calib.damage_report import damage_report
+from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
+from calibcast.calib.graph_digests import fingerprint, first_difference
+from calibcast.calib.range_checks import check_values
+from calibcast.calib.seal import broken_seal, has_parquet_ends
+from calibcast.calib.statistic_names import HIDDEN
 
 # A table is read, filtered and compared without torch, which takes seconds to import; methods that deal in programs
 # and in arrays import it, or what needs it, themselves.
 if TYPE_CHECKING:
+    from calibcast.calib.statistics import Statistics
     from torch.export import ExportedProgram
-
-    from calib.statistics import Statistics
 
 SCHEMA: dict[str, Any] = {
     "node": pl.String,
@@ -147,7 +145,7 @@ class RangeTable:
         broken = broken_seal(content)
         if broken is not None:
             raise ArtifactError(
-                second_look(source)
+                damage_report(source)
                 or f"{source} is not as calibcast wrote it: {broken}. Another program wrote it anew, it was changed by "
                 "hand, or it is damaged: calibrate again, or take a copy that is whole."
             )
@@ -161,7 +159,7 @@ class RangeTable:
         of later tables are counted on from the earlier ones. Raises MismatchError for tables of other graphs or
         weights.
         """
-        from calib.range_statistics import merged
+        from calibcast.calib.range_statistics import merged
 
         return merged(tables)
 
@@ -169,7 +167,7 @@ class RangeTable:
         """Raise MismatchError unless this table is of `program`; other weights warn, or raise with "refuse"."""
         if weights not in {"warn", "refuse", "ignore"}:
             raise MismatchError(f"weights={weights!r}: known are 'warn', 'refuse' and 'ignore'")
-        from calib.fingerprint import node_digests, weights_hash
+        from calibcast.calib.fingerprint import node_digests, weights_hash
 
         difference = first_difference(node_digests(program), self.calibration.digests)
         if difference is not None:
@@ -184,7 +182,7 @@ class RangeTable:
 
     def statistics(self) -> Statistics:
         """The rows as arrays that merge. Sums are restored from mean and rms in float64."""
-        from calib.range_statistics import statistics_of
+        from calibcast.calib.range_statistics import statistics_of
 
         return statistics_of(self)
 

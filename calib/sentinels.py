@@ -10,11 +10,10 @@ import math
 from collections.abc import Mapping
 from operator import getitem
 
+from calibcast.calib.aliasing import storage_roots, written_arguments
+from calibcast.calib.graph import base_op, is_measurable, tensor_values
+from calibcast.calib.operators import COMPARES, MASKING, MOVES, SELECTS
 from torch import fx
-
-from calib.aliasing import storage_roots, written_arguments
-from calib.graph import base_op, is_measurable, tensor_values
-from calib.operators import COMPARES, MASKING, MOVES, SELECTS
 
 # -1e4 is what models for half precision have written for "masked" since the first BERT; others take -1e9 or less.
 MASK_AT_MOST = -1e4

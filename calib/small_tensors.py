@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from calib.columns import BINS, COUNTS, VALUES
+from calibcast.calib.statistic_names import BINS, COUNTS, VALUES
 
 # From about so many elements on, `HostKernel` is faster: it takes fewer passes over them.
 MOST = 1 << 14

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
-from calib.columns import BINS, COUNTS, HIDDEN, NO_BATCH, NO_HIDDEN, NOTHING, VALUES
+from calibcast.calib.statistic_names import BINS, COUNTS, HIDDEN, NO_BATCH, NO_HIDDEN, NOTHING, VALUES
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,25 @@
 
 from typing import TYPE_CHECKING
 
-from calib.lazy_names import lazy_names
+from calibcast.calib.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from engines.building import build
-    from engines.compilation import compile
-    from engines.engine import Engine
-    from engines.report_table import report_frame
-    from engines.verification import VerificationReport, verify
+    from calibcast.engines.building import build
+    from calibcast.engines.compilation import compile
+    from calibcast.engines.engine import Engine
+    from calibcast.engines.judging.verification import VerificationReport, verify
+    from calibcast.engines.review.report_table import report_frame
 
 __all__ = ["Engine", "VerificationReport", "build", "compile", "report_frame", "verify"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "Engine": "engines.engine",
-        "VerificationReport": "engines.verification",
-        "build": "engines.building",
-        "compile": "engines.compilation",
-        "report_frame": "engines.report_table",
-        "verify": "engines.verification",
+        "Engine": "calibcast.engines.engine",
+        "VerificationReport": "calibcast.engines.judging.verification",
+        "build": "calibcast.engines.building",
+        "compile": "calibcast.engines.compilation",
+        "report_frame": "calibcast.engines.review.report_table",
+        "verify": "calibcast.engines.judging.verification",
     },
 )

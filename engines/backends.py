@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from calib.errors import BuildError, known
-from engines.eager import EagerBackend
-from engines.runtimes import Backend
-from engines.tensorrt import TensorrtBackend
+from calibcast.calib.errors import BuildError, known
+from calibcast.engines.eager import EagerBackend
+from calibcast.engines.runtimes import Backend
+from calibcast.engines.tensorrt.backend import TensorrtBackend
 
 BACKENDS: dict[str, Backend] = {"tensorrt": TensorrtBackend(), "eager": EagerBackend()}
 

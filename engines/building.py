@@ -6,16 +6,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from calibcast.calib.execution import require_program
+from calibcast.calib.ranges import RangeTable
+from calibcast.engines.backends import chosen
+from calibcast.engines.engine import Engine
+from calibcast.engines.ledger.ledger_text import require_precision, unknown_share
+from calibcast.engines.runtimes import BuildRequest
+from calibcast.engines.tensorrt.cache import DEFAULT_SIZE
+from calibcast.passes.plan import PrecisionPlan
 from torch.export import ExportedProgram
-
-from calib.execution import require_program
-from calib.ranges import RangeTable
-from engines.backends import chosen
-from engines.engine import Engine
-from engines.engine_cache import DEFAULT_SIZE
-from engines.ledger_text import require_precision, unknown_share
-from engines.runtimes import BuildRequest
-from passes.plan import PrecisionPlan
 
 _log = logging.getLogger("calibcast")
 

@@ -13,12 +13,11 @@ import warnings
 from typing import Any
 
 import typer
-
-from calib.errors import CalibcastError, GateError, SettingError
-from engines.commands import diagnosis, engine, job, review, stages
-from engines.commands.options import note
-from engines.job.errors import JobError
-from engines.usage import LocationError, UsageError
+from calibcast.calib.errors import CalibcastError, GateError, SettingError
+from calibcast.engines.commands import diagnosis, engine, job, review, stages
+from calibcast.engines.commands.options import note
+from calibcast.engines.job.errors import JobError
+from calibcast.engines.usage import LocationError, UsageError
 
 app = typer.Typer(
     name="calibcast",

@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from calibcast.calib.calibration import calibrate
+from calibcast.calib.errors import BuildError, ProgramError
+from calibcast.calib.execution import refuse_training
+from calibcast.engines.backends import chosen
+from calibcast.engines.building import build
+from calibcast.engines.engine import Engine
+from calibcast.passes.cast_insertion import insert_casts
+from calibcast.passes.classification import classify
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.settings import low_type_of
 from torch.export import ExportedProgram
-
-from calib.calibration import calibrate
-from calib.errors import BuildError, ProgramError
-from calib.execution import refuse_training
-from engines.backends import chosen
-from engines.building import build
-from engines.engine import Engine
-from passes.cast_insertion import insert_casts
-from passes.classification import classify
-from passes.plan import PrecisionPlan
-from passes.settings import low_type_of
 
 # Arguments of the stages that `compile` passes on beside the proposal's own.
 _CLASSIFY = frozenset({"init_max", "nodes_to_include", "targets_to_include", "range_quantile", "rules", "weights"})

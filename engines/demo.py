@@ -13,17 +13,16 @@ from typing import Any
 
 import datasets
 import torch
+from calibcast.calib.artifacts import save_program
+from calibcast.calib.calibration import calibrate
+from calibcast.engines.building import build
+from calibcast.engines.engine import Engine
+from calibcast.engines.judging.verification import VerificationReport, verify
+from calibcast.passes.cast_insertion import insert_casts
+from calibcast.passes.classification import classify
+from calibcast.passes.plan import PrecisionPlan
 from torch import nn
 from torch.export import Dim, ExportedProgram
-
-from calib.artifacts import save_program
-from calib.calibration import calibrate
-from engines.building import build
-from engines.engine import Engine
-from engines.verification import VerificationReport, verify
-from passes.cast_insertion import insert_casts
-from passes.classification import classify
-from passes.plan import PrecisionPlan
 
 DATA = Path(__file__).parent / "demo_data" / "digits.parquet"
 TRAIN, CALIBRATION = 997, 200  # of 1797 images; the other 600 are held out

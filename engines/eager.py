@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibcast.calib.batches import Signature, signature_of
+from calibcast.calib.errors import BatchError, BuildError
+from calibcast.calib.execution import NodeError, ProgramRunner, output_structure
+from calibcast.engines.ledger.ledger import eager_ledger, plan_of
+from calibcast.engines.runtimes import BuildRequest, Built
 from torch.export import ExportedProgram
-
-from calib.batches import Signature, signature_of
-from calib.errors import BatchError, BuildError
-from calib.execution import NodeError, ProgramRunner, output_structure
-from engines.ledger import eager_ledger, plan_of
-from engines.runtimes import BuildRequest, Built
 
 
 class EagerRuntime:

@@ -13,18 +13,17 @@ from typing import Any
 
 import polars as pl
 import torch
+from calibcast.calib.artifacts import load_json, load_program, parsed, save_frame, save_json, save_program
+from calibcast.calib.errors import ArtifactError, MismatchError
+from calibcast.calib.fingerprint import node_digests, weights_hash
+from calibcast.calib.graph_digests import fingerprint
+from calibcast.calib.ranges import RangeTable
+from calibcast.calib.seal import broken_seal
+from calibcast.engines.backends import backend_named
+from calibcast.engines.ledger.ledger import empty_ledger
+from calibcast.engines.runtimes import Runtime
+from calibcast.passes.plan import PrecisionPlan
 from torch.export import ExportedProgram
-
-from calib.artifacts import load_json, load_program, parsed, save_frame, save_json, save_program
-from calib.digests import fingerprint
-from calib.errors import ArtifactError, MismatchError
-from calib.fingerprint import node_digests, weights_hash
-from calib.ranges import RangeTable
-from calib.seal import broken_seal
-from engines.backends import backend_named
-from engines.ledger import empty_ledger
-from engines.runtimes import Runtime
-from passes.plan import PrecisionPlan
 
 _KIND = "engine"
 _MANIFEST, _PROGRAM, _PLAN, _RANGES = "manifest.json", "program.pt2", "plan.json", "ranges.parquet"

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibcast.calib.artifacts import load_program
+from calibcast.calib.errors import CalibcastError, ProgramError, known
+from calibcast.engines.usage import LocationError
 from torch.export import ExportedProgram
-
-from calib.artifacts import load_program
-from calib.errors import CalibcastError, ProgramError, known
-from engines.usage import LocationError
 
 
 def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> ExportedProgram:

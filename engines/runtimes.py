@@ -9,10 +9,9 @@ from typing import Any, Protocol
 
 import polars as pl
 import torch
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.plan import PrecisionPlan
 from torch.export import ExportedProgram
-
-from calib.ranges import RangeTable
-from passes.plan import PrecisionPlan
 
 
 class Runtime(Protocol):
@@ -47,7 +46,7 @@ class BuildRequest:
 @dataclass(frozen=True)
 class Built:
     """What came of it. program, plan: what was built, which `on_failure` may have changed. ledger: as in
-    `engines.ledger`. record: what the manifest says about the build."""
+    `engines.ledger.ledger`. record: what the manifest says about the build."""
 
     runtime: Runtime
     program: ExportedProgram

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calib.errors import CalibcastError
+from calibcast.calib.errors import CalibcastError
 
 
 class UsageError(CalibcastError):

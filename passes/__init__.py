@@ -2,16 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from calib.lazy_names import lazy_names
+from calibcast.calib.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from passes.alternatives import what_if
-    from passes.cast_insertion import insert_casts
-    from passes.classification import classify
-    from passes.comparison import Comparison, compare
-    from passes.facts import Cancelled, Hidden, Literal, NodeFacts, TensorFacts
-    from passes.plan import Decision, PrecisionPlan
-    from passes.tensor_rules import Rule, Verdict
+    from calibcast.passes.alternatives import what_if
+    from calibcast.passes.cast_insertion import insert_casts
+    from calibcast.passes.classification import classify
+    from calibcast.passes.comparison import Comparison, compare
+    from calibcast.passes.facts import Cancelled, Hidden, Literal, NodeFacts, TensorFacts
+    from calibcast.passes.plan import Decision, PrecisionPlan
+    from calibcast.passes.tensor_rules import Rule, Verdict
 
 __all__ = [
     "Cancelled",
@@ -33,12 +33,12 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        **dict.fromkeys(("Cancelled", "Hidden", "Literal", "NodeFacts", "TensorFacts"), "passes.facts"),
-        **dict.fromkeys(("Decision", "PrecisionPlan"), "passes.plan"),
-        **dict.fromkeys(("Rule", "Verdict"), "passes.tensor_rules"),
-        **dict.fromkeys(("Comparison", "compare"), "passes.comparison"),
-        "classify": "passes.classification",
-        "insert_casts": "passes.cast_insertion",
-        "what_if": "passes.alternatives",
+        **dict.fromkeys(("Cancelled", "Hidden", "Literal", "NodeFacts", "TensorFacts"), "calibcast.passes.facts"),
+        **dict.fromkeys(("Decision", "PrecisionPlan"), "calibcast.passes.plan"),
+        **dict.fromkeys(("Rule", "Verdict"), "calibcast.passes.tensor_rules"),
+        **dict.fromkeys(("Comparison", "compare"), "calibcast.passes.comparison"),
+        "classify": "calibcast.passes.classification",
+        "insert_casts": "calibcast.passes.cast_insertion",
+        "what_if": "calibcast.passes.alternatives",
     },
 )

@@ -9,23 +9,22 @@ from typing import Any
 
 import polars as pl
 import torch
+from calibcast.calib.errors import SettingError
+from calibcast.calib.execution import require_program
+from calibcast.calib.gc_pause import paused
+from calibcast.calib.graph import dtype_name
+from calibcast.calib.ranges import RangeTable, require_table
+from calibcast.passes.cast_count import CastCounter
+from calibcast.passes.classification import masked_nodes
+from calibcast.passes.decisions import decide
+from calibcast.passes.flips import Flips, flips_of, low_at
+from calibcast.passes.judge import Judge
+from calibcast.passes.plan import LOW, PrecisionPlan
+from calibcast.passes.program_facts import ProgramFacts
+from calibcast.passes.settings import Settings, check_limits, low_type_of
+from calibcast.passes.shares import LossTable
+from calibcast.passes.work import WorkCounter
 from torch.export import ExportedProgram
-
-from calib.collector import paused
-from calib.errors import SettingError
-from calib.execution import require_program
-from calib.graph import dtype_name
-from calib.ranges import RangeTable, require_table
-from passes.cast_count import CastCounter
-from passes.classification import masked_nodes
-from passes.decisions import decide
-from passes.flips import Flips, flips_of, low_at
-from passes.judge import Judge
-from passes.plan import LOW, PrecisionPlan
-from passes.program_facts import ProgramFacts
-from passes.settings import Settings, check_limits, low_type_of
-from passes.shares import LossTable
-from passes.work import WorkCounter
 
 SCHEMA: dict[str, Any] = {
     "low_precision_type": pl.String,

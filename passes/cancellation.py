@@ -10,15 +10,14 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
+from calibcast.calib.graph import base_op, producer_of
+from calibcast.calib.operators import MOVES
+from calibcast.passes.evidence import Evidence
+from calibcast.passes.facts import Cancelled, TensorFacts
+from calibcast.passes.number_formats import NumberFormat, format_of
+from calibcast.passes.rules import rounded
+from calibcast.passes.tensor_rules import LEAST_SQNR_DB, most_noise, rounding_noise
 from torch import fx
-
-from calib.graph import base_op, producer_of
-from calib.operators import MOVES
-from passes.evidence import Evidence
-from passes.facts import Cancelled, TensorFacts
-from passes.number_formats import NumberFormat, format_of
-from passes.rules import rounded
-from passes.tensor_rules import LEAST_SQNR_DB, most_noise, rounding_noise
 
 _TAKES_AWAY = frozenset({"add", "sub", "rsub"})
 _HANDS_ON = MOVES | {"pow", "square", "sqrt", "mul", "div", "neg", "abs", "sum", "mean"}

@@ -14,17 +14,16 @@ from functools import cache
 from operator import getitem
 
 import torch
+from calibcast.calib.aliasing import shared_arguments, written_arguments
+from calibcast.calib.graph import REGION_CHILD, base_op, is_measurable, producer_of, size_hint, tensor_values
+from calibcast.passes.low_types import LowTypes, Types, types_of
+from calibcast.passes.node_types import able_types, settled, states_type
+from calibcast.passes.regions import flatten, qualified_name
+from calibcast.passes.ties import Tie, ties_of
+from calibcast.passes.weights import WeightReaders, masks_to_saturate
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
-
-from calib.aliasing import shared_arguments, written_arguments
-from calib.graph import REGION_CHILD, base_op, is_measurable, producer_of, size_hint, tensor_values
-from passes.low_types import LowTypes, Types, types_of
-from passes.node_types import able_types, settled, states_type
-from passes.regions import flatten, qualified_name
-from passes.ties import Tie, ties_of
-from passes.weights import WeightReaders, masks_to_saturate
 
 
 @dataclass(frozen=True)

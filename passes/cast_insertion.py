@@ -12,22 +12,21 @@ from operator import getitem
 from typing import Any
 
 import torch
+from calibcast.calib.aliasing import shared_arguments, written_arguments
+from calibcast.calib.errors import PlanError, require_kind
+from calibcast.calib.execution import require_program
+from calibcast.calib.gc_pause import paused
+from calibcast.calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint
+from calibcast.passes.dtype_arguments import with_low_dtype
+from calibcast.passes.low_types import fake_mode_of, retyped, types_of
+from calibcast.passes.node_types import NodeTypes
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.regions import flatten
+from calibcast.passes.weights import LowWeights, low_weights, masks_to_saturate, saturation
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputKind, OutputSpec, TensorArgument
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
-
-from calib.aliasing import shared_arguments, written_arguments
-from calib.collector import paused
-from calib.errors import PlanError, require_kind
-from calib.execution import require_program
-from calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint
-from passes.dtype_arguments import with_low_dtype
-from passes.low_types import fake_mode_of, retyped, types_of
-from passes.node_types import NodeTypes
-from passes.plan import PrecisionPlan
-from passes.regions import flatten
-from passes.weights import LowWeights, low_weights, masks_to_saturate, saturation
 
 _log = logging.getLogger("calibcast")
 CAST = torch.ops.aten._to_copy.default

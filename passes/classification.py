@@ -6,22 +6,21 @@ from collections.abc import Iterable
 
 import polars as pl
 import torch
+from calibcast.calib.execution import require_program
+from calibcast.calib.fingerprint import node_digests
+from calibcast.calib.gc_pause import paused
+from calibcast.calib.graph import dtype_name
+from calibcast.calib.ranges import RangeTable, require_table
+from calibcast.passes.decisions import decide
+from calibcast.passes.facts import LOW, WEIGHT_KINDS
+from calibcast.passes.flips import LazyFlips, flips_of
+from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.plan import Decision, PrecisionPlan
+from calibcast.passes.program_facts import ProgramFacts
+from calibcast.passes.settings import Settings, Target, low_type_of
+from calibcast.passes.tensor_rules import Rule
+from calibcast.passes.work import WorkCounter
 from torch.export import ExportedProgram
-
-from calib.collector import paused
-from calib.execution import require_program
-from calib.fingerprint import node_digests
-from calib.graph import dtype_name
-from calib.ranges import RangeTable, require_table
-from passes.decisions import decide
-from passes.facts import LOW, WEIGHT_KINDS
-from passes.flips import LazyFlips, flips_of
-from passes.low_types import LOW_TYPES
-from passes.plan import Decision, PrecisionPlan
-from passes.program_facts import ProgramFacts
-from passes.settings import Settings, Target, low_type_of
-from passes.tensor_rules import Rule
-from passes.work import WorkCounter
 
 
 def classify(  # noqa: PLR0913 - the public contract

@@ -11,19 +11,28 @@ from typing import Any
 
 import polars as pl
 import torch
+from calibcast.calib.batches import numbered, signature_of
+from calibcast.calib.errors import MismatchError
+from calibcast.calib.execution import ProgramRunner, Ran, naming_batch, require_program, tensors_of
+from calibcast.calib.graph import (
+    REGION_CHILD,
+    TensorSpec,
+    base_op,
+    dtype_name,
+    op_name,
+    tensor_specs,
+    tensor_values,
+    walk,
+    where,
+)
+from calibcast.calib.masks import mask_tensors
+from calibcast.calib.sentinels import MASK_AT_MOST
+from calibcast.calib.uninitialised import undefined_tensors
+from calibcast.passes.lineage import readings
+from calibcast.passes.tensor_errors import COLUMNS, TensorErrors, rounding_db
 from torch import fx
 from torch.export import ExportedProgram
 from tqdm.auto import tqdm
-
-from calib.batches import numbered, signature_of
-from calib.errors import MismatchError
-from calib.execution import ProgramRunner, Ran, naming_batch, require_program, tensors_of
-from calib.graph import REGION_CHILD, TensorSpec, base_op, dtype_name, op_name, tensor_specs, tensor_values, walk, where
-from calib.masks import mask_tensors
-from calib.sentinels import MASK_AT_MOST
-from calib.undefined import undefined_tensors
-from passes.lineage import readings
-from passes.tensor_errors import COLUMNS, TensorErrors, rounding_db
 
 _log = logging.getLogger("calibcast")
 SCHEMA: dict[str, Any] = {

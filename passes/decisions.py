@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from calib.graph import module_path, op_name
-from passes.facts import KEPT, LOW
-from passes.judge import Judge
-from passes.plan import Decision
-from passes.program_facts import ProgramFacts
-from passes.regions import Candidate
-from passes.tensor_rules import Verdict
-from passes.ties import NamedTie
+from calibcast.calib.graph import module_path, op_name
+from calibcast.passes.facts import KEPT, LOW
+from calibcast.passes.judge import Judge
+from calibcast.passes.plan import Decision
+from calibcast.passes.program_facts import ProgramFacts
+from calibcast.passes.regions import Candidate
+from calibcast.passes.tensor_rules import Verdict
+from calibcast.passes.ties import NamedTie
 
 
 def decide(program: ProgramFacts, judge: Judge, work: Mapping[str, int]) -> list[Decision]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from calibcast.calib.graph import is_measurable, tensor_values
 from torch import fx
-
-from calib.graph import is_measurable, tensor_values
 
 
 def dtype_position(node: fx.Node) -> tuple[int, str] | None:

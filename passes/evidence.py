@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import polars as pl
-
-from calib.ranges import RangeTable
-from passes.facts import TensorFacts
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.facts import TensorFacts
 
 Evidence = Mapping[tuple[str, int], TensorFacts]
 

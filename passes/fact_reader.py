@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-
-from passes.evidence import Evidence, with_values
-from passes.facts import Cancelled, NodeFacts, TensorFacts
-from passes.number_formats import NumberFormat, format_of
-from passes.outlines import NodeOutline
+from calibcast.passes.evidence import Evidence, with_values
+from calibcast.passes.facts import Cancelled, NodeFacts, TensorFacts
+from calibcast.passes.number_formats import NumberFormat, format_of
+from calibcast.passes.outlines import NodeOutline
 
 
 @dataclass(frozen=True)

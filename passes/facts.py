@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from passes.number_formats import NumberFormat, format_of
+from calibcast.passes.number_formats import NumberFormat, format_of
 
 if TYPE_CHECKING:
     import torch

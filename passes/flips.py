@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from passes.facts import LOW, NodeFacts
-from passes.judge import Judge
-from passes.program_facts import ProgramFacts
-from passes.rules import Follows
-from passes.tensor_rules import DataMax
-from passes.ties import NamedTie
+from calibcast.passes.facts import LOW, NodeFacts
+from calibcast.passes.judge import Judge
+from calibcast.passes.program_facts import ProgramFacts
+from calibcast.passes.rules import Follows
+from calibcast.passes.tensor_rules import DataMax
+from calibcast.passes.ties import NamedTie
 
 Flips = dict[str, float | None]
 

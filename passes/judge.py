@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-
-from calib.errors import PlanError
-from passes.facts import HIGH, LOW, NodeFacts
-from passes.plan import Decision
-from passes.rules import Legality, matched, rule_id
-from passes.tensor_rules import InitMax, Rule, Verdict
+from calibcast.calib.errors import PlanError
+from calibcast.passes.facts import HIGH, LOW, NodeFacts
+from calibcast.passes.plan import Decision
+from calibcast.passes.rules import Legality, matched, rule_id
+from calibcast.passes.tensor_rules import InitMax, Rule, Verdict
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import getitem
 
+from calibcast.calib.aliasing import storage_roots, written_arguments
+from calibcast.calib.graph import REGION_CHILD, child_of
 from torch import fx
-
-from calib.aliasing import storage_roots, written_arguments
-from calib.graph import REGION_CHILD, child_of
 
 Row = tuple[str, int]
 _Rows = tuple[Row, ...]

@@ -8,14 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from calibcast.calib.errors import PlanError, first_line
+from calibcast.calib.graph import size_hint
+from calibcast.passes.dtype_arguments import with_low_dtype
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-
-from calib.errors import PlanError, first_line
-from calib.graph import size_hint
-from passes.dtype_arguments import with_low_dtype
 
 LOW_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for what is no tensor

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from operator import getitem
 
 import torch
+from calibcast.calib.aliasing import written_arguments
+from calibcast.calib.graph import base_op, is_measurable, tensor_values, where
+from calibcast.passes import op_table
+from calibcast.passes.low_types import LowTypes, Types
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.regions import qualified_name
+from calibcast.passes.ties import Tie, ties_of
 from torch import fx
 from torch.utils import _pytree as pytree
-
-from calib.aliasing import written_arguments
-from calib.graph import base_op, is_measurable, tensor_values, where
-from passes import op_table
-from passes.low_types import LowTypes, Types
-from passes.plan import PrecisionPlan
-from passes.regions import qualified_name
-from passes.ties import Tie, ties_of
 
 # Operators that raise "value cannot be converted to type Half without overflow", where others give inf; tried on CPU.
 _CHECKS_NUMBERS = frozenset(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from calib.errors import SettingError
+from calibcast.calib.errors import SettingError
 
 
 @dataclass(frozen=True)

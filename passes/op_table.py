@@ -8,8 +8,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-
-from calib.operators import ATTENTION, MASKING, MOVES
+from calibcast.calib.operators import ATTENTION, MASKING, MOVES
 
 # A type that the user wrote down: `.to(dtype)` and what it becomes. It keeps the type that it states.
 STATED_TYPE = frozenset({"to", "_to_copy", "convert_element_type", "type_as", "_to_dtype"})

@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
-
-from calib.aliasing import operands
-from calib.graph import (
+from calibcast.calib.aliasing import operands
+from calibcast.calib.graph import (
     REGION_CHILD,
     argument_of,
     base_op,
@@ -24,11 +22,12 @@ from calib.graph import (
     producer_of,
     tensor_values,
 )
-from calib.operators import MOVES
-from passes import op_table
-from passes.evidence import Evidence, HiddenEvidence
-from passes.facts import Hidden, Literal
-from passes.reductions import depth_of_reduction, hidden_values
+from calibcast.calib.operators import MOVES
+from calibcast.passes import op_table
+from calibcast.passes.evidence import Evidence, HiddenEvidence
+from calibcast.passes.facts import Hidden, Literal
+from calibcast.passes.reductions import depth_of_reduction, hidden_values
+from torch import fx
 
 # A tensor by the node and output that it was measured under, and the node whose decision types it ("" for none).
 Row = tuple[str, int, str]

@@ -11,21 +11,20 @@ from typing import Any
 
 import polars as pl
 import torch
+from calibcast.calib.artifacts import load_json, parsed, save_json
+from calibcast.calib.errors import ArtifactError, MismatchError, PlanError, known
+from calibcast.calib.execution import require_program
+from calibcast.calib.fingerprint import node_digests
+from calibcast.calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
+from calibcast.calib.graph_digests import fingerprint, first_difference
+from calibcast.passes.facts import HIGH as HIGH
+from calibcast.passes.facts import KEPT as KEPT
+from calibcast.passes.facts import LOW as LOW
+from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.regions import Candidate, candidates
+from calibcast.passes.tensor_rules import Verdict
+from calibcast.passes.work import work_of
 from torch.export import ExportedProgram
-
-from calib.artifacts import load_json, parsed, save_json
-from calib.digests import fingerprint, first_difference
-from calib.errors import ArtifactError, MismatchError, PlanError, known
-from calib.execution import require_program
-from calib.fingerprint import node_digests
-from calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
-from passes.facts import HIGH as HIGH
-from passes.facts import KEPT as KEPT
-from passes.facts import LOW as LOW
-from passes.low_types import LOW_TYPES
-from passes.regions import Candidate, candidates
-from passes.tensor_rules import Verdict
-from passes.work import work_of
 
 _KIND = "plan"
 _VERDICT = pl.Struct({"rule": pl.String, "reason": pl.String, "evidence": pl.Float64, "limit": pl.Float64})

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
+from calibcast.calib.alignment import aligned
+from calibcast.calib.graph_digests import first_difference
+from calibcast.calib.range_diff import RangeDiff
+from calibcast.passes.classification import classify
+from calibcast.passes.facts import HIGH, KEPT, LOW
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.tensor_diff import SCHEMA
 from torch.export import ExportedProgram
-
-from calib.alignment import aligned
-from calib.digests import first_difference
-from calib.range_diff import RangeDiff
-from passes.classification import classify
-from passes.facts import HIGH, KEPT, LOW
-from passes.plan import PrecisionPlan
-from passes.tensor_diff import SCHEMA
 
 
 def plan_diff(old: PrecisionPlan, new: PrecisionPlan) -> pl.DataFrame:

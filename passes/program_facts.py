@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from calibcast.calib.graph import input_kinds
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.cancellation import cancelled_nodes
+from calibcast.passes.evidence import HiddenEvidence, evidence_of
+from calibcast.passes.fact_reader import FactReader
+from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.outlines import NodeOutline, Outliner
+from calibcast.passes.regions import Candidate, candidates
+from calibcast.passes.sensitivity import magnified_tensors, offset_free_nodes
+from calibcast.passes.ties import NamedTie, named_ties
 from torch import fx
 from torch.export import ExportedProgram
-
-from calib.graph import input_kinds
-from calib.ranges import RangeTable
-from passes.cancellation import cancelled_nodes
-from passes.evidence import HiddenEvidence, evidence_of
-from passes.fact_reader import FactReader
-from passes.low_types import LOW_TYPES
-from passes.outlines import NodeOutline, Outliner
-from passes.regions import Candidate, candidates
-from passes.sensitivity import magnified_tensors, offset_free_nodes
-from passes.ties import NamedTie, named_ties
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from calibcast.calib import operators
+from calibcast.calib.graph import as_list, size_hint
+from calibcast.calib.hidden import group_count, reduced_dimensions, window_size
+from calibcast.passes import op_table
 from torch import fx
-
-from calib import operators
-from calib.graph import as_list, size_hint
-from calib.hidden import group_count, reduced_dimensions, window_size
-from passes import op_table
 
 _ALONG_DIMENSIONS = operators.SUMS | operators.SQUARES | operators.EXPONENTIALS
 _CONVOLVES = op_table.CONVOLUTIONS | op_table.TRANSPOSED

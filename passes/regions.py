@@ -9,10 +9,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import fx
-from torch.export import ExportedProgram
-
-from calib.graph import (
+from calibcast.calib.graph import (
     AUTOCAST_REGION,
     GRAD_REGION,
     argument_of,
@@ -23,8 +20,10 @@ from calib.graph import (
     tensor_values,
     walk,
 )
-from passes import op_table
-from passes.tensor_rules import Verdict
+from calibcast.passes import op_table
+from calibcast.passes.tensor_rules import Verdict
+from torch import fx
+from torch.export import ExportedProgram
 
 # The qualified name of an inlined node, under which calibration measured it.
 _NAME = "calibcast_name"

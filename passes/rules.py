@@ -14,12 +14,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-
-from passes import op_table
-from passes.facts import NodeFacts
-from passes.low_types import LOW_TYPES
-from passes.number_formats import NumberFormat, format_of
-from passes.tensor_rules import Verdict
+from calibcast.passes import op_table
+from calibcast.passes.facts import NodeFacts
+from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.number_formats import NumberFormat, format_of
+from calibcast.passes.tensor_rules import Verdict
 
 
 def rule_id(rule: Any) -> str:

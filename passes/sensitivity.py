@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping
 from operator import getitem
 
 import torch
+from calibcast.calib.graph import base_op, producer_of
+from calibcast.calib.operators import MOVES
+from calibcast.passes import op_table
+from calibcast.passes.evidence import Evidence
 from torch import fx
-
-from calib.graph import base_op, producer_of
-from calib.operators import MOVES
-from passes import op_table
-from passes.evidence import Evidence
 
 _SAME_PLACE = MOVES | {"sqrt"}
 

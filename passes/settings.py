@@ -8,15 +8,14 @@ from dataclasses import dataclass, fields
 from typing import Any, SupportsFloat, TypeGuard
 
 import torch
-
-from calib.errors import SettingError, known
-from calib.graph import module_path, op_name
-from calib.ranges import RangeTable
-from passes.judge import Included, Judge, weight_limit
-from passes.low_types import LOW_TYPES
-from passes.number_formats import format_of
-from passes.regions import Candidate
-from passes.rules import (
+from calibcast.calib.errors import SettingError, known
+from calibcast.calib.graph import module_path, op_name
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.judge import Included, Judge, weight_limit
+from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.number_formats import format_of
+from calibcast.passes.regions import Candidate
+from calibcast.passes.rules import (
     Follows,
     Interior,
     LiteralRange,
@@ -28,7 +27,7 @@ from passes.rules import (
     matched,
     rule_id,
 )
-from passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage
+from calibcast.passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage
 
 Target = Any  # an OpOverload, an OpOverloadPacket, or a name of either
 

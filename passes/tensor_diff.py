@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-
-from calib.range_diff import RangeDiff
-from calib.ranges import RangeTable
-from passes.evidence import evidence_of
-from passes.facts import HIGH, LOW, NodeFacts, TensorFacts
-from passes.number_formats import NumberFormat, format_of
-from passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage, Verdict
+from calibcast.calib.range_diff import RangeDiff
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.evidence import evidence_of
+from calibcast.passes.facts import HIGH, LOW, NodeFacts, TensorFacts
+from calibcast.passes.number_formats import NumberFormat, format_of
+from calibcast.passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage, Verdict
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from calib.operators import ATTENTION, COMPARES, SELECTS, SOFTMAX
-from passes.facts import NodeFacts, TensorFacts
-from passes.number_formats import NumberFormat
+from calibcast.calib.operators import ATTENTION, COMPARES, SELECTS, SOFTMAX
+from calibcast.passes.facts import NodeFacts, TensorFacts
+from calibcast.passes.number_formats import NumberFormat
 
 LEAST_SQNR_DB = 20.0  # of a tensor over its rounding: a tenth of it is noise
 

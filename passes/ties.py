@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import getitem
 
+from calibcast.calib.aliasing import Roots, picks_fresh, shared_arguments, written_arguments
+from calibcast.calib.sentinels import compared_chains
+from calibcast.passes.regions import Candidate
 from torch import fx
-
-from calib.aliasing import Roots, picks_fresh, shared_arguments, written_arguments
-from calib.sentinels import compared_chains
-from passes.regions import Candidate
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from calibcast.calib.aliasing import mutated_inputs
+from calibcast.calib.graph import input_targets, state_tensor, tensor_values
+from calibcast.calib.masks import mask_nodes, mask_sources
+from calibcast.passes.node_types import NodeTypes
+from calibcast.passes.regions import qualified_name
 from torch import fx
 from torch.export import ExportedProgram
-
-from calib.aliasing import mutated_inputs
-from calib.graph import input_targets, state_tensor, tensor_values
-from calib.masks import mask_nodes, mask_sources
-from passes.node_types import NodeTypes
-from passes.regions import qualified_name
 
 # Elements converted at a time when looking for values that the low type does not hold.
 _CHUNK = 1 << 22

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from calibcast.calib.graph import base_op, size_hint
+from calibcast.passes.op_table import WORKS
 from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
-
-from calib.graph import base_op, size_hint
-from passes.op_table import WORKS
 
 
 class WorkCounter:

@@ -60,7 +60,7 @@ def test_every_command_of_the_readme_exists_with_its_options():
     for line in blocks("sh")[2].strip().splitlines():
         _, command, *rest = line.split()
         done = subprocess.run(
-            [sys.executable, "-m", "engines.cli", command, "--help"], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-m", "calibcast", command, "--help"], capture_output=True, text=True, cwd=ROOT
         )
         assert done.returncode == 0, command
         for option in (word for word in rest if word.startswith("-")):
@@ -68,7 +68,7 @@ def test_every_command_of_the_readme_exists_with_its_options():
 
 
 def test_every_rule_in_the_table_is_a_rule():
-    from passes import rules, tensor_rules
+    from calibcast.passes import rules, tensor_rules
 
     found = [*vars(rules).values(), *vars(tensor_rules).values()]
     ids = {rules.rule_id(value) for value in found if isinstance(value, type) and callable(value)}
@@ -86,13 +86,13 @@ def night(tmp_path_factory):
     folder = tmp_path_factory.mktemp("night")
     (folder / "prepare.py").write_text(next(block for block in blocks("python") if "prepare.py" in block))
     (folder / "night.toml").write_text(blocks("toml")[0])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".package"), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "prepare.py"], cwd=folder, env=environment, check=True, timeout=300)
     return folder
 
 
 def test_the_nightly_job_runs_and_its_engine_answers_as_well_as_fp32(night, capsys):
-    from engines.cli import _run
+    from calibcast.engines.cli import _run
 
     assert _run(["run", str(night / "night.toml"), "--dry-run"]) == 0
     assert "1797 rows in 18 batches" in capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_the_nightly_job_runs_and_its_engine_answers_as_well_as_fp32(night, caps
 
 
 def test_the_table_of_keys_is_that_of_the_settings():
-    from engines.job.keys import keys_table
+    from calibcast.engines.job.keys import keys_table
 
     shown = README.split("checked by a test -->\n")[1].split("\n<!-- end of keys -->")[0]
     assert shown == keys_table()

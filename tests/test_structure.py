@@ -20,17 +20,27 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """The top-level names of everything that a tree imports, also through `importlib.import_module("...")`."""
+    """The packages that a tree imports, also through `importlib.import_module("...")`: those of calibcast by theirs."""
+    return map(top_of, imported_names(tree))
+
+
+def top_of(name: str) -> str:
+    parts = name.removeprefix("calibcast.").split(".")
+    return parts[0]
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield str(node.module).split(".")[0]
+            within = f"{node.module}." if node.module == "calibcast" else None
+            yield from (f"{within}{alias.name}" for alias in node.names) if within else [str(node.module)]
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in {
             "import_module",
             "__import__",
         }:
-            yield from (str(arg.value).split(".")[0] for arg in node.args if isinstance(arg, ast.Constant))
+            yield from (str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))
 
 
 def run_on_import(tree: ast.AST) -> Iterator[ast.AST]:
@@ -85,13 +95,17 @@ def test_import_walk_sees_what_it_should() -> None:
     lazy = "def g():\n    import h\n    importlib.import_module('i.j')\n"
     tree = ast.parse("import a.b\nfrom c.d import e\nif x:\n    import f\n" + lazy)
     assert set(imported(tree)) == {"a", "c", "f", "h", "i"}
+    assert set(imported(ast.parse("from calibcast import calib\nfrom calibcast.passes.x import y"))) == {
+        "calib",
+        "passes",
+    }
     assert imported_at_once(tree) == {"a", "c", "f"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_public_names_are_sorted_and_exist(package: str) -> None:
     """`__all__` of each package is sorted, without repeats, and every name in it can be imported."""
-    module = importlib.import_module(package)
+    module = importlib.import_module(f"calibcast.{package}")
     assert list(module.__all__) == sorted(set(module.__all__))
     for name in module.__all__:
         assert getattr(module, name) is not None
@@ -107,7 +121,7 @@ def test_no_init_files_under_tests() -> None:
 
 def test_importing_everything_brings_no_tensorrt() -> None:
     """In a fresh process, importing the three packages loads neither Torch-TensorRT nor TensorRT."""
-    script = f"import sys, calib, passes, engines; print(sorted({TENSORRT!r} & set(sys.modules)))"
+    script = f"import sys; from calibcast import calib, passes, engines; print(sorted({TENSORRT!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -9,16 +9,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.fingerprint import node_digests, weights_hash
+from calibcast.calib.graph import size_hint, tensor_values
+from calibcast.calib.graph_digests import fingerprint
+from calibcast.passes import PrecisionPlan, classify, insert_casts
+from calibcast.passes.plan import HIGH, KEPT, LOW
+from calibcast.passes.regions import flatten
 from torch import fx
 from torch.export import ExportedProgram
-
-from calib.digests import fingerprint
-from calib.execution import ProgramRunner
-from calib.fingerprint import node_digests, weights_hash
-from calib.graph import size_hint, tensor_values
-from passes import PrecisionPlan, classify, insert_casts
-from passes.plan import HIGH, KEPT, LOW
-from passes.regions import flatten
 
 
 def plan_by_hand(

@@ -7,16 +7,16 @@ from operator import getitem
 
 import polars as pl
 import torch
+from calibcast.calib import calibrate
+from calibcast.calib.aliasing import shared_arguments
+from calibcast.calib.execution import input_structure
+from calibcast.calib.graph import REGION_CHILD, dtype_name, size_hint, tensor_values
+from calibcast.passes import classify, insert_casts, what_if
+from calibcast.passes.cast_count import CastCounter
+from calibcast.passes.cast_insertion import CAST
+from calibcast.passes.flips import low_at
 
 from benchmarks.fuzz.case import Case, fresh
-from calib import calibrate
-from calib.aliasing import shared_arguments
-from calib.execution import input_structure
-from calib.graph import REGION_CHILD, dtype_name, size_hint, tensor_values
-from passes import classify, insert_casts, what_if
-from passes.cast_count import CastCounter
-from passes.cast_insertion import CAST
-from passes.flips import low_at
 
 
 def casts_are_counted_without_a_graph(case: Case) -> None:

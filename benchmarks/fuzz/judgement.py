@@ -9,14 +9,14 @@ from typing import Any
 
 import polars as pl
 import torch
+from calibcast.calib import calibrate
+from calibcast.calib.aliasing import written_arguments
+from calibcast.calib.execution import ProgramRunner
+from calibcast.passes import classify, compare
 
 from benchmarks.fuzz.case import Case, made_case, plan_by_hand, snapshot
 from benchmarks.fuzz.laws import LAWS, numbers_stay_close
 from benchmarks.fuzz.programs import NAMES, Draw, exported, inputs_of
-from calib import calibrate
-from calib.aliasing import written_arguments
-from calib.execution import ProgramRunner
-from passes import classify, compare
 
 
 class NotExportedError(Exception):

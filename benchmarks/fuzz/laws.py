@@ -6,21 +6,21 @@ import dataclasses
 import io
 
 import torch
+from calibcast.calib.aliasing import storage_roots, written_arguments
+from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.graph import REGION_CHILD, is_measurable, tensor_values
+from calibcast.passes import PrecisionPlan, insert_casts
+from calibcast.passes.dtype_arguments import dtype_position
+from calibcast.passes.node_types import NodeTypes, refuses_number
+from calibcast.passes.plan import HIGH, LOW
+from calibcast.passes.regions import qualified_name
+from calibcast.passes.ties import ties_of
 from torch import fx
 from torch.export.graph_signature import OutputKind
 
 from benchmarks.fuzz.case import Case, fresh, run_checked, snapshot
 from benchmarks.fuzz.count_laws import casts_are_counted_without_a_graph, what_if_is_classify_and_insert
 from benchmarks.fuzz.oracle import CastingInterpreter, placeholder_values
-from calib.aliasing import storage_roots, written_arguments
-from calib.execution import ProgramRunner
-from calib.graph import REGION_CHILD, is_measurable, tensor_values
-from passes import PrecisionPlan, insert_casts
-from passes.dtype_arguments import dtype_position
-from passes.node_types import NodeTypes, refuses_number
-from passes.plan import HIGH, LOW
-from passes.regions import qualified_name
-from passes.ties import ties_of
 
 
 def float_types(node: fx.Node) -> list[torch.dtype]:

@@ -7,18 +7,18 @@ from operator import getitem
 from typing import Any
 
 import torch
+from calibcast.calib.graph import base_op, is_measurable, state_tensor
+from calibcast.passes import PrecisionPlan
+from calibcast.passes.dtype_arguments import dtype_position, needs_dtype
+from calibcast.passes.node_types import refuses_number, states_type
+from calibcast.passes.regions import qualified_name
+from calibcast.passes.ties import ties_of
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from benchmarks.fuzz.case import fresh
-from calib.graph import base_op, is_measurable, state_tensor
-from passes import PrecisionPlan
-from passes.dtype_arguments import dtype_position, needs_dtype
-from passes.node_types import refuses_number, states_type
-from passes.regions import qualified_name
-from passes.ties import ties_of
 
 
 class CastingInterpreter(fx.Interpreter):

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from calibcast.calib import RangeTable, calibrate
+from calibcast.calib.batches import signature_of
+from calibcast.calib.execution import NodeError, ProgramRunner
+from calibcast.calib.graph import base_op, op_name, size_hint, tensor_values
+from calibcast.passes import PrecisionPlan, classify, insert_casts
+from calibcast.passes.plan import HIGH, KEPT, Decision
+from calibcast.passes.regions import candidates
 from torch.export import ExportedProgram
 
 from benchmarks.zoo.architecture import Architecture
-from calib import RangeTable, calibrate
-from calib.batches import signature_of
-from calib.execution import NodeError, ProgramRunner
-from calib.graph import base_op, op_name, size_hint, tensor_values
-from passes import PrecisionPlan, classify, insert_casts
-from passes.plan import HIGH, KEPT, Decision
-from passes.regions import candidates
 
 TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.05}
 SLACK = 1.5

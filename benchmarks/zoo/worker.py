@@ -15,6 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from calibcast.calib.errors import known
+from calibcast.engines.tensorrt.limits import buildable
+from calibcast.engines.tensorrt.remedies import settings_for
+from calibcast.engines.tensorrt.widening import restated
+from calibcast.passes import PrecisionPlan, insert_casts
 from torch.export import ExportedProgram
 
 from benchmarks.isolation import serve
@@ -28,11 +33,6 @@ from benchmarks.zoo.judgement import (
     shares_of,
     worst_error,
 )
-from calib.errors import known
-from engines.builder_limits import buildable
-from engines.remedies import settings_for
-from engines.widening import restated
-from passes import PrecisionPlan, insert_casts
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SHOWN = 40  # high nodes per model and type

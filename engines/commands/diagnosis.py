@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from engines.commands.options import Data, MaxBatches, Model, Transform, inputs
-from engines.text_table import printable
+from calibcast.engines.commands.options import Data, MaxBatches, Model, Transform, inputs
+from calibcast.engines.review.text_table import printable
 
 
 def diagnose(  # noqa: PLR0913 - a command line has options
@@ -26,10 +25,10 @@ def diagnose(  # noqa: PLR0913 - a command line has options
 
     No engine is built. Example: calibcast diagnose net.pt2 plan.json --data loaders.py:held_out --max-batches 4
     """
-    from engines.diagnosis import report
-    from passes.cast_insertion import insert_casts
-    from passes.comparison import compare
-    from passes.plan import PrecisionPlan
+    from calibcast.engines.review.diagnosis import report
+    from calibcast.passes.cast_insertion import insert_casts
+    from calibcast.passes.comparison import compare
+    from calibcast.passes.plan import PrecisionPlan
 
     program, batches, function = inputs(model, data, transform)
     plan = PrecisionPlan.load(plan_file)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from engines.commands.options import Model, check_folder
-from engines.usage import LocationError
+from calibcast.engines.commands.options import Model, check_folder
+from calibcast.engines.usage import LocationError
 
 
 def build(  # noqa: PLR0913 - a command line has options
@@ -41,12 +40,12 @@ def build(  # noqa: PLR0913 - a command line has options
 
     Example: calibcast build net.pt2 plan.json --ranges ranges.parquet -o engine --setting optimization_level=5
     """
-    from calib.ranges import RangeTable
-    from engines.building import build as run
-    from engines.ledger_text import summary
-    from engines.locations import load_model
-    from passes.cast_insertion import insert_casts
-    from passes.plan import PrecisionPlan
+    from calibcast.calib.ranges import RangeTable
+    from calibcast.engines.building import build as run
+    from calibcast.engines.ledger.ledger_text import summary
+    from calibcast.engines.locations import load_model
+    from calibcast.passes.cast_insertion import insert_casts
+    from calibcast.passes.plan import PrecisionPlan
 
     settings = dict(_setting(text) for text in setting or ())
     check_folder(output)
@@ -82,8 +81,8 @@ def inspect(
 
     Example: calibcast inspect engine --rows 20
     """
-    from engines.engine import read_ledger, read_manifest
-    from engines.ledger_text import ledger_text
+    from calibcast.engines.engine import read_ledger, read_manifest
+    from calibcast.engines.ledger.ledger_text import ledger_text
 
     manifest, ledger = read_manifest(folder), read_ledger(folder)
     built = ", ".join(f"{name} {version}" for name, version in manifest.get("built_with", {}).items())

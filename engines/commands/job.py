@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from calib.errors import CalibcastError, GateError
-from engines.commands.options import check_folder
-from engines.usage import LocationError
+from calibcast.calib.errors import CalibcastError, GateError
+from calibcast.engines.commands.options import check_folder
+from calibcast.engines.usage import LocationError
 
 
 def init(
@@ -21,7 +20,7 @@ def init(
 
     Example: calibcast init night && calibcast run night/job.toml
     """
-    from engines.job.template import write_template
+    from calibcast.engines.job.template import write_template
 
     for path in write_template(folder):
         typer.echo(f"wrote {path}")
@@ -40,10 +39,10 @@ def run(
 
     Under torchrun the processes share the calibration. Example: calibcast run job.toml --log-format json
     """
-    from engines.job.errors import JobError, Stopped
-    from engines.job.logs import FORMATS, logging_to_stderr, tell
-    from engines.job.ranks import Ranks
-    from engines.job.running import plan_job, run_job
+    from calibcast.engines.job.errors import JobError, Stopped
+    from calibcast.engines.job.logs import FORMATS, logging_to_stderr, tell
+    from calibcast.engines.job.ranks import Ranks
+    from calibcast.engines.job.running import plan_job, run_job
 
     if log_format not in FORMATS:
         raise LocationError(f"--log-format {log_format!r}: known are {' and '.join(FORMATS)}")
@@ -84,7 +83,7 @@ def merge(
 
     Example: calibcast merge monday.parquet tuesday.parquet -o ranges.parquet
     """
-    from engines.merging import merged
+    from calibcast.engines.job.merging import merged
 
     check_folder(output)
     table = merged(parts)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from engines.usage import LocationError
+from calibcast.engines.usage import LocationError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a .pt2 file, or file.py:function")]
 Data = Annotated[str, typer.Option("--data", metavar="LOC", help="file.py:function that returns a dataloader")]
@@ -25,7 +24,7 @@ def note(message: str) -> None:
 
 def inputs(model: str, data: str, transform: str | None) -> tuple[Any, Any, Any]:
     """The program, the dataloader and the transform (or None) at these locations."""
-    from engines.locations import load_data, load_function, load_model
+    from calibcast.engines.locations import load_data, load_function, load_model
 
     function = None if transform is None else load_function(transform)
     return load_model(model), load_data(data), function

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from engines.commands.options import note
+from calibcast.engines.commands.options import note
 
 Ranges = Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")]
 Format = Annotated[str, typer.Option("--format", help="table, json, csv or parquet")]
@@ -47,9 +46,9 @@ def report(  # noqa: PLR0913 - a command line has options
 
     Example: calibcast report ranges.parquet --plan plan.json --above 512 --module "encoder\\..*" --rows 20
     """
-    from calib.ranges import RangeTable
-    from engines.frame_output import check_format, write_frame
-    from engines.report_table import report_frame, report_table
+    from calibcast.calib.ranges import RangeTable
+    from calibcast.engines.review.frame_output import check_format, write_frame
+    from calibcast.engines.review.report_table import report_frame, report_table
 
     check_format(form, output)
     table = RangeTable.load(ranges)
@@ -90,12 +89,12 @@ def what_if(  # noqa: PLR0913
 
     Example: calibcast what-if ranges.parquet --program net.pt2 --data-max 256,512,inf --low-precision-type fp16,bf16
     """
-    from calib.ranges import RangeTable
-    from engines.frame_output import check_format, write_frame
-    from engines.locations import load_model
-    from engines.what_if_table import what_if_table
-    from passes.alternatives import what_if as ask
-    from passes.plan import PrecisionPlan
+    from calibcast.calib.ranges import RangeTable
+    from calibcast.engines.locations import load_model
+    from calibcast.engines.review.frame_output import check_format, write_frame
+    from calibcast.engines.review.what_if_table import what_if_table
+    from calibcast.passes.alternatives import what_if as ask
+    from calibcast.passes.plan import PrecisionPlan
 
     check_format(form, output)
     limits, quantiles = _numbers("--data-max", data_max), _numbers("--range-quantile", range_quantile)
@@ -136,8 +135,14 @@ def diff(  # noqa: PLR0913
     Tables of another export of the model are matched by module path and structure. --format json, csv and parquet have
     all rows. Example: calibcast diff monday.parquet friday.parquet --fail-on flip --fail-on headroom=2
     """
-    from engines.diff_report import diff_frame, diff_text, plan_diff_text, require_headroom, require_no_flip
-    from engines.frame_output import check_format, write_frame
+    from calibcast.engines.review.diff_report import (
+        diff_frame,
+        diff_text,
+        plan_diff_text,
+        require_headroom,
+        require_no_flip,
+    )
+    from calibcast.engines.review.frame_output import check_format, write_frame
 
     gates = [_gate(text) for text in fail_on or ()]
     check_format(form, output)
@@ -159,32 +164,32 @@ def diff(  # noqa: PLR0913
 
 
 def _ranges_diff(old: Path, new: Path, program: str | None, data_max: float, low_type: str) -> tuple[Any, Any, str]:
-    from calib.range_diff import range_diff
-    from calib.ranges import RangeTable
-    from passes.tensor_diff import tensor_decision_diff
+    from calibcast.calib.range_diff import range_diff
+    from calibcast.calib.ranges import RangeTable
+    from calibcast.passes.tensor_diff import tensor_decision_diff
 
     changes = range_diff(RangeTable.load(old), RangeTable.load(new))
     if program is None:
         flips = tensor_decision_diff(changes, low_type, data_max)
         return changes, flips, f"data_max {data_max:g}, each tensor alone; --program MODEL asks all rules"
-    from engines.locations import load_model
-    from passes.plan_diff import decision_diff
+    from calibcast.engines.locations import load_model
+    from calibcast.passes.plan_diff import decision_diff
 
     flips = decision_diff(changes, load_model(program), low_precision_type=low_type, data_max=data_max)
     return changes, flips, f"data_max {data_max:g}, all rules"
 
 
 def _plans_diff(old: Path, new: Path) -> Any:
-    from passes.plan import PrecisionPlan
-    from passes.plan_diff import plan_diff
+    from calibcast.passes.plan import PrecisionPlan
+    from calibcast.passes.plan_diff import plan_diff
 
     return plan_diff(PrecisionPlan.load(old), PrecisionPlan.load(new))
 
 
 def _plan_of(path: Path, table: Any, ranges: Path) -> Any:
-    from calib.digests import first_difference
-    from calib.errors import MismatchError
-    from passes.plan import PrecisionPlan
+    from calibcast.calib.errors import MismatchError
+    from calibcast.calib.graph_digests import first_difference
+    from calibcast.passes.plan import PrecisionPlan
 
     decided = PrecisionPlan.load(path)
     difference = first_difference(dict(decided.digests), table.calibration.digests)
@@ -194,8 +199,8 @@ def _plan_of(path: Path, table: Any, ranges: Path) -> Any:
 
 
 def _write_page(html: Path, table: Any, plan: Any, verification: Path | None, title: str) -> None:
-    from calib.artifacts import load_json, written_whole
-    from engines.html_report import html_report
+    from calibcast.calib.artifacts import load_json, written_whole
+    from calibcast.engines.html_report import html_report
 
     verdict = None if verification is None else load_json(verification, "verification")
     page = html_report(table, plan, verdict, title=title)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from calib.errors import BatchError, CalibcastError
-from engines.commands.options import Data, MaxBatches, Model, Transform, check_folder, inputs, note
-from engines.text_table import printable
+from calibcast.calib.errors import BatchError, CalibcastError
+from calibcast.engines.commands.options import Data, MaxBatches, Model, Transform, check_folder, inputs, note
+from calibcast.engines.review.text_table import printable
 
 
 def calibrate(  # noqa: PLR0913 - a command line has options
@@ -28,7 +27,7 @@ def calibrate(  # noqa: PLR0913 - a command line has options
 
     Example: calibcast calibrate net.pt2 --data loaders.py:calibration -o ranges.parquet
     """
-    from calib.calibration import calibrate as run
+    from calibcast.calib.calibration import calibrate as run
 
     program, batches, function = inputs(model, data, transform)
     check_folder(output)
@@ -72,9 +71,9 @@ def plan(  # noqa: PLR0913
 
     Without ranges only the rules that need none apply. Example: calibcast plan net.pt2 ranges.parquet -o plan.json
     """
-    from calib.ranges import RangeTable
-    from engines.locations import load_model
-    from passes.classification import classify
+    from calibcast.calib.ranges import RangeTable
+    from calibcast.engines.locations import load_model
+    from calibcast.passes.classification import classify
 
     if output is not None:
         check_folder(output)
@@ -112,9 +111,9 @@ def verify(  # noqa: PLR0913
 
     Example: calibcast verify engine net.pt2 --data loaders.py:held_out --min-sqnr-db 40
     """
-    from engines.engine import Engine
-    from engines.report_file import save_report
-    from engines.verification import verify as run
+    from calibcast.engines.engine import Engine
+    from calibcast.engines.judging.report_file import save_report
+    from calibcast.engines.judging.verification import verify as run
 
     program, batches, function = inputs(model, data, transform)
     if output is not None:
@@ -134,6 +133,6 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the artifacts")] = Path("calibcast-demo"),
 ) -> None:
     """The whole path on real handwritten digits, with a network that fp16 cannot run. Under a minute, no GPU needed."""
-    from engines.demo import run_demo
+    from calibcast.engines.demo import run_demo
 
     run_demo(output, typer.echo)

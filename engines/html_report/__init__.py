@@ -1,5 +1,5 @@
 """The range report as one self-contained HTML page."""
 
-from engines.html_report.page import html_report
+from calibcast.engines.html_report.page import html_report
 
 __all__ = ["html_report"]

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from calibcast.calib.graph import dtype_name
+from calibcast.calib.ranges import RangeTable
+from calibcast.engines.html_report.payload import packed, payload
+from calibcast.passes.plan import HIGH, KEPT, LOW, PrecisionPlan
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
-
-from calib.graph import dtype_name
-from calib.ranges import RangeTable
-from engines.html_report.payload import packed, payload
-from passes.plan import HIGH, KEPT, LOW, PrecisionPlan
 
 _FOLDER = Path(__file__).parent
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import polars as pl
 import torch
-
-from calib.ranges import RangeTable
-from passes.plan import PrecisionPlan
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.plan import PrecisionPlan
 
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 _TEXTS = ("op", "module", "source", "kind")

@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from calibcast.calib.errors import BuildError, PlanError
+from calibcast.engines.backends import chosen
+from calibcast.engines.job.errors import JobError
+from calibcast.engines.job.job_file import JobFile
+from calibcast.engines.job.settings import Build
+from calibcast.engines.locations import load_function
+from calibcast.passes.regions import candidates
+from calibcast.passes.settings import Settings, low_type_of
 from torch.export import ExportedProgram
-
-from calib.errors import BuildError, PlanError
-from engines.backends import chosen
-from engines.job.errors import JobError
-from engines.job.job_file import JobFile
-from engines.job.settings import Build
-from engines.locations import load_function
-from passes.regions import candidates
-from passes.settings import Settings, low_type_of
 
 # Arguments of `build` that are no keys of [build], and may stand among its settings; the others are the backend's.
 _OF_BUILD = {"isolate", "cache", "cache_size"}

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from calib.batches import Signature
-from calib.errors import BatchError
-from engines.job.progress import Progress
-from engines.job.settings import Limits
-from engines.job.sources import Loaded
-from engines.job.trust import DataReport, check_share, refuse_nonfinite
+from calibcast.calib.batches import Signature
+from calibcast.calib.errors import BatchError
+from calibcast.engines.job.progress import Progress
+from calibcast.engines.job.settings import Limits
+from calibcast.engines.job.sources import Loaded
+from calibcast.engines.job.trust import DataReport, check_share, refuse_nonfinite
 
 
 @dataclass(frozen=True)

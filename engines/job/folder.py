@@ -16,9 +16,8 @@ from typing import Any
 
 import filelock
 import fsspec
-
-from calib.errors import ArtifactError, CalibcastError
-from engines.job.job_file import JobFile
+from calibcast.calib.errors import ArtifactError, CalibcastError
+from calibcast.engines.job.job_file import JobFile
 
 MANIFEST = "manifest.json"
 RANGES, EARLY, PLAN, MIXED, ENGINE, VERIFICATION = ARTIFACTS = (

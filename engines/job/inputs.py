@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from calib.batches import Signature
-from calib.errors import BatchError, known
-from calib.graph import dtype_name
-from engines.job.errors import JobError
-from engines.job.settings import Data, Source
+from calibcast.calib.batches import Signature
+from calibcast.calib.errors import BatchError, known
+from calibcast.calib.graph import dtype_name
+from calibcast.engines.job.errors import JobError
+from calibcast.engines.job.settings import Data, Source
 
 
 @dataclass(frozen=True)

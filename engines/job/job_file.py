@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibcast.calib.errors import known
+from calibcast.engines.job.errors import JobError
+from calibcast.engines.job.keys import model_of, type_words
+from calibcast.engines.job.settings import SOURCES, Job, Source
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-
-from calib.errors import known
-from engines.job.errors import JobError
-from engines.job.keys import model_of, type_words
-from engines.job.settings import SOURCES, Job, Source
 
 # Of [data], and meaningless in [held_out].
 _NOT_INHERITED = {"max_batches", "held_out_share"}

@@ -6,10 +6,9 @@ import json
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from calibcast.engines.job.settings import Data, Job, Source
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
-
-from engines.job.settings import Data, Job, Source
 
 
 def keys_table() -> str:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calib.artifacts import load_json, parsed, save_json
-from calib.errors import ArtifactError
-from engines.job.folder import MANIFEST, files_under
+from calibcast.calib.artifacts import load_json, parsed, save_json
+from calibcast.calib.errors import ArtifactError
+from calibcast.engines.job.folder import MANIFEST, files_under
 
 _KIND = "job"
 # running: not to be trusted yet. rejected: a gate said no. done: everything in it belongs together.

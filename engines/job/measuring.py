@@ -7,22 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibcast.calib.calibration import Run, measure_weights, prepare
+from calibcast.calib.checkpoint import Checkpoint, Pace
+from calibcast.calib.errors import ArtifactError, BatchError, GateError, MismatchError
+from calibcast.calib.loader_order import batch_hash
+from calibcast.engines.job.errors import Stopped
+from calibcast.engines.job.feed import Item, feed
+from calibcast.engines.job.logs import tell
+from calibcast.engines.job.progress import Progress
+from calibcast.engines.job.settings import Calibration, Limits
+from calibcast.engines.job.settling import Early
+from calibcast.engines.job.shares import Share
+from calibcast.engines.job.signals import Signals
+from calibcast.engines.job.sources import Batches, Done
+from calibcast.engines.job.trust import DataReport, check_share, refuse_nonfinite
 from torch.export import ExportedProgram
-
-from calib.calibration import Run, measure_weights, prepare
-from calib.checkpoint import Checkpoint, Pace
-from calib.errors import ArtifactError, BatchError, GateError, MismatchError
-from calib.order import batch_hash
-from engines.job.errors import Stopped
-from engines.job.feed import Item, feed
-from engines.job.logs import tell
-from engines.job.progress import Progress
-from engines.job.settings import Calibration, Limits
-from engines.job.settling import Early
-from engines.job.shares import Share
-from engines.job.signals import Signals
-from engines.job.sources import Batches, Done
-from engines.job.trust import DataReport, check_share, refuse_nonfinite
 
 # Of a stream nobody knows how long it is, so the share of bad batches is judged after so many.
 _ENOUGH_TO_JUDGE = 100

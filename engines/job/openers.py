@@ -14,14 +14,13 @@ from typing import Any
 
 import fsspec
 import xxhash
-
-from calib.artifacts import versions
-from calib.errors import CalibcastError
-from engines.job.errors import JobError
-from engines.job.job_file import JobFile
-from engines.job.settings import Source
-from engines.job.sources import Batches, LoaderBatches, RowBatches, StreamBatches
-from engines.locations import call, load_data, load_function
+from calibcast.calib.artifacts import versions
+from calibcast.calib.errors import CalibcastError
+from calibcast.engines.job.errors import JobError
+from calibcast.engines.job.job_file import JobFile
+from calibcast.engines.job.settings import Source
+from calibcast.engines.job.sources import Batches, LoaderBatches, RowBatches, StreamBatches
+from calibcast.engines.locations import call, load_data, load_function
 
 _BUILDERS = {"parquet": "parquet", "json_lines": "json", "csv": "csv"}
 

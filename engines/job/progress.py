@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 
 import torch
+from calibcast.engines.job.logs import tell
 from tqdm import tqdm
-
-from engines.job.logs import tell
 
 _EVERY_SECONDS = 10.0
 

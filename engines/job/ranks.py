@@ -10,9 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-from calib.errors import CalibcastError
-from engines.job.errors import JobError
+from calibcast.calib.errors import CalibcastError
+from calibcast.engines.job.errors import JobError
 
 # Shards may be uneven by hours; a process that died closes its connections, and is noticed at once.
 _PATIENCE = timedelta(days=7)

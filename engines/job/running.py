@@ -15,21 +15,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from calib.artifacts import versions
-from calib.checkpoint import Checkpoint
-from calib.errors import ArtifactError, CalibcastError, GateError
-from engines.job.checks import check_job
-from engines.job.errors import Stopped
-from engines.job.folder import MANIFEST, JobFolder, Store, files_under
-from engines.job.job_file import load_job
-from engines.job.logs import tell
-from engines.job.manifest import Manifest, Record
-from engines.job.measuring import counts, measure_shard
-from engines.job.openers import digest
-from engines.job.ranks import Ranks, connected, give, tell_all
-from engines.job.signals import Signals
-from engines.job.stages import JobRun, Stage
-from engines.locations import exits_refused
+from calibcast.calib.artifacts import versions
+from calibcast.calib.checkpoint import Checkpoint
+from calibcast.calib.errors import ArtifactError, CalibcastError, GateError
+from calibcast.engines.job.checks import check_job
+from calibcast.engines.job.errors import Stopped
+from calibcast.engines.job.folder import MANIFEST, JobFolder, Store, files_under
+from calibcast.engines.job.job_file import load_job
+from calibcast.engines.job.logs import tell
+from calibcast.engines.job.manifest import Manifest, Record
+from calibcast.engines.job.measuring import counts, measure_shard
+from calibcast.engines.job.openers import digest
+from calibcast.engines.job.ranks import Ranks, connected, give, tell_all
+from calibcast.engines.job.signals import Signals
+from calibcast.engines.job.stages import JobRun, Stage
+from calibcast.engines.locations import exits_refused
 
 Say = Callable[[str], None]
 _SAVED = b"saved"

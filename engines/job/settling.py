@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
-
-from calib.checkpoint import Checkpoint, host_copy
-from calib.ranges import RangeTable
-from calib.statistics import Statistics
-from passes.plan import PrecisionPlan
+from calibcast.calib.checkpoint import Checkpoint, host_copy
+from calibcast.calib.ranges import RangeTable
+from calibcast.calib.statistics import Statistics
+from calibcast.passes.plan import PrecisionPlan
 
 TAIL = 0.1
 # Copies of the statistics are kept at positions that grow by so much: one is then near nine tenths of any length,

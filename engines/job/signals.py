@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from engines.job.errors import Stopped
+from calibcast.engines.job.errors import Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

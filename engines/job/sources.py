@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from calibcast.calib.errors import BatchError
+from calibcast.calib.loader_order import batch_hash, refuse_unseeded, rewind
+from calibcast.engines.job.shares import Share
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
-
-from calib.errors import BatchError
-from calib.order import batch_hash, refuse_unseeded, rewind
-from engines.job.shares import Share
 
 _log = logging.getLogger("calibcast")
 

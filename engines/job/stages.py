@@ -9,41 +9,40 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from calibcast.calib.artifacts import load_program, save_program, versions
+from calibcast.calib.batches import Signature, signature_of
+from calibcast.calib.checkpoint import Checkpoint, merge_checkpoints
+from calibcast.calib.errors import BatchError, GateError
+from calibcast.calib.fingerprint import node_digests, weights_hash
+from calibcast.calib.graph_digests import fingerprint
+from calibcast.calib.ranges import RangeTable
+from calibcast.engines.backends import chosen
+from calibcast.engines.building import build
+from calibcast.engines.engine import Engine
+from calibcast.engines.job import ranks as ranks_module
+from calibcast.engines.job.errors import JobError
+from calibcast.engines.job.feed import Feeding, feed
+from calibcast.engines.job.folder import EARLY, ENGINE, MIXED, PLAN, RANGES, VERIFICATION, JobFolder, Store
+from calibcast.engines.job.inputs import Inputs, inputs_of
+from calibcast.engines.job.job_file import JobFile
+from calibcast.engines.job.logs import tell
+from calibcast.engines.job.measuring import Task, counts, measure_shard
+from calibcast.engines.job.openers import OpenedData, code_digest, fingerprints, open_data
+from calibcast.engines.job.progress import Progress
+from calibcast.engines.job.ranks import Ranks
+from calibcast.engines.job.settings import Source
+from calibcast.engines.job.settling import early_part, settling
+from calibcast.engines.job.shares import Share
+from calibcast.engines.job.signals import Signals
+from calibcast.engines.job.sources import Done
+from calibcast.engines.job.trust import DataReport, check_share
+from calibcast.engines.judging.report_file import load_report, save_report
+from calibcast.engines.judging.verification import verify
+from calibcast.engines.locations import load_function, load_model
+from calibcast.passes.cast_insertion import insert_casts
+from calibcast.passes.classification import classify
+from calibcast.passes.plan import PrecisionPlan
 from torch.export import ExportedProgram
-
-from calib.artifacts import load_program, save_program, versions
-from calib.batches import Signature, signature_of
-from calib.checkpoint import Checkpoint, merge_checkpoints
-from calib.digests import fingerprint
-from calib.errors import BatchError, GateError
-from calib.fingerprint import node_digests, weights_hash
-from calib.ranges import RangeTable
-from engines.backends import chosen
-from engines.building import build
-from engines.engine import Engine
-from engines.job import ranks as ranks_module
-from engines.job.errors import JobError
-from engines.job.feed import Feeding, feed
-from engines.job.folder import EARLY, ENGINE, MIXED, PLAN, RANGES, VERIFICATION, JobFolder, Store
-from engines.job.inputs import Inputs, inputs_of
-from engines.job.job_file import JobFile
-from engines.job.logs import tell
-from engines.job.measuring import Task, counts, measure_shard
-from engines.job.openers import OpenedData, code_digest, fingerprints, open_data
-from engines.job.progress import Progress
-from engines.job.ranks import Ranks
-from engines.job.settings import Source
-from engines.job.settling import early_part, settling
-from engines.job.shares import Share
-from engines.job.signals import Signals
-from engines.job.sources import Done
-from engines.job.trust import DataReport, check_share
-from engines.locations import load_function, load_model
-from engines.report_file import load_report, save_report
-from engines.verification import verify
-from passes.cast_insertion import insert_casts
-from passes.classification import classify
-from passes.plan import PrecisionPlan
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from calib.errors import ArtifactError
-from engines.job.errors import JobError
+from calibcast.calib.errors import ArtifactError
+from calibcast.engines.job.errors import JobError
 
 _DIGITS = Path(__file__).parents[1] / "demo_data" / "digits.parquet"
 

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-
-from calib.batches import Signature
-from calib.errors import GateError
-from engines.job.settings import Limits
+from calibcast.calib.batches import Signature
+from calibcast.calib.errors import GateError
+from calibcast.engines.job.settings import Limits
 
 # Numbers and messages kept of each kind; beyond that only counted, so that a bad night needs no more memory.
 MOST_NUMBERS, MOST_MESSAGES = 100, 10

@@ -13,11 +13,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from calibcast.calib import ArtifactError, calibrate
+from calibcast.calib.artifacts import save_program
+from calibcast.engines import build
 from torch import nn
-
-from calib import ArtifactError, calibrate
-from calib.artifacts import save_program
-from engines import build
 
 
 def main(limit: int) -> None:

@@ -7,13 +7,12 @@ import math
 import sys
 
 import torch
-
-from calib import device_observer
-from calib.captured_execution import captured_or_plain
-from calib.device_observer import DeviceObserver
-from calib.execution import ProgramRunner
-from calib.graph import TensorSpec, tensor_specs
-from calib.observer import Observer
+from calibcast.calib import device_observer
+from calibcast.calib.captured_execution import captured_or_plain
+from calibcast.calib.device_observer import DeviceObserver
+from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.graph import TensorSpec, tensor_specs
+from calibcast.calib.observer import Observer
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(*sys.argv[1:] or ["cpu"])

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib import calibrate
+from calibcast.calib.aliasing import mutated_inputs, storage_roots, written_placeholders
 from torch import fx, nn
 from torch.export import ExportedProgram
-
-from calib import calibrate
-from calib.aliasing import mutated_inputs, storage_roots, written_placeholders
 
 
 class Apply(nn.Module):

@@ -17,11 +17,8 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from torch import nn
-from torch.export import ExportedProgram
-
-from calib import ArtifactError, RangeTable, calibrate
-from calib.artifacts import (
+from calibcast.calib import ArtifactError, RangeTable, calibrate
+from calibcast.calib.artifacts import (
     SCHEMA_VERSION,
     load_json,
     load_program,
@@ -31,7 +28,9 @@ from calib.artifacts import (
     versions,
     written_whole,
 )
-from calib.seal import UNSEALED, sealed
+from calibcast.calib.seal import UNSEALED, sealed
+from torch import nn
+from torch.export import ExportedProgram
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +383,7 @@ def test_a_full_disk_is_one_error_whatever_library_writes(limit: int) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("full_disk.py")), str(limit)],
-        capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=200, env={**os.environ, "PYTHONPATH": str(root / ".package")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["a.pt2 refused", "a.parquet refused", "engine refused", "left"]

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from calibcast.calib import BatchError, CalibcastError, RangeTable, calibrate
+from calibcast.calib.batches import signature_of
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils.data import DataLoader
-
-from calib import BatchError, CalibcastError, RangeTable, calibrate
-from calib.batches import signature_of
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,11 +14,10 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import BatchError, CalibcastError, RangeTable, calibrate
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils.data import DataLoader, TensorDataset
-
-from calib import BatchError, CalibcastError, RangeTable, calibrate
 
 REGIONS = {"wrap_with_autocast", "wrap_with_set_grad_enabled"}
 # fmt: off

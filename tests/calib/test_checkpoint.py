@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib import ArtifactError, BatchError, MismatchError, RangeTable, calibrate
+from calibcast.calib.calibration import measure_weights, prepare
+from calibcast.calib.checkpoint import Checkpoint, Pace, copy_into, host_copy, merge_checkpoints
+from calibcast.calib.statistics import Statistics
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils.data import DataLoader, TensorDataset
-
-from calib import ArtifactError, BatchError, MismatchError, RangeTable, calibrate
-from calib.calibration import measure_weights, prepare
-from calib.checkpoint import Checkpoint, Pace, copy_into, host_copy, merge_checkpoints
-from calib.statistics import Statistics
 
 BATCHES = 12
 

@@ -16,7 +16,8 @@ SCRIPT = Path(__file__).parent / "fused_against_host.py"
 def test_the_fused_kernels_measure_what_the_host_measures():
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        [sys.executable, str(SCRIPT)], cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / ".package")},
         capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.stdout.strip() == "same", done.stderr[-3000:]
@@ -34,8 +35,8 @@ def test_the_fused_kernels_measure_what_the_host_measures():
 )
 def test_few_long_slices_are_left_to_torch(shape, order, reduced, taken):
     """Each program goes through its slices alone: 65,536 steps took 10 ms."""
-    from calib.device_observer import _STEPS, _steps
-    from calib.hidden import Slices
+    from calibcast.calib.device_observer import _STEPS, _steps
+    from calibcast.calib.hidden import Slices
 
     places = Slices(torch.empty(shape, device="meta").permute(order), list(reduced), False).in_memory()
     assert (_steps(places) <= _STEPS) is taken
@@ -65,7 +66,7 @@ TALLY = {
 @pytest.mark.parametrize("histogram", [False, True])
 def test_the_kernel_compiles_and_reads_four_elements_at_a_time_where_they_lie_so(gaps, histogram):
     pytest.importorskip("triton")
-    from calib.triton_kernel import tally
+    from calibcast.calib.triton_kernel import tally
 
     made = compiled(tally, TALLY, GAPS=gaps, MASKED=False, HISTOGRAM=histogram, PLACES=396, BLOCK=1024)
     assert ("ld.global.v4" in made.asm["ptx"]) == (gaps < 2)
@@ -74,7 +75,7 @@ def test_the_kernel_compiles_and_reads_four_elements_at_a_time_where_they_lie_so
 @pytest.mark.parametrize(("dtype", "masked"), [("*fp16", False), ("*bf16", False), ("*fp32", True)])
 def test_the_kernel_compiles_for_half_precision_and_masks(dtype, masked):
     pytest.importorskip("triton")
-    from calib.triton_kernel import tally
+    from calibcast.calib.triton_kernel import tally
 
     types = {**TALLY, "x_ptr": dtype}
     assert compiled(tally, types, GAPS=0, MASKED=masked, HISTOGRAM=True, PLACES=396, BLOCK=1024).asm["cubin"]
@@ -86,7 +87,7 @@ def test_the_kernel_compiles_for_half_precision_and_masks(dtype, masked):
 )
 def test_the_kernel_of_sums_compiles(squares, spread, adjacent, rows, columns):
     pytest.importorskip("triton")
-    from calib.triton_slices import sum_slices
+    from calibcast.calib.triton_slices import sum_slices
 
     whole = dict.fromkeys(("place", "slices", "length", "apart", "width", "step", "pitch"), "i32")
     constants = {"SQUARES": squares, "SPREAD": spread, "ADJACENT": adjacent, "ROWS": rows, "COLUMNS": columns}
@@ -95,7 +96,7 @@ def test_the_kernel_of_sums_compiles(squares, spread, adjacent, rows, columns):
 
 def test_the_kernel_that_gathers_compiles():
     pytest.importorskip("triton")
-    from calib.triton_gather import gather
+    from calibcast.calib.triton_gather import gather
 
     types = {name: "*i64" for name in gather.arg_names if name.endswith("_ptr")}
     types |= {"values_ptr": "*fp32", "counts_ptr": "*i32", "sums_ptr": "*fp64", "measured": "i64"}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-
-import calib
-from calib import BatchError, CalibcastError, GateError
-from calib import errors as module
-from calib.errors import known
+from calibcast import calib
+from calibcast.calib import BatchError, CalibcastError, GateError
+from calibcast.calib import errors as module
+from calibcast.calib.errors import known
 
 
 def test_every_error_has_one_base() -> None:

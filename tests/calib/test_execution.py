@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib import BatchError, CalibcastError, ProgramError, calibrate
+from calibcast.calib.execution import NodeError, ProgramRunner, input_structure, output_names, output_structure
 from torch import fx, nn
 from torch.export import ExportedProgram
-
-from calib import BatchError, CalibcastError, ProgramError, calibrate
-from calib.execution import NodeError, ProgramRunner, input_structure, output_names, output_structure
 
 
 class Apply(nn.Module):

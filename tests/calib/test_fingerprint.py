@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib.fingerprint import inputs_hash, node_digests, weights_hash
+from calibcast.calib.graph_digests import fingerprint, first_difference
 from torch import nn
 from torch.export import Dim, ExportedProgram
-
-from calib.digests import fingerprint, first_difference
-from calib.fingerprint import inputs_hash, node_digests, weights_hash
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,7 +94,7 @@ def test_two_processes_find_the_same_digests() -> None:
     """Exported here and in another process, a model has one fingerprint and one hash of its weights."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, __file__],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT / ".package"), "PYTHONHASHSEED": "1"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -268,7 +267,7 @@ def test_weights_hash_does_not_depend_on_strides() -> None:
 def test_weights_hash_is_the_same_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are hashed piece by piece; the size of a piece leaves no trace."""
     whole = weights_hash(block())
-    monkeypatch.setattr("calib.fingerprint._CHUNK", 12)
+    monkeypatch.setattr("calibcast.calib.fingerprint._CHUNK", 12)
     assert weights_hash(block()) == whole
 
 

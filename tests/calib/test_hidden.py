@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from calibcast.calib import calibrate
+from calibcast.calib.ranges import RangeTable
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
-
-from calib import calibrate
-from calib.ranges import RangeTable
 
 
 class Norm(nn.Module):

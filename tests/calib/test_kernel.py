@@ -9,14 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
+from calibcast.calib import kernel
+from calibcast.calib.graph import TensorSpec
+from calibcast.calib.kernel import ExponentCounter, HostKernel, is_dense, measure_on_device
+from calibcast.calib.observer import Observer
+from calibcast.calib.statistic_names import BINS, COUNTS, VALUES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from calib import kernel
-from calib.columns import BINS, COUNTS, VALUES
-from calib.graph import TensorSpec
-from calib.kernel import ExponentCounter, HostKernel, is_dense, measure_on_device
-from calib.observer import Observer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # Where each bin of the histogram begins: 2^-126 is the smallest magnitude of bin 1, 2^127 that of bin 254.

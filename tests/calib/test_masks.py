@@ -10,10 +10,9 @@ import polars as pl
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody writes it
+from calibcast.calib import BatchError, RangeTable, calibrate
+from calibcast.calib.masks import mask_tensors
 from torch import nn
-
-from calib import BatchError, RangeTable, calibrate
-from calib.masks import mask_tensors
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 PADDING = torch.arange(8) >= torch.tensor([[8], [5], [8], [3]])

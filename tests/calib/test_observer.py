@@ -11,16 +11,15 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import RangeTable, calibrate
+from calibcast.calib.batches import signature_of
+from calibcast.calib.calibration import measure_weights, prepare
+from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.kernel import HostKernel
+from calibcast.calib.small_tensors import SmallTensors
 from polars.testing import assert_frame_equal
 from torch import fx, nn
 from torch.export import ExportedProgram
-
-from calib import RangeTable, calibrate
-from calib.batches import signature_of
-from calib.calibration import measure_weights, prepare
-from calib.execution import ProgramRunner
-from calib.kernel import HostKernel
-from calib.small_tensors import SmallTensors
 
 
 class Apply(nn.Module):
@@ -193,7 +192,7 @@ def test_device_kernel_gives_the_same_table(function: Callable[..., Any], monkey
     """An observer that measures as it would on a device fills the same rows."""
     program = exported(function, noise(24))
     host = calibrate(program, [noise(24)] * 2, progress=False).frame
-    monkeypatch.setattr("calib.observer.HostKernel", lambda histogram: None)
+    monkeypatch.setattr("calibcast.calib.observer.HostKernel", lambda histogram: None)
     device = calibrate(program, [noise(24)] * 2, progress=False).frame
     sums = ["mean", "rms"]
     assert device.drop(sums).equals(host.drop(sums))
@@ -269,8 +268,8 @@ def test_observer_does_not_grow_with_batches() -> None:
 
 def test_small_and_large_tensors_of_one_batch_keep_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """However often the buffer of small tensors fills up, and whatever is measured between, also views of either."""
-    monkeypatch.setattr("calib.small_tensors._ROWS", 2)
-    monkeypatch.setattr("calib.small_tensors.MOST", 30)
+    monkeypatch.setattr("calibcast.calib.small_tensors._ROWS", 2)
+    monkeypatch.setattr("calibcast.calib.small_tensors.MOST", 30)
 
     def mixed(x: torch.Tensor) -> torch.Tensor:
         small = x[:20] * 2

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
+from calibcast.calib import calibrate
 from torch import nn
-
-from calib import calibrate
 
 
 class Terminal(io.StringIO):

@@ -5,9 +5,8 @@ import json
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import ArtifactError, RangeTable, calibrate
 from torch import nn
-
-from calib import ArtifactError, RangeTable, calibrate
 
 
 @pytest.fixture

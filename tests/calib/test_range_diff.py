@@ -3,11 +3,10 @@
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import MismatchError, calibrate
+from calibcast.calib.alignment import aligned
+from calibcast.calib.range_diff import headroom_text, range_diff
 from torch import nn
-
-from calib import MismatchError, calibrate
-from calib.alignment import aligned
-from calib.range_diff import headroom_text, range_diff
 
 
 class Block(nn.Module):

@@ -12,17 +12,16 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import MismatchError, RangeTable, calibrate
+from calibcast.calib.kernel import HostKernel
+from calibcast.calib.ranges import MAX_HASHES, MAX_SIZES, count_size, merge_sizes
+from calibcast.calib.statistic_names import COUNTS, VALUES
+from calibcast.calib.statistics import Statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 from torch import nn
 from torch.export import Dim, ExportedProgram
-
-from calib import MismatchError, RangeTable, calibrate
-from calib.columns import COUNTS, VALUES
-from calib.kernel import HostKernel
-from calib.ranges import MAX_HASHES, MAX_SIZES, count_size, merge_sizes
-from calib.statistics import Statistics
 
 SUMS = ["mean", "rms"]
 ORDERED = ["absmax_batch", "nonfinite_batch"]  # batch numbers follow the order of the tables

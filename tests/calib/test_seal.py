@@ -10,12 +10,11 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import ArtifactError, RangeTable, calibrate
+from calibcast.calib.damage_report import damage_report
+from calibcast.calib.seal import UNSEALED, broken_seal, sealed
 from pyarrow import parquet
 from torch import nn
-
-from calib import ArtifactError, RangeTable, calibrate
-from calib.seal import UNSEALED, broken_seal, sealed
-from calib.second_look import second_look
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def test_damaged_ranges_never_raise_anything_else(saved: Path, monkeypatch: pyte
     whole, generator = saved.read_bytes(), random.Random(1)
     monkeypatch.setattr(pl, "read_parquet", refuse_to_read)
     monkeypatch.setattr(pl, "read_parquet_metadata", refuse_to_read)
-    monkeypatch.setattr("calib.ranges.second_look", lambda source: None)  # a process each: below, for some
+    monkeypatch.setattr("calibcast.calib.ranges.damage_report", lambda source: None)  # a process each: below, for some
     changed = [content for _ in range(600) if (content := damaged(whole, generator)) != whole]
     assert len(changed) > 550
     for content in changed:
@@ -119,11 +118,11 @@ def test_tables_written_anew_by_others_are_refused(saved: Path) -> None:
         RangeTable.load(saved)
 
 
-def test_second_look_sees_nothing_wrong_with_a_whole_file(saved: Path) -> None:
+def test_damage_report_sees_nothing_wrong_with_a_whole_file(saved: Path) -> None:
     """What is as it should be is no reason; a missing column is one."""
-    assert second_look(saved) is None
+    assert damage_report(saved) is None
     pl.read_parquet(saved).drop("rms").write_parquet(saved, metadata={"calibcast": '{"calibcast": "ranges"}'})
-    assert "written by another calibcast (schema None" in str(second_look(saved))
+    assert "written by another calibcast (schema None" in str(damage_report(saved))
 
 
 def test_other_readers_see_a_plain_file(saved: Path, table: RangeTable) -> None:

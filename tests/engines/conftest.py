@@ -123,7 +123,13 @@ def run_forked() -> Callable[..., list[dict[str, Any]]]:
             capture_output=True,
             text=True,
             timeout=500,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT / ".package"),
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                **environment,
+            },
         )
         assert done.returncode == 0, done.stderr
         found: list[dict[str, Any]] = json.loads(done.stdout)

@@ -25,11 +25,10 @@ from typing import Any
 
 import datasets  # noqa: F401 - imported once, here
 import torch
-
-from calib.execution import ProgramRunner
-from calib.observer import Observer
-from calib.statistics import Statistics
-from engines.cli import _run
+from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.observer import Observer
+from calibcast.calib.statistics import Statistics
+from calibcast.engines.cli import _run
 
 
 class Armed:

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import torch
+from calibcast.calib import calibrate
+from calibcast.engines import build
+from calibcast.passes import classify, insert_casts
 from torch import nn
-
-from calib import calibrate
-from engines import build
-from passes import classify, insert_casts
 
 
 class Network(nn.Module):

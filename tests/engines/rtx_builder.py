@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from calib.artifacts import load_program
-from engines import build
+from calibcast.calib.artifacts import load_program
+from calibcast.engines import build
 
 
 def engine_bytes(program, **arguments):

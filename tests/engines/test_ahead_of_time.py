@@ -9,15 +9,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import BuildError, MismatchError, calibrate
+from calibcast.engines import Engine, build
+from calibcast.engines.cli import _run
+from calibcast.engines.demo import EnergyClassifier
+from calibcast.passes import classify, insert_casts
 from torch import nn
 from torch.export import Dim
 
 from benchmarks.rtx_builder import has_builder
-from calib import BuildError, MismatchError, calibrate
-from engines import Engine, build
-from engines.cli import _run
-from engines.demo import EnergyClassifier
-from passes import classify, insert_casts
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,7 +161,7 @@ def test_a_second_process_finds_the_engine_of_the_first(empty_cache, tmp_path):
     mixed, _, _ = planned(Convolutional(), [torch.randn(2, 3, 16, 16)])
     torch.export.save(mixed, tmp_path / "mixed.pt2")
     script = (
-        "import sys; from calib.artifacts import load_program; from engines import build\n"
+        "import sys; from calibcast.calib.artifacts import load_program; from calibcast.engines import build\n"
         "engine = build(load_program(sys.argv[1]), backend='tensorrt', ahead_of_time=True, progress=False)\n"
         "engine.save(sys.argv[2]); print(engine.record['cache']['hit'])"
     )

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibcast.calib import BuildError, calibrate
+from calibcast.engines import build
+from calibcast.engines.tensorrt.builder import isolation as builder_isolation
+from calibcast.engines.tensorrt.builder.isolation import BUILDING, CONVERTING, BuilderError, build_isolated, failure_of
+from calibcast.engines.tensorrt.builder.job import BuilderJob, custom_modules, decoded, encoded
+from calibcast.engines.tensorrt.remedies import advice, region_of, remedies, settings_for
+from calibcast.passes import classify, insert_casts
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
 from benchmarks.rtx_builder import has_builder
-from calib import BuildError, calibrate
-from engines import build, builder_isolation
-from engines.builder_isolation import BUILDING, CONVERTING, BuilderError, build_isolated, failure_of
-from engines.builder_job import BuilderJob, custom_modules, decoded, encoded
-from engines.remedies import advice, region_of, remedies, settings_for
-from passes import classify, insert_casts
 
 
 class Attention(nn.Module):
@@ -121,14 +122,15 @@ def test_masked_attention_in_fp32_is_decomposed_as_rtx_fuses_it_wrongly(mask, is
 
 def fake_builder(monkeypatch, tmp_path, body):
     """Let `body` be what a builder process runs."""
-    folder = tmp_path / "fake" / "engines"
+    folder = tmp_path / "fake" / "calibcast" / "engines" / "tensorrt" / "builder"
     folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text("")
-    (folder / "builder_process.py").write_text(
+    for package in (folder, *list(folder.parents)[:3]):
+        (package / "__init__.py").write_text("")
+    (folder / "process.py").write_text(
         "import json, os, signal, sys, time\n"
         "def event(**content): print(json.dumps(content), flush=True)\n" + textwrap.dedent(body)
     )
-    monkeypatch.setattr(builder_isolation, "_ROOT", folder.parent)
+    monkeypatch.setattr(builder_isolation, "_ROOT", tmp_path / "fake")
     monkeypatch.chdir(tmp_path)
 
 

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibcast.calib import BuildError
+from calibcast.calib.execution import ProgramRunner
+from calibcast.engines import build
+from calibcast.engines.tensorrt.limits import buildable
+from calibcast.passes import PrecisionPlan, insert_casts
 from torch import nn
 
 from benchmarks.rtx_builder import has_builder
-from calib import BuildError
-from calib.execution import ProgramRunner
-from engines import build
-from engines.builder_limits import buildable
-from passes import PrecisionPlan, insert_casts
 
 
 class Raised(nn.Module):
@@ -126,7 +126,7 @@ def test_the_real_builder_takes_it_without_being_asked_twice(name):
 def test_the_real_builder_still_has_the_limit(name, monkeypatch):
     """When a new version takes these, the limit is to be taken out."""
     model, x, low_type, _ = CASES[name]
-    monkeypatch.setattr("engines.builder_limits._limit", lambda node, is_rtx: None)
-    monkeypatch.setattr("engines.build_attempts.restated", lambda program: program)
+    monkeypatch.setattr("calibcast.engines.tensorrt.limits._limit", lambda node, is_rtx: None)
+    monkeypatch.setattr("calibcast.engines.tensorrt.attempts.restated", lambda program: program)
     with pytest.raises(BuildError):
         build(*low(model, x, low_type), **AHEAD)

@@ -8,9 +8,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from calibcast.engines.cli import _run
 from torch import nn
-
-from engines.cli import _run
 
 USER_FILE = """
 import torch
@@ -203,7 +202,7 @@ def test_signals_have_their_exit_codes(here, name, code):
         [
             sys.executable,
             "-m",
-            "engines.cli",
+            "calibcast",
             "calibrate",
             "user.py:model",
             "--data",
@@ -213,7 +212,7 @@ def test_signals_have_their_exit_codes(here, name, code):
         ],
         capture_output=True,
         text=True,
-        env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / ".package")},
     )
     assert done.returncode == code
     assert "Traceback" not in done.stderr

@@ -1,9 +1,8 @@
 """Where an engine may be loaded, and what it says elsewhere."""
 
 import pytest
-
-from calib import MismatchError
-from engines.compatibility import check_compatible
+from calibcast.calib import MismatchError
+from calibcast.engines.tensorrt.compatibility import check_compatible
 
 H200 = {"tensorrt-rtx": "1.4.0.76", "gpu": "NVIDIA H200", "compute_capability": "9.0"}
 

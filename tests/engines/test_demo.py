@@ -2,9 +2,8 @@
 
 import datasets
 import torch
+from calibcast.engines.demo import CLASSES, DATA, load_digits, run_demo
 from sklearn.datasets import load_digits as sklearn_digits
-
-from engines.demo import CLASSES, DATA, load_digits, run_demo
 
 
 def test_the_shipped_digits_are_scikit_learns(tmp_path):

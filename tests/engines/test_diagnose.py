@@ -5,17 +5,16 @@ import shlex
 
 import pytest
 import torch
+from calibcast.calib.calibration import calibrate
+from calibcast.engines.cli import _run
+from calibcast.engines.demo import load_digits, pixels_of, train
+from calibcast.engines.review.diagnosis import remedies, report
+from calibcast.passes import classify, compare, insert_casts
 from torch import nn
-
-from calib.calibration import calibrate
-from engines.cli import _run
-from engines.demo import load_digits, pixels_of, train
-from engines.diagnosis import remedies, report
-from passes import classify, compare, insert_casts
 
 USER_FILE = """
 import torch
-from engines.demo import held_out, load_digits, pixels_of, train
+from calibcast.engines.demo import held_out, load_digits, pixels_of, train
 
 def net():
     torch.manual_seed(0)

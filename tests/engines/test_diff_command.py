@@ -6,12 +6,11 @@ import json
 import polars as pl
 import pytest
 import torch
-
-from calib import calibrate
-from engines.cli import _run
-from engines.locations import load_model
-from passes import classify, what_if
-from passes.plan_diff import plan_diff
+from calibcast.calib import calibrate
+from calibcast.engines.cli import _run
+from calibcast.engines.locations import load_model
+from calibcast.passes import classify, what_if
+from calibcast.passes.plan_diff import plan_diff
 
 USER_FILE = """
 import torch

@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
+from calibcast import engines
+from calibcast.calib import ArtifactError, BatchError, BuildError, MismatchError, ProgramError, calibrate
+from calibcast.calib.execution import ProgramRunner
+from calibcast.engines import Engine, build
+from calibcast.engines.engine import read_ledger
+from calibcast.passes import classify, insert_casts
 from torch import nn
-
-import engines
-from calib import ArtifactError, BatchError, BuildError, MismatchError, ProgramError, calibrate
-from calib.execution import ProgramRunner
-from engines import Engine, build
-from engines.engine import read_ledger
-from passes import classify, insert_casts
 
 
 class Net(nn.Module):

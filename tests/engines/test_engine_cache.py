@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibcast.calib import ArtifactError, calibrate
+from calibcast.engines.runtimes import BuildRequest
+from calibcast.engines.tensorrt.builder.job import BuilderJob
+from calibcast.engines.tensorrt.building import _key
+from calibcast.engines.tensorrt.cache import EngineCache, cache_key, default_folder
+from calibcast.passes import classify, insert_casts
 from torch import nn
-
-from calib import ArtifactError, calibrate
-from engines.builder_job import BuilderJob
-from engines.engine_cache import EngineCache, cache_key, default_folder
-from engines.runtimes import BuildRequest
-from engines.tensorrt_build import _key
-from passes import classify, insert_casts
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,7 +111,7 @@ def test_a_second_builder_waits_and_finds_what_the_first_kept(cache, built, tmp_
 
 def test_processes_that_write_at_once_leave_one_whole_entry(cache, built, tmp_path):
     script = (
-        "import sys; from pathlib import Path; from engines.engine_cache import EngineCache\n"
+        "import sys; from pathlib import Path; from calibcast.engines.tensorrt.cache import EngineCache\n"
         "cache = EngineCache(Path(sys.argv[1]))\n"
         "for _ in range(20):\n"
         "    with cache.locked('k'): cache.keep('k', Path(sys.argv[2]), {'by': sys.argv[3]})\n"
@@ -189,7 +188,7 @@ def test_the_key_is_the_same_in_another_process():
     told = {
         subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT / ".package")},
             capture_output=True, text=True, check=True, timeout=200,
         ).stdout.strip()
         for seed in "01"

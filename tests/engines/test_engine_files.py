@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from calibcast.calib import ArtifactError, BatchError
+from calibcast.calib.artifacts import save_program
+from calibcast.engines import Engine, build
+from calibcast.engines.tensorrt import backend as tensorrt
+from calibcast.engines.tensorrt import engine_files
+from calibcast.engines.tensorrt.engine_files import WiringError, engine_paths, read_parts, write_parts
+from calibcast.engines.tensorrt.program_device import copied
 from torch import fx, nn
-
-from calib import ArtifactError, BatchError
-from calib.artifacts import save_program
-from engines import Engine, build, engine_files, tensorrt
-from engines.engine_files import WiringError, engine_paths, read_parts, write_parts
-from engines.program_device import copied
 
 
 class Pair(nn.Module):

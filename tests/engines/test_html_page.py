@@ -9,11 +9,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import calibrate
+from calibcast.engines.html_report import html_report
+from calibcast.passes import classify, what_if
 from torch import nn
-
-from calib import calibrate
-from engines.html_report import html_report
-from passes import classify, what_if
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 

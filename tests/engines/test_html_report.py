@@ -6,14 +6,13 @@ import re
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import calibrate
+from calibcast.engines.cli import _run
+from calibcast.engines.html_report import html_report
+from calibcast.engines.html_report.payload import packed, payload, unpacked
+from calibcast.passes import classify
+from calibcast.passes.flips import low_at
 from torch import nn
-
-from calib import calibrate
-from engines.cli import _run
-from engines.html_report import html_report
-from engines.html_report.payload import packed, payload, unpacked
-from passes import classify
-from passes.flips import low_at
 
 
 class Net(nn.Module):
@@ -64,7 +63,7 @@ def test_the_band_leaves_out_a_thousandth_at_either_end():
     counts = [0] * 256
     counts[120], counts[127], counts[140] = 1, 5000, 1
     frame = pl.DataFrame({"histogram": [counts]})
-    from engines.html_report.payload import _band
+    from calibcast.engines.html_report.payload import _band
 
     assert _band(frame["histogram"][0].to_list()) == (1.0, 2.0)
     assert _band([7, *[0] * 255]) == (None, None)

@@ -9,16 +9,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import RangeTable, calibrate
 from torch import nn
-
-from calib import RangeTable, calibrate
 
 ROOT = Path(__file__).parents[2]
 SLOW = {"torch", "datasets", "jinja2", "numpy", "pandas", "plotly", "pyarrow", "sympy", "triton"}
 # The command line as its entry point runs it, then what it has imported of the slow ones.
 COMMAND = f"""
 import sys
-from engines.cli import main
+from calibcast.engines.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit as end:
@@ -72,7 +71,10 @@ def test_help_imports_nothing_that_is_slow(arguments: tuple[str, ...]) -> None:
 def test_a_refused_table_imports_no_torch(tables: tuple[str, str], tmp_path: Path) -> None:
     """The process that looks for what is wrong does not either: it answers with its own modules."""
     pl.read_parquet(tables[0]).write_parquet(tmp_path / "foreign.parquet")
-    looking = "import sys; from calib.second_look import main; main(sys.argv[1]); print(sorted(%r & set(sys.modules)))"
+    looking = (
+        "import sys; from calibcast.calib.damage_report import main; main(sys.argv[1]); "
+        "print(sorted(%r & set(sys.modules)))"
+    )
     done = run(looking % SLOW, str(tmp_path / "foreign.parquet"))
     assert "was not written by calibcast" in done.stdout
     assert done.stdout.endswith("[]\n")
@@ -82,11 +84,11 @@ def test_a_table_in_python_needs_no_torch(tables: tuple[str, str]) -> None:
     """The public names are there without being imported, and a table reads without torch."""
     script = f"""
 import sys
-import calib, engines, passes
+from calibcast import calib, engines, passes
 for package in (calib, passes, engines):
     assert set(package.__all__) <= set(dir(package)), package
-from calib import RangeTable
-from engines import report_frame
+from calibcast.calib import RangeTable
+from calibcast.engines import report_frame
 assert len(report_frame(RangeTable.load(sys.argv[1]))) == 5
 print(sorted({SLOW!r} & set(sys.modules)))
 """

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
-from calib import ArtifactError
-from engines.inspection import EngineLayer, nodes_in, parse_inspector, parse_listing, type_name
+from calibcast.calib import ArtifactError
+from calibcast.engines.ledger.inspection import EngineLayer, nodes_in, parse_inspector, parse_listing, type_name
 
 INSPECTED = Path(__file__).parent / "inspected"
 

@@ -9,12 +9,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-
-from calib import RangeTable
-from calib.order import batch_hash
-from engines.cli import _run
-from engines.job.settling import Early, before_tail
-from engines.job.trust import MOST_NUMBERS, DataReport, Seen
+from calibcast.calib import RangeTable
+from calibcast.calib.loader_order import batch_hash
+from calibcast.engines.cli import _run
+from calibcast.engines.job.settling import Early, before_tail
+from calibcast.engines.job.trust import MOST_NUMBERS, DataReport, Seen
 
 BAD = """
 import torch
@@ -251,7 +250,7 @@ def test_reports_of_processes_merge_to_that_of_one():
 
 
 def test_few_early_copies_are_kept_however_long_the_run():
-    from calib.statistics import Statistics
+    from calibcast.calib.statistics import Statistics
 
     total, early = Statistics.empty(2, False), Early()
     for position in range(1, 3000):
@@ -339,7 +338,7 @@ def test_what_others_say_is_json_too_and_never_among_the_results(folder, make_jo
 
 def test_a_bug_is_a_line_of_json(folder, make_job, capsys, monkeypatch):
     job = make_job(folder)
-    monkeypatch.setattr("engines.job.running.load_job", lambda path: 1 // 0)
+    monkeypatch.setattr("calibcast.engines.job.running.load_job", lambda path: 1 // 0)
     assert _run(["run", str(job), "--log-format", "json"]) == 1
     (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert line["message"].startswith("ZeroDivisionError")

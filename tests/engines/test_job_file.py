@@ -7,13 +7,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
-
-from engines.cli import _run
-from engines.job.errors import JobError
-from engines.job.job_file import load_job
-from engines.job.keys import keys_table, type_words
-from engines.job.settings import Job, Names
-from engines.job.template import write_template
+from calibcast.engines.cli import _run
+from calibcast.engines.job.errors import JobError
+from calibcast.engines.job.job_file import load_job
+from calibcast.engines.job.keys import keys_table, type_words
+from calibcast.engines.job.settings import Job, Names
+from calibcast.engines.job.template import write_template
 
 GOOD = '[model]\nlocation = "net.pt2"\n[data]\nparquet = "rows.parquet"\n'
 

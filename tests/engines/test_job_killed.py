@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-
-from calib import RangeTable
-from calib.checkpoint import Checkpoint
-from engines.locations import load_model
+from calibcast.calib import RangeTable
+from calibcast.calib.checkpoint import Checkpoint
+from calibcast.engines.locations import load_model
 
 BATCHES, EVERY = 14, 3
 PHASES = ("loading", "running", "merging", "writing", "written")

@@ -12,10 +12,9 @@ from typing import Any
 
 import polars as pl
 import pytest
-
-from calib import RangeTable
-from calib.checkpoint import Checkpoint
-from engines.cli import _run
+from calibcast.calib import RangeTable
+from calibcast.calib.checkpoint import Checkpoint
+from calibcast.engines.cli import _run
 
 ROWS, BATCH = 27, 4  # 7 batches, the last of three rows
 EXACT = [
@@ -187,10 +186,10 @@ def test_torchrun_runs_a_job(base: Path, make_job: Any, outcomes: Any) -> None:
     """The real launcher, with the real command; the first process alone speaks."""
     path = job(make_job, base, "torchrun", f'folder = "rows"\nbatch_size = {BATCH}', held_out=0.2)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "engines.cli", "run", path,
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "calibcast", "run", path,
          "--log-format", "json"],
         capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / ".package"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("calibrate ") == 1

@@ -2,10 +2,9 @@
 
 from itertools import islice, takewhile
 
+from calibcast.engines.job.shares import Share
 from hypothesis import given
 from hypothesis import strategies as st
-
-from engines.job.shares import Share
 
 lengths = st.integers(0, 60)
 worlds = st.integers(1, 7)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from calib import RangeTable, calibrate
-from engines.cli import _run
-from engines.locations import load_model
+from calibcast.calib import RangeTable, calibrate
+from calibcast.engines.cli import _run
+from calibcast.engines.locations import load_model
 
 STAGES = ["calibrate", "plan", "cast", "build", "verify"]
 
@@ -286,12 +285,13 @@ def test_a_disk_that_is_really_full(job):
     before = (job.parent / "out/ranges.parquet").read_bytes()
     edit(job, "batch_size = 2", "batch_size = 4")
     script = (
-        "import resource, signal, sys; from engines.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "import resource, signal, sys; from calibcast.engines.cli import main; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         f"resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); main(['run', {str(job)!r}])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / ".package")},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "cannot write" in done.stderr

@@ -3,15 +3,14 @@
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import GateError
+from calibcast.engines import build
+from calibcast.engines.ledger.inspection import EngineLayer
+from calibcast.engines.ledger.ledger import SCHEMA, ledger_of
+from calibcast.engines.ledger.ledger_text import ledger_text, require_precision, unknown_share
+from calibcast.passes import PrecisionPlan
+from calibcast.passes.plan import Decision
 from torch import nn
-
-from calib import GateError
-from engines import build
-from engines.inspection import EngineLayer
-from engines.ledger import SCHEMA, ledger_of
-from engines.ledger_text import ledger_text, require_precision, unknown_share
-from passes import PrecisionPlan
-from passes.plan import Decision
 
 
 def plan(**nodes):

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-
-from engines.metrics import RTOL, OutputError
+from calibcast.engines.judging.metrics import RTOL, OutputError
 
 
 def compared(pairs):

@@ -9,14 +9,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from calibcast import engines
+from calibcast.calib import BatchError, BuildError, MismatchError, calibrate
+from calibcast.engines import Engine, build, verify
+from calibcast.engines.ledger.ledger_text import ledger_text, unknown_share
+from calibcast.passes import classify, insert_casts
 from torch import nn
 from torch.export import Dim
-
-import engines
-from calib import BatchError, BuildError, MismatchError, calibrate
-from engines import Engine, build, verify
-from engines.ledger_text import ledger_text, unknown_share
-from passes import classify, insert_casts
 
 pytestmark = pytest.mark.gpu
 
@@ -98,9 +97,9 @@ def test_calibration_on_the_gpu_measures_what_the_cpu_measures(batches):
 
 def test_calibration_does_not_wait_for_the_gpu_within_a_batch(program, batches):
     """Nothing is read back from the device while a batch runs: a synchronisation would raise."""
-    from calib.execution import ProgramRunner
-    from calib.graph import tensor_specs
-    from calib.observer import Observer
+    from calibcast.calib.execution import ProgramRunner
+    from calibcast.calib.graph import tensor_specs
+    from calibcast.calib.observer import Observer
 
     runner = ProgramRunner(program)
     observer = Observer(tensor_specs(program), runner.device, histogram=True)
@@ -119,11 +118,11 @@ def test_calibration_does_not_wait_for_the_gpu_within_a_batch(program, batches):
 
 def test_batches_replayed_as_a_graph_measure_what_the_interpreter_measures():
     """One kernel a tensor, captured from the second batch of a size on, against some twenty kernels, interpreted."""
-    from calib.calibration import prepare
-    from calib.captured_execution import CapturedRunner
-    from calib.device_observer import DeviceObserver, fused_problem
-    from calib.masks import mask_tensors
-    from calib.observer import Observer
+    from calibcast.calib.calibration import prepare
+    from calibcast.calib.captured_execution import CapturedRunner
+    from calibcast.calib.device_observer import DeviceObserver, fused_problem
+    from calibcast.calib.masks import mask_tensors
+    from calibcast.calib.observer import Observer
 
     assert fused_problem(torch.device("cuda")) is None
     torch.manual_seed(0)
@@ -208,7 +207,7 @@ def test_whole_bf16_and_other_settings_reach_torch_tensorrt(batches):
 
 
 def test_weak_typing_is_refused_where_tensorrt_has_it_no_more():
-    from engines.torch_tensorrt_adapter import installed_flavour
+    from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import installed_flavour
 
     if installed_flavour()[0] != "torch-tensorrt-rtx":
         pytest.skip("the standard flavour may still have weak typing")
@@ -295,7 +294,7 @@ def test_a_fresh_process_loads_and_runs_a_saved_engine(engine, batches, tmp_path
     engine.save(tmp_path / "engine")
     torch.save(batches[1], tmp_path / "x.pt")
     script = (
-        "import sys, torch; from engines import Engine\n"
+        "import sys, torch; from calibcast.engines import Engine\n"
         "x = torch.load(sys.argv[2]); torch.save(Engine.load(sys.argv[1])(x).cpu(), sys.argv[3])"
     )
     files = [str(tmp_path / name) for name in ("engine", "x.pt", "y.pt")]

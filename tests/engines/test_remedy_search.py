@@ -2,20 +2,22 @@
 
 import pytest
 import torch
+from calibcast.calib import BuildError, calibrate
+from calibcast.calib.batches import signature_of
+from calibcast.engines import build
+from calibcast.engines.runtimes import BuildRequest
+from calibcast.engines.tensorrt import attempts as build_attempts
+from calibcast.engines.tensorrt import backend as tensorrt
+from calibcast.engines.tensorrt.builder.isolation import BUILDING, RUNNING, BuilderError, build_isolated
+from calibcast.engines.tensorrt.profiles import profiles
+from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
+from calibcast.engines.tensorrt.trial_run import trial_inputs, trial_problem
+from calibcast.passes import classify, insert_casts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from benchmarks.rtx_builder import has_builder
-from calib import BuildError, calibrate
-from calib.batches import signature_of
-from engines import build, build_attempts, tensorrt
-from engines.builder_isolation import BUILDING, RUNNING, BuilderError, build_isolated
-from engines.profiles import profiles
-from engines.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
-from engines.runtimes import BuildRequest
-from engines.trial_run import trial_inputs, trial_problem
-from passes import classify, insert_casts
 
 
 class Gated(nn.Module):

@@ -10,14 +10,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import calibrate
+from calibcast.engines.cli import _run
+from calibcast.engines.review.report_table import report_frame
+from calibcast.engines.review.text_table import cell, printable
+from calibcast.engines.usage import UsageError
+from calibcast.passes import classify
 from torch import nn
-
-from calib import calibrate
-from engines.cli import _run
-from engines.report_table import report_frame
-from engines.text_table import cell, printable
-from engines.usage import UsageError
-from passes import classify
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,8 +183,8 @@ def test_mistakes_on_the_command_line_are_exit_code_2(files, capsys, arguments, 
 
 def test_a_closed_pipe_is_no_error(made, files):
     """As in `calibcast report .. --format json | head -1`."""
-    command = [sys.executable, "-m", "engines.cli", "report", "r.parquet", "--format", "json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "calibcast", "report", "r.parquet", "--format", "json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / ".package")}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         process.stdout.read(1)
         process.stdout.close()

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
+from calibcast.calib import CalibcastError, GateError, MismatchError, calibrate
+from calibcast.calib.execution import ProgramRunner
+from calibcast.engines import build, verify
+from calibcast.passes import classify, insert_casts
 from torch import nn
-
-from calib import CalibcastError, GateError, MismatchError, calibrate
-from calib.execution import ProgramRunner
-from engines import build, verify
-from passes import classify, insert_casts
 
 
 class Logits(nn.Module):

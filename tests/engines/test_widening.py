@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calibcast.calib import BuildError
+from calibcast.calib.execution import ProgramRunner
+from calibcast.engines.tensorrt.widening import restated, widenable, widened, with_movement
+from calibcast.passes import PrecisionPlan, classify, insert_casts
 from torch import nn
 
 from benchmarks.fuzz.case import plan_by_hand, run_checked
 from benchmarks.fuzz.programs import drawn, exported, inputs_of
-from calib import BuildError
-from calib.execution import ProgramRunner
-from engines.widening import restated, widenable, widened, with_movement
-from passes import PrecisionPlan, classify, insert_casts
 
 LOW = {torch.float16, torch.bfloat16}
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib import CalibcastError, RangeTable, calibrate
+from calibcast.engines import build, verify
+from calibcast.passes import PrecisionPlan, classify, compare, insert_casts, what_if
 from torch import nn
-
-from calib import CalibcastError, RangeTable, calibrate
-from engines import build, verify
-from passes import PrecisionPlan, classify, compare, insert_casts, what_if
 
 DATA = [torch.ones(2, 4)]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib.graph import base_op, dtype_name, op_name, tensor_values
+from calibcast.passes import PrecisionPlan
 from torch import fx, nn
 from torch.export import ExportedProgram
 
 from benchmarks.fuzz.case import Case, made_case, plan_by_hand, run_checked
 from benchmarks.fuzz.laws import LAWS
-from calib.graph import base_op, dtype_name, op_name, tensor_values
-from passes import PrecisionPlan
 
 _SHORT = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 

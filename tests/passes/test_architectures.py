@@ -10,10 +10,11 @@ import torch
 for package in ("timm", "torchvision", "transformers"):
     pytest.importorskip(package)
 
+from calibcast.passes import insert_casts  # noqa: E402
+
 from benchmarks.zoo import ZOO  # noqa: E402
 from benchmarks.zoo.coverage import ITEMS, coverage  # noqa: E402
 from benchmarks.zoo.judgement import TOLERANCE, Trial, outputs_of  # noqa: E402
-from passes import insert_casts  # noqa: E402
 
 SLOW = {name: pytest.mark.slow for name, entry in ZOO.items() if entry.slow}
 LOW_TYPES = pytest.mark.parametrize("low_type", TOLERANCE, ids=["fp16", "bf16"])

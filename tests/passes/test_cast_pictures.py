@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib import PlanError
+from calibcast.passes import PrecisionPlan, insert_casts
 from torch import nn
 from torch.export import Dim, ExportedProgram
-
-from calib import PlanError
-from passes import PrecisionPlan, insert_casts
 
 X = torch.linspace(-2, 2, 12).reshape(3, 4)
 

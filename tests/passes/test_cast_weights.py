@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib import calibrate
+from calibcast.passes import PrecisionPlan, classify, insert_casts
 from torch import nn
 from torch.export import ExportedProgram
-
-from calib import calibrate
-from passes import PrecisionPlan, classify, insert_casts
 
 X = torch.linspace(-2, 2, 12).reshape(3, 4)
 LOW, HIGH = torch.float16, torch.float32

@@ -10,14 +10,13 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import MismatchError, PlanError, RangeTable, calibrate
+from calibcast.passes import NodeFacts, PrecisionPlan, Verdict, classify
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
-
-from calib import MismatchError, PlanError, RangeTable, calibrate
-from passes import NodeFacts, PrecisionPlan, Verdict, classify
 
 aten = torch.ops.aten
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pickle
 
 import torch
-
-from calib import calibrate
-from passes.evidence import Histogram, evidence_of
+from calibcast.calib import calibrate
+from calibcast.passes.evidence import Histogram, evidence_of
 
 
 def test_evidence_has_the_numbers_of_the_table() -> None:

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 import torch
+from calibcast.passes import cast_insertion, node_types
 
 from benchmarks.fuzz import __main__ as command
 from benchmarks.fuzz import judgement
 from benchmarks.fuzz.judgement import NotExportedError, judge, shrunk
 from benchmarks.fuzz.programs import KINDS, STEPS, Draw, Recipe, Step, drawn
-from passes import cast_insertion, node_types
 
 
 def no_matmul(case):

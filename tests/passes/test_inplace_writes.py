@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.passes import PrecisionPlan, insert_casts
+from calibcast.passes.ties import ties_of
 from torch import nn
 from torch.export import ExportedProgram
-
-from passes import PrecisionPlan, insert_casts
-from passes.ties import ties_of
 
 X = torch.linspace(-2, 2, 12).reshape(3, 4)
 

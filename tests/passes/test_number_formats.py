@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-
-from calib import PlanError
-from passes import NodeFacts
-from passes.number_formats import BFLOAT16, FLOAT16, format_of
+from calibcast.calib import PlanError
+from calibcast.passes import NodeFacts
+from calibcast.passes.number_formats import BFLOAT16, FLOAT16, format_of
 
 
 @pytest.mark.parametrize(("dtype", "found"), [(torch.float16, FLOAT16), (torch.bfloat16, BFLOAT16)])

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody writes it
+from calibcast.calib import calibrate
+from calibcast.passes import classify, insert_casts
 from torch import nn
-
-from calib import calibrate
-from passes import classify, insert_casts
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -12,12 +12,11 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import ArtifactError, MismatchError, PlanError, calibrate
+from calibcast.passes import PrecisionPlan, classify, insert_casts
+from calibcast.passes.plan import SCHEMA
 from torch import nn
 from torch.export import ExportedProgram
-
-from calib import ArtifactError, MismatchError, PlanError, calibrate
-from passes import PrecisionPlan, classify, insert_casts
-from passes.plan import SCHEMA
 
 
 class Net(nn.Module):

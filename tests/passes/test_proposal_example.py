@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib import calibrate
+from calibcast.passes import PrecisionPlan, classify, insert_casts
 from torch import nn
 from torch.export import ExportedProgram
-
-from calib import calibrate
-from passes import PrecisionPlan, classify, insert_casts
 
 
 class ConvNet(nn.Module):

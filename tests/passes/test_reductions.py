@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast.calib import calibrate
+from calibcast.calib.graph import base_op
+from calibcast.passes import classify
+from calibcast.passes.reductions import depth_of_reduction
 from torch import fx
 from torch.nn import functional as F  # noqa: N812 - as everybody calls it
-
-from calib import calibrate
-from calib.graph import base_op
-from passes import classify
-from passes.reductions import depth_of_reduction
 
 E = torch.zeros
 aten = torch.ops.aten

@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, seed, settings
-from hypothesis import strategies as st
-
-from calib import calibrate
-from passes import Cancelled, Hidden, Literal, NodeFacts, TensorFacts, classify
-from passes.number_formats import BFLOAT16, FLOAT16, format_of
-from passes.rules import (
+from calibcast.calib import calibrate
+from calibcast.passes import Cancelled, Hidden, Literal, NodeFacts, TensorFacts, classify
+from calibcast.passes.number_formats import BFLOAT16, FLOAT16, format_of
+from calibcast.passes.rules import (
     Follows,
     Interior,
     Legality,
@@ -28,7 +25,9 @@ from passes.rules import (
     holds,
     rule_id,
 )
-from passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage, keeps_surely, storage_sqnr
+from calibcast.passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage, keeps_surely, storage_sqnr
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 SPREAD = torch.linspace(1, 400, 64)

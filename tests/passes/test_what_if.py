@@ -7,14 +7,13 @@ import pickle
 import polars as pl
 import pytest
 import torch
+from calibcast.calib import MismatchError, PlanError, RangeTable, calibrate
+from calibcast.passes import PrecisionPlan, Verdict, classification, classify, insert_casts, what_if
+from calibcast.passes.alternatives import SCHEMA
+from calibcast.passes.cast_insertion import CAST
+from calibcast.passes.flips import flips_of, low_at
+from calibcast.passes.shares import losses
 from torch import nn
-
-from calib import MismatchError, PlanError, RangeTable, calibrate
-from passes import PrecisionPlan, Verdict, classification, classify, insert_casts, what_if
-from passes.alternatives import SCHEMA
-from passes.cast_insertion import CAST
-from passes.flips import flips_of, low_at
-from passes.shares import losses
 
 
 class Net(nn.Module):

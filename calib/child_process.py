@@ -1,0 +1,18 @@
+"""What a child process of calibcast has to import from: the places of this process, and calibcast's own."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import calibcast
+
+# The folder that holds the package `calibcast`; not resolved, since in a checkout the packages in it are links.
+PACKAGE_ROOT = Path(str(calibcast.__file__)).absolute().parents[1]
+
+
+def module_search_path(root: Path = PACKAGE_ROOT) -> str:
+    """`PYTHONPATH` for a child that imports what this process can import, and from the same places."""
+    places = [part or os.getcwd() for part in sys.path]
+    return os.pathsep.join(places if str(root) in places else [str(root), *places])

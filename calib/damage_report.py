@@ -1,0 +1,60 @@
+"""What is wrong with a range table whose checksum is not right, found in a process of its own.
+
+Bytes that are not as they were written can end the process that parses them, so another one looks at them, and only to
+say more than that the checksum is wrong: which column is missing, which row contradicts itself, that it is foreign.
+
+    python -m calibcast.calib.damage_report ranges.parquet
+
+writes a JSON text, or null when the file can be read and nothing else is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from calibcast.calib.child_process import module_search_path
+
+_SECONDS = 120.0  # a reader that was led astray may not come back
+
+
+def damage_report(source: Path) -> str | None:
+    """Why `source` cannot be read as a range table; None when nothing is wrong that reading it shows."""
+    # What the caller imports, and from the same places, is what should look.
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "calibcast.calib.damage_report", str(source)],
+            env={**os.environ, "PYTHONPATH": module_search_path()},
+            capture_output=True,  # panics of polars print a trace
+            timeout=_SECONDS,
+        )
+        if done.returncode == 0:
+            found = json.loads(done.stdout)
+            return None if found is None else str(found)
+        how = f"ends with status {done.returncode}"
+    except subprocess.TimeoutExpired:
+        how = f"does not come back within {_SECONDS:g} s"
+    except (OSError, ValueError, TypeError):  # TypeError: a Python inside another program has no executable
+        return None  # nobody can be sent to look; the checksum has said enough
+    return f"{source} is not a readable Parquet file (truncated or foreign): a process that reads it {how}"
+
+
+def main(path: str) -> None:
+    """Look, and say on stdout what was found."""
+    from calibcast.calib.errors import ArtifactError
+    from calibcast.calib.ranges import read_table
+
+    source = Path(path)
+    try:
+        read_table(source.read_bytes(), source)
+    except ArtifactError as error:
+        json.dump(str(error), sys.stdout)
+    else:
+        json.dump(None, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,46 @@
+"""Tensors that hold no values yet: what `empty` makes, and views of it that are there to be written to.
+
+Their elements are what the memory held before, another number in every run and at times NaN. No range is in that, and
+no error of a cast; so calibration counts them as zeros, and a comparison leaves them out.
+"""
+
+from __future__ import annotations
+
+from calibcast.calib.aliasing import shared_arguments, written_arguments
+from calibcast.calib.graph import base_op, walk
+from torch import fx
+from torch.export import ExportedProgram
+
+_MAKES = frozenset({"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"})
+# What writes every element of its first argument, and reads none.
+_OVERWRITES = frozenset({"copy", "fill", "zero"})
+
+
+def undefined_tensors(program: ExportedProgram) -> frozenset[str]:
+    """Qualified names of the nodes whose output holds no values when they have run.
+
+    A view of empty memory counts when nothing but writes over all of it, or further such views, read it: one that is
+    read otherwise may come after a write, whose values it then has.
+    """
+    steps = list(walk(program.graph_module))
+    targets: set[fx.Node] = set()
+    for step in reversed(steps):
+        users = step.node.users
+        if users and all(_writes_over(user, step.node) or (_is_view(user) and user in targets) for user in users):
+            targets.add(step.node)
+    found: dict[fx.Node, str] = {}
+    for step in steps:
+        node = step.node
+        makes = node.op == "call_function" and base_op(node.target) in _MAKES
+        if makes or (node in targets and _is_view(node) and all(n in found for n in shared_arguments(node))):
+            found[node] = step.name
+    return frozenset(found.values())
+
+
+def _writes_over(writer: fx.Node, target: fx.Node) -> bool:
+    reads_once = writer.op == "call_function" and list(writer.args).count(target) == 1
+    return reads_once and base_op(writer.target) in _OVERWRITES and written_arguments(writer) == [target]
+
+
+def _is_view(node: fx.Node) -> bool:
+    return bool(shared_arguments(node)) and not written_arguments(node)

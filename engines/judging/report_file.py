@@ -1,0 +1,60 @@
+"""A verification report as a file."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import polars as pl
+from calibcast.calib.artifacts import load_json, parsed, save_json
+from calibcast.engines.judging.attribution import SCHEMA as ATTRIBUTION
+from calibcast.engines.judging.verification import SCHEMA, VerificationReport
+
+_KIND = "verification"
+
+
+def save_report(path: str | os.PathLike[str], report: VerificationReport) -> None:
+    """Write a report as JSON, whole or not at all."""
+    content = {
+        "passed": report.passed,
+        "batches": report.batches,
+        "problems": list(report.problems),
+        "reference_problem": report.reference_problem,
+        "metrics": {name: _text(value) for name, value in report.metrics.items()},
+        "floating": list(report.floating),
+        "outputs": _rows(report.frame),
+        "attribution": None if report.attribution is None else _rows(report.attribution),
+    }
+    save_json(path, _KIND, content)
+
+
+def load_report(path: str | os.PathLike[str]) -> VerificationReport:
+    """Read a report. Raises ArtifactError when the file is truncated, foreign or newer."""
+    content = load_json(path, _KIND)
+    with parsed(path, _KIND):
+        attribution = content["attribution"]
+        return VerificationReport(
+            frame=_frame(content["outputs"], SCHEMA),
+            batches=content["batches"],
+            metrics={name: float(value) for name, value in content["metrics"].items()},
+            problems=tuple(content["problems"]),
+            reference_problem=content["reference_problem"],
+            floating=tuple(content["floating"]),
+            attribution=None if attribution is None else _frame(attribution, ATTRIBUTION),
+        )
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rows(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    # JSON has no inf and NaN; as text they survive every reader.
+    return [{key: _text(value) for key, value in row.items()} for row in frame.to_dicts()]
+
+
+def _frame(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
+    floats = {name for name, dtype in schema.items() if dtype == pl.Float64}
+    numbers = [{k: float(v) if k in floats and isinstance(v, str) else v for k, v in row.items()} for row in rows]
+    return pl.DataFrame(numbers, schema=schema)

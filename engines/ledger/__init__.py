@@ -1,0 +1,1 @@
+"""From planned node to engine layer: what precision the engine really used."""

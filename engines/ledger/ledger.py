@@ -1,0 +1,175 @@
+"""The ledger: for every planned node, which engine layer it went into, and in which types that layer runs.
+
+`match` says how sure that is. exact: a layer of its own. fused: a layer that it shares with other nodes, whose types
+are those of its edges, not of what happens inside; also a node that lowering folded away, which then has no layer.
+unknown: nothing in the engine could be traced back to it. `found_by` says how:
+
+- "metadata": the node's name, carried by TensorRT from our network layer to the engine's.
+- "layer name", "tensor name": an engine layer or tensor called like one of the node's network layers or their outputs.
+- "neighbours": between two layers of which one reads what the other writes.
+- "shapes": the only layer and the only node left with these output sizes.
+- "lowering": no layer was made for it. "folding": its layers only move or hold data, and TensorRT left none over.
+- "pytorch": it runs outside the engine. "graph": the eager backend runs the graph itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import polars as pl
+from calibcast.calib.graph import dtype_name, tensor_values
+from calibcast.calib.operators import MOVES
+from calibcast.engines.ledger.inspection import EngineLayer
+from calibcast.engines.ledger.layer_tracing import traced
+from calibcast.passes.plan import KEPT, LOW, PrecisionPlan
+from torch.export import ExportedProgram
+
+EXACT, FUSED, UNKNOWN = "exact", "fused", "unknown"
+SCHEMA: dict[str, Any] = {
+    "node": pl.String,
+    "op": pl.String,
+    "module": pl.String,
+    "planned": pl.String,
+    "planned_type": pl.String,
+    "layers": pl.List(pl.String),
+    "actual_types": pl.List(pl.String),
+    "match": pl.String,
+    "found_by": pl.String,
+    "agrees": pl.Boolean,
+}
+# Kinds of network layers that compute nothing, so that an engine may have none of them.
+_IDLE_KINDS = frozenset({"SHUFFLE", "CONSTANT", "IDENTITY", "SHAPE", "SLICE", "CONCATENATION"})
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One planned node. agrees: whether the types allow what was planned; None where that cannot be told."""
+
+    node: str
+    op: str
+    module: str
+    planned: str
+    planned_type: str
+    layers: tuple[str, ...] = ()
+    actual_types: tuple[str, ...] = ()
+    match: str = UNKNOWN
+    found_by: str | None = None
+    agrees: bool | None = None
+
+
+def empty_ledger() -> pl.DataFrame:
+    """A ledger without rows."""
+    return pl.DataFrame([], schema=SCHEMA)
+
+
+def ledger_of(
+    plan: PrecisionPlan,
+    made: Sequence[Mapping[str, Any]],
+    layers: Sequence[EngineLayer],
+    torch_types: Mapping[str, Sequence[str]],
+    readers: Mapping[str, Sequence[str]] | None = None,
+) -> pl.DataFrame:
+    """The ledger of an engine: one row per low or high node of `plan`, with the columns of `SCHEMA`.
+
+    made: the layers of the networks before fusion (`name`, `node`, `outputs`, `shapes`). layers: of the engines, as
+    inspected; none where nothing could be inspected. torch_types: nodes that run in PyTorch, and their types. readers:
+    of each node, the nodes that read it.
+    """
+    planned = [d for d in plan.decisions if d.precision != KEPT]
+    types = {d.node: dtype_name(plan.low_precision_type) if d.precision == LOW else "float32" for d in planned}
+    found, how = traced(made, layers, readers or {})
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for layer in made:
+        kinds[str(layer["node"])].add(str(layer["kind"]))
+    rows = []
+    for decision in planned:
+        name = decision.node
+        row = LedgerRow(name, decision.op, decision.module, decision.precision, types[name])
+        if name in torch_types:
+            ours = tuple(torch_types[name])
+            row = _filled(row, ["pytorch"], ours, EXACT, "pytorch", types[name] in ours if ours else None)
+        elif name in found:
+            held = [layers[index] for index in found[name]]
+            match, seen, agrees = _judged(name, held, types)
+            # Moving data before a cast or after it is the same.
+            agrees = None if agrees is False and _moves(decision.op) else agrees
+            row = _filled(row, [layer.name for layer in held], seen, match, how[name], agrees)
+        elif name not in kinds and "" not in kinds:
+            row = _filled(row, [], (), FUSED, "lowering")
+        elif name in kinds and kinds[name] <= _IDLE_KINDS and layers:
+            row = _filled(row, [], (), FUSED, "folding")
+        rows.append(row)
+    return pl.DataFrame([asdict(row) for row in rows], schema=SCHEMA)
+
+
+def eager_ledger(plan: PrecisionPlan, program: ExportedProgram) -> pl.DataFrame:
+    """The ledger of the eager backend, which runs each node of the cast graph as it stands."""
+    given = {node.name: {dtype_name(v.dtype) for _, v in tensor_values(node) if v.dtype.is_floating_point}
+             for node in program.graph.nodes}  # fmt: skip
+    low = dtype_name(plan.low_precision_type)
+    rows = []
+    for d in plan.decisions:
+        if d.precision == KEPT:
+            continue
+        kind = low if d.precision == LOW else "float32"
+        row = LedgerRow(d.node, d.op, d.module, d.precision, kind)
+        types = tuple(sorted(given.get(d.node, ())))
+        if d.node in given:
+            row = _filled(row, [d.node], types, EXACT, "graph", kind in types if types else None)
+        rows.append(row)
+    return pl.DataFrame([asdict(row) for row in rows], schema=SCHEMA)
+
+
+def _filled(
+    row: LedgerRow,
+    layers: Iterable[str],
+    types: tuple[str, ...],
+    match: str,
+    found_by: str | None = None,
+    agrees: bool | None = None,
+) -> LedgerRow:
+    place = (row.node, row.op, row.module, row.planned, row.planned_type)
+    return LedgerRow(*place, tuple(layers), types, match, found_by, agrees)
+
+
+def _judged(
+    name: str, layers: Sequence[EngineLayer], types: Mapping[str, str]
+) -> tuple[str, tuple[str, ...], bool | None]:
+    """Match, types and agreement of a node that these layers carry.
+
+    A kernel's edges contradict a plan only where all planned nodes in it were to run in one type: between a cast to
+    fp32 and a cast back, a fused kernel shows fp16 on both sides and computes in fp32 all the same.
+    """
+    seen = tuple(dict.fromkeys(kind for layer in layers for kind in layer.types))
+    others = {node for layer in layers for node in layer.nodes if node != name}
+    match = FUSED if others & set(types) else EXACT
+    typed = any(layer.types for layer in layers)
+    casts = any(_is_cast(node, types) for node in others)
+    alone = {types[node] for node in (*others, name) if node in types} == {types[name]} and not casts
+    agrees = (types[name] in seen) if typed and alone else (True if types[name] in seen else None)
+    return match, seen, agrees
+
+
+def _moves(op: str) -> bool:
+    """Whether an operator, by its full name, only moves data."""
+    parts = op.split(".")
+    return len(parts) > 1 and parts[1].rstrip("_") in MOVES
+
+
+def _is_cast(node: str, types: Mapping[str, str]) -> bool:
+    # Casts that calibcast inserts are not in the plan: it is of the graph before them.
+    return node not in types and "_as_" in node
+
+
+def plan_of(plan: PrecisionPlan | None, program: ExportedProgram) -> PrecisionPlan:
+    """The plan that a ledger is held against: the one given, else the types that the program has."""
+    return plan if plan is not None else PrecisionPlan.from_types(program)
+
+
+def readers_of(program: ExportedProgram) -> dict[str, list[str]]:
+    """Of each node that computes, the nodes that read it; the graph's inputs and outputs are left out."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    return {node.name: [user.name for user in node.users if user.op == "call_function"] for node in calls}

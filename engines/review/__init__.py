@@ -1,0 +1,1 @@
+"""What a reviewer reads: tables and texts about ranges, plans and their differences."""

@@ -1,0 +1,105 @@
+"""What changed between two calibrations, or two plans, as one frame and as text."""
+
+from __future__ import annotations
+
+import polars as pl
+from calibcast.calib.errors import GateError
+from calibcast.calib.range_diff import RangeDiff, headroom_text
+from calibcast.engines.review.text_table import Column, listed, printable, text_table
+
+_FLIPS = ("to_high", "to_low")
+_COLUMNS = (
+    Column("node", "node", 34),
+    Column("change", "change", 6),
+    Column("absmax_old", "absmax was", 10, number=True),
+    Column("absmax_new", "now", 10, number=True),
+    Column("growth", "growth", 8, number=True),
+    Column("headroom_new", "headroom", 9, number=True),
+    Column("flip", "flip", 14),
+)
+
+
+def diff_frame(diff: RangeDiff, flips: pl.DataFrame) -> pl.DataFrame:
+    """All that changed, one row per tensor: `RangeDiff.frame` without what stayed the same, with the node's flip.
+
+    flip: `to_high`, `to_low`, `rule`, `new`, `gone` as in `plan_diff`, or null; reason: why. Nodes that flip and have
+    no tensor of their own here have a row without ranges.
+    """
+    decided = flips.select("node", "op", "module", flip="change", rule="rule_new", reason="reason")
+    joined = diff.frame.join(decided.drop("op", "module"), on="node", how="left", maintain_order="left")
+    changed = joined.filter((pl.col("change") != "same") | pl.col("flip").is_not_null())
+    others = decided.join(diff.frame, on="node", how="anti", maintain_order="left")
+    return pl.concat([changed, others], how="diagonal").sort(
+        pl.col("flip").is_in(_FLIPS).fill_null(False), pl.col("growth").log().abs(), descending=True,
+        nulls_last=True, maintain_order=True,
+    )  # fmt: skip
+
+
+def diff_text(diff: RangeDiff, flips: pl.DataFrame, by: str, rows: int | None = None) -> str:
+    """The change in at most 100 columns. `by`: how the flips were found."""
+    frame = diff_frame(diff, flips)
+    how = "the same graph" if diff.same_graph else "another export, matched by module path and structure"
+    counts = ", ".join(f"{number} {change}" for change, number in diff.counts.items())
+    lines = [f"{len(diff.old)} tensors before, {len(diff.new)} now; {how}: {counts}"]
+    for change in ("new", "gone"):
+        names = diff.frame.filter(pl.col("change") == change)["node"].to_list()
+        if names:
+            lines.append(f"{change}: {listed(names, 6)}")
+    lines += _headroom_lines(diff)
+    lines += _flip_lines(flips, by)
+    shown = frame if rows is None else frame.head(rows)
+    if len(shown):
+        lines += ["", *text_table(shown.iter_rows(named=True), _COLUMNS)]
+    if len(shown) < len(frame):
+        lines.append(f"and {len(frame) - len(shown)} more")
+    return "\n".join(lines)
+
+
+def plan_diff_text(flips: pl.DataFrame) -> str:
+    """What differs between two plans."""
+    if flips.is_empty():
+        return "no decision changed"
+    counts = dict(flips["change"].value_counts(sort=True).iter_rows())
+    lines = [", ".join(f"{number} {change}" for change, number in counts.items())]
+    return "\n".join(lines + [f"  {_flip_line(row)}" for row in flips.iter_rows(named=True)])
+
+
+def require_no_flip(flips: pl.DataFrame) -> None:
+    """Raise GateError when a decision flips."""
+    flipped = flips.filter(pl.col("change").is_in(_FLIPS))
+    if flipped.height:
+        names = listed(flipped["node"].to_list(), 8)
+        raise GateError(f"{flipped.height} decisions flip: {names}. Make a new plan, or look at what changed.", flipped)
+
+
+def require_headroom(diff: RangeDiff, least: float) -> None:
+    """Raise GateError when a tensor has lost headroom, and has less than `least` times left below 65504."""
+    lost = diff.losses(below=least)
+    if lost.height:
+        texts = [headroom_text(row) for row in lost.head(5).iter_rows(named=True)]
+        raise GateError(
+            f"{lost.height} tensors have lost headroom and have less than {least:g}x: {listed(texts, 5)}", lost
+        )
+
+
+def _headroom_lines(diff: RangeDiff, most: int = 5) -> list[str]:
+    """The worst tensor of each module whose peak has at least doubled, the least headroom first."""
+    lost = diff.losses().filter(pl.col("headroom_lost") >= 2).unique("module", keep="first", maintain_order=True)
+    lines = [f"  {printable(headroom_text(row))}" for row in lost.head(most).iter_rows(named=True)]
+    more = [f"  and {lost.height - most} more modules"] if lost.height > most else []
+    return ["headroom lost:", *lines, *more] if lines else []
+
+
+def _flip_lines(flips: pl.DataFrame, by: str, most: int = 10) -> list[str]:
+    flipped = flips.filter(pl.col("change").is_in(_FLIPS))
+    if flipped.is_empty():
+        return [f"no decision would flip ({by})"]
+    lines = [f"{flipped.height} decisions would flip ({by}):"]
+    lines += [f"  {_flip_line(row)}" for row in flipped.head(most).iter_rows(named=True)]
+    return lines + ([f"  and {flipped.height - most} more"] if flipped.height > most else [])
+
+
+def _flip_line(row: dict[str, object]) -> str:
+    was, now = row["precision_old"] or "nothing", row["precision_new"] or "nothing"
+    rule = f" ({row['rule_new']})" if row["rule_new"] else ""
+    return printable(f"{row['node']}: {was} to {now}{rule}: {row['reason']}")

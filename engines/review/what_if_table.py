@@ -1,0 +1,71 @@
+"""The answers of `what_if` as text in 100 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+from calibcast.engines.review.text_table import Column, listed, text_table
+
+_COLUMNS = (
+    Column("low_precision_type", "type", 8),
+    Column("data_max", "data_max", 8, number=True),
+    Column("range_quantile", "quantile", 8, number=True),
+    Column("nodes", "nodes low", 13, number=True),
+    Column("work", "work", 6, number=True),
+    Column("activations", "activ.", 6, number=True),
+    Column("casts", "casts", 5, number=True),
+    Column("cast", "cast", 8, number=True),
+    Column("overflow", "overflow", 8, number=True),
+    Column("underflow", "underfl.", 8, number=True),
+    Column("flips", "flips", 9, number=True),
+)
+
+
+def what_if_table(frame: pl.DataFrame, base: str) -> str:
+    """One line per setting, then which nodes flip against `base`."""
+    rows = list(frame.iter_rows(named=True))
+    lines = text_table([_cells(row) for row in rows], _COLUMNS)
+    lines.append(f"shares are of all decided nodes; flips (+low, -low) are against {base}")
+    for row in rows:
+        title = f"{row['low_precision_type']}, data_max {row['data_max']:g}, quantile {row['range_quantile']:g}"
+        for name, sign in (("to_low", "+"), ("to_high", "-")):
+            if row[name]:
+                lines.append(f"  {title}: {sign}{len(row[name])} {listed(row[name], 6)}")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    decided = row["nodes_low"] + row["nodes_high"]
+    return {
+        **row,
+        "nodes": f"{row['nodes_low']} of {decided}",
+        "work": percent(row["work_share"]),
+        "activations": percent(row["activation_share"]),
+        "cast": size(row["bytes_cast"]),
+        "overflow": _bounds(row["overflow"], row["overflow_at_least"]),
+        "underflow": _bounds(row["underflow"], row["underflow_at_least"]),
+        "flips": f"+{len(row['to_low'])} -{len(row['to_high'])}",
+    }
+
+
+def percent(share: float) -> str:
+    """`99.5%`, or `-` where there is nothing to share."""
+    return "-" if share != share else f"{100 * share:.1f}%"
+
+
+def size(count: int) -> str:
+    """Bytes for people: `12.3 MB`."""
+    number, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.3g} {unit}"
+
+
+def _bounds(most: float, least: float) -> str:
+    if most != most:
+        return "-"
+    exact = "" if most == least else "<="
+    return f"{exact}{most:.2g}"

@@ -1,0 +1,1 @@
+"""TensorRT through Torch-TensorRT: build, remedies when the builder fails, the cache, engines as files."""

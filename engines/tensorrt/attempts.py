@@ -1,0 +1,186 @@
+"""Building an engine, and again with one remedy after another where that is allowed."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calibcast.calib.errors import BuildError
+from calibcast.engines.runtimes import BuildRequest
+from calibcast.engines.tensorrt.ahead_of_time import is_rtx
+from calibcast.engines.tensorrt.builder.isolation import RUNNING, BuilderError, build_isolated, failure_of
+from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
+from calibcast.engines.tensorrt.builder.process import compile_job
+from calibcast.engines.tensorrt.cache import emptied
+from calibcast.engines.tensorrt.remedies import advice, remedies, settings_for
+from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
+from calibcast.engines.tensorrt.widening import restated, widened, with_movement
+from torch.export import ExportedProgram
+
+_log = logging.getLogger("calibcast")
+
+# What is wrong with the engine in a folder, which was made of this program; None if nothing, or if it cannot be run.
+Trial = Callable[[Path, ExportedProgram], str | None]
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build that succeeded.
+
+    remedies: what was done for it. widened: nodes that it keeps in fp32. problem: what its trial found, if anything.
+    """
+
+    result: BuilderResult
+    job: BuilderJob
+    program: ExportedProgram
+    remedies: tuple[str, ...] = ()
+    widened: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+class Attempts:
+    """Builds of one request, the files of the best of which end up in `folder`.
+
+    trial: what an engine has to stand if remedies may be applied. An engine that a builder makes need not be right:
+    TensorRT-RTX 1.4 makes some of a NAFNet in bf16 that give NaN for whatever they are given.
+    """
+
+    def __init__(self, request: BuildRequest, job: BuilderJob, folder: Path, trial: Trial) -> None:
+        self._request, self._job, self._folder, self._trial = request, job, folder, trial
+        self._program = restated(request.program)
+        self._kept: dict[tuple[str, ...], tuple[Build, Path]] = {}
+        self._applied: list[str] = []
+
+    def run(self) -> Build:
+        """Raises BuildError that names the nodes at which the builder failed, and what can be done."""
+        on_failure = self._request.on_failure
+        with tempfile.TemporaryDirectory(dir=self._folder.parent, prefix=f"{self._folder.name}-") as aside:
+            self._aside = Path(aside)
+            try:
+                build = self._attempt(self._job)
+            except BuilderError as failure:
+                if on_failure == "error":
+                    raise BuildError(_advice(failure, self._program, self._job.settings)) from failure
+                return self._remedied(failure)
+            if on_failure == "error" or (problem := self._trial(self._folder, build.program)) is None:
+                return build
+            self._keep((), replace(build, problem=problem))
+            return self._remedied(BuilderError("wrong", problem, RUNNING))
+
+    def _attempt(self, job: BuilderJob, widen: tuple[str, ...] = ()) -> Build:
+        """Build with these nodes in fp32. Raises BuilderError."""
+        request, folder = self._request, self._folder
+        emptied(folder)
+        widen = with_movement(request.program, widen)
+        program = self._program
+        if widen:
+            program = restated(widened(request.program, widen))
+            # Attention among them is in fp32 now.
+            asked = settings_for(request.plan, program, is_rtx())[0]
+            job = replace(job, settings={**asked, **job.settings})
+        if request.isolate or job.ahead_of_time:
+            result = build_isolated(job, program, folder, request.build_timeout, request.progress)
+        else:
+            result = _build_here(job, program, folder)
+        return Build(result, job, program, tuple(self._applied), widen)
+
+    def _tried(self, job: BuilderJob, widen: tuple[str, ...]) -> Build:
+        """Build and try the engine out. Raises BuilderError: what is refused is no remedy, and loses no engine."""
+        try:
+            build = self._attempt(job, widen)
+        except BuildError as error:
+            raise BuilderError("refused", str(error)) from error
+        if (problem := self._trial(self._folder, build.program)) is not None:
+            raise BuilderError("wrong", problem, RUNNING)
+        return build
+
+    def _remedied(self, first: BuilderError) -> Build:
+        """Build with one known remedy after another; where none helps, look for the operators that it fails at."""
+        job, failure, widen = self._job, first, tuple[str, ...]()
+        for remedy in remedies(first, self._program, job.settings):
+            _log.warning("%s; trying to %s", failure, remedy.text)
+            self._applied.append(f"{remedy.text}, as {failure}")
+            job = replace(job, settings={**job.settings, **remedy.settings})
+            widen = remedy.widen or widen
+            try:
+                return self._tried(job, widen)
+            except BuilderError as next_failure:
+                failure = next_failure
+        if can_search(failure):
+            found = self._searched(job, failure)
+            if found is not None:
+                return found
+        return self._given_up(first, failure)
+
+    def _searched(self, job: BuilderJob, failure: BuilderError) -> Build | None:
+        """The build with the fewest nodes in fp32 that was found; None if there is none."""
+        asked: list[str] = []
+
+        def helps(names: tuple[str, ...]) -> bool:
+            _log.warning("%s; looking for its operators: %d nodes in fp32", failure, len(names))
+            try:
+                self._keep(names, self._tried(job, names))
+            except BuilderError as error:
+                _log.warning("with %d nodes in fp32: %s", len(names), error)
+                asked.append(str(error))
+                return False
+            asked.append("")
+            return True
+
+        names = smallest_choice(operator_groups(self._program), helps)
+        if names is None:
+            if asked:
+                self._applied.append(f"keep operators in fp32, as {failure}; with all of those that can be: {asked[0]}")
+            return None
+        remedy = f"keep {len(names)} nodes like {names[0]} in fp32, found in {len(asked)} builds, as {failure}"
+        return replace(self._restored(names), remedies=(*self._applied, remedy))
+
+    def _given_up(self, first: BuilderError, last: BuilderError) -> Build:
+        """The engine as it is, where there is one: `verify` judges on real data, and a trial does not."""
+        tried = "; ".join(self._applied) or "nothing that is known to help"
+        if () in self._kept:
+            _log.warning("%s, and no remedy was found (%s): verify it before use", first, tried)
+            return self._restored(())
+        text = advice(first, self._program, self._job.settings)
+        raise BuildError(f"{text} on_failure='fallback' tried: {tried}. Last: {last}") from last
+
+    def _keep(self, names: tuple[str, ...], build: Build) -> None:
+        place = self._aside / str(len(self._kept))
+        self._folder.rename(place)
+        self._kept[names] = build, place
+
+    def _restored(self, names: tuple[str, ...]) -> Build:
+        build, place = self._kept[names]
+        shutil.rmtree(self._folder, ignore_errors=True)
+        place.rename(self._folder)
+        return build
+
+
+def _build_here(job: BuilderJob, program: ExportedProgram, folder: Path) -> BuilderResult:
+    """Build in this process. Raises BuilderError."""
+    heard: dict[str, str] = {}
+
+    def event(content: Mapping[str, Any]) -> None:
+        if content["stage"] == "convert":
+            heard["node"] = content["node"]
+
+    try:
+        return compile_job(job, program, folder, event)
+    except BuildError:
+        raise
+    except Exception as error:  # the builder, its converters and the partitioner each raise their own
+        raise failure_of(type(error).__name__, str(error), node=heard.get("node", "")) from error
+
+
+def _advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> str:
+    text = advice(failure, program, settings)
+    if remedies(failure, program, settings) or not can_search(failure) or not operator_groups(program):
+        return text
+    return (
+        f"{text} on_failure='fallback' looks for the operators that it fails at, in at most {MOST_BUILDS} more builds."
+    )

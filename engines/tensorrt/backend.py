@@ -1,0 +1,210 @@
+"""The TensorRT backend, through whichever flavour of Torch-TensorRT is installed."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from calibcast.calib.artifacts import load_json, parsed, save_json
+from calibcast.calib.batches import signature_of
+from calibcast.calib.errors import ArtifactError, BuildError, known
+from calibcast.calib.execution import input_structure
+from calibcast.engines.runtimes import BuildRequest, Built
+from calibcast.engines.tensorrt.ahead_of_time import is_rtx, require_ahead_of_time
+from calibcast.engines.tensorrt.attempts import Trial
+from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
+from calibcast.engines.tensorrt.builder.job import BuilderJob, Profile
+from calibcast.engines.tensorrt.builder.process import WHOLE
+from calibcast.engines.tensorrt.building import build_files, layers_of, ledger_in
+from calibcast.engines.tensorrt.compatibility import check_compatible, gpu_facts
+from calibcast.engines.tensorrt.engine_files import WIRING, read_parts
+from calibcast.engines.tensorrt.limits import buildable
+from calibcast.engines.tensorrt.profiles import check_profile, profiles
+from calibcast.engines.tensorrt.remedies import FAILED, raised, settings_for
+from calibcast.engines.tensorrt.trial_run import trial_inputs, trial_problem
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+_log = logging.getLogger("calibcast")
+_PROFILES, _KIND, _PARTS = "profiles.json", "profiles", "tensorrt"
+_MOST_SIZES = 1024
+
+
+class TensorrtRuntime:
+    """Engines on a GPU and what runs beside them; or, without a GPU, their files alone, which can be saved.
+
+    files: what was built. It is kept, as the files are what is saved.
+    """
+
+    def __init__(
+        self, files: tempfile.TemporaryDirectory[str] | Path, program: ExportedProgram, shapes: list[Profile]
+    ) -> None:
+        self._files, self._program, self._profiles = files, program, shapes
+        self._signature = signature_of(program)
+        self.device = torch.device("cuda")
+        self._problem = adapter.missing()
+        self._module = None if self._problem is not None else _loaded(self.folder, self.device)
+        self._flat = (self.folder / WIRING).is_file()  # asked once: a call takes microseconds, a file system does not
+        self._plain = all(spec.is_leaf() for spec in self._signature.specs) and not self._signature.keywords
+        self._accepted: set[tuple[Any, ...]] = set()
+        self._outputs = program.call_spec.out_spec  # a property that takes 0.2 ms
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self._files if isinstance(self._files, Path) else Path(self._files.name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._module is None:
+            raise BuildError(
+                f"this engine runs on a GPU and cannot run here: {self._problem}. Save it, and load it there."
+            )
+        flat = args if not kwargs and self._known(args) else self._checked(args, kwargs)
+        with torch.no_grad():
+            if self._flat:
+                return pytree.tree_unflatten(list(self._module(*flat)), self._outputs)
+            args, kwargs = input_structure(self._program, flat)
+            return self._module(*args, **kwargs)
+
+    def _known(self, args: tuple[Any, ...]) -> bool:
+        """Whether these are flat inputs on the GPU, of sizes that were checked before: most calls of most engines."""
+        return self._plain and _sizes(args) in self._accepted
+
+    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The flat inputs on the GPU. Raises BatchError for what the engine was not built for."""
+        flat = self._signature.flatten((args, kwargs), 0)
+        for leaf, value, profile in zip(self._signature.leaves, flat, self._profiles, strict=True):
+            check_profile(leaf, value, profile)
+        moved = [v.to(self.device) if isinstance(v, torch.Tensor) else v for v in flat]
+        key = _sizes(moved)
+        if key is not None and len(self._accepted) < _MOST_SIZES:
+            self._accepted.add(key)
+        return moved
+
+    def save(self, folder: Path) -> None:
+        shutil.copytree(self.folder, folder / _PARTS)
+        save_json(folder / _PROFILES, _KIND, {"profiles": self._profiles})
+
+
+def _sizes(values: Sequence[Any]) -> tuple[Any, ...] | None:
+    """Shapes and types of tensors on a GPU; None where something else is among them."""
+    if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in values):
+        return None
+    return tuple([(value.shape, value.dtype, value.layout) for value in values])
+
+
+def _loaded(folder: Path, device: torch.device) -> Any:
+    if (folder / WIRING).is_file():
+        return read_parts(folder, device)
+    if not (folder / WHOLE).is_file():
+        raise ArtifactError(f"{folder} holds neither {WIRING} nor {WHOLE}: the engine was not saved whole")
+    try:
+        return adapter.load_module(str(folder / WHOLE))
+    except Exception as error:  # torch_tensorrt.load and what it calls
+        raise ArtifactError(f"{folder / WHOLE} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+class TensorrtBackend:
+    """Builds through `torch_tensorrt.dynamo.compile`, always explicitly typed unless asked otherwise."""
+
+    name = "tensorrt"
+
+    def unavailable(self) -> str | None:
+        return adapter.missing()
+
+    def require(self, ahead_of_time: bool) -> None:
+        if ahead_of_time:
+            require_ahead_of_time()
+        elif (problem := self.unavailable()) is not None:
+            raise BuildError(
+                f"backend='tensorrt' cannot be used here: {problem}. Or use backend='eager', or ahead_of_time=True."
+            )
+
+    def check_settings(self, settings: Mapping[str, Any], ahead_of_time: bool) -> None:
+        _check_names(settings, ahead_of_time)
+
+    def build(self, request: BuildRequest) -> Built:
+        self.require(request.ahead_of_time)
+        self.check_settings(request.settings, request.ahead_of_time)
+        settings = dict(request.settings)
+        device = str(settings.pop("device", "cuda"))
+        weakly_typed = settings.pop("weakly_typed", None)
+        limited = buildable(request.program, request.plan, is_rtx())
+        for name, reason in limited.kept.items():
+            _log.info("%s runs in fp32: %s", name, reason)
+        request = replace(request, program=limited.program, plan=limited.plan)
+        by_plan, why = settings_for(request.plan, request.program, is_rtx())
+        by_plan = {name: value for name, value in by_plan.items() if name not in settings}
+        if by_plan:
+            _log.info("set because of the plan: %s", why)
+        shapes = profiles(signature_of(request.program), request.ranges)
+        job = BuilderJob(
+            profiles=tuple(shapes),
+            settings={"min_block_size": 1, **by_plan, **settings},
+            device=device,
+            ahead_of_time=request.ahead_of_time,
+            weakly_typed=None if weakly_typed is None else tuple(str(t).removeprefix("torch.") for t in weakly_typed),
+        )
+        files = tempfile.TemporaryDirectory(prefix="calibcast-engine-")
+        request = replace(request, settings=settings)
+        trial = _trial(request, shapes)
+        program, record = build_files(request, job, Path(files.name), self.versions(), trial)
+        layers = [layer for layer in layers_of(Path(files.name)) if layer.types]
+        counts = {"typed_layers": len(layers), "half_layers": sum(layer.is_half for layer in layers)}
+        record = {**record, **counts, "set_by_plan": why if by_plan else "", "kept_in_fp32": limited.kept}
+        plan = raised(request.plan, dict.fromkeys(record["widened"], FAILED))
+        ledger = ledger_in(Path(files.name), plan, program)
+        return Built(TensorrtRuntime(files, program, shapes), program, plan, ledger, record)
+
+    def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> TensorrtRuntime:
+        if adapter.installed_flavour() is None:
+            raise BuildError(f"this engine needs a GPU and TensorRT: {self.unavailable()}")
+        check_compatible(
+            manifest["built_with"], self.versions(), bool((manifest.get("build") or {}).get("ahead_of_time"))
+        )
+        problem = self.unavailable()
+        if problem is not None:
+            raise BuildError(f"this engine needs a GPU and TensorRT: {problem}")
+        with parsed(folder / _PROFILES, _KIND):
+            saved = load_json(folder / _PROFILES, _KIND)["profiles"]
+            shapes: list[Profile] = [(tuple(low), tuple(usual), tuple(high)) for low, usual, high in saved]
+        return TensorrtRuntime(folder / _PARTS, program, shapes)
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__, **adapter.package_versions(), **gpu_facts()}
+
+
+def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
+    """Runs an engine once where one can run here."""
+    if request.ahead_of_time or adapter.missing() is not None:
+        return lambda folder, program: None
+    device = torch.device("cuda")
+
+    def trial(folder: Path, program: ExportedProgram) -> str | None:
+        try:
+            flat = trial_inputs(program, shapes, request.ranges, device)
+            runtime = TensorrtRuntime(folder, program, shapes)
+        except torch.OutOfMemoryError as error:
+            _log.warning("the engine was not tried out, for want of memory: %s", error)
+            return None
+        except (ArtifactError, BuildError) as error:
+            return str(error)
+        return trial_problem(runtime, program, flat)
+
+    return trial
+
+
+def _check_names(settings: Mapping[str, Any], ahead_of_time: bool) -> None:
+    """Before a process is started: does Torch-TensorRT have these settings? It cannot be asked without a GPU."""
+    if ahead_of_time and not torch.cuda.is_available():
+        return  # the builder process asks
+    names = adapter.setting_names() | {"weakly_typed"}
+    for name in settings:
+        if name not in names:
+            raise BuildError(f"torch_tensorrt.dynamo.compile has no setting {name!r}; {known(name, names)}")

@@ -1,0 +1,1 @@
+"""The child process that builds, and the only files that import `torch_tensorrt`."""

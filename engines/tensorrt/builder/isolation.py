@@ -1,0 +1,198 @@
+"""Running a builder process: its progress shown, its crash, hang and memory survived, its failure told as data."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from calibcast.calib.artifacts import save_program
+from calibcast.calib.child_process import PACKAGE_ROOT, module_search_path
+from calibcast.calib.errors import ArtifactError, BuildError
+from calibcast.engines.tensorrt.builder.job import BUILT, PROGRAM, BuilderJob, BuilderResult, custom_modules
+from torch.export import ExportedProgram
+from tqdm.auto import tqdm
+
+_ROOT = PACKAGE_ROOT
+_LOG = "builder.log"
+_TAIL = 20_000  # characters of a builder's own output that are read for names
+LOADING, CONVERTING = "loading the program", "converting the graph"
+BUILDING, WRITING, RUNNING = "building the engine", "writing the engine", "running the engine"
+_STAGES = {"lower": "lowering the graph", "build": BUILDING, "write": WRITING, "load": LOADING}
+_CONTEXT_WORDS = ("execution context", "createexecutioncontext", "create_execution_context")
+_MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
+
+
+@dataclass(eq=False)  # not frozen: Python sets the traceback of an exception
+class BuilderError(Exception):
+    """A build that failed. kind: crash, hang, memory, unsupported, context, refused; or wrong, when run once.
+
+    message: what was said. stage: how far it came. node: the last that was converted. log: the end of what the
+    builder and its libraries printed. layers: names and nodes of the layers of the networks that were made.
+    """
+
+    kind: str
+    message: str
+    stage: str = ""
+    node: str = ""
+    log: str = ""
+    layers: tuple[Mapping[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass
+class _Progress:
+    """The last that was heard of a builder."""
+
+    bar: Any
+    stage: str = "starting"
+    node: str = ""
+    phases: dict[str, int] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        stage = event["stage"]
+        if stage == "convert":
+            self.stage, self.node = CONVERTING, event["node"]
+            self.bar.set_description_str(f"convert {event['node'][:40]}", refresh=False)
+        elif stage == "phase":
+            self.phases[event["phase"]] = event["steps"]
+            self.bar.set_description_str(event["phase"][:48], refresh=False)
+        elif stage == "step" and event["phase"] in self.phases:
+            self.bar.set_postfix_str(f"{event['step']}/{self.phases[event['phase']]}", refresh=False)
+        elif stage in _STAGES:
+            self.stage = _STAGES[stage]
+            self.layers += event.get("layers", [])
+        self.bar.update()
+
+
+def build_isolated(
+    job: BuilderJob, program: ExportedProgram, folder: Path, timeout: float | None, progress: bool = True
+) -> BuilderResult:
+    """Build in a process of its own; the engine's files come to `folder`.
+
+    timeout: seconds after which the builder counts as hung and is ended; None waits for ever.
+    Raises BuilderError for whatever goes wrong in there, and BuildError for a setting that cannot be told to it.
+    """
+    with tempfile.TemporaryDirectory(prefix="calibcast-build-") as name:
+        work = Path(name)
+        replace(job, imports=custom_modules(program)).save(work)
+        save_program(program, work / PROGRAM)
+        with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
+            heard = _Progress(bar)
+            code = _run(work, heard, timeout)
+        log = (work / _LOG).read_text(encoding="utf-8", errors="replace")[-_TAIL:]
+        result = _answer(work, code, heard, log, timeout)
+        shutil.copytree(work / BUILT, folder, dirs_exist_ok=True)
+        return result
+
+
+def _run(work: Path, heard: _Progress, timeout: float | None) -> int | None:
+    """The exit status of the builder, or None when it was ended for taking too long."""
+    # What the caller can import, the builder can, and from the same places: custom operators come with their modules.
+    path = module_search_path(_ROOT)
+    with (work / _LOG).open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "calibcast.engines.tensorrt.builder.process", str(work)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # so that what the builder starts ends with it
+        )
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read, args=(child, lines), daemon=True)
+    reader.start()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            line = lines.get(timeout=left)
+            if line is None:
+                return child.wait()
+            heard.hear(json.loads(line))
+    except queue.Empty:
+        return None
+    finally:
+        _end(child)
+
+
+def _read(child: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
+    assert child.stdout is not None
+    for line in child.stdout:
+        lines.put(line)
+    lines.put(None)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _answer(work: Path, code: int | None, heard: _Progress, log: str, timeout: float | None) -> BuilderResult:
+    place: dict[str, Any] = {"stage": heard.stage, "node": heard.node, "log": log, "layers": tuple(heard.layers)}
+    if code is None:
+        raise BuilderError("hang", f"the builder did not end within {timeout:g} s and was stopped", **place)
+    try:
+        result = BuilderResult.load(work)
+    except ArtifactError:
+        raise _crash(code, place) from None
+    if result.error is not None:
+        if result.error[0] == BuildError.__name__:  # ours already, such as an unknown setting
+            raise BuildError(result.error[1])
+        raise failure_of(*result.error, **place)
+    return result
+
+
+def _crash(code: int, place: dict[str, Any]) -> BuilderError:
+    if code == -signal.SIGKILL:
+        return BuilderError("memory", "the builder was killed from outside, most likely for want of memory", **place)
+    if code < 0:
+        return BuilderError("crash", f"the builder crashed with {signal.Signals(-code).name}", **place)
+    last = next((line for line in reversed(place["log"].splitlines()) if line.strip()), "nothing")
+    return BuilderError("crash", f"the builder ended with status {code}; it last said: {last.strip()[:300]}", **place)
+
+
+def failure_of(
+    kind: str,
+    message: str,
+    stage: str = "",
+    node: str = "",
+    log: str = "",
+    layers: tuple[Mapping[str, Any], ...] = (),
+) -> BuilderError:
+    """An exception of the builder, by its class name and text, as a BuilderError of the kind that it is."""
+    text = f"{message}\n{log[-4000:]}".lower()
+    found = "refused"
+    if any(word in text for word in _MEMORY_WORDS):
+        found = "memory"
+    elif kind == "UnsupportedOperatorException" or "not currently supported" in message:
+        found = "unsupported"
+    elif any(word in text for word in _CONTEXT_WORDS):
+        found = "context"
+    said = _no_engine(kind, message, log) or f"{kind}: {message[:800]}"
+    return BuilderError(found, said, stage, node, log, layers)
+
+
+def _no_engine(kind: str, message: str, log: str) -> str:
+    """What TensorRT said when it gave None for an engine, at which Torch-TensorRT only stumbles: over the type of None
+    in 2.11, with an empty assertion, or in 2.14 with words that give no reason. Empty otherwise."""
+    stumbled = message in {"", f"{kind}()"} or "NoneType" in message or "returned None" in message
+    if not stumbled:
+        return ""
+    lines = re.findall(r"(?:Internal Error: |buildSerializedNetwork: )(.+)", log)
+    return f"TensorRT gave no engine: {lines[-1].strip()[:800]}" if lines else ""

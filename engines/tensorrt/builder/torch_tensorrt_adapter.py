@@ -1,0 +1,148 @@
+"""The one place that knows Torch-TensorRT: its import, its flavours, its keyword names from 2.11 to 2.14.
+
+It touches nothing but public calls: `torch_tensorrt.dynamo.compile`, `Input`, `save`, `load`. What changed between
+the supported versions:
+
+- 2.11: `use_explicit_typing` is a keyword (on by default), and weak typing (`enabled_precisions`) is still there
+  where the TensorRT underneath has it, which is up to 10.x and never TensorRT-RTX.
+- 2.14: both keywords are gone; typing is always explicit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import torch
+from calibcast.calib.errors import BuildError, known
+
+FLAVOURS = {"torch-tensorrt": "tensorrt", "torch-tensorrt-rtx": "rtx"}  # distribution -> our extra
+INSTALL = "pip install 'calibcast[rtx]' for TensorRT-RTX, or 'calibcast[tensorrt]' for TensorRT; never both"
+
+
+def installed_flavour() -> tuple[str, str] | None:
+    """(distribution, version) of the Torch-TensorRT that is installed; None where there is none.
+
+    Both flavours import as `torch_tensorrt`, so only the distributions tell them apart.
+    """
+    for distribution in FLAVOURS:
+        try:
+            return distribution, metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def missing() -> str | None:
+    """Why Torch-TensorRT cannot be used here, and what to do; None when it can."""
+    found = installed_flavour()
+    if found is None:
+        return f"Torch-TensorRT is not installed: {INSTALL}"
+    if not torch.cuda.is_available():
+        return f"{found[0]} {found[1]} is installed, but torch sees no CUDA GPU"
+    try:
+        load_package()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+@cache
+def load_package() -> Any:
+    """`torch_tensorrt`, imported. Raises BuildError when it is missing or does not import."""
+    found = installed_flavour()
+    if found is None:
+        raise BuildError(f"Torch-TensorRT is not installed: {INSTALL}")
+    try:
+        return importlib.import_module("torch_tensorrt")
+    except Exception as error:  # its import loads libraries and asks the driver: anything may come
+        raise BuildError(
+            f"{found[0]} {found[1]} is installed but does not import: {type(error).__name__}: {error}"
+        ) from error
+
+
+def compile_program(
+    program: torch.export.ExportedProgram,
+    arg_inputs: Any,
+    kwarg_inputs: Any,
+    settings: dict[str, Any],
+    weakly_typed: frozenset[torch.dtype] | None = None,
+) -> Any:
+    """Build `program` in exactly the types of its graph; a `torch.fx.GraphModule` with engines in it.
+
+    `weakly_typed` names the types that TensorRT may choose from, where the installed version still does that.
+    """
+    package = load_package()
+    compiler = package.dynamo.compile
+    names = setting_names()
+    for name in settings:
+        if name not in names:
+            raise BuildError(f"torch_tensorrt.dynamo.compile has no setting {name!r}; {known(name, names)}")
+    typing: dict[str, Any] = {}
+    if "use_explicit_typing" in names:
+        typing["use_explicit_typing"] = weakly_typed is None
+    if weakly_typed is not None:
+        _require_weak_typing(names)
+        typing["enabled_precisions"] = set(weakly_typed)
+    return compiler(program, arg_inputs=arg_inputs, kwarg_inputs=kwarg_inputs, **{**typing, **settings})
+
+
+def _require_weak_typing(names: set[str]) -> None:
+    found = installed_flavour()
+    is_rtx = found is not None and found[0] == "torch-tensorrt-rtx"
+    if is_rtx or "use_explicit_typing" not in names:
+        raise BuildError(
+            f"weak typing (use_explicit_typing=False) is not in {' '.join(found or ('Torch-TensorRT',))}: TensorRT 11 "
+            "and TensorRT-RTX run a network in exactly the types of its graph. Use use_explicit_typing=True, "
+            "enable_autocast=True, and calibcast spells the types out."
+        )
+
+
+def input_spec(shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> Any:
+    """A `torch_tensorrt.Input` from (smallest, most frequent, largest) shape."""
+    package = load_package()
+    low, usual, high = shapes
+    if low == high:
+        return package.Input(shape=usual, dtype=dtype)
+    return package.Input(min_shape=low, opt_shape=usual, max_shape=high, dtype=dtype)
+
+
+def save_module(module: Any, path: str) -> None:
+    """Write a compiled module as an exported program with its engines inside."""
+    load_package().save(module, path, output_format="exported_program", retrace=False)
+
+
+def load_module(path: str) -> Any:
+    """Read back what `save_module` wrote, as a callable module."""
+    return load_package().load(path).module()
+
+
+def setting_names() -> set[str]:
+    """The settings that `torch_tensorrt.dynamo.compile` takes, without importing it where that needs a GPU."""
+    compiler = load_package().dynamo.compile
+    return set(inspect.signature(compiler).parameters) - {"exported_program", "kwargs"}
+
+
+def inspected(engine: bytes) -> str:
+    """What TensorRT's engine inspector says of a serialised engine, as JSON. Needs a GPU: it deserialises."""
+    load_package()  # binds the name `tensorrt` to the flavour that is installed
+    trt = importlib.import_module("tensorrt")
+    found = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(engine)
+    if found is None:
+        raise BuildError("TensorRT does not deserialise the engine: it is damaged, or of another version or GPU")
+    return str(found.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the flavour and of the TensorRT underneath."""
+    found = installed_flavour()
+    versions = {} if found is None else {found[0]: found[1]}
+    for distribution in ("tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-cu13"):
+        try:
+            versions[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,205 @@
+"""What calibcast touches inside Torch-TensorRT and TensorRT, beyond their public calls, and why.
+
+Read in 2.11.0 and 2.14.0. Everything is put back when the `with` block ends:
+
+- `TRTInterpreter.run_node`, wrapped: each layer that a node makes gets that node's name as its `metadata`, which
+  TensorRT carries through fusion into the engine.
+- `TRTInterpreter._populate_trt_builder_config`, wrapped: a progress monitor, and detailed profiling verbosity, without
+  which an engine does not tell the types of its layers.
+- ahead of time only: `tensorrt.Runtime`, which `TRTInterpreter.run` deserialises the finished engine with, and
+  `TorchTensorRTModule.setup_engine`, which makes it ready to run. Both need a GPU, and building needs neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from calibcast.calib.graph import walk
+from torch.export import ExportedProgram
+
+# fx metadata that torch.export copies to what a node decomposes to, and the key of ours in it.
+_CUSTOM, _KEY = "custom", "calibcast"
+Event = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class NetworkLayer:
+    """One layer of a TensorRT network before fusion. `engine`: which network, in order. `node`: who made it."""
+
+    engine: int
+    name: str
+    kind: str
+    node: str
+    outputs: tuple[str, ...]
+    types: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Conversion:
+    """What was seen while networks were made: grows during a build."""
+
+    layers: list[NetworkLayer] = field(default_factory=list)
+    networks: int = 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        """As plain data, for JSON."""
+        return [asdict(layer) for layer in self.layers]
+
+
+def stamp(program: ExportedProgram) -> None:
+    """Give every node its own name as metadata, for lowering to carry along. Changes `program`'s metadata."""
+    for step in walk(program.graph_module):
+        step.node.meta[_CUSTOM] = {**(step.node.meta.get(_CUSTOM) or {}), _KEY: step.name}
+
+
+def stamped_name(node: torch.fx.Node) -> str:
+    """The name that `stamp` gave, of the node that this one comes from; "" when lowering lost it."""
+    return str((node.meta.get(_CUSTOM) or {}).get(_KEY, ""))
+
+
+def layer_metadata(node: str) -> str:
+    """The metadata of a layer that `node` made. `calib`'s names hold no bracket, and TensorRT joins several."""
+    return f"[node:{node}]"
+
+
+@contextmanager
+def watched_conversion(event: Event, ahead_of_time: bool) -> Iterator[Conversion]:
+    """Watch the conversions in this block; `event` is called with what happens, as plain data."""
+    interpreter = importlib.import_module("torch_tensorrt.dynamo.conversion._TRTInterpreter")
+    conversion = Conversion()
+    with ExitStack() as stack:
+        patch = mock.patch.object
+        kind = interpreter.TRTInterpreter
+        stack.enter_context(patch(kind, "run_node", _with_metadata(kind.run_node, conversion, event)))
+        stack.enter_context(patch(kind, "_construct_trt_network_def", _counted(kind, conversion)))
+        configure = _with_progress(kind._populate_trt_builder_config, interpreter.trt, conversion, event)
+        stack.enter_context(patch(kind, "_populate_trt_builder_config", configure))
+        if ahead_of_time:
+            stack.enter_context(patch(interpreter.trt, "Runtime", _Undeserialised))
+            module = importlib.import_module("torch_tensorrt.dynamo.runtime").TorchTensorRTModule
+            stack.enter_context(patch(module, "setup_engine", _set_up_nothing))
+        yield conversion
+
+
+def _counted(kind: Any, conversion: Conversion) -> Callable[..., Any]:
+    original = kind._construct_trt_network_def
+
+    def construct(self: Any, *args: Any, **kwargs: Any) -> Any:
+        conversion.networks += 1
+        return original(self, *args, **kwargs)
+
+    return construct
+
+
+def _with_metadata(original: Callable[..., Any], conversion: Conversion, event: Event) -> Callable[..., Any]:
+    def run_node(self: Any, node: torch.fx.Node) -> Any:
+        network, name = self.ctx.net, stamped_name(node)
+        engine, before = conversion.networks - 1, network.num_layers
+        event({"stage": "convert", "engine": engine, "node": name or node.name, "op": str(node.target)})
+        result = original(self, node)
+        for index in range(before, network.num_layers):
+            layer = network.get_layer(index)
+            if name and not layer.metadata:
+                layer.metadata = layer_metadata(name)
+            conversion.layers.append(_described(layer, engine, name))
+        return result
+
+    return run_node
+
+
+def _described(layer: Any, engine: int, node: str) -> NetworkLayer:
+    outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+    outputs = [output for output in outputs if output is not None]
+    return NetworkLayer(
+        engine=engine,
+        name=layer.name,
+        kind=str(layer.type).removeprefix("LayerType."),
+        node=node,
+        outputs=tuple(output.name for output in outputs),
+        types=tuple(str(output.dtype).removeprefix("DataType.") for output in outputs),
+        shapes=tuple(_shape(output) for output in outputs),
+    )
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in tensor.shape)
+    except ValueError:  # of unknown rank while the network is being made
+        return ()
+
+
+def _with_progress(original: Callable[..., Any], trt: Any, conversion: Conversion, event: Event) -> Callable[..., Any]:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            stage = {"stage": "phase", "engine": conversion.networks - 1}
+            event({**stage, "phase": phase_name, "parent": parent_phase, "steps": num_steps})
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            event({"stage": "step", "phase": phase_name, "step": step + 1})
+            return True  # False would cancel the build
+
+        def phase_finish(self, phase_name: str) -> None:
+            event({"stage": "done", "phase": phase_name})
+
+    def configure(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(self, *args, **kwargs)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        # The configuration does not keep its monitor alive.
+        self.calibcast_monitor = monitor = Monitor()
+        config.progress_monitor = monitor
+        engine = conversion.networks - 1
+        made = [{"name": x.name, "node": x.node} for x in conversion.layers if x.engine == engine and x.node]
+        event({"stage": "build", "engine": engine, "layers": made})
+        return config
+
+    return configure
+
+
+class _Undeserialised:
+    """Stands for `tensorrt.Runtime` where no GPU is: gives serialised bytes back for an engine."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def deserialize_cuda_engine(self, data: Any) -> _Bytes:
+        return _Bytes(data)
+
+
+class _Bytes:
+    """Stands for an engine that was built and is not deserialised."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def serialize(self) -> Any:
+        return self._data
+
+    def get_aliased_input_tensor(self, _: str) -> None:
+        return None
+
+
+class _Idle:
+    """Stands for an engine that is not set up."""
+
+    requires_native_multidevice = False
+    _unowned = False
+
+    def set_output_tensors_as_unowned(self, unowned: bool) -> None:
+        self._unowned = unowned
+
+    def are_output_tensors_unowned(self) -> bool:
+        return self._unowned
+
+
+def _set_up_nothing(module: Any) -> None:
+    module.engine = _Idle()

@@ -1,0 +1,64 @@
+"""What the builder is known not to do in the low type: those nodes are kept in fp32 before it is asked.
+
+Such a limit is a property of a builder and not of a model, so it is here and not among the rules of a plan; the plan of
+the engine then names it, by the rule `builder`. What only some builds run into has remedies instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from calibcast.calib.graph import base_op, tensor_values
+from calibcast.engines.tensorrt.remedies import raised
+from calibcast.engines.tensorrt.widening import widenable, widened
+from calibcast.passes.op_table import TRANSPOSED
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.regions import qualified_name
+from torch import fx
+from torch.export import ExportedProgram
+
+# Seen in TensorRT-RTX 1.6.1, whatever kernel, stride, padding, dilation and groups, in one to three dimensions, alone
+# and between other layers: "Could not infer output types for operation: deconv". All of them build in fp16.
+_NO_KERNEL = "TensorRT-RTX has no bf16 kernel for transposed convolutions"
+# Seen in Torch-TensorRT 2.14: the converter starts the sum from an fp32 zero, so its result is fp32 against the graph,
+# and the first layer that has no type promotion of its own (a matrix product) refuses.
+_WIDE_SUM = "Torch-TensorRT makes an fp32 sum of it, whatever its input is"
+
+
+@dataclass(frozen=True)
+class Buildable:
+    """What is given to the builder. kept: nodes of the cast graph that now compute in fp32 -> why."""
+
+    program: ExportedProgram
+    plan: PrecisionPlan | None
+    kept: dict[str, str]
+
+
+def buildable(program: ExportedProgram, plan: PrecisionPlan | None, is_rtx: bool) -> Buildable:
+    """`program` with the nodes in fp32 that the builder cannot take low, and the plan that says so."""
+    found = {node: reason for node in program.graph.nodes if (reason := _limit(node, is_rtx)) is not None}
+    able = widenable(program) if found else ()
+    found = {node: reason for node, reason in found.items() if node in able}
+    if not found:
+        return Buildable(program, plan, {})
+    kept = {node.name: reason for node, reason in found.items()}
+    named = {qualified_name(node): reason for node, reason in found.items()}
+    return Buildable(widened(program, kept), raised(plan, named), kept)
+
+
+def _limit(node: fx.Node, is_rtx: bool) -> str | None:
+    """Why the builder cannot take `node` as it is; None where nothing is known against it."""
+    if node.op != "call_function":
+        return None
+    types = {value.dtype for _, value in tensor_values(node)}
+    if base_op(node.target) == "cumsum" and types & {torch.float16, torch.bfloat16}:
+        return _WIDE_SUM
+    if is_rtx and torch.bfloat16 in types and _is_transposed(node):
+        return _NO_KERNEL
+    return None
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    base = base_op(node.target)
+    return base in TRANSPOSED or (base in {"convolution", "_convolution"} and node.args[6] is True)
