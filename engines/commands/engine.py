@@ -96,7 +96,7 @@ def record_lines(record: dict[str, Any]) -> list[str]:
     """What a reader should know of how an engine was built, a line each."""
     lines = []
     if record.get("ahead_of_time"):
-        lines.append("built ahead of time: for any GPU of compute capability 8.0 and later")
+        lines.append("built ahead of time: for RTX GPUs of compute capability 8.6, 8.9, 12.0 and 12.1")
     if record.get("set_by_plan"):
         lines.append(f"set because of the plan: {record['set_by_plan']}")
     lines += [f"remedy applied: {remedy}" for remedy in record.get("remedies", [])]

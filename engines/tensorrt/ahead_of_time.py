@@ -15,7 +15,8 @@ from calibcast.calib.errors import BuildError
 from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import INSTALL, installed_flavour
 
 RTX = "torch-tensorrt-rtx"
-# What an ahead-of-time engine of TensorRT-RTX runs on by default: compute capability 8.0 and later.
+# Where an ahead-of-time engine of TensorRT-RTX loads by default: compute capability 8.0 and later. Where NVIDIA
+# supports it is less (`compatibility.RTX_CAPABILITIES`).
 # https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
 LEAST_CAPABILITY = (8, 0)
 _MEMORY = 1 << 36

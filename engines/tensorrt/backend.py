@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.job import BuilderJob, Profile
 from calibcast.engines.tensorrt.builder.process import WHOLE
 from calibcast.engines.tensorrt.building import build_files, layers_of, ledger_in
-from calibcast.engines.tensorrt.compatibility import check_compatible, gpu_facts
+from calibcast.engines.tensorrt.compatibility import check_compatible, gpu_facts, gpu_warning
 from calibcast.engines.tensorrt.engine_files import WIRING, read_parts
 from calibcast.engines.tensorrt.limits import buildable
 from calibcast.engines.tensorrt.profiles import check_profile, profiles
@@ -132,6 +134,7 @@ class TensorrtBackend:
     def build(self, request: BuildRequest) -> Built:
         self.require(request.ahead_of_time)
         self.check_settings(request.settings, request.ahead_of_time)
+        outside = None if request.ahead_of_time else _warned()
         settings = dict(request.settings)
         device = str(settings.pop("device", "cuda"))
         weakly_typed = settings.pop("weakly_typed", None)
@@ -158,6 +161,7 @@ class TensorrtBackend:
         layers = [layer for layer in layers_of(Path(files.name)) if layer.types]
         counts = {"typed_layers": len(layers), "half_layers": sum(layer.is_half for layer in layers)}
         record = {**record, **counts, "set_by_plan": why if by_plan else "", "kept_in_fp32": limited.kept}
+        record["outside_of_support"] = outside
         plan = raised(request.plan, dict.fromkeys(record["widened"], FAILED))
         ledger = ledger_in(Path(files.name), plan, program)
         return Built(TensorrtRuntime(files, program, shapes), program, plan, ledger, record)
@@ -171,6 +175,7 @@ class TensorrtBackend:
         problem = self.unavailable()
         if problem is not None:
             raise BuildError(f"this engine needs a GPU and TensorRT: {problem}")
+        _warned()
         with parsed(folder / _PROFILES, _KIND):
             saved = load_json(folder / _PROFILES, _KIND)["profiles"]
             shapes: list[Profile] = [(tuple(low), tuple(usual), tuple(high)) for low, usual, high in saved]
@@ -178,6 +183,15 @@ class TensorrtBackend:
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, **adapter.package_versions(), **gpu_facts()}
+
+
+@cache
+def _warned() -> str | None:
+    """Say once in a process that the GPU is outside of what the flavour supports, where it is; what was said."""
+    outside = gpu_warning()
+    if outside is not None:
+        warnings.warn(outside, stacklevel=5)
+    return outside
 
 
 def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:

@@ -6,17 +6,24 @@ from collections.abc import Mapping
 
 import torch
 from calibcast.calib.errors import MismatchError
-from calibcast.engines.tensorrt.ahead_of_time import LEAST_CAPABILITY
+from calibcast.engines.tensorrt.ahead_of_time import LEAST_CAPABILITY, RTX
+from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import installed_flavour
 
 # Distributions whose version an engine file depends on, with those that carry the same version beside them.
 LIBRARIES = ("tensorrt", "tensorrt-rtx")
+# Compute capabilities in NVIDIA's support matrices of TensorRT-RTX 1.0 to 1.6 (12.1 from 1.5 on): Turing, Ampere and
+# Ada of GeForce and RTX cards, Blackwell of the same. Data-centre GPUs (8.0, 9.0, 10.0) are not among them.
+# https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html
+RTX_CAPABILITIES = ((7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
+# TensorRT 10 and 11. https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
+LEAST_OF_TENSORRT = (7, 5)
 
 
 def check_compatible(built_with: Mapping[str, str], present: Mapping[str, str], ahead_of_time: bool) -> None:
     """Raise MismatchError unless an engine built with `built_with` loads where `present` is (`Backend.versions`).
 
-    An engine loads under the TensorRT version that built it. One built ahead of time runs on any GPU of compute
-    capability 8.0 and later; any other on the GPU model that it was built for.
+    An engine loads under the TensorRT version that built it. One built ahead of time loads from compute capability 8.0
+    on (where NVIDIA supports it is for `supported_gpu` to say); any other on the GPU model that it was built for.
     """
     for library in LIBRARIES:
         ours, theirs = present.get(library), built_with.get(library)
@@ -41,8 +48,8 @@ def check_compatible(built_with: Mapping[str, str], present: Mapping[str, str], 
     elif gpu is not None and built_with.get("gpu") != gpu:
         raise MismatchError(
             f"this engine was built for {built_with.get('gpu') or 'an unknown GPU'}, and here is {gpu}. Build it on "
-            "this GPU, or with ahead_of_time=True (TensorRT-RTX), which gives an engine for any GPU of compute "
-            "capability 8.0 and later."
+            "this GPU, or with ahead_of_time=True (TensorRT-RTX), which gives an engine for RTX GPUs of compute "
+            "capability 8.6, 8.9, 12.0 and 12.1."
         )
 
 
@@ -55,3 +62,38 @@ def gpu_facts() -> dict[str, str]:
         return {}
     major, minor = torch.cuda.get_device_capability()
     return {"gpu": torch.cuda.get_device_name(), "compute_capability": f"{major}.{minor}"}
+
+
+def supported_gpu(flavour: str, capability: tuple[int, int]) -> bool:
+    """Whether NVIDIA's support matrix of a flavour lists GPUs of this compute capability.
+
+    flavour: a distribution, "torch-tensorrt-rtx" or "torch-tensorrt". An engine may build, and even run, on a GPU that
+    is not listed: nobody promises then that it is right.
+    """
+    return capability in RTX_CAPABILITIES if flavour == RTX else capability >= LEAST_OF_TENSORRT
+
+
+def gpu_warning() -> str | None:
+    """That the GPU here is outside of NVIDIA's support for the installed flavour, and what to use instead.
+
+    None where it is supported, or where there is no GPU or no flavour.
+    """
+    found, here = installed_flavour(), gpu_facts()
+    if found is None or not here:
+        return None
+    major, minor = map(int, here["compute_capability"].split("."))
+    if supported_gpu(found[0], (major, minor)):
+        return None
+    return _outside_of_support(found[0], here["gpu"], (major, minor))
+
+
+def _outside_of_support(flavour: str, gpu: str, capability: tuple[int, int]) -> str:
+    here = f"{gpu} has compute capability {capability[0]}.{capability[1]}, which is outside of NVIDIA's support for"
+    if flavour != RTX:
+        return f"{here} TensorRT ({'.'.join(map(str, LEAST_OF_TENSORRT))} and later). Use backend='eager'."
+    listed = ", ".join(f"{major}.{minor}" for major, minor in RTX_CAPABILITIES)
+    return (
+        f"{here} TensorRT-RTX ({listed}): engines may fail to build or to run there, or be wrong. Install "
+        "'calibcast[tensorrt]' in place of 'calibcast[rtx]', for TensorRT supports this GPU; until then verify every "
+        "engine on your own data."
+    )
