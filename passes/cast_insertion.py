@@ -1,22 +1,22 @@
 """`insert_casts`: rewrite a program so that each node runs in the type that a plan gives it.
 
-The graph is copied node by node. Before each node stand the casts that its inputs need; after it, the types of its
-outputs are found by running the operator on fake tensors, never asserted.
+`cast_sites` says where casts stand. The graph is copied node by node, with the casts before the nodes that need them;
+the types of outputs are found by running the operator on fake tensors, never asserted.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
+from collections.abc import Iterable, Mapping
 from operator import getitem
 from typing import Any
 
 import torch
-from calibcast.calib.aliasing import shared_arguments, written_arguments
 from calibcast.calib.errors import PlanError, require_kind
 from calibcast.calib.execution import require_program
 from calibcast.calib.gc_pause import paused
-from calibcast.calib.graph import REGION_CHILD, base_op, dtype_name, is_measurable, size_hint
+from calibcast.calib.graph import base_op, dtype_name, size_hint
+from calibcast.passes.cast_sites import CallTable, Cast, CastSites, Value, cast_sites
 from calibcast.passes.dtype_arguments import with_low_dtype
 from calibcast.passes.low_types import fake_mode_of, retyped, types_of
 from calibcast.passes.node_types import NodeTypes
@@ -25,10 +25,9 @@ from calibcast.passes.regions import flatten
 from calibcast.passes.weights import LowWeights, low_weights, masks_to_saturate, saturation
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputSpec, TensorArgument
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-_log = logging.getLogger("calibcast")
 CAST = torch.ops.aten._to_copy.default
 CLAMP = torch.ops.aten.clamp.default
 
@@ -54,31 +53,21 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
         types = NodeTypes.of(source, plan)
         masks = masks_to_saturate(program, source, plan.masks)
         weights = low_weights(program, source, types, masks)
-        graph = _Emission(program, source, types, weights, keep_io_types, masks).run()
+        low = {node: types.outputs[node] for node in types.low}
+        sites = cast_sites(CallTable(program, source, keep_io_types), low, weights.placeholders, types.low_type)
+        graph = _Emission(source, types, sites, masks).run()
         return _assemble(program, source, graph, weights)
 
 
 class _Emission:
-    """One walk over the source graph. `self._made` maps its nodes to their copies."""
+    """Writes the graph that the cast sites describe. `self._nodes` maps each value of theirs to its node."""
 
-    def __init__(
-        self,
-        program: ExportedProgram,
-        source: fx.GraphModule,
-        types: NodeTypes,
-        weights: LowWeights,
-        keep_io_types: bool,
-        masks: set[fx.Node],
-    ) -> None:
-        self._program, self._source, self._types, self._weights = program, source, types, weights
-        self._keep_io_types = keep_io_types
+    def __init__(self, source: fx.GraphModule, types: NodeTypes, sites: CastSites, masks: set[fx.Node]) -> None:
+        self._source, self._types, self._sites, self._masks = source, types, sites, masks
+        self._calls = {site.call.node: site for site in sites.calls}
         self._graph = fx.Graph()
-        self._made: dict[fx.Node, fx.Node] = {}
+        self._nodes: dict[Value, fx.Node] = {}
         self._names = {node.name for node in source.graph.nodes}
-        self._masks = masks
-        self._made_masks: set[fx.Node] = set()
-        self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-        self._sharing: dict[fx.Node, set[fx.Node]] = {}  # node of the copy -> nodes that share its storage
         self._fake_mode = fake_mode_of(source)
 
     def run(self) -> fx.Graph:
@@ -88,55 +77,42 @@ class _Emission:
             elif node.op == "call_function":
                 self._emit_call(node)
             else:
-                self._copy(node)
+                self._emit_source(node)
         return self._graph
 
-    def _copy(self, node: fx.Node) -> None:
-        made = self._node_copy(node, lambda n: self._made[n])
-        if node.name in self._weights.placeholders:
-            self._set_type(made, self._types.low_type)
+    def _emit_source(self, node: fx.Node) -> None:
+        made, types = self._node_copy(node, {}), self._sites.values[node].types
+        if types != types_of(node.meta.get("val")):  # a weight that is stored in the low type
+            with self._fake_mode:
+                _set_value(made, node.meta["val"].to(types[0]))
 
     def _emit_call(self, node: fx.Node) -> None:
         if base_op(node.target) == "_assert_tensor_metadata" and self._changed(node.all_input_nodes[0]):
             return  # it would check the type that the plan has just changed
-        wanted = self._types.of_inputs(node)
-        made = self._cast_and_copy(node, wanted)
-        if wanted == self._types.low_type:
+        site = self._calls[node]
+        self._emit_casts(site.casts)
+        made = self._node_copy(node, site.given)
+        if node in self._types.low:
             made.args, made.kwargs = with_low_dtype(node, made.args, made.kwargs, self._types.low_type)
         self._type(node, made)
-        self._note_aliases(node, made)
 
-    def _cast_and_copy(self, node: fx.Node, wanted: torch.dtype | str) -> fx.Node:
-        def argument(n: fx.Node) -> fx.Node:
-            if wanted == NodeTypes.ANY or not _is_float(n):
-                return self._made[n]
-            exported = n.meta["val"].dtype
-            low = isinstance(wanted, torch.dtype) and exported == torch.float32
-            return self._cast(self._made[n], wanted if low else exported)  # type: ignore[arg-type]
-
-        return self._node_copy(node, argument)
-
-    def _node_copy(self, node: fx.Node, argument: Any) -> fx.Node:
-        made = self._graph.node_copy(node, argument)
+    def _node_copy(self, node: fx.Node, given: Mapping[fx.Node, Value]) -> fx.Node:
+        made = self._graph.node_copy(node, lambda n: self._nodes[given.get(n, self._sites.values[n])])
         # fx renames copies that look like builtins: a placeholder `input` would become `input_1`.
         made.name, made.target = node.name, node.target
         made.meta = copy.copy(node.meta)
-        self._made[node] = made
-        if node in self._masks:
-            self._made_masks.add(made)
-        self._sharing[made] = {made}
+        self._nodes[self._sites.values[node]] = made
         return made
 
-    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """`node` in `dtype`: itself, a cast that is there already, or a new one."""
-        if node.meta["val"].dtype == dtype:
-            return node
-        found = self._casts.get((node, dtype)) or self._undone(node, dtype)
-        if found is None:
-            wide = self._saturated(node) if node in self._made_masks and dtype == self._types.low_type else node
-            found = self._insert(CAST, (wide,), {"dtype": dtype}, f"{node.name}_as_{dtype_name(dtype)}")
-        self._casts[node, dtype] = found
-        return found
+    def _emit_casts(self, casts: Iterable[Cast]) -> None:
+        for cast in casts:
+            node, dtype = self._nodes[cast.of], cast.made.types[0]
+            assert dtype is not None
+            is_mask = cast.operand.node in self._masks and dtype == self._types.low_type
+            wide = self._saturated(node) if is_mask else node
+            self._nodes[cast.made] = self._insert(
+                CAST, (wide,), {"dtype": dtype}, f"{node.name}_as_{dtype_name(dtype)}"
+            )
 
     def _saturated(self, node: fx.Node) -> fx.Node:
         """A mask whose lowest values the low type holds, with room for the scores that they are added to."""
@@ -148,22 +124,8 @@ class _Emission:
         found.name = self._new_name(name)
         found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         with self._fake_mode:
-            self._set_value(found, target(node.meta["val"], *args[1:], **kwargs))
-        self._sharing[found] = {found}
+            _set_value(found, target(node.meta["val"], *args[1:], **kwargs))
         return found
-
-    def _undone(self, node: fx.Node, dtype: torch.dtype) -> fx.Node | None:
-        """What `node` was widened from, where casting back gives it bit for bit: fp16 -> fp32 -> fp16.
-
-        Never the other way: fp32 -> fp16 -> fp32 is what rounds. Storage that is written to may have changed since.
-        """
-        if not self._types.never_written or base_op(node.target) not in {"to", "_to_copy"}:
-            return None
-        before = node.args[0]
-        assert isinstance(before, fx.Node)
-        narrow, wide = before.meta["val"], node.meta["val"]
-        lossless = narrow.dtype == dtype and torch.promote_types(narrow.dtype, wide.dtype) != narrow.dtype
-        return before if lossless and place_of(narrow) == place_of(wide) else None
 
     def _new_name(self, name: str) -> str:
         while name in self._names:
@@ -177,52 +139,33 @@ class _Emission:
             producer = made.args[0]
             assert isinstance(producer, fx.Node)
             if self._changed(node.all_input_nodes[0]):
-                self._set_value(made, producer.meta["val"][node.args[1]])
-        elif node in self._types.low and self._types.outputs[node] != types_of(node.meta["val"]):
+                _set_value(made, producer.meta["val"][node.args[1]])
+        elif node in self._types.low and self._changed(node):
             with self._fake_mode:
-                self._set_value(made, retyped(node.meta["val"], self._types.outputs[node]))
-
-    def _note_aliases(self, node: fx.Node, made: fx.Node) -> None:
-        """Track shared storage, and forget the casts of what `node` has written into: a cast is of one version."""
-        group = {made}
-        for shared in shared_arguments(made):
-            group |= self._sharing[shared]
-        for member in group:
-            self._sharing[member] = group
-        written = [self._made[n] for n in written_arguments(node)]
-        if written and node.target not in REGION_CHILD:
-            written += written_arguments(made)  # may be a cast of it
-        changed = set().union(*(self._sharing[n] for n in written))
-        if changed:
-            self._casts = {k: cast for k, cast in self._casts.items() if k[0] not in changed and cast not in changed}
+                _set_value(made, retyped(node.meta["val"], self._sites.values[node].types))
 
     def _emit_output(self, node: fx.Node) -> None:
-        specs = self._program.graph_signature.output_specs
-        results = []
-        for result, spec in zip(node.args[0], specs, strict=True):  # type: ignore[arg-type]
-            if not isinstance(result, fx.Node):
-                results.append(result)
-                continue
-            made = self._made[result]
-            keeps = self._keep_io_types or spec.kind != OutputKind.USER_OUTPUT
-            results.append(self._cast(made, result.meta["val"].dtype) if keeps and _is_float(result) else made)
+        self._emit_casts(self._sites.outputs)
+        results = [
+            self._nodes[self._sites.results.get(result, self._sites.values[result])]
+            if isinstance(result, fx.Node)
+            else result
+            for result in node.args[0]  # type: ignore[union-attr]
+        ]
         made = self._graph.output(tuple(results))
         made.meta = copy.copy(node.meta)
 
     def _changed(self, node: fx.Node) -> bool:
         """Whether the copy of `node` gives other types than `node`."""
-        return types_of(self._made[node].meta.get("val")) != types_of(node.meta.get("val"))
+        return self._sites.values[node].types != types_of(node.meta.get("val"))
 
-    def _set_type(self, node: fx.Node, dtype: torch.dtype) -> None:
-        with self._fake_mode:
-            self._set_value(node, node.meta["val"].to(dtype))
 
-    def _set_value(self, node: fx.Node, value: Any) -> None:
-        node.meta["val"] = value
-        if isinstance(value, torch.Tensor):
-            node.meta["tensor_meta"] = _extract_tensor_metadata(value)
-        else:
-            node.meta.pop("tensor_meta", None)
+def _set_value(node: fx.Node, value: Any) -> None:
+    node.meta["val"] = value
+    if isinstance(value, torch.Tensor):
+        node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+    else:
+        node.meta.pop("tensor_meta", None)
 
 
 def _assemble(
@@ -266,11 +209,6 @@ def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignatu
     ]
     inputs = [InputSpec(spec.kind, spec.arg, spec.target, spec.persistent) for spec in old.input_specs]
     return ExportGraphSignature(input_specs=inputs, output_specs=specs)
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and is_measurable(value.dtype)
 
 
 def place_of(value: torch.Tensor) -> tuple[torch.device, list[int]]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from operator import getitem
 
 import torch
-from calibcast.calib.aliasing import written_arguments
 from calibcast.calib.graph import base_op, is_measurable, tensor_values, where
 from calibcast.passes import op_table
 from calibcast.passes.low_types import LowTypes, Types
@@ -32,16 +31,11 @@ _log = logging.getLogger("calibcast")
 class NodeTypes:
     """The types of a graph's nodes under a plan.
 
-    low: nodes that take their fp32 inputs in `low_type`; `outputs`: what they then give. never_written: no op of the
-    graph writes in place.
+    low: nodes that take their fp32 inputs in `low_type`; `outputs`: what they then give.
     """
-
-    ANY = "any"
-    EXPORTED = "exported"
 
     low: frozenset[fx.Node]
     low_type: torch.dtype
-    never_written: bool
     outputs: Mapping[fx.Node, Types] = field(repr=False)
 
     @classmethod
@@ -50,22 +44,14 @@ class NodeTypes:
         planned = set(plan.low_precision_nodes)
         nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
         wanted = {node for node in nodes if qualified_name(node) in planned}
-        never_written = not any(written_arguments(node) for node in nodes)
         if not wanted:
-            return cls(frozenset(), plan.low_precision_type, never_written, {})
+            return cls(frozenset(), plan.low_precision_type, {})
         types = LowTypes(graph_module, plan.low_precision_type)
         able = {node: outputs for node in wanted if (outputs := able_types(node, types)) is not None}
         for node in wanted - able.keys():
             _warn_of_refusal(node, types)
         low = settled(set(able), ties_of(graph_module))
-        return cls(low, plan.low_precision_type, never_written, able)
-
-    def of_inputs(self, node: fx.Node) -> torch.dtype | str:
-        """The low type, `EXPORTED` for the types that the inputs had at export, or `ANY` for as they come."""
-        if node in self.low:
-            return self.low_type
-        passes_on = node.target is getitem or base_op(node.target) in {"_assert_tensor_metadata"} or states_type(node)
-        return self.ANY if passes_on else self.EXPORTED
+        return cls(low, plan.low_precision_type, able)
 
 
 def settled(low: set[fx.Node], ties: list[Tie]) -> frozenset[fx.Node]:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from calibcast.passes import cast_insertion, node_types
+from calibcast.passes import cast_insertion, cast_sites, node_types
 
 from benchmarks.fuzz import __main__ as command
 from benchmarks.fuzz import judgement
@@ -69,7 +69,7 @@ def test_shrinking_leaves_the_one_step_that_matters(broken_law):
     ("place", "name", "broken", "step", "coins", "laws"),
     [
         # Casts that outlive a write; aliases that are not tied; dtype arguments that stay.
-        (cast_insertion._Emission, "_note_aliases", lambda self, node, made: None, "read_write_read", 0b11010,
+        (cast_sites._Walk, "_note_aliases", lambda self, call, made, given: None, "read_write_read", 0b11010,
          {"numbers_stay_close"}),
         (node_types, "ties_of", lambda graph_module: [], "split_write", 0b100, {"written_storage_has_one_type"}),
         (cast_insertion, "with_low_dtype", lambda node, args, kwargs, low: (args, kwargs), "zeros", -1,
