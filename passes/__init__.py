@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from calibcast.passes.comparison import Comparison, compare
     from calibcast.passes.facts import Cancelled, Hidden, Literal, NodeFacts, TensorFacts
     from calibcast.passes.plan import Decision, PrecisionPlan
-    from calibcast.passes.tensor_rules import Rule, Verdict
+    from calibcast.passes.verdict import Rule, Verdict
 
 __all__ = [
     "Cancelled",
@@ -35,7 +35,7 @@ __getattr__, __dir__ = lazy_names(
     {
         **dict.fromkeys(("Cancelled", "Hidden", "Literal", "NodeFacts", "TensorFacts"), "calibcast.passes.facts"),
         **dict.fromkeys(("Decision", "PrecisionPlan"), "calibcast.passes.plan"),
-        **dict.fromkeys(("Rule", "Verdict"), "calibcast.passes.tensor_rules"),
+        **dict.fromkeys(("Rule", "Verdict"), "calibcast.passes.verdict"),
         **dict.fromkeys(("Comparison", "compare"), "calibcast.passes.comparison"),
         "classify": "calibcast.passes.classification",
         "insert_casts": "calibcast.passes.cast_insertion",

@@ -19,10 +19,11 @@ from calibcast.passes.classification import masked_nodes
 from calibcast.passes.decisions import decide
 from calibcast.passes.flips import Flips, flips_of, low_at
 from calibcast.passes.judge import Judge
-from calibcast.passes.plan import LOW, PrecisionPlan
+from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.program_facts import ProgramFacts
 from calibcast.passes.settings import Settings, check_limits, low_type_of
 from calibcast.passes.shares import LossTable
+from calibcast.passes.verdict import LOW
 from calibcast.passes.work import WorkCounter
 from torch.export import ExportedProgram
 

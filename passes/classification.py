@@ -12,13 +12,13 @@ from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import dtype_name
 from calibcast.calib.ranges import RangeTable, require_table
 from calibcast.passes.decisions import decide
-from calibcast.passes.facts import LOW, WEIGHT_KINDS
+from calibcast.passes.facts import WEIGHT_KINDS
 from calibcast.passes.flips import LazyFlips, flips_of
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import Decision, PrecisionPlan
 from calibcast.passes.program_facts import ProgramFacts
 from calibcast.passes.settings import Settings, Target, low_type_of
-from calibcast.passes.tensor_rules import Rule
+from calibcast.passes.verdict import LOW, Rule
 from calibcast.passes.work import WorkCounter
 from torch.export import ExportedProgram
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from calibcast.calib.graph import module_path, op_name
-from calibcast.passes.facts import KEPT, LOW
 from calibcast.passes.judge import Judge
 from calibcast.passes.plan import Decision
 from calibcast.passes.program_facts import ProgramFacts
 from calibcast.passes.regions import Candidate
-from calibcast.passes.tensor_rules import Verdict
 from calibcast.passes.ties import NamedTie
+from calibcast.passes.verdict import KEPT, LOW, Verdict
 
 
 def decide(program: ProgramFacts, judge: Judge, work: Mapping[str, int]) -> list[Decision]:

@@ -16,7 +16,6 @@ from calibcast.passes.number_formats import NumberFormat, format_of
 if TYPE_CHECKING:
     import torch
 
-LOW, HIGH, KEPT = "low", "high", "kept"  # how a node is decided
 WEIGHT_KINDS = frozenset({"parameter", "buffer", "constant"})
 
 

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from calibcast.passes.facts import LOW, NodeFacts
+from calibcast.passes.facts import NodeFacts
 from calibcast.passes.judge import Judge
 from calibcast.passes.program_facts import ProgramFacts
 from calibcast.passes.rules import Follows
 from calibcast.passes.tensor_rules import DataMax
 from calibcast.passes.ties import NamedTie
+from calibcast.passes.verdict import LOW
 
 Flips = dict[str, float | None]
 

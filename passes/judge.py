@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from calibcast.calib.errors import PlanError
-from calibcast.passes.facts import HIGH, LOW, NodeFacts
+from calibcast.passes.facts import NodeFacts
 from calibcast.passes.plan import Decision
 from calibcast.passes.rules import Legality, matched, rule_id
-from calibcast.passes.tensor_rules import InitMax, Rule, Verdict
+from calibcast.passes.tensor_rules import InitMax
+from calibcast.passes.verdict import HIGH, LOW, Rule, Verdict
 
 
 @dataclass(frozen=True)

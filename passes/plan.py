@@ -17,12 +17,9 @@ from calibcast.calib.execution import require_program
 from calibcast.calib.fingerprint import node_digests
 from calibcast.calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
 from calibcast.calib.graph_digests import fingerprint, first_difference
-from calibcast.passes.facts import HIGH as HIGH
-from calibcast.passes.facts import KEPT as KEPT
-from calibcast.passes.facts import LOW as LOW
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.regions import Candidate, candidates
-from calibcast.passes.tensor_rules import Verdict
+from calibcast.passes.verdict import HIGH, KEPT, LOW, Verdict
 from calibcast.passes.work import work_of
 from torch.export import ExportedProgram
 

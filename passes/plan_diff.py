@@ -9,9 +9,9 @@ from calibcast.calib.alignment import aligned
 from calibcast.calib.graph_digests import first_difference
 from calibcast.calib.range_diff import RangeDiff
 from calibcast.passes.classification import classify
-from calibcast.passes.facts import HIGH, KEPT, LOW
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.tensor_diff import SCHEMA
+from calibcast.passes.verdict import HIGH, KEPT, LOW
 from torch.export import ExportedProgram
 
 

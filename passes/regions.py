@@ -21,7 +21,7 @@ from calibcast.calib.graph import (
     walk,
 )
 from calibcast.passes import op_table
-from calibcast.passes.tensor_rules import Verdict
+from calibcast.passes.verdict import Verdict
 from torch import fx
 from torch.export import ExportedProgram
 

@@ -18,7 +18,7 @@ from calibcast.passes import op_table
 from calibcast.passes.facts import NodeFacts
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.number_formats import NumberFormat, format_of
-from calibcast.passes.tensor_rules import Verdict
+from calibcast.passes.verdict import Verdict
 
 
 def rule_id(rule: Any) -> str:

@@ -27,7 +27,8 @@ from calibcast.passes.rules import (
     matched,
     rule_id,
 )
-from calibcast.passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage
+from calibcast.passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage
+from calibcast.passes.verdict import Rule
 
 Target = Any  # an OpOverload, an OpOverloadPacket, or a name of either
 

@@ -8,9 +8,10 @@ import polars as pl
 from calibcast.calib.range_diff import RangeDiff
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.evidence import evidence_of
-from calibcast.passes.facts import HIGH, LOW, NodeFacts, TensorFacts
+from calibcast.passes.facts import NodeFacts, TensorFacts
 from calibcast.passes.number_formats import NumberFormat, format_of
-from calibcast.passes.tensor_rules import DataMax, InitMax, Nonfinite, Rule, Storage, Verdict
+from calibcast.passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage
+from calibcast.passes.verdict import HIGH, LOW, Rule, Verdict
 
 if TYPE_CHECKING:
     import torch

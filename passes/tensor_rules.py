@@ -1,4 +1,4 @@
-"""The rules that look at tensors alone, and what every rule answers: `passes.rules` has the others.
+"""The rules that look at tensors alone: `passes.rules` has the others.
 
 They need no graph and no torch, so that two range tables are compared without waiting for its import.
 """
@@ -7,28 +7,16 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from calibcast.calib.operators import ATTENTION, COMPARES, SELECTS, SOFTMAX
 from calibcast.passes.facts import NodeFacts, TensorFacts
 from calibcast.passes.number_formats import NumberFormat
+from calibcast.passes.verdict import Verdict
 
 LEAST_SQNR_DB = 20.0  # of a tensor over its rounding: a tenth of it is noise
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why a node stays high: the rule's id, a sentence, the number that was seen and the limit it was held to."""
-
-    rule: str
-    reason: str
-    evidence: float | None = None
-    limit: float | None = None
-
-
-Rule = Callable[[NodeFacts], Verdict | None]
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph import size_hint, tensor_values
 from calibcast.calib.graph_digests import fingerprint
 from calibcast.passes import PrecisionPlan, classify, insert_casts
-from calibcast.passes.plan import HIGH, KEPT, LOW
 from calibcast.passes.regions import flatten
+from calibcast.passes.verdict import HIGH, KEPT, LOW
 from torch import fx
 from torch.export import ExportedProgram
 

@@ -12,9 +12,9 @@ from calibcast.calib.graph import REGION_CHILD, is_measurable, tensor_values
 from calibcast.passes import PrecisionPlan, insert_casts
 from calibcast.passes.dtype_arguments import dtype_position
 from calibcast.passes.node_types import NodeTypes, refuses_number
-from calibcast.passes.plan import HIGH, LOW
 from calibcast.passes.regions import qualified_name
 from calibcast.passes.ties import ties_of
+from calibcast.passes.verdict import HIGH, LOW
 from torch import fx
 from torch.export.graph_signature import OutputKind
 

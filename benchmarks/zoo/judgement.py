@@ -17,8 +17,9 @@ from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import NodeError, ProgramRunner
 from calibcast.calib.graph import base_op, op_name, size_hint, tensor_values
 from calibcast.passes import PrecisionPlan, classify, insert_casts
-from calibcast.passes.plan import HIGH, KEPT, Decision
+from calibcast.passes.plan import Decision
 from calibcast.passes.regions import candidates
+from calibcast.passes.verdict import HIGH, KEPT
 from torch.export import ExportedProgram
 
 from benchmarks.zoo.architecture import Architecture

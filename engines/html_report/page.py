@@ -13,7 +13,8 @@ import jinja2
 from calibcast.calib.graph import dtype_name
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.html_report.payload import packed, payload
-from calibcast.passes.plan import HIGH, KEPT, LOW, PrecisionPlan
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.verdict import HIGH, KEPT, LOW
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 

@@ -24,7 +24,8 @@ from calibcast.calib.graph import dtype_name, tensor_values
 from calibcast.calib.operators import MOVES
 from calibcast.engines.ledger.inspection import EngineLayer
 from calibcast.engines.ledger.layer_tracing import traced
-from calibcast.passes.plan import KEPT, LOW, PrecisionPlan
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.verdict import KEPT, LOW
 from torch.export import ExportedProgram
 
 EXACT, FUSED, UNKNOWN = "exact", "fused", "unknown"

@@ -10,8 +10,8 @@ import torch
 from calibcast.calib.graph import argument_of, base_op, dtype_name, module_path
 from calibcast.engines.tensorrt.builder.isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
 from calibcast.engines.tensorrt.widening import widenable
-from calibcast.passes.plan import HIGH, Decision, PrecisionPlan
-from calibcast.passes.tensor_rules import Verdict
+from calibcast.passes.plan import Decision, PrecisionPlan
+from calibcast.passes.verdict import HIGH, Verdict
 from torch import fx
 from torch.export import ExportedProgram
 
