@@ -19,6 +19,12 @@ MOVES = frozenset(
     """.split()  # noqa: SIM905 - a list of words reads as one
 )
 
+# Operators that do not round anew what was rounded before: of rounded elements they give some, moved, negated or set to
+# zero. An edge of rounding passes them; see `calib.rounding_edges`.
+KEEPS_ROUNDED = MOVES | frozenset(
+    {"abs", "detach", "max_pool1d", "max_pool2d", "max_pool3d", "neg", "negative", "relu"}
+)
+
 # Operators that hide values, by what they hide. Calibration measures how large these get.
 SUMS = frozenset(
     """

@@ -17,6 +17,7 @@ from calibcast.calib.damage_report import damage_report
 from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
 from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.range_checks import check_values
+from calibcast.calib.rounding_table import empty_rounding
 from calibcast.calib.seal import broken_seal, has_parquet_ends
 from calibcast.calib.statistic_names import HIDDEN
 
@@ -91,11 +92,14 @@ class RangeTable:
     `frame` has the columns of `SCHEMA`, one row per tensor, unique by (node, output), in graph order. `hidden` has
     those rows whose node forms sums inside (`hidden_max`: the largest; `hidden_min`: the least mean square deviation
     that a norm divides by the root of) or that have mask values (`mask_min`: the lowest finite one).
+    `rounding` has one row per edge and low type: what rounding there does to the outputs; see `calib.rounding_table`.
+    It is empty where that was not measured.
     """
 
     frame: pl.DataFrame
     calibration: Calibration
     hidden: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=HIDDEN_SCHEMA))
+    rounding: pl.DataFrame = field(default_factory=empty_rounding)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -104,7 +108,7 @@ class RangeTable:
         if not isinstance(other, RangeTable):
             return NotImplemented
         same = self.calibration == other.calibration and self.frame.equals(other.frame)
-        return same and self.hidden.equals(other.hidden)
+        return same and self.hidden.equals(other.hidden) and self.rounding.equals(other.rounding)
 
     def __str__(self) -> str:
         above = self.frame.filter(pl.col("absmax") > 65504).height

@@ -1,0 +1,71 @@
+"""Flattening `torch.no_grad` regions, which mean nothing in inference and would hide their nodes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from operator import getitem
+from typing import Any
+
+from calibcast.calib.graph import GRAD_REGION, child_of
+from torch import fx
+
+# The qualified name of an inlined node, under which calibration measured it.
+_NAME = "calibcast_name"
+
+
+def flatten(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The graph with `torch.no_grad` regions inlined: in inference they mean nothing, and would hide their nodes.
+
+    The caller's graph is not changed; one without such regions is returned itself. Inlined nodes keep their
+    qualified name, read by `qualified_name`.
+    """
+    if not any(node.target is GRAD_REGION for node in graph_module.graph.nodes):
+        return graph_module
+    graph = fx.Graph()
+    results = _inline(graph_module, "", graph, {})
+    graph.output(results)
+    output = next(node for node in graph_module.graph.nodes if node.op == "output")
+    next(iter(reversed(graph.nodes))).meta = copy.copy(output.meta)
+    flat = fx.GraphModule(graph_module, graph)
+    flat.meta.update(graph_module.meta)
+    return flat
+
+
+def qualified_name(node: fx.Node) -> str:
+    """The name under which calibration and plans know a node of a flattened graph."""
+    return str(node.meta.get(_NAME, node.name))
+
+
+def _inline(source: fx.GraphModule, prefix: str, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
+    """Copy the nodes of `source` into `graph`; `values` maps its nodes to what stands for them there."""
+    for node in source.graph.nodes:
+        if node in values:
+            continue
+        if node.op == "output":
+            return fx.map_arg(node.args[0], lambda n: values[n])
+        if node.target is GRAD_REGION:
+            region = child_of(node)
+            assert region is not None
+            name, child = region
+            holders = [n for n in child.graph.nodes if n.op == "placeholder"]
+            bound: dict[fx.Node, Any] = dict(zip(holders, (values[n] for n in node.args[2:]), strict=True))
+            values[node] = _inline(child, f"{prefix}{name}.", graph, bound)
+        elif node.target is getitem and isinstance(values.get(node.args[0]), (tuple, list)):
+            values[node] = values[node.args[0]][node.args[1]]
+        elif node.op == "get_attr" and all(user.target is GRAD_REGION for user in node.users):
+            values[node] = None
+        else:
+            values[node] = _copy(node, prefix, graph, values)
+    return None
+
+
+def _copy(node: fx.Node, prefix: str, graph: fx.Graph, values: Mapping[fx.Node, Any]) -> fx.Node:
+    made = graph.node_copy(node, lambda n: values[n])
+    made.meta = copy.copy(node.meta)
+    made.meta[_NAME] = prefix + node.name
+    # fx renames copies that look like builtins (`input` becomes `input_1`) or that it has seen; names are identity
+    # here. A name with dots cannot be one of the program's own, so the underscored one is made unlike them.
+    made.name = (prefix + node.name).replace(".", "__")
+    made.target = prefix + str(node.target) if node.op == "get_attr" else node.target
+    return made

@@ -1,0 +1,69 @@
+"""`ranges.rounding`: what rounding one tensor, where one node reads it, does to the program's outputs.
+
+One row per edge and low type. An edge leads from the node that made a tensor to a node that reads it; what only moves
+values between the two is transparent. `calib.rounding_edges` says which edges a program has, and which movers are
+between. With NSR = sum of `noise` over the edges that are active under a plan, its SQNR is about -10 log10(NSR) dB. An
+edge is active where its reader is low, or where the tensor is rounded before: its maker or a mover between is low.
+
+Columns:
+    node: the reader's qualified name, or `output` for the program's results.
+    input: the name of the node that made the tensor (inputs and weights by their placeholder), or `literal:other` for
+        a number in the call, by the name of its argument.
+    output: which output of `input`; 0 for a literal.
+    low_precision_type: "float16" or "bfloat16".
+    noise: noise-to-signal power ratio at the program's outputs, mean over batches. Within one output it is the mean
+        over its channels, each held to its own power; over outputs it is the sum. inf where rounding made values that
+        are not finite. Null where it could not be had.
+    noise_worst: the same of the worst batch. worst_batch: its index.
+    noise_by_output: `noise` of each floating-point output of the program, in their order; null where outputs are more
+        than are told apart (`MOST_OUTPUTS`), or where `noise` is null.
+    nonfinite: elements of the reader's results that only rounding made NaN or Inf, summed over batches.
+    steps: integer and boolean elements that rounding changed, summed over batches: indices, comparisons.
+    local_sqnr_db: signal to noise at the reader's own results, in dB; inf where nothing changed.
+    batches: how many batches were measured; 0 where none was.
+    method: "gradient": the error at the reader's results was taken through the gradient. "run": in at least one
+        batch the program was run with only this edge rounded. Null where there is no evidence.
+    why_missing: why there is none; null where there is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+
+LOW_TYPE_NAMES = ("float16", "bfloat16")
+OUTPUT = "output"  # the reader of the program's results
+LITERAL = "literal:"
+# Each output costs a backward pass; of more than these only the sum is known.
+MOST_OUTPUTS = 4
+METHODS = ("gradient", "run")
+
+ROUNDING_SCHEMA: dict[str, Any] = {
+    "node": pl.String,
+    "input": pl.String,
+    "output": pl.Int64,
+    "low_precision_type": pl.String,
+    "noise": pl.Float64,
+    "noise_worst": pl.Float64,
+    "worst_batch": pl.Int64,
+    "noise_by_output": pl.List(pl.Float64),
+    "nonfinite": pl.Int64,
+    "steps": pl.Int64,
+    "local_sqnr_db": pl.Float64,
+    "batches": pl.Int64,
+    "method": pl.String,
+    "why_missing": pl.String,
+}
+# One row each.
+ROUNDING_KEY = ("node", "input", "output", "low_precision_type")
+
+
+def empty_rounding() -> pl.DataFrame:
+    """A frame without rows: nothing was measured, as `rounding_batches=0` has it."""
+    return pl.DataFrame(schema=ROUNDING_SCHEMA)
+
+
+def rounding_gaps(rounding: pl.DataFrame) -> pl.DataFrame:
+    """The rows without evidence, with why: these edges are left to the rules that judge by magnitude."""
+    return rounding.filter(pl.col("noise").is_null())
