@@ -6,34 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from calibcast.calib.errors import BatchError, CalibcastError, known
-from calibcast.calib.graph import dtype_name
+from calibcast.calib.input_checks import Leaf, Place, check_leaf, check_sizes, sizes_of_symbols
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 _MISSING = object()
-_HINT = "Give transform=, a function from your batch to the model's inputs."
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One flat input of a program: a tensor with its sizes (int or sympy expression), or a constant.
-
-    An integer that the export left open has no dtype and one size: itself.
-    """
-
-    name: str
-    dtype: torch.dtype | None
-    sizes: tuple[Any, ...]
-    constant: Any = None
-
-    def __str__(self) -> str:
-        if self.dtype is None:
-            return f"an int {self.sizes[0]}" if self.sizes else f"the constant {self.constant!r}"
-        return f"{dtype_name(self.dtype)}[{', '.join(map(str, self.sizes))}]"
 
 
 @dataclass(frozen=True)
@@ -55,40 +35,47 @@ class Signature:
 
     def flatten(self, batch: Any, index: int) -> list[Any]:
         """The flat inputs that `batch` means. Raises BatchError that names batch, argument and what came."""
-        at = f"batch {index}"
-        values = self._by_argument(batch, at)
+        at = Place(index)
+        return self._flat(*self._as_call(batch, at), at)
+
+    def flatten_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The flat inputs of a call. Raises BatchError that names the argument and what came."""
+        return self._flat(args, kwargs, Place(None))
+
+    def _flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Place) -> list[Any]:
+        values = self._by_argument(args, kwargs, at)
         flat: list[Any] = []
         for name, value, spec in zip(self.names, values, self.specs, strict=True):
             if value is _MISSING:
                 flat.extend(self._constants(name, spec, len(flat), at))
             else:
-                _conform(value, spec, f"{at}, argument {name}", flat)
+                _conform(value, spec, at.of(name), flat)
         for leaf, value in zip(self.leaves, flat, strict=True):
-            _check_leaf(leaf, value, f"{at}, argument {leaf.name}")
-        sizes = _sizes_of_symbols(zip(self.leaves, flat, strict=True))
+            check_leaf(leaf, value, at.of(leaf.name))
+        sizes = sizes_of_symbols(zip(self.leaves, flat, strict=True))
         for leaf, value in zip(self.leaves, flat, strict=True):
-            _check_sizes(leaf, value, sizes, self.bounds, f"{at}, argument {leaf.name}")
+            check_sizes(leaf, value, sizes, self.bounds, at.of(leaf.name))
         return flat
 
-    def _by_argument(self, batch: Any, at: str) -> list[Any]:
-        args, kwargs = self._as_call(batch, at)
+    def _by_argument(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Place) -> list[Any]:
         if len(args) > len(self.positional):
             raise BatchError(
                 f"{at}: got {len(args)} inputs, but the program takes {len(self.positional)} by position: {self}. "
-                f"{_HINT} For a (inputs, label) pair: transform=lambda batch: batch[0]."
+                f"{at.hint}{at.only(' For a (inputs, label) pair: transform=lambda batch: batch[0].')}"
             )
         unknown = [key for key in kwargs if key not in self.names[len(args) :]]
         if unknown:
+            pick = f" To pick columns: transform=lambda b: {{k: b[k] for k in {list(self.names)}}}."
             raise BatchError(
                 f"{at}: unknown input {unknown[0]!r} ({known(str(unknown[0]), self.names)}); the program takes "
-                f"{self}. {_HINT} To pick columns: transform=lambda b: {{k: b[k] for k in {list(self.names)}}}."
+                f"{self}. {at.hint}{at.only(pick)}"
             )
         values = list(args) + [_MISSING] * (len(self.names) - len(args))
         for key, value in kwargs.items():
             values[self.names.index(key)] = value
         return values
 
-    def _as_call(self, batch: Any, at: str) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    def _as_call(self, batch: Any, at: Place) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Read a batch as positional and keyword arguments."""
         first = _type_of(self.specs[0]) if self.positional else None
         if isinstance(batch, torch.Tensor):
@@ -99,20 +86,25 @@ class Signature:
             return ((batch,), {}) if whole else ((), batch)
         if isinstance(batch, (tuple, list)):
             takes_sequence = first is not None and issubclass(first, (tuple, list))
-            if _is_call(batch) and not (len(self.positional) == 2 and takes_sequence):
+            if _is_call(batch) and not self._is_two_arguments(batch):
                 return tuple(batch[0]), batch[1]
-            if takes_sequence and len(self.positional) == 1 and not _holds_one_sequence(batch):
+            if takes_sequence and len(self.positional) == 1 and _has_structure(batch, self.specs[0]):
                 return (batch,), {}
             return tuple(batch), {}
         if first is not None and isinstance(batch, first):
             return (batch,), {}  # a registered pytree node, such as a dataclass
-        raise BatchError(f"{at} is a {type(batch).__name__}; the program takes {self}. {_HINT}")
+        raise BatchError(f"{at} is a {type(batch).__name__}; the program takes {self}. {at.hint}")
 
-    def _constants(self, name: str, spec: pytree.TreeSpec, start: int, at: str) -> list[Any]:
+    def _is_two_arguments(self, batch: tuple[Any, ...] | list[Any]) -> bool:
+        """Whether a pair of a tuple and a dict is what the program takes: a sequence, and a dict with these keys."""
+        pair = len(self.positional) == 2 and all(map(_has_structure, batch, self.specs[:2]))
+        return pair and _type_of(self.specs[1]) is not None
+
+    def _constants(self, name: str, spec: pytree.TreeSpec, start: int, at: Place) -> list[Any]:
         """Stand in for an argument that was left out, which only constants of the export allow."""
         leaves = self.leaves[start : start + spec.num_leaves]
         if any(leaf.dtype is not None or leaf.sizes for leaf in leaves):
-            raise BatchError(f"{at}: input {name!r} is missing; the program takes {self}. {_HINT}")
+            raise BatchError(f"{at}: input {name!r} is missing; the program takes {self}. {at.hint}")
         return [leaf.constant for leaf in leaves]
 
 
@@ -172,11 +164,17 @@ def _is_call(batch: tuple[Any, ...] | list[Any]) -> bool:
     return isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict)
 
 
-def _holds_one_sequence(batch: tuple[Any, ...] | list[Any]) -> bool:
-    return len(batch) == 1 and isinstance(batch[0], (tuple, list))
+def _has_structure(value: Any, spec: pytree.TreeSpec) -> bool:
+    """Whether the leaves of `value`, read as `spec`, are no containers."""
+    flat: list[Any] = []
+    try:
+        _conform(value, spec, Place(None), flat)
+    except BatchError:
+        return False
+    return not any(isinstance(leaf, (tuple, list, dict)) for leaf in flat)
 
 
-def _conform(value: Any, spec: pytree.TreeSpec, at: str, flat: list[Any]) -> None:
+def _conform(value: Any, spec: pytree.TreeSpec, at: Place, flat: list[Any]) -> None:
     """Append the leaves of `value`, read as `spec`: collate functions turn tuples into lists, and tokenizers
     give mappings that are no dicts."""
     if spec.is_leaf():
@@ -188,99 +186,21 @@ def _conform(value: Any, spec: pytree.TreeSpec, at: str, flat: list[Any]) -> Non
         keys = list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
         if not isinstance(value, Mapping) or set(value) != set(keys):
             came = f"keys {sorted(map(str, value))}" if isinstance(value, Mapping) else f"a {type(value).__name__}"
-            raise BatchError(f"{at}: expected a dict with keys {sorted(map(str, keys))}, got {came}. {_HINT}")
+            raise BatchError(f"{at}: expected a dict with keys {sorted(map(str, keys))}, got {came}. {at.hint}")
         items = [value[key] for key in keys]
     elif issubclass(container, (tuple, list)):
         if not isinstance(value, (tuple, list)) or len(value) != len(children):
             came = f"{len(value)} items" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
-            raise BatchError(f"{at}: expected a {spec.type.__name__} of {len(children)} items, got {came}. {_HINT}")
+            raise BatchError(f"{at}: expected a {spec.type.__name__} of {len(children)} items, got {came}. {at.hint}")
         items = list(value)
     else:
         leaves, came_spec = pytree.tree_flatten(value)
         if came_spec != spec:
-            raise BatchError(f"{at}: expected a {spec.type.__name__}, got {type(value).__name__}. {_HINT}")
+            raise BatchError(f"{at}: expected a {spec.type.__name__}, got {type(value).__name__}. {at.hint}")
         flat.extend(leaves)
         return
     for position, (item, child) in enumerate(zip(items, children, strict=True)):
-        _conform(item, child, f"{at}[{position}]", flat)
-
-
-def _check_leaf(leaf: Leaf, value: Any, at: str) -> None:
-    if leaf.dtype is None and leaf.sizes:
-        if not isinstance(value, int):
-            raise BatchError(f"{at}: expected {leaf}, got a {type(value).__name__}. {_HINT}")
-        return
-    if leaf.dtype is None:
-        # A tensor compares element by element: only a plain True is equality.
-        if value is not leaf.constant and (value == leaf.constant) is not True:
-            came = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
-            raise BatchError(f"{at}: the program was exported with {leaf}, got {came}. Export it with that value.")
-        return
-    if not isinstance(value, torch.Tensor):
-        raise BatchError(
-            f"{at}: expected a tensor {leaf}, got a {type(value).__name__}. "
-            "Convert it in transform=, or use .with_format('torch') of a datasets.Dataset."
-        )
-    if value.is_nested or value.layout != torch.strided:
-        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-        raise BatchError(f"{at}: expected {leaf}, got a {kind} tensor. Make it dense in transform=.")
-    if value.dtype != leaf.dtype:
-        came = f"{dtype_name(value.dtype)}{list(value.shape)}"
-        raise BatchError(
-            f"{at}: expected {leaf}, got {came}: another dtype. "
-            f"Convert in transform=, for example .to(torch.{dtype_name(leaf.dtype)})."
-        )
-    if value.dim() != len(leaf.sizes):
-        came = f"{dtype_name(value.dtype)}{list(value.shape)}"
-        raise BatchError(f"{at}: expected {leaf}, got {came}: {value.dim()} dimensions, not {len(leaf.sizes)}.")
-
-
-def _shape(leaf: Leaf, value: Any) -> tuple[int, ...]:
-    """The sizes of an input of a batch, in the order of `leaf.sizes`."""
-    if leaf.dtype is None:
-        return (value,) if leaf.sizes else ()
-    return tuple(value.shape)
-
-
-def _sizes_of_symbols(inputs: Iterable[tuple[Leaf, Any]]) -> dict[Any, int]:
-    """What each symbolic size is in this batch: what it is where it stands alone for the first time."""
-    sizes: dict[Any, int] = {}
-    for leaf, value in inputs:
-        for expected, size in zip(leaf.sizes, _shape(leaf, value), strict=True):
-            if not isinstance(expected, int) and expected.is_Symbol:
-                sizes.setdefault(expected, size)
-    return sizes
-
-
-def _check_sizes(
-    leaf: Leaf, value: Any, sizes: dict[Any, int], bounds: dict[Any, tuple[int, int | None]], at: str
-) -> None:
-    # An engine checks its inputs on every call, so what came is put into words only when it is wrong: printing a
-    # tensor reads it, which on a GPU takes longer than many a network.
-    for dimension, (expected, size) in enumerate(zip(leaf.sizes, _shape(leaf, value), strict=True)):
-        if isinstance(expected, int):
-            if size != expected:
-                raise BatchError(
-                    f"{at}: {_came(leaf, value, dimension)} is {size}, not {expected}. Export the program with that "
-                    "dimension dynamic (dynamic_shapes=), or give batches of that size (DataLoader(drop_last=True) for "
-                    "the last one)."
-                )
-            continue
-        wanted = sizes[expected] if expected in sizes else expected.subs(sizes)
-        if isinstance(wanted, (int, sympy.Integer)) and int(wanted) != size:
-            came = _came(leaf, value, dimension)
-            raise BatchError(f"{at}: {came} is {size}, but {expected} is {int(wanted)} in this batch.")
-        low, high = bounds.get(expected, (0, None))
-        if size < low or (high is not None and size > high):
-            most = "infinity" if high is None else high
-            came = _came(leaf, value, dimension)
-            raise BatchError(f"{at}: {came} is {size}, outside the exported range {low} to {most} of {expected}.")
-
-
-def _came(leaf: Leaf, value: Any, dimension: int) -> str:
-    if not isinstance(value, torch.Tensor):
-        return f"expected {leaf}, got {value}: it"
-    return f"expected {leaf}, got {dtype_name(value.dtype)}{list(value.shape)}: dimension {dimension}"
+        _conform(item, child, at.of(f"{at.argument}[{position}]"), flat)
 
 
 def numbered(

@@ -26,7 +26,7 @@ class EagerRuntime:
         self.device = self._runner.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        flat = self._signature.flatten((args, kwargs), 0)
+        flat = self._signature.flatten_call(args, kwargs)
         try:
             results = self._runner.run(self._runner.to_device(flat))
         except NodeError as error:

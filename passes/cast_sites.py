@@ -7,13 +7,14 @@ A cast belongs to one version of a tensor and is shared by all its readers until
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import getitem
 
 import torch
 from calibcast.calib.aliasing import shared_arguments, written_arguments
+from calibcast.calib.flat_regions import blocks
 from calibcast.calib.graph import REGION_CHILD, base_op, is_measurable, producer_of, size_hint, tensor_values
 from calibcast.passes.low_types import Types, types_of
 from calibcast.passes.node_types import states_type
@@ -60,8 +61,10 @@ class CallTable:
         """`source`: the graph of `program`, as `regions.flatten` gives it."""
         nodes = list(source.graph.nodes)
         self.never_written = not any(written_arguments(node) for node in nodes)
-        operand = cache(_operand)
-        self.calls = [_call(node, self.never_written, operand) for node in nodes if node.op == "call_function"]
+        operand, read = cache(_operand), _read_ahead(nodes)
+        self.calls = [
+            _call(node, self.never_written, operand, read.get(node)) for node in nodes if node.op == "call_function"
+        ]
         self.sources = [(n, types_of(n.meta.get("val"))) for n in nodes if n.op in {"placeholder", "get_attr"}]
         self.outputs = list(_outputs(program, nodes, keep_io_types))
         self.activation_bytes = sum(size for call in self.calls for size in call.bytes)
@@ -222,7 +225,25 @@ def _undone(value: Value, dtype: torch.dtype) -> Value | None:
     return value.before if lossless else None
 
 
-def _call(node: fx.Node, never_written: bool, operand: Callable[[fx.Node], Operand | None]) -> Call:
+def _read_ahead(nodes: Iterable[fx.Node]) -> dict[fx.Node, Sequence[fx.Node]]:
+    """What flat regions read from outside, by the marker that begins each: cast before it, as what is made inside
+    belongs to the region."""
+    read: dict[fx.Node, Sequence[fx.Node]] = {}
+    for block in blocks(nodes):
+        if block.region:
+            inside = set(block.nodes)
+            read[block.nodes[0]] = [n for node in block.nodes for n in node.all_input_nodes if n not in inside]
+    return read
+
+
+def _call(
+    node: fx.Node,
+    never_written: bool,
+    operand: Callable[[fx.Node], Operand | None],
+    read: Sequence[fx.Node] | None = None,
+) -> Call:
+    """`read`: what casts are made of before it; None for what the node itself reads."""
+    reads = node.all_input_nodes if read is None else read
     passes_on = node.target is getitem or base_op(node.target) == "_assert_tensor_metadata" or states_type(node)
     exported = types_of(node.meta.get("val"))
     shared = tuple(shared_arguments(node))
@@ -231,7 +252,7 @@ def _call(node: fx.Node, never_written: bool, operand: Callable[[fx.Node], Opera
         node=node,
         name=qualified_name(node),
         # By args, then kwargs: the order in which casts are made.
-        operands=() if passes_on else tuple([found for n in node.all_input_nodes if (found := operand(n)) is not None]),
+        operands=() if passes_on else tuple([found for n in reads if (found := operand(n)) is not None]),
         exported=exported,
         passes_on=passes_on,
         written=() if never_written else tuple(written_arguments(node)),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from operator import getitem
 
 import torch
+from calibcast.calib.flat_regions import flat_regions
 from calibcast.calib.flattening import flatten as flatten
 from calibcast.calib.flattening import qualified_name as qualified_name
 from calibcast.calib.graph import (
@@ -41,7 +42,9 @@ def candidates(program: ExportedProgram) -> list[Candidate]:
     """The nodes that a plan decides on, in the order in which they run: of the flattened graph, and of autocast
     regions."""
     found: list[Candidate] = []
-    for node in flatten(program.graph_module).graph.nodes:
+    graph = flatten(program.graph_module).graph
+    flat = flat_regions(graph)
+    for node in graph.nodes:
         if node.op != "call_function":
             continue
         name = qualified_name(node)
@@ -49,8 +52,12 @@ def candidates(program: ExportedProgram) -> list[Candidate]:
         if region is not None:
             inside = walk(region[1], f"{region[0]}.")  # qualified already: `_copy` prefixes what `get_attr` names
             found.extend(Candidate(s.name, s.node, True, _INSIDE) for s in inside if s.node.op == "call_function")
-        found.append(Candidate(name, node, False, _kept(node)))
+        found.append(Candidate(name, node, False, _in_flat_region(flat[node]) if node in flat else _kept(node)))
     return found
+
+
+def _in_flat_region(region: str) -> Verdict:
+    return Verdict("flat_region", f"it is inside a {region} region, which runs as the user wrote it")
 
 
 _INSIDE = Verdict("autocast_region", "it is inside a torch.autocast region, which runs as the user wrote it")

@@ -80,7 +80,7 @@ class TensorrtRuntime:
 
     def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs on the GPU. Raises BatchError for what the engine was not built for."""
-        flat = self._signature.flatten((args, kwargs), 0)
+        flat = self._signature.flatten_call(args, kwargs)
         for leaf, value, profile in zip(self._signature.leaves, flat, self._profiles, strict=True):
             check_profile(leaf, value, profile)
         moved = [v.to(self.device) if isinstance(v, torch.Tensor) else v for v in flat]

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from calibcast.calib.batches import Leaf, Signature
+from calibcast.calib.batches import Signature
 from calibcast.calib.errors import BatchError, BuildError
+from calibcast.calib.input_checks import Leaf
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.tensorrt.builder.job import Profile
 

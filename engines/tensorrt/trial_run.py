@@ -9,8 +9,9 @@ from typing import Any
 
 import polars as pl
 import torch
-from calibcast.calib.batches import Leaf, signature_of
+from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import NodeError, ProgramRunner, input_structure
+from calibcast.calib.input_checks import Leaf
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.tensorrt.builder.job import Profile
 from torch.export import ExportedProgram

@@ -558,3 +558,71 @@ def test_checking_an_input_never_reads_it(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, refuse)
     (flat,) = signature.flatten(torch.empty(5, 4), 0)
     assert flat.shape == (5, 4)
+
+
+class PairFirst(nn.Module):
+    """Its first argument is a sequence, which alone looks like the arguments of a call."""
+
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return pair[0] + pair[1] * x
+
+
+class PairAndDict(nn.Module):
+    def forward(self, pair: list[torch.Tensor], more: dict[str, torch.Tensor]) -> torch.Tensor:
+        return pair[0] + pair[1] * more["x"]
+
+
+class RowsOfRows(nn.Module):
+    def forward(self, rows: list[list[torch.Tensor]]) -> torch.Tensor:
+        return rows[0][0] * 2
+
+
+def test_a_first_argument_that_is_a_sequence_can_be_called_and_given() -> None:
+    """A call is taken as it is; a batch in each of the ways in which batches may come."""
+    a, b, x = torch.ones(2), torch.ones(2) * 2, torch.ones(2) * 3
+    one = signature_of(torch.export.export(PairFirst().eval(), ((a, b), x)))
+    assert one.flatten_call(((a, b), x), {}) == [a, b, x]
+    assert one.flatten_call(([a, b],), {"x": x}) == [a, b, x]
+    for batch in (((a, b), x), [[a, b], x], (((a, b), x), {}), (((a, b),), {"x": x}), {"pair": (a, b), "x": x}):
+        assert one.flatten(batch, 0) == [a, b, x]
+    two = signature_of(torch.export.export(PairAndDict().eval(), ([a, b], {"x": x})))
+    assert two.flatten_call(((a, b), {"x": x}), {}) == [a, b, x]
+    for batch in (((a, b), {"x": x}), (([a, b], {"x": x}), {}), (([a, b],), {"more": {"x": x}})):
+        assert two.flatten(batch, 0) == [a, b, x]
+    three = signature_of(torch.export.export(RowsOfRows().eval(), ([[a]],)))
+    assert three.flatten_call(([[a]],), {}) == [a]
+    for batch in ([[a]], ([[a]],), (([[a]],), {})):
+        assert three.flatten(batch, 0) == [a]
+
+
+class Added(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+def test_what_a_call_is_told_does_not_speak_of_batches() -> None:
+    """Whatever is wrong with the arguments of a call: there is no dataloader and no transform to mend."""
+    batch = Dim("b", min=2, max=4)
+    signature = signature_of(
+        torch.export.export(
+            Added().eval(), (torch.ones(2, 3), torch.ones(2, 3)), dynamic_shapes=({0: batch}, {0: batch})
+        )
+    )
+    good = torch.ones(2, 3)
+    wrong: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((), {}),
+        ((good, good, good), {}),
+        ((good, good), {"unknown": 1}),
+        ((good, 1.0), {}),
+        ((good, good.double()), {}),
+        ((good, good[0]), {}),
+        ((good, torch.ones(2, 4)), {}),
+        ((good, torch.ones(3, 3)), {}),
+        ((torch.ones(9, 3), torch.ones(9, 3)), {}),
+        ((good, [good]), {}),
+        ((good, good.to_sparse()), {}),
+    ]
+    for args, kwargs in wrong:
+        with pytest.raises(BatchError, match="the call") as caught:
+            signature.flatten_call(args, kwargs)
+        assert not any(word in str(caught.value) for word in ("batch", "transform", "datasets", "DataLoader"))
