@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import stat
 import tempfile
 import threading
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +57,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         # mkstemp makes files private; an artifact is for others to read.
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, _usual_mode(target.parent))
         os.replace(temporary, target)
     except OSError as error:
         raise ArtifactError(f"cannot write {target}: {error}") from error
@@ -63,10 +65,14 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _usual_mode(folder: Path) -> int:
+    """The mode that a new file in `folder` gets. Reading the umask means to set it, which other threads would feel."""
+    probe = folder / f".{uuid.uuid4().hex}"
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
 
 
 def save_json(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) -> None:

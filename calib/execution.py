@@ -8,9 +8,19 @@ from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
-from calibcast.calib.aliasing import mutated_inputs
+from calibcast.calib.aliasing import mutated_inputs, written_arguments
 from calibcast.calib.errors import BatchError, ProgramError, first_line, require_kind
-from calibcast.calib.graph import AUTOCAST_REGION, REGION_CHILD, child_of, program_device, state_tensor, where
+from calibcast.calib.flat_regions import blocks, open_regions, unwrapped
+from calibcast.calib.graph import (
+    AUTOCAST_REGION,
+    REGION_CHILD,
+    child_of,
+    program_device,
+    same_device,
+    state_tensor,
+    where,
+)
+from calibcast.calib.state_copies import copies_of_written
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -55,18 +65,41 @@ class _SteppedInterpreter(fx.Interpreter):
         super().__init__(graph_module)
         self.extra_traceback = False
         self._device, self._prefix, self._regions = device, prefix, regions
+        self._blocks = tuple(blocks(self.graph.nodes))
 
     def steps(self, *operands: Any) -> Generator[Ran, None, Any]:
         """Run the graph, yielding after each node; what is returned is the graph's result."""
         self.env, self.args_iter = {}, iter(operands)
         result = None
-        for node in self.graph.nodes:
-            result = yield from self._step(node)
-            if node.users:
-                self.env[node] = result
-            for used in self.user_to_last_uses.get(node, ()):
-                del self.env[used]
+        for block in self._blocks:
+            if block.region:
+                yield from self._region_whole(block.nodes)
+                continue
+            for node in block.nodes:
+                result = yield from self._step(node)
+                self._keep(node, result)
         return result
+
+    def _keep(self, node: fx.Node, result: Any) -> None:
+        if node.users:
+            self.env[node] = result
+        for used in self.user_to_last_uses.get(node, ()):
+            del self.env[used]
+
+    def _region_whole(self, nodes: Sequence[fx.Node]) -> list[Ran]:
+        """Run a flat region without a stop inside, as what it sets for its thread must not be seen outside.
+
+        Results come as plain tensors, without what was read: inside, that is wrapped.
+        """
+        written = any(written_arguments(node) for node in nodes)
+        done: list[Ran] = []
+        with open_regions() as opened:
+            for node in nodes:
+                result, ran = _exhausted(self._step(node))
+                opened.note(node, result)
+                done += [Ran(one.name, one.node, unwrapped(one.result, written), {}) for one in ran]
+                self._keep(node, result)
+        return done
 
     def _step(self, node: fx.Node) -> Generator[Ran, None, Any]:
         result = (yield from self._region_steps(node)) if node.target in REGION_CHILD else self.run_node(node)
@@ -112,6 +145,16 @@ class _SteppedInterpreter(fx.Interpreter):
         return (yield from inside.steps(*args[REGION_CHILD[node.target] + 1 :]))
 
 
+def _exhausted(steps: Generator[Ran, None, Any]) -> tuple[Any, list[Ran]]:
+    """What steps return, and what they yield on the way."""
+    ran: list[Ran] = []
+    while True:
+        try:
+            ran.append(next(steps))
+        except StopIteration as end:
+            return end.value, ran
+
+
 class ProgramRunner:
     """Runs a program on flat inputs, on its own device or on another, without gradient state.
 
@@ -123,18 +166,14 @@ class ProgramRunner:
         own = program_device(program)
         self.program = program
         self.device = torch.device(device) if device is not None else own
-        self._moved = self.device if self.device.type != own.type else None
+        self._moved = None if same_device(self.device, own) else self.device
         self._mutated = mutated_inputs(program)
-        self._state = [self._load(spec) for spec in program.graph_signature.input_specs]
-
-    def _load(self, spec: Any) -> Any:
-        if spec.kind == InputKind.USER_INPUT:
-            return None
-        tensor = state_tensor(self.program, spec.target)
-        if tensor is None:
-            return self.program.constants.get(spec.target)
-        # Shared, not copied, where the tensor is on the device already.
-        return tensor.detach().to(self.device)
+        specs = [spec for spec in program.graph_signature.input_specs if spec.kind != InputKind.USER_INPUT]
+        held = {spec.arg.name: t for spec in specs if (t := state_tensor(program, spec.target)) is not None}
+        # Where they are on the device already, shared, not copied; what is written is copied for each call.
+        written = copies_of_written(held, self._mutated, self.device) if self._moved else {}
+        self._state = {name: written.get(name, t.detach().to(self.device)) for name, t in held.items()}
+        self._objects = {spec.arg.name: program.constants.get(spec.target) for spec in specs}
 
     def to_device(self, flat: Sequence[Any]) -> list[Any]:
         """Move the tensors among flat inputs to the device that the program runs on."""
@@ -146,10 +185,15 @@ class ProgramRunner:
         What is returned are the flat user outputs. Raises NodeError where a node raises.
         """
         inputs = iter(flat)
+        state = self._state | copies_of_written(self._state, self._mutated)
         values = []
-        for spec, state in zip(self.program.graph_signature.input_specs, self._state, strict=True):
-            value = next(inputs) if spec.kind == InputKind.USER_INPUT else state
-            mutated = spec.arg.name in self._mutated and isinstance(value, torch.Tensor)
+        for spec in self.program.graph_signature.input_specs:
+            name = spec.arg.name
+            if spec.kind != InputKind.USER_INPUT:
+                values.append(state[name] if name in state else self._objects[name])
+                continue
+            value = next(inputs)
+            mutated = name in self._mutated and isinstance(value, torch.Tensor)
             values.append(value.clone() if mutated else value)
         results = yield from _SteppedInterpreter(self.program.graph_module, self._moved).steps(*values)
         specs = self.program.graph_signature.output_specs

@@ -246,3 +246,15 @@ def program_device(program: ExportedProgram) -> torch.device:
         for _, value in tensor_values(node):
             return value.device
     return torch.device("cpu")
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether both are the same device: `cuda` is the current one, `cuda:1` another than `cuda:0`."""
+    return one.type == other.type and _index(one) == _index(other)
+
+
+def _index(device: torch.device) -> int:
+    if device.index is not None:
+        return device.index
+    # Asking for the current device starts CUDA; a process that has not started it is on the first.
+    return torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_initialized() else 0

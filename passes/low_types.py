@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -139,12 +140,26 @@ def _quiet(shape_env: Any) -> ExitStack:
     return stack
 
 
+class _OtherThreads(logging.Filter):
+    """Lets through what other threads log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.thread != self._own
+
+
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """torch logs a stack trace when a fake kernel raises; here that is expected, and tried again."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    """torch logs a stack trace when a fake kernel raises; here that is expected, and tried again.
+
+    For this thread alone, and without a switch that two threads could leave in the wrong position.
+    """
+    logger, others = logging.getLogger("torch._subclasses.fake_tensor"), _OtherThreads()
+    logger.addFilter(others)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.removeFilter(others)

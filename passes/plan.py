@@ -21,6 +21,7 @@ from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.regions import Candidate, candidates
 from calibcast.passes.verdict import HIGH, KEPT, LOW, Verdict
 from calibcast.passes.work import work_of
+from torch import fx
 from torch.export import ExportedProgram
 
 _KIND = "plan"
@@ -216,18 +217,22 @@ def _as_typed(candidate: Candidate, low_type: torch.dtype) -> Decision:
         "module": module_path(node),
         "work": work_of(node),
     }
-    present = {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} or {
-        v.dtype for a in node.all_input_nodes for _, v in tensor_values(a) if is_measurable(v.dtype)
-    }
+    outputs, inputs = _float_types(node), set().union(*(map(_float_types, node.all_input_nodes)))
+    # What it reads counts, too: `mean(dtype=torch.float16)` reads fp32, and would be another mean if it did not.
+    present = outputs | inputs
     kept = candidate.kept
     if kept is not None and kept.rule != "already_low":
         return Decision(**place, precision=KEPT, rule=kept.rule, reason=kept.reason)
     if present == {low_type}:
         return Decision(**place, precision=LOW, rule=None, reason=f"the program has it in {dtype_name(low_type)}")
-    if present == {torch.float32}:
+    if (outputs or inputs) == {torch.float32}:
         return Decision(**place, precision=HIGH, rule="present_type", reason="the program has it in float32")
-    types = ", ".join(sorted(map(dtype_name, present)))
+    types = " and ".join(sorted(map(dtype_name, present)))
     return Decision(**place, precision=KEPT, rule="present_type", reason=f"the program has it in {types}")
+
+
+def _float_types(node: fx.Node) -> set[torch.dtype]:
+    return {value.dtype for _, value in tensor_values(node) if is_measurable(value.dtype)}
 
 
 def _percent(share: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from calibcast.calib.aliasing import mutated_inputs
 from calibcast.calib.graph import input_targets, state_tensor, tensor_values
 from calibcast.calib.masks import mask_nodes, mask_sources
+from calibcast.calib.state_copies import copies_of_written
 from calibcast.passes.node_types import NodeTypes
 from calibcast.passes.regions import qualified_name
 from torch import fx
@@ -133,13 +133,10 @@ def _is_fp32(node: fx.Node) -> bool:
 
 
 def _written_state(program: ExportedProgram, targets: dict[str, str], mutated: set[str]) -> dict[str, torch.Tensor]:
-    """Copies of the buffers that a call writes into; tied ones stay tied, overlapping views stay shared."""
-    written = {_storage(program, targets[name]) for name in mutated if name in targets}
+    """Copies of the buffers that a call writes into; tied ones stay tied, overlapping ones overlap."""
     held = {target: t for target in targets.values() if (t := state_tensor(program, target)) is not None}
-    keys = {target: _key(t) for target, t in held.items() if _storage(program, target) in written}
-    views = Counter(key[0] for key in set(keys.values()))
-    copies = {key: _converted(held[target], held[target].dtype) for target, key in keys.items()}
-    return {target: copies[key] for target, key in keys.items() if views[key[0]] == 1}
+    copies = copies_of_written(held, {targets[name] for name in mutated if name in targets})
+    return {target: _like(held[target], copy) for target, copy in copies.items()}
 
 
 def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -168,6 +165,9 @@ def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
 
 
 def _converted(tensor: torch.Tensor, low_type: torch.dtype) -> torch.Tensor:
-    low = tensor.detach().to(low_type, copy=True)
+    return _like(tensor, tensor.detach().to(low_type, copy=True))
+
+
+def _like(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
     # `requires_grad` decides how some operators decompose (embedding_bag), and so whether a builder takes them.
-    return torch.nn.Parameter(low, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else low
+    return torch.nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else copy
