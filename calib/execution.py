@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ from torch.utils import _pytree as pytree
 # watch(name, node, result, arguments): called after a node has run and before anything can change its result.
 # `name` is qualified inside regions; `arguments` holds the tensors that it read, by node.
 Watch = Callable[[str, fx.Node, Any, dict[fx.Node, Any]], None]
+# around(name, node, values, call): runs a node in its own way, given the values of the nodes that it reads, and
+# `call(args, kwargs)`, which runs the operator. Not asked inside autocast regions.
+Around = Callable[[str, fx.Node, dict[fx.Node, Any], Callable[[Any, Any], Any]], Any]
 
 
 class NodeError(Exception):
@@ -59,12 +63,13 @@ class _SteppedInterpreter(fx.Interpreter):
         self,
         graph_module: fx.GraphModule,
         device: torch.device | None,
+        around: Around | None = None,
         prefix: str = "",
         regions: tuple[tuple[Any, ...], ...] = (),
     ) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
-        self._device, self._prefix, self._regions = device, prefix, regions
+        self._device, self._around, self._prefix, self._regions = device, around, prefix, regions
         self._blocks = tuple(blocks(self.graph.nodes))
 
     def steps(self, *operands: Any) -> Generator[Ran, None, Any]:
@@ -110,7 +115,12 @@ class _SteppedInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         try:
             with torch.no_grad():
-                return self._in_regions(n) if self._regions else super().run_node(n)
+                if self._regions:
+                    return self._in_regions(n)
+                if self._around is None or n.op != "call_function":
+                    return super().run_node(n)
+                call = partial(self.call_function, n.target)
+                return self._around(self._prefix + n.name, n, self.env, call)
         except Exception as error:
             raise NodeError(self._prefix + n.name, n, error) from error
 
@@ -141,7 +151,7 @@ class _SteppedInterpreter(fx.Interpreter):
             # A region moves with its program.
             device_type = args[0] if self._device is None else self._device.type
             regions = (*regions, (device_type, *args[1:4]))
-        inside = _SteppedInterpreter(child, self._device, f"{self._prefix}{name}.", regions)
+        inside = _SteppedInterpreter(child, self._device, self._around, f"{self._prefix}{name}.", regions)
         return (yield from inside.steps(*args[REGION_CHILD[node.target] + 1 :]))
 
 
@@ -159,12 +169,15 @@ class ProgramRunner:
     """Runs a program on flat inputs, on its own device or on another, without gradient state.
 
     Every call starts from the program's saved state: buffers that the graph writes into are copied for each
-    call, so nothing leaks from batch to batch, and shards of the data give what the whole gives.
+    call, so nothing leaks from batch to batch, and shards of the data give what the whole gives. `around` runs each
+    operator in its own way.
     """
 
-    def __init__(self, program: ExportedProgram, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, program: ExportedProgram, device: torch.device | str | None = None, around: Around | None = None
+    ) -> None:
         own = program_device(program)
-        self.program = program
+        self.program, self._around = program, around
         self.device = torch.device(device) if device is not None else own
         self._moved = None if same_device(self.device, own) else self.device
         self._mutated = mutated_inputs(program)
@@ -195,7 +208,7 @@ class ProgramRunner:
             value = next(inputs)
             mutated = name in self._mutated and isinstance(value, torch.Tensor)
             values.append(value.clone() if mutated else value)
-        results = yield from _SteppedInterpreter(self.program.graph_module, self._moved).steps(*values)
+        results = yield from _SteppedInterpreter(self.program.graph_module, self._moved, self._around).steps(*values)
         specs = self.program.graph_signature.output_specs
         return [r for r, spec in zip(results, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
 

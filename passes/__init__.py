@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from calibcast.passes.cast_insertion import insert_casts
     from calibcast.passes.classification import classify
     from calibcast.passes.comparison import Comparison, compare
+    from calibcast.passes.emulation import emulate
     from calibcast.passes.facts import Cancelled, Hidden, Literal, NodeFacts, TensorFacts
     from calibcast.passes.plan import Decision, PrecisionPlan
     from calibcast.passes.verdict import Rule, Verdict
@@ -26,6 +27,7 @@ __all__ = [
     "Verdict",
     "classify",
     "compare",
+    "emulate",
     "insert_casts",
     "what_if",
 ]
@@ -38,6 +40,7 @@ __getattr__, __dir__ = lazy_names(
         **dict.fromkeys(("Rule", "Verdict"), "calibcast.passes.verdict"),
         **dict.fromkeys(("Comparison", "compare"), "calibcast.passes.comparison"),
         "classify": "calibcast.passes.classification",
+        "emulate": "calibcast.passes.emulation",
         "insert_casts": "calibcast.passes.cast_insertion",
         "what_if": "calibcast.passes.alternatives",
     },

@@ -10,6 +10,7 @@ import torch
 from calibcast.calib.aliasing import mutated_inputs
 from calibcast.calib.graph import input_targets, state_tensor, tensor_values
 from calibcast.calib.masks import mask_nodes, mask_sources
+from calibcast.calib.rounding import saturation as saturation
 from calibcast.calib.state_copies import copies_of_written
 from calibcast.passes.node_types import NodeTypes
 from calibcast.passes.regions import qualified_name
@@ -108,14 +109,6 @@ def low_weights(
     for target, copied in _written_state(program, targets, readers.mutated).items():
         (state if target in program.state_dict else constants)[target] = copied
     return LowWeights(frozenset(stored), state, constants)
-
-
-def saturation(low_type: torch.dtype) -> float:
-    """What mask values below it become in the low type: half the least finite value.
-
-    exp(-32752) is 0 for any scores, and adding scores of thousands to it still gives a finite value.
-    """
-    return float(torch.finfo(low_type).min) / 2
 
 
 def masks_to_saturate(program: ExportedProgram, source: fx.GraphModule, seen: Collection[str] | None) -> set[fx.Node]:

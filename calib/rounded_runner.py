@@ -1,0 +1,92 @@
+"""Runs a program as if some of its nodes ran in a half-precision type, with fp32 kernels only.
+
+A low node takes its fp32 inputs rounded, the numbers in its call too, computes in fp32, and rounds what it gives. This
+is what a half kernel gives that accumulates in fp32, as those of a GPU do; host half kernels, of which some are wrong
+and some are missing, are never asked. What a fused kernel accumulates or hides inside in half precision it leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from calibcast.calib.aliasing import written_arguments
+from calibcast.calib.execution import ProgramRunner, Watch
+from calibcast.calib.rounding import fp32_kernels, rounded, rounded_number
+from calibcast.calib.rounding_edges import is_mover, literals_of
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+
+class RoundedRunner(ProgramRunner):
+    """A `ProgramRunner` that rounds where `low` nodes stand.
+
+    low: qualified names of the nodes; of those that share written storage all or none (`passes.node_types` settles a
+    plan so). masks: names of the nodes whose values are saturated before they are rounded. Nodes inside autocast
+    regions run as the user wrote them. Cost: a forward pass, and one pass over memory for each tensor rounded.
+    """
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        low: Collection[str],
+        low_type: torch.dtype,
+        masks: Collection[str] = (),
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(program, device, _Rounding(frozenset(low), low_type, frozenset(masks)).run)
+
+    def run(self, flat: Sequence[Any], watch: Watch | None = None) -> list[Any]:
+        """The flat user outputs; `watch` sees what each node gave, rounded. Raises NodeError where a node raises."""
+        with fp32_kernels():
+            return super().run(flat, watch)
+
+
+class _Rounding:
+    """How nodes run under a plan. A `calib.execution.Around`."""
+
+    def __init__(self, low: frozenset[str], low_type: torch.dtype, masks: frozenset[str]) -> None:
+        self._low, self._low_type, self._masks = low, low_type, masks
+
+    def run(self, name: str, node: fx.Node, values: dict[fx.Node, Any], call: Callable[[Any, Any], Any]) -> Any:
+        if name not in self._low:
+            return call(*fx.map_arg((node.args, node.kwargs), values.__getitem__))
+        prefix = name.removesuffix(node.name)
+        written = set(written_arguments(node))
+
+        def given(argument: fx.Node) -> Any:
+            if prefix + argument.name in self._low and argument.op == "call_function":
+                return values[argument]  # it was rounded when it was made
+            return self._rounded(values[argument], prefix + argument.name, in_place=argument in written)
+
+        args, kwargs = with_numbers(node, self._numbers(name, node))
+        results = call(*fx.map_arg((args, kwargs), given))
+        for argument in written:
+            self._rounded(values[argument], name, in_place=True)
+        return results if is_mover(node) and not written else self._rounded(results, name, in_place=bool(written))
+
+    def _numbers(self, name: str, node: fx.Node) -> dict[str, float]:
+        """The numbers in a call that rounding changes."""
+        saturate = name in self._masks
+        made = {key: rounded_number(value, self._low_type, saturate) for key, value in literals_of(node).items()}
+        return {key: value for key, value in made.items() if value != literals_of(node)[key]}
+
+    def _rounded(self, value: Any, name: str, in_place: bool) -> Any:
+        def one(tensor: torch.Tensor) -> torch.Tensor:
+            result = rounded(tensor, self._low_type, name in self._masks)
+            return tensor.copy_(result) if in_place and result is not tensor else result
+
+        return pytree.tree_map_only(torch.Tensor, one, value)
+
+
+def with_numbers(node: fx.Node, numbers: dict[str, float]) -> tuple[Any, Any]:
+    """The arguments of a call with other numbers in it, by the names that its schema gives them."""
+    if not numbers:
+        return node.args, node.kwargs
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    args = tuple(numbers.get(name, value) for name, value in zip(names, node.args, strict=False))
+    rest = {name: value for name, value in numbers.items() if name in names[len(args) :]}
+    return args, {**node.kwargs, **rest}

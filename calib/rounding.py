@@ -1,0 +1,58 @@
+"""Rounding to a half-precision type while computing in fp32, so that no host half kernel is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def rounded(tensor: torch.Tensor, low_type: torch.dtype, saturate: bool = False) -> torch.Tensor:
+    """The nearest values that `low_type` holds, as fp32; beyond its range inf. Other types come back as they are.
+
+    saturate: of a mask, values below `saturation` become that first, so that none becomes -inf.
+    """
+    if tensor.dtype != torch.float32:
+        return tensor
+    kept = tensor.clamp(min=saturation(low_type)) if saturate else tensor
+    return kept.to(low_type).to(torch.float32)
+
+
+def rounded_number(number: float, low_type: torch.dtype, saturate: bool = False) -> float:
+    """The same of a number in a call."""
+    return float(rounded(torch.tensor(number, dtype=torch.float32), low_type, saturate))
+
+
+def saturation(low_type: torch.dtype) -> float:
+    """What mask values below it become in the low type: half the least finite value.
+
+    exp(-32752) is 0 for any scores, and adding scores of thousands to it still gives a finite value.
+    """
+    return float(torch.finfo(low_type).min) / 2
+
+
+@contextmanager
+def fp32_kernels() -> Iterator[None]:
+    """Compute fp32 in fp32: no TF32, no bf16 inside of matmul. Rounding to fp16 is as fine as TF32, and hides in it.
+
+    The flags of the process are restored, also after an error.
+    """
+    flags = _flags()
+    before = [getattr(owner, name) for owner, name, _ in flags]
+    try:
+        for owner, name, exact in flags:
+            setattr(owner, name, exact)
+        yield
+    finally:
+        for (owner, name, _), value in zip(flags, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _flags() -> list[tuple[Any, str, str]]:
+    """Where torch keeps its fp32 precision, per backend and operator; "ieee" is what the type promises."""
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    owners = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+    return [(owner, "fp32_precision", "ieee") for owner in owners]
