@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from operator import getitem
@@ -171,10 +171,17 @@ class ProgramRunner:
     Every call starts from the program's saved state: buffers that the graph writes into are copied for each
     call, so nothing leaks from batch to batch, and shards of the data give what the whole gives. `around` runs each
     operator in its own way.
+
+    carry_state: instead, each call goes on from what the one before left in the buffers, until `reset`. The program's
+    own buffers stay as they are.
     """
 
     def __init__(
-        self, program: ExportedProgram, device: torch.device | str | None = None, around: Around | None = None
+        self,
+        program: ExportedProgram,
+        device: torch.device | str | None = None,
+        around: Around | None = None,
+        carry_state: bool = False,
     ) -> None:
         own = program_device(program)
         self.program, self._around = program, around
@@ -187,6 +194,24 @@ class ProgramRunner:
         written = copies_of_written(held, self._mutated, self.device) if self._moved else {}
         self._state = {name: written.get(name, t.detach().to(self.device)) for name, t in held.items()}
         self._objects = {spec.arg.name: program.constants.get(spec.target) for spec in specs}
+        self._carried: dict[str, torch.Tensor] | None = {} if carry_state else None
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the calls so far have left in the buffers that the program writes to, by placeholder; {} at first."""
+        return dict(self._carried or {})
+
+    def reset(self) -> None:
+        """Begin anew from the program's saved state."""
+        if self._carried is not None:
+            self._carried = {}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave. Without `carry_state` there is nothing to go on from."""
+        if self._carried is not None:
+            self._carried = copies_of_written(self._state, self._mutated)
+            for name, value in state.items():
+                self._carried[name].copy_(value)
 
     def to_device(self, flat: Sequence[Any]) -> list[Any]:
         """Move the tensors among flat inputs to the device that the program runs on."""
@@ -198,7 +223,8 @@ class ProgramRunner:
         What is returned are the flat user outputs. Raises NodeError where a node raises.
         """
         inputs = iter(flat)
-        state = self._state | copies_of_written(self._state, self._mutated)
+        written = copies_of_written(self._state | self.state, self._mutated)
+        state = self._state | written
         values = []
         for spec in self.program.graph_signature.input_specs:
             name = spec.arg.name
@@ -209,8 +235,19 @@ class ProgramRunner:
             mutated = name in self._mutated and isinstance(value, torch.Tensor)
             values.append(value.clone() if mutated else value)
         results = yield from _SteppedInterpreter(self.program.graph_module, self._moved, self._around).steps(*values)
+        if self._carried is not None:
+            self._carried = self._left(written, results)
         specs = self.program.graph_signature.output_specs
         return [r for r, spec in zip(results, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
+
+    def _left(self, written: dict[str, torch.Tensor], results: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """What a call has left in the buffers: written in place, or, of a functional graph, given as outputs."""
+        signature = self.program.graph_signature
+        holders = {target: name for name, target in signature.inputs_to_buffers.items()}
+        for spec, result in zip(signature.output_specs, results, strict=True):
+            if spec.kind == OutputKind.BUFFER_MUTATION:
+                written[holders[str(spec.target)]].copy_(result)
+        return written
 
     def run(self, flat: Sequence[Any], watch: Watch | None = None) -> list[Any]:
         """The flat user outputs for the flat user inputs. Raises NodeError where a node raises."""

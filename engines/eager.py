@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from calibcast.calib.batches import Signature, signature_of
-from calibcast.calib.errors import BatchError, BuildError
+from calibcast.calib.errors import ArtifactError, BatchError, BuildError
 from calibcast.calib.execution import NodeError, ProgramRunner, output_structure
+from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines.ledger.ledger import eager_ledger, plan_of
 from calibcast.engines.runtimes import BuildRequest, Built
 from torch.export import ExportedProgram
+
+_STATE = "state_now.safetensors"
 
 
 class EagerRuntime:
@@ -21,7 +24,7 @@ class EagerRuntime:
 
     def __init__(self, program: ExportedProgram, device: torch.device | str | None = None) -> None:
         self._program = program
-        self._runner = ProgramRunner(program, device)
+        self._runner = ProgramRunner(program, device, carry_state=True)
         self._signature: Signature = signature_of(program)
         self.device = self._runner.device
 
@@ -33,8 +36,20 @@ class EagerRuntime:
             raise BatchError(str(error)) from error.__cause__
         return output_structure(self._program, results)
 
+    def reset(self) -> None:
+        self._runner.reset()
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from state that was saved. Raises ArtifactError for that of another program."""
+        held = {spec.arg.name for spec in self._program.graph_signature.input_specs}
+        if unknown := state.keys() - held:
+            raise ArtifactError(f"the saved state has {', '.join(sorted(unknown))}, which the program has not")
+        self._runner.restore({name: value.to(self.device) for name, value in state.items()})
+
     def save(self, folder: Path) -> None:
-        """Nothing: the program is all there is."""
+        """The present state, where there is any: the program is all there is else."""
+        if self._runner.state:
+            save_tensors(folder / _STATE, self._runner.state)
 
 
 class EagerBackend:
@@ -61,7 +76,10 @@ class EagerBackend:
         return Built(EagerRuntime(request.program, device), request.program, request.plan, ledger)
 
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> EagerRuntime:
-        return EagerRuntime(program)
+        runtime = EagerRuntime(program)
+        if (folder / _STATE).is_file():
+            runtime.restore(load_tensors(folder / _STATE))
+        return runtime
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__}

@@ -34,6 +34,9 @@ _LEDGER = "ledger.parquet"
 class Engine:
     """A built engine. Call it like the model: `engine(*args, **kwargs)`, in the model's own output structure.
 
+    Buffers that the model writes to are the engine's state: each call goes on from the one before, `save` keeps it, and
+    `reset` begins anew.
+
     program: the cast graph that it was built from. plan, ranges: what decided the types, or None. backend, why:
     which one, and why it was chosen. settings: what `build` was given. versions: what it was built with. ledger: which
     engine layer each planned node went into, and its types (`engines.ledger`). record: how the build went: seconds,
@@ -54,6 +57,11 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run. Raises BatchError for inputs that do not match the model's signature."""
         return self.runtime(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Begin anew: put what the model keeps between calls, such as a KV cache or a counter, back to how it was when
+        the program was exported. Nothing happens where it keeps nothing."""
+        self.runtime.reset()
 
     @property
     def device(self) -> torch.device:

@@ -21,8 +21,12 @@ class Runtime(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
+    def reset(self) -> None:
+        """Put the state that the program keeps between calls (buffers that it writes to) back to how it began."""
+        ...
+
     def save(self, folder: Path) -> None:
-        """Write what `Backend.load` needs beside the program, which the engine saves itself."""
+        """Write what `Backend.load` needs beside the program, which the engine saves itself: also the present state."""
         ...
 
 

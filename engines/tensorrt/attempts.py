@@ -13,9 +13,9 @@ from typing import Any
 from calibcast.calib.errors import BuildError
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt.ahead_of_time import is_rtx
+from calibcast.engines.tensorrt.builder.compiling import compile_job
 from calibcast.engines.tensorrt.builder.isolation import RUNNING, BuilderError, build_isolated, failure_of
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
-from calibcast.engines.tensorrt.builder.process import compile_job
 from calibcast.engines.tensorrt.cache import emptied
 from calibcast.engines.tensorrt.remedies import advice, remedies, settings_for
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice

@@ -17,20 +17,22 @@ from calibcast.calib.artifacts import load_json, parsed, save_json
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import ArtifactError, BuildError, known
 from calibcast.calib.execution import input_structure
+from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines.runtimes import BuildRequest, Built
 from calibcast.engines.tensorrt.ahead_of_time import is_rtx, require_ahead_of_time
 from calibcast.engines.tensorrt.attempts import Trial
 from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
+from calibcast.engines.tensorrt.builder.compiling import WHOLE
 from calibcast.engines.tensorrt.builder.job import BuilderJob, Profile
-from calibcast.engines.tensorrt.builder.process import WHOLE
 from calibcast.engines.tensorrt.building import build_files, layers_of, ledger_in
 from calibcast.engines.tensorrt.compatibility import check_compatible, gpu_facts, gpu_warning
-from calibcast.engines.tensorrt.engine_files import WIRING, read_parts
+from calibcast.engines.tensorrt.engine_files import STATE, STATE_NOW, WIRING, read_parts, set_state, state_of
 from calibcast.engines.tensorrt.limits import buildable
 from calibcast.engines.tensorrt.profiles import check_profile, profiles
 from calibcast.engines.tensorrt.remedies import FAILED, raised, settings_for
 from calibcast.engines.tensorrt.trial_run import trial_inputs, trial_problem
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 _log = logging.getLogger("calibcast")
@@ -89,8 +91,14 @@ class TensorrtRuntime:
             self._accepted.add(key)
         return moved
 
+    def reset(self) -> None:
+        if self._flat and isinstance(self._module, GraphModule) and state_of(self._module):
+            set_state(self._module, load_tensors(self.folder / STATE))
+
     def save(self, folder: Path) -> None:
-        shutil.copytree(self.folder, folder / _PARTS)
+        shutil.copytree(self.folder, folder / _PARTS, ignore=shutil.ignore_patterns(STATE_NOW))
+        if self._flat and isinstance(self._module, GraphModule) and (state := state_of(self._module)):
+            save_tensors(folder / _PARTS / STATE_NOW, state)
         save_json(folder / _PROFILES, _KIND, {"profiles": self._profiles})
 
 

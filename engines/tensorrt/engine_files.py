@@ -3,6 +3,8 @@
     wiring.json      which part is called with which values, in order
     NAME.engine      one serialised TensorRT engine
     NAME.pt2         nodes that TensorRT did not take, as an exported program
+    state.safetensors      what the program keeps between calls, as it begins, and constants that it gives
+    state_now.safetensors  the same as it was when the engine was saved, where it had been called
 
 No part is pickled, and none knows the GPU or the process that it was built in.
 """
@@ -10,6 +12,8 @@ No part is pickled, and none knows the GPU or the process that it was built in.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import getitem
 from pathlib import Path
 from typing import Any
@@ -17,59 +21,144 @@ from typing import Any
 import torch
 from calibcast.calib.artifacts import load_json, load_program, parsed, save_json, save_program, written_whole
 from calibcast.calib.errors import ArtifactError, BuildError
+from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines.tensorrt.program_device import on_device
 from torch import fx
 from torch.utils import _pytree as pytree
 
 WIRING, _KIND = "wiring.json", "wiring"
+STATE, STATE_NOW = "state.safetensors", "state_now.safetensors"
 
 
 class WiringError(Exception):
     """A compiled graph with more in it than engines and PyTorch parts: it has no such files."""
 
 
-def write_parts(module: fx.GraphModule, folder: Path) -> None:
-    """Write a module compiled by Torch-TensorRT. Raises WiringError for one that cannot be taken apart."""
-    steps: list[dict[str, Any]] = []
-    parts: dict[str, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class Made:
+    """What a compiled module does not tell by itself.
+
+    places: of an engine, for each value that the graph takes from it, its place among the engine's outputs; outputs
+    that are one tensor have one place. held: the values of placeholders behind the program's inputs: state that
+    was lifted out. updated: of the state, in order, what the last outputs of the graph are the new values of.
+    """
+
+    places: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    updated: Sequence[str] = ()
+
+
+def write_parts(module: fx.GraphModule, folder: Path, made: Made | None = None) -> None:
+    """Write a module compiled by Torch-TensorRT. Raises WiringError for one that cannot be taken apart, and BuildError
+    for one that takes from an engine what the engine does not give."""
+    writer = _Writer(module, folder, made or Made())
     for node in module.graph.nodes:
-        if node.op == "placeholder":
-            steps.append({"input": node.name})
+        writer.add(node)
+    if writer.held:
+        save_tensors(folder / STATE, writer.held)
+    save_json(folder / WIRING, _KIND, {"steps": writer.steps, "parts": writer.parts})
+
+
+class _Writer:
+    """Writes one compiled module, node by node."""
+
+    def __init__(self, module: fx.GraphModule, folder: Path, made: Made) -> None:
+        self._module, self._folder, self._made = module, folder, made
+        self._same: dict[str, Any] = {}  # a node -> what else it is
+        self.steps: list[dict[str, Any]] = []
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.held: dict[str, torch.Tensor] = {}
+
+    def add(self, node: fx.Node) -> None:
+        if node.op == "placeholder" and node.name in self._made.held:
+            self._hold(node.name, self._made.held[node.name])
+        elif node.op == "placeholder":
+            self.steps.append({"input": node.name})
+        elif node.op == "get_attr" and (held := _tensor_at(self._module, str(node.target))) is not None:
+            self._hold(node.name, held)
         elif node.op == "call_function" and node.target is getitem:
-            steps.append({"item": node.name, "of": _reference(node.args[0]), "index": node.args[1]})
+            self._pick(node)
         elif node.op == "call_module" and not node.kwargs:
             name = str(node.target)
-            parts[name] = _written(name, module.get_submodule(name), folder)
-            steps.append({"call": node.name, "part": name, "arguments": [_reference(a) for a in node.args]})
+            self.parts[name] = _written(name, self._module.get_submodule(name), self._folder)
+            self.steps.append({"call": node.name, "part": name, "arguments": [self._reference(a) for a in node.args]})
         elif node.op == "output":
-            leaves = pytree.tree_leaves(node.args[0])
-            steps.append({"outputs": [_reference(leaf) for leaf in leaves]})
+            self._give(node)
         else:
             raise WiringError(f"{node.op} {node.target} stands between the engines")
-    save_json(folder / WIRING, _KIND, {"steps": steps, "parts": parts})
+
+    def _hold(self, name: str, value: torch.Tensor) -> None:
+        self.held[name] = value
+        self.steps.append({"state": name})
+
+    def _pick(self, node: fx.Node) -> None:
+        """One of the outputs of a part. An engine with one output gives a tensor, of which item 0 would be a row."""
+        maker, index = node.args
+        part = self.parts.get(str(maker.target)) if isinstance(maker, fx.Node) else None
+        if part is None or part["kind"] != "engine" or not isinstance(index, int):
+            self.steps.append({"item": node.name, "of": self._reference(maker), "index": index})
+            return
+        assert isinstance(maker, fx.Node)
+        places = self._made.places.get(str(maker.target))
+        given = given_outputs(part)
+        place = index if places is None else places[index] if index < len(places) else -1
+        if not 0 <= place < len(given):
+            raise BuildError(
+                f"the program takes output {index} of {maker.target}, which gives {len(given)}: {', '.join(given)}. "
+                "Some of its outputs are one tensor: give each a value of its own, or leave it out."
+            )
+        if len(given) == 1:
+            self._same[node.name] = self._reference(maker)
+        else:
+            self.steps.append({"item": node.name, "of": self._reference(maker), "index": place})
+
+    def _give(self, node: fx.Node) -> None:
+        leaves = [self._reference(leaf) for leaf in pytree.tree_leaves(node.args[0])]
+        updated = list(self._made.updated)
+        own = len(leaves) - len(updated)
+        pairs = zip(updated, leaves[own:], strict=True)
+        step: dict[str, Any] = {"outputs": leaves[:own]}
+        if updated:
+            step["updates"] = [{"state": name, "to": value} for name, value in pairs]
+        self.steps.append(step)
+
+    def _reference(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self._same.get(value.name, {"value": value.name})
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise WiringError(f"an argument is a {type(value).__name__}")
 
 
-def _reference(value: Any) -> Any:
-    if isinstance(value, fx.Node):
-        return {"value": value.name}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise WiringError(f"an argument is a {type(value).__name__}")
+def given_outputs(part: Mapping[str, Any]) -> list[str]:
+    """The outputs that an engine gives its caller: those behind the last that is not updated in place."""
+    names, aliased = list(part["outputs"]), part.get("aliased_io") or {}
+    while names and names[-1] in aliased:
+        names.pop()
+    return names
+
+
+def _tensor_at(module: fx.GraphModule, target: str) -> torch.Tensor | None:
+    value: Any = module
+    for name in target.split("."):
+        value = getattr(value, name, None)
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _written(name: str, part: Any, folder: Path) -> dict[str, Any]:
     if isinstance(part, fx.GraphModule):
         save_program(_exported(name, part), folder / f"{name}.pt2")
         return {"kind": "torch"}
-    if getattr(part, "aliased_io", None):
-        raise WiringError(f"{name} updates a buffer inside the engine")
     with written_whole(folder / f"{name}.engine") as temporary:
-        temporary.write_bytes(bytes(part.serialized_engine))
+        temporary.write_bytes(part.serialized_engine)
+    aliased = getattr(part, "aliased_io", None) or {}
     return {
         "kind": "engine",
         "inputs": list(part.input_binding_names),
         "outputs": list(part.output_binding_names),
         "requires_output_allocator": bool(part.requires_output_allocator),
+        # An output that is an input, updated in place: output -> [input, how].
+        **({"aliased_io": {output: list(pair) for output, pair in aliased.items()}} if aliased else {}),
     }
 
 
@@ -99,7 +188,29 @@ def read_parts(folder: Path, device: torch.device) -> fx.GraphModule:
         root = torch.nn.Module()
         for name, part in content["parts"].items():
             root.add_module(name, _loaded(name, part, folder, device))
-        return _wired(root, content["steps"])
+        names = {step["state"] for step in content["steps"] if "state" in step}
+        held = load_tensors(folder / STATE) if names else {}
+        if names - held.keys():
+            raise ArtifactError(f"{folder / STATE} lacks {', '.join(sorted(names - held.keys()))}")
+        for name in names:
+            root.register_buffer(name, held[name].to(device))
+        module = _wired(root, content["steps"])
+        if (folder / STATE_NOW).is_file():
+            set_state(module, load_tensors(folder / STATE_NOW))
+        return module
+
+
+def set_state(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
+    """Put values into the state of a module of `read_parts`, in place. Raises ArtifactError for what does not fit."""
+    for name, now in state_of(module).items():
+        if name not in values or values[name].shape != now.shape or values[name].dtype != now.dtype:
+            raise ArtifactError(f"the saved state has no {name} of {now.dtype}, {list(now.shape)}")
+        now.copy_(values[name])
+
+
+def state_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """What a module of `read_parts` keeps between calls, on its device: the very tensors."""
+    return dict(module.named_buffers(recurse=False))
 
 
 def engine_paths(folder: Path) -> list[tuple[str, Path]]:
@@ -126,6 +237,7 @@ def _loaded(name: str, part: dict[str, Any], folder: Path, device: torch.device)
             name=name,
             settings=settings,
             requires_output_allocator=part["requires_output_allocator"],
+            **({"aliased_io": _pairs(part["aliased_io"])} if part.get("aliased_io") else {}),
         )
     except Exception as error:  # TensorRT through a C++ extension
         raise BuildError(
@@ -134,6 +246,10 @@ def _loaded(name: str, part: dict[str, Any], folder: Path, device: torch.device)
             "decompose_attention=True."
         ) from error
     return module  # type: ignore[no-any-return]
+
+
+def _pairs(aliased: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, str]]:
+    return {output: (str(source), str(how)) for output, (source, how) in aliased.items()}
 
 
 def _wired(root: torch.nn.Module, steps: list[dict[str, Any]]) -> fx.GraphModule:
@@ -146,10 +262,21 @@ def _wired(root: torch.nn.Module, steps: list[dict[str, Any]]) -> fx.GraphModule
     for step in steps:
         if "input" in step:
             made[step["input"]] = graph.placeholder(step["input"])
+        elif "state" in step:
+            made[step["state"]] = graph.get_attr(step["state"])
         elif "item" in step:
             made[step["item"]] = graph.call_function(getitem, (value(step["of"]), step["index"]))
         elif "call" in step:
             made[step["call"]] = graph.call_module(step["part"], tuple(value(a) for a in step["arguments"]))
         else:
-            graph.output(tuple(value(reference) for reference in step["outputs"]))
+            given = [_kept(graph, value(reference)) for reference in step["outputs"]]
+            for update in step.get("updates", ()):
+                graph.call_function(torch.ops.aten.copy_.default, (made[update["state"]], value(update["to"])))
+            graph.output(tuple(given))
     return fx.GraphModule(root, graph)
+
+
+def _kept(graph: fx.Graph, given: Any) -> Any:
+    """An output that is state itself, as it is now: the caller's must not change with the next call."""
+    is_state = isinstance(given, fx.Node) and given.op == "get_attr"
+    return graph.call_function(torch.clone, (given,)) if is_state else given

@@ -1,17 +1,18 @@
 """A compiled program as files: parts and their wiring, read back into something that computes the same."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from operator import getitem
 from pathlib import Path
 
 import pytest
 import torch
-from calibcast.calib import ArtifactError, BatchError
+from calibcast.calib import ArtifactError, BatchError, BuildError
 from calibcast.calib.artifacts import save_program
 from calibcast.engines import Engine, build
 from calibcast.engines.tensorrt import backend as tensorrt
 from calibcast.engines.tensorrt import engine_files
-from calibcast.engines.tensorrt.engine_files import WiringError, engine_paths, read_parts, write_parts
+from calibcast.engines.tensorrt.engine_files import Made, WiringError, engine_paths, read_parts, write_parts
 from calibcast.engines.tensorrt.program_device import copied
 from torch import fx, nn
 
@@ -71,15 +72,26 @@ def test_a_missing_engine_file_is_told(tmp_path):
 
 
 def test_what_has_no_such_files_is_said_so(tmp_path):
-    class Aliased(Serialised):
-        aliased_io = (("out", ("in", "user")),)
-
-    with pytest.raises(WiringError, match="updates a buffer"):
-        write_parts(compiled(Aliased()), tmp_path)
     graph = fx.Graph()
     graph.output(graph.call_function(torch.sin, (graph.placeholder("x"),)))
     with pytest.raises(WiringError, match="stands between the engines"):
         write_parts(fx.GraphModule(nn.Module(), graph), tmp_path)
+
+
+def test_an_output_that_an_engine_does_not_give_is_refused(tmp_path):
+    class Single(Serialised):
+        output_binding_names = ("a",)
+
+    class Updating(Serialised):
+        aliased_io = {"b": ("x", "kv_cache_update")}  # noqa: RUF012
+
+    for engine in (Single(), Updating()):
+        with pytest.raises(BuildError, match="takes output 1 of _run_on_acc_0, which gives 1: a"):
+            write_parts(compiled(engine), tmp_path)
+    write_parts(compiled(Single()), tmp_path, Made({"_run_on_acc_0": [0, 0]}))
+    steps = json.loads((tmp_path / "wiring.json").read_text())["steps"]
+    assert not [step for step in steps if "item" in step]
+    assert steps[-1]["outputs"][1] == {"value": "_run_on_acc_0"}
 
 
 def test_programs_are_saved_from_several_threads_at_once(tmp_path):

@@ -11,6 +11,7 @@ the supported versions:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from functools import cache
 from importlib import metadata
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.errors import BuildError, known
+from calibcast.engines.tensorrt.builder.job import Profile
 
 FLAVOURS = {"torch-tensorrt": "tensorrt", "torch-tensorrt-rtx": "rtx"}  # distribution -> our extra
 INSTALL = "pip install 'calibcast[rtx]' for TensorRT-RTX, or 'calibcast[tensorrt]' for TensorRT; never both"
@@ -126,14 +128,32 @@ def setting_names() -> set[str]:
     return set(inspect.signature(compiler).parameters) - {"exported_program", "kwargs"}
 
 
-def inspected(engine: bytes) -> str:
-    """What TensorRT's engine inspector says of a serialised engine, as JSON. Needs a GPU: it deserialises."""
+def inspected(engine: bytes) -> tuple[str, dict[str, Profile]]:
+    """What TensorRT's engine inspector says of a serialised engine, as JSON, and the engine's own profile of each
+    dynamic input. Needs a GPU: it deserialises."""
     load_package()  # binds the name `tensorrt` to the flavour that is installed
     trt = importlib.import_module("tensorrt")
     found = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(engine)
     if found is None:
         raise BuildError("TensorRT does not deserialise the engine: it is damaged, or of another version or GPU")
-    return str(found.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    text = str(found.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    names = [found.get_tensor_name(i) for i in range(found.num_io_tensors)]
+    inputs = [name for name in names if found.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+    dynamic = [n for n in inputs if -1 in tuple(found.get_tensor_shape(n)) and not found.is_shape_inference_io(n)]
+    profiles = {name: read_profile(found.get_tensor_profile_shape(name, 0)) for name in dynamic}
+    return text, profiles
+
+
+def read_profile(shapes: Any) -> Profile:
+    """TensorRT's (least, most frequent, largest) shape of an input as plain numbers."""
+    least, usual, largest = (tuple(int(size) for size in shape) for shape in shapes)
+    return least, usual, largest
+
+
+def lifts_buffers() -> bool:
+    """Whether the installed Torch-TensorRT makes inputs and outputs of buffers that a program writes (2.14), or bakes
+    them into the engine and forgets what is written (2.11)."""
+    return importlib.util.find_spec("torch_tensorrt.dynamo.lowering._buffer_lifting") is not None
 
 
 def package_versions() -> dict[str, str]:

@@ -6,6 +6,9 @@ Read in 2.11.0 and 2.14.0. Everything is put back when the `with` block ends:
   TensorRT carries through fusion into the engine.
 - `TRTInterpreter._populate_trt_builder_config`, wrapped: a progress monitor, and detailed profiling verbosity, without
   which an engine does not tell the types of its layers.
+- `partitioning.common.extract_var_range_info`, replaced for sizes that we know: 2.14 takes the most frequent size from
+  the export's example, and 2.11 all but that from the export. The profile that TensorRT was given is read back.
+- `TRTInterpreter.output`, wrapped: outputs that are one tensor become one output of the engine, and nobody says which.
 - ahead of time only: `tensorrt.Runtime`, which `TRTInterpreter.run` deserialises the finished engine with, and
   `TorchTensorRTModule.setup_engine`, which makes it ready to run. Both need a GPU, and building needs neither.
 """
@@ -13,14 +16,18 @@ Read in 2.11.0 and 2.14.0. Everything is put back when the `with` block ends:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
+from calibcast.calib.errors import BuildError
 from calibcast.calib.graph import walk
+from calibcast.engines.tensorrt.builder.job import Profile
+from calibcast.engines.tensorrt.builder.size_bounds import Bounds, bounds_of
+from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import read_profile
 from torch.export import ExportedProgram
 
 # fx metadata that torch.export copies to what a node decomposes to, and the key of ours in it.
@@ -43,10 +50,16 @@ class NetworkLayer:
 
 @dataclass
 class Conversion:
-    """What was seen while networks were made: grows during a build."""
+    """What was seen while networks were made: grows during a build.
+
+    profiles: of each network, by the name of its input: what TensorRT was given. outputs: of each network, for each
+    value that it gives in the graph, its place among the engine's outputs.
+    """
 
     layers: list[NetworkLayer] = field(default_factory=list)
     networks: int = 0
+    profiles: list[dict[str, Profile]] = field(default_factory=list)
+    outputs: list[list[int]] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
         """As plain data, for JSON."""
@@ -54,8 +67,13 @@ class Conversion:
 
 
 def stamp(program: ExportedProgram) -> None:
-    """Give every node its own name as metadata, for lowering to carry along. Changes `program`'s metadata."""
+    """Give every node its own name as metadata, for lowering to carry along. Changes `program`'s metadata.
+
+    Not to placeholders: torch looks for one by its name when it lowers, and finds another node that is called so.
+    """
     for step in walk(program.graph_module):
+        if step.node.op == "placeholder":
+            continue
         step.node.meta[_CUSTOM] = {**(step.node.meta.get(_CUSTOM) or {}), _KEY: step.name}
 
 
@@ -70,8 +88,13 @@ def layer_metadata(node: str) -> str:
 
 
 @contextmanager
-def watched_conversion(event: Event, ahead_of_time: bool) -> Iterator[Conversion]:
-    """Watch the conversions in this block; `event` is called with what happens, as plain data."""
+def watched_conversion(
+    event: Event, ahead_of_time: bool, sizes: Mapping[str, Bounds] | None = None
+) -> Iterator[Conversion]:
+    """Watch the conversions in this block; `event` is called with what happens, as plain data.
+
+    sizes: the bounds of each symbol in the sizes of the program's inputs, for the engines' profiles.
+    """
     interpreter = importlib.import_module("torch_tensorrt.dynamo.conversion._TRTInterpreter")
     conversion = Conversion()
     with ExitStack() as stack:
@@ -79,6 +102,10 @@ def watched_conversion(event: Event, ahead_of_time: bool) -> Iterator[Conversion
         kind = interpreter.TRTInterpreter
         stack.enter_context(patch(kind, "run_node", _with_metadata(kind.run_node, conversion, event)))
         stack.enter_context(patch(kind, "_construct_trt_network_def", _counted(kind, conversion)))
+        stack.enter_context(patch(kind, "output", _placed(kind.output, interpreter.trt.ITensor, conversion)))
+        common = importlib.import_module("torch_tensorrt.dynamo.partitioning.common")
+        ranged = _with_sizes(common.extract_var_range_info, sizes or {})
+        stack.enter_context(patch(common, "extract_var_range_info", ranged))
         configure = _with_progress(kind._populate_trt_builder_config, interpreter.trt, conversion, event)
         stack.enter_context(patch(kind, "_populate_trt_builder_config", configure))
         if ahead_of_time:
@@ -86,6 +113,52 @@ def watched_conversion(event: Event, ahead_of_time: bool) -> Iterator[Conversion
             module = importlib.import_module("torch_tensorrt.dynamo.runtime").TorchTensorRTModule
             stack.enter_context(patch(module, "setup_engine", _set_up_nothing))
         yield conversion
+
+
+def _with_sizes(original: Callable[..., Any], sizes: Mapping[str, Bounds]) -> Callable[..., Any]:
+    def extract(symbolic_integer: Any, *args: Any, **kwargs: Any) -> Any:
+        found = bounds_of(symbolic_integer.node.expr, sizes)
+        if found is None:  # a symbol that no input has, such as how many values are not zero
+            return original(symbolic_integer, *args, **kwargs)
+        return {"min": found[0], "opt": found[1], "max": found[2]}
+
+    return extract
+
+
+def _profiles_given(interpreter: Any) -> dict[str, Profile]:
+    """What TensorRT says of the profile of each dynamic input of a network that is about to be built."""
+    network, given = interpreter.ctx.net, interpreter.optimization_profiles or ()
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    dynamic = [i for i in inputs if not i.is_shape_tensor and -1 in tuple(i.shape)]
+    return {i.name: read_profile(profile.get_shape(i.name)) for profile in given for i in dynamic}
+
+
+def _placed(original: Callable[..., Any], network_tensor: type, conversion: Conversion) -> Callable[..., Any]:
+    def output(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
+        given = args[0] if isinstance(args[0], (tuple, list)) else (args[0],)
+        made = original(self, target, args, kwargs)
+        conversion.outputs.append(_places(given, network_tensor))
+        network = self.ctx.net
+        names = [network.get_output(i).name for i in range(network.num_outputs)]
+        if names != list(self._output_names):
+            raise BuildError(
+                f"the program's outputs became {names} in TensorRT and {list(self._output_names)} around it: some are "
+                "one tensor under two names. Give such an output a value of its own, or leave it out."
+            )
+        return made
+
+    return output
+
+
+def _places(given: Sequence[Any], network_tensor: type) -> list[int]:
+    """As the interpreter does it: a tensor that was marked before, by identity, is not marked again; what is no tensor
+    of the network yet is made one, each anew."""
+    places: dict[Any, int] = {}
+    found = []
+    for index, value in enumerate(given):
+        key = id(value) if isinstance(value, network_tensor) else f"made {index}"
+        found.append(places.setdefault(key, len(places)))
+    return found
 
 
 def _counted(kind: Any, conversion: Conversion) -> Callable[..., Any]:
@@ -158,6 +231,7 @@ def _with_progress(original: Callable[..., Any], trt: Any, conversion: Conversio
         self.calibcast_monitor = monitor = Monitor()
         config.progress_monitor = monitor
         engine = conversion.networks - 1
+        conversion.profiles.append(_profiles_given(self))
         made = [{"name": x.name, "node": x.node} for x in conversion.layers if x.engine == engine and x.node]
         event({"stage": "build", "engine": engine, "layers": made})
         return config

@@ -1,0 +1,103 @@
+"""What a program keeps between calls: carried from call to call, saved, loaded, put back."""
+
+import copy
+
+import pytest
+import torch
+from calibcast.calib import ArtifactError, calibrate
+from calibcast.calib.tensor_files import load_tensors, save_tensors
+from calibcast.engines import Engine, build
+from calibcast.passes import classify, insert_casts
+from torch import nn
+
+
+class Mean(nn.Module):
+    """A running mean and a counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        self.calls.add_(1)
+        return self.linear(x - self.mean), self.calls + 0
+
+
+@pytest.fixture
+def program():
+    torch.manual_seed(0)
+    return torch.export.export(Mean().eval(), (torch.randn(4, 8),))
+
+
+@pytest.fixture(params=["as exported", "functional", "cast"])
+def kind(request, program):
+    if request.param == "functional":
+        return program.run_decompositions({})
+    if request.param == "cast":
+        ranges = calibrate(program, [torch.randn(4, 8)], progress=False)
+        return insert_casts(program, classify(program, ranges))
+    return program
+
+
+CALLS = [torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+
+
+def test_an_engine_carries_its_state_from_call_to_call_and_begins_anew(kind, program):
+    engine, reference = build(kind, backend="eager"), copy.deepcopy(program).module()
+    for _ in range(2):
+        for number, x in enumerate(CALLS, 1):
+            output, calls = engine(x)
+            assert int(calls) == number
+            if number == 1:
+                first = output
+            last = output
+        torch.testing.assert_close(engine.runtime._runner.state["b_calls"], torch.tensor(5))
+        engine.reset()
+    for x in CALLS:
+        wanted, _ = reference(x)
+    torch.testing.assert_close(last, wanted, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(engine(CALLS[0])[0], first)
+    assert int(kind.state_dict["calls"]) == 0, "the program's own buffers are left alone"
+
+
+def test_state_is_saved_loaded_and_put_back(kind, tmp_path):
+    engine = build(kind, backend="eager")
+    engine(CALLS[0])
+    engine.save(tmp_path / "engine")
+    loaded = Engine.load(tmp_path / "engine")
+    for x in CALLS[1:]:
+        torch.testing.assert_close(loaded(x), engine(x), rtol=0, atol=0)
+    loaded.reset()
+    assert int(loaded(CALLS[0])[1]) == 1
+
+
+def test_state_of_another_program_is_refused(program, tmp_path):
+    engine = build(program, backend="eager")
+    engine(CALLS[0])
+    engine.save(tmp_path / "engine")
+    save_tensors(tmp_path / "engine" / "state_now.safetensors", {"other": torch.zeros(3)})
+    with pytest.raises(ArtifactError, match="has other, which the program has not"):
+        Engine.load(tmp_path / "engine")
+    (tmp_path / "engine" / "state_now.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    with pytest.raises(ArtifactError, match="not a readable file of tensors"):
+        Engine.load(tmp_path / "engine")
+
+
+def test_tensors_of_every_kind_are_kept(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    tensors = {
+        "half": torch.randn(3).bfloat16(),
+        "turned": base.t(),
+        "part": base[1],
+        "none": torch.zeros(0, 2),
+        "bool": torch.tensor([True, False]),
+        "number": torch.tensor(3),
+    }
+    save_tensors(tmp_path / "t.safetensors", tensors)
+    found = load_tensors(tmp_path / "t.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
