@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from calibcast.engines.compilation import compile
     from calibcast.engines.engine import Engine
     from calibcast.engines.judging.verification import VerificationReport, verify
+    from calibcast.engines.onnx_export.exporting import export_onnx
     from calibcast.engines.review.report_table import report_frame
 
-__all__ = ["Engine", "VerificationReport", "build", "compile", "report_frame", "verify"]
+__all__ = ["Engine", "VerificationReport", "build", "compile", "export_onnx", "report_frame", "verify"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -20,6 +21,7 @@ __getattr__, __dir__ = lazy_names(
         "VerificationReport": "calibcast.engines.judging.verification",
         "build": "calibcast.engines.building",
         "compile": "calibcast.engines.compilation",
+        "export_onnx": "calibcast.engines.onnx_export.exporting",
         "report_frame": "calibcast.engines.review.report_table",
         "verify": "calibcast.engines.judging.verification",
     },

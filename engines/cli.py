@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 from calibcast.calib.errors import CalibcastError, GateError, SettingError
-from calibcast.engines.commands import diagnosis, engine, job, review, stages
+from calibcast.engines.commands import diagnosis, engine, export, job, review, stages
 from calibcast.engines.commands.options import note
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.usage import LocationError, UsageError
@@ -38,6 +38,7 @@ for command in (
     diagnosis.diagnose,
     engine.build,
     engine.inspect,
+    export.export,
     stages.verify,
     review.report,
     review.what_if,

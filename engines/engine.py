@@ -125,16 +125,13 @@ class Engine:
         manifest = load_json(source / _MANIFEST, _KIND)
         with parsed(source / _MANIFEST, _KIND):
             backend = backend_named(manifest["backend"])
-            program = load_program(source / _PROGRAM)
-            found = fingerprint(node_digests(program))
-            if found != manifest["fingerprint"] or weights_hash(program) != manifest["weights"]:
-                raise MismatchError(f"{source / _PROGRAM} is not the program that {_MANIFEST} was written for")
+            program = _checked_program(source, manifest)
             return cls(
                 program=program,
                 runtime=backend.load(source, program, manifest),
                 backend=backend.name,
                 why=manifest["why"],
-                plan=None if manifest["plan"] is None else PrecisionPlan.load(source / _PLAN),
+                plan=_plan_in(source, manifest),
                 ranges=None if manifest["ranges"] is None else RangeTable.load(source / _RANGES),
                 settings=manifest["settings"],
                 versions=manifest["built_with"],
@@ -159,6 +156,29 @@ def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
         return pl.read_parquet(io.BytesIO(content))
     except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
         raise ArtifactError(f"{source} is not a readable ledger (truncated or foreign): {error}") from error
+
+
+def read_program(folder: str | os.PathLike[str]) -> tuple[ExportedProgram, PrecisionPlan | None]:
+    """The cast program in an engine's folder and its plan, without loading the engine, so without a GPU.
+
+    Raises ArtifactError when they cannot be read, MismatchError when they are not what the manifest was written for.
+    """
+    source = Path(folder)
+    manifest = read_manifest(source)
+    with parsed(source / _MANIFEST, _KIND):
+        return _checked_program(source, manifest), _plan_in(source, manifest)
+
+
+def _checked_program(source: Path, manifest: Mapping[str, Any]) -> ExportedProgram:
+    program = load_program(source / _PROGRAM)
+    found = fingerprint(node_digests(program))
+    if found != manifest["fingerprint"] or weights_hash(program) != manifest["weights"]:
+        raise MismatchError(f"{source / _PROGRAM} is not the program that {_MANIFEST} was written for")
+    return program
+
+
+def _plan_in(source: Path, manifest: Mapping[str, Any]) -> PrecisionPlan | None:
+    return None if manifest["plan"] is None else PrecisionPlan.load(source / _PLAN)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,0 +1,96 @@
+"""The caller's names for what goes in and out, in the form that ONNX, TensorRT and Triton take: letters, digits, _."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from calibcast.calib.batches import signature_of
+from calibcast.calib.execution import output_names
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind
+
+
+def input_names(program: ExportedProgram) -> dict[str, str]:
+    """Placeholder -> name of each flat user input that is a tensor or an open number, in order: `batch['ids']` is
+    `batch_ids`."""
+    leaves = signature_of(program).leaves
+    open_ones = [
+        (spec.arg.name, leaf.name)
+        for spec, leaf in zip(_user_inputs(program), leaves, strict=True)
+        if not isinstance(spec.arg, ConstantArgument)
+    ]
+    names = _unique(name for _, name in open_ones)
+    return {node: name for (node, _), name in zip(open_ones, names, strict=True)}
+
+
+def flat_output_names(program: ExportedProgram, taken: Iterable[str] = ()) -> list[str]:
+    """A name for each flat user output: the key of a dict, the field of a dataclass, `output`, or `output_0`, `_1`.
+
+    taken: names that are others' already; an output of that name gets `_out` behind it.
+    """
+    paths = [name.removeprefix("output") for name in output_names(program)]
+    words = [_plain(path) for path in paths]
+    named = [word if word and not word[0].isdigit() else f"output_{word}".rstrip("_") for word in words]
+    return _unique(named, taken)
+
+
+def tensor_outputs(program: ExportedProgram) -> list[bool]:
+    """Of each flat user output whether it is computed; a constant, such as None, is not."""
+    specs = [spec for spec in program.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
+    return [not isinstance(spec.arg, ConstantArgument) for spec in specs]
+
+
+def size_names(program: ExportedProgram) -> dict[str, str]:
+    """Symbol -> the user's name for a dynamic size, as given to `torch.export.Dim`; else input and dimension.
+
+    torch keeps `Dim` names in memory and writes none into a .pt2, so a program that was loaded has sizes such as
+    `image_dim0`.
+    """
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    names = input_names(program)
+    paths = {
+        spec.arg.name: leaf.name
+        for spec, leaf in zip(_user_inputs(program), signature_of(program).leaves, strict=True)
+        if spec.arg.name in names
+    }
+    found: dict[str, str] = {}
+    for node, path in paths.items():
+        value = nodes[node].meta.get("val")
+        for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and str(size) not in found:
+                given = _dim_name(size, path, dimension)
+                found[str(size)] = given or f"{names[node]}_dim{dimension}"
+    return found
+
+
+def _dim_name(size: torch.SymInt, path: str, dimension: int) -> str | None:
+    """The name that `torch.export.Dim` was given: torch files it under the source of the size."""
+    known = getattr(size.node.shape_env, "source_name_to_debug_name", {})
+    first, bracket, rest = path.partition("[")
+    name = known.get(f"L['{first}']{bracket}{rest}.size()[{dimension}]")
+    return None if name is None else str(name)
+
+
+def _user_inputs(program: ExportedProgram) -> Sequence[torch.export.graph_signature.InputSpec]:
+    kind = torch.export.graph_signature.InputKind.USER_INPUT
+    return [spec for spec in program.graph_signature.input_specs if spec.kind == kind]
+
+
+def _plain(path: str) -> str:
+    return re.sub(r"\W+", "_", path).strip("_")
+
+
+def _unique(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    others = set(taken)
+    used = set(others)
+    found: list[str] = []
+    for wanted in map(_plain, names):
+        name, count = (wanted if wanted not in others else f"{wanted}_out"), 1
+        while name in used:
+            count += 1
+            name = f"{wanted}_{count}"
+        used.add(name)
+        found.append(name)
+    return found
