@@ -21,7 +21,7 @@ from calibcast.calib.captured_execution import captured_or_plain
 from calibcast.calib.checkpoint import Checkpoint, Pace, copy_into
 from calibcast.calib.device_observer import observer_for, on
 from calibcast.calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
-from calibcast.calib.execution import ProgramRunner, refuse_training, require_program
+from calibcast.calib.execution import ProgramRunner, require_program
 from calibcast.calib.fingerprint import begin_inputs_hash, node_digests, weights_hash
 from calibcast.calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
 from calibcast.calib.loader_order import batch_hash, refuse_unseeded, resumed, rewind
@@ -29,6 +29,7 @@ from calibcast.calib.masks import mask_tensors
 from calibcast.calib.observer import Observer
 from calibcast.calib.range_statistics import table_of
 from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size
+from calibcast.calib.training_mode import refuse_training
 from calibcast.calib.uninitialised import undefined_tensors
 from torch import fx
 from torch.export import ExportedProgram

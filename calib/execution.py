@@ -21,6 +21,7 @@ from calibcast.calib.graph import (
     state_tensor,
     where,
 )
+from calibcast.calib.host_kernels import call_anywhere
 from calibcast.calib.state_copies import copies_of_written
 from torch import fx
 from torch.export import ExportedProgram
@@ -134,12 +135,7 @@ class _SteppedInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._device is not None:
             args, kwargs = pytree.tree_map_only(torch.device, lambda _: self._device, (args, kwargs))
-        try:
-            return super().call_function(target, args, kwargs)
-        except RuntimeError as error:
-            if not _lacks_half_kernel(error, target):
-                raise
-            return _emulated(target, args, kwargs)
+        return call_anywhere(target, args, kwargs)
 
     def _region_steps(self, node: fx.Node) -> Generator[Ran, None, Any]:
         region = child_of(node)
@@ -311,79 +307,3 @@ def require_program(value: Any, argument: str = "program", remedy: str = "") -> 
     """Raise ProgramError for anything but an exported program, such as the module itself."""
     export = "Give what torch.export.export(model.eval(), args) returns."
     require_kind(value, ExportedProgram, argument, remedy or export, ProgramError)
-
-
-def refuse_training(program: ExportedProgram) -> None:
-    """Raise ProgramError for a model that was exported in train mode: its ranges would be those of training.
-
-    Dropout that drops, and norms that update running statistics.
-    """
-    for module in program.graph_module.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in module.graph.nodes:
-                if _trains(node):
-                    raise ProgramError(
-                        f"{where(node)}: {node.target} runs in training mode, so every call would give another "
-                        "result. Call model.eval() before torch.export.export(model, ...)."
-                    )
-
-
-# op -> position of its `training` flag, and of the running statistics without which training is the only mode.
-_TRAINING_FLAG = {
-    "aten::dropout": (2, None),
-    "aten::dropout_": (2, None),
-    "aten::feature_dropout": (2, None),
-    "aten::alpha_dropout": (2, None),
-    "aten::feature_alpha_dropout": (2, None),
-    "aten::native_dropout": (2, None),
-    "aten::rrelu": (3, None),
-    "aten::batch_norm": (5, 3),
-    "aten::instance_norm": (5, 3),
-    "aten::_native_batch_norm_legit": (5, 3),
-    "aten::native_batch_norm": (5, 3),
-}
-
-
-def _trains(node: fx.Node) -> bool:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    arguments = node.target._schema.arguments
-    values = [
-        node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
-        for i, argument in enumerate(arguments)
-    ]
-    entry = _TRAINING_FLAG.get(node.target._schema.name)
-    if entry is None:
-        return _drops_inside({argument.name: value for argument, value in zip(arguments, values, strict=True)})
-    flag, statistics = entry
-    drops = statistics is not None or "dropout" not in node.target._schema.name or values[1] != 0
-    return bool(values[flag] is True and drops and (statistics is None or values[statistics] is not None))
-
-
-def _drops_inside(given: dict[str, Any]) -> bool:
-    """Whether an op with these arguments drops on the way: attention its weights, lstm and gru between layers."""
-    if given.get("dropout_p"):
-        return True
-    return given.get("train") is True and bool(given.get("dropout")) and given.get("num_layers") != 1
-
-
-def _lacks_half_kernel(error: RuntimeError, target: Any) -> bool:
-    """Whether a host kernel is missing for half precision: `"..." not implemented for 'Half'`."""
-    text = str(error)
-    is_operator = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
-    return is_operator and "not implemented for" in text and ("'Half'" in text or "'BFloat16'" in text)
-
-
-def _emulated(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator in fp32 and round its results: what the missing half-precision kernel would give.
-
-    A plan must not depend on the machine that it is tried on, and a GPU has these kernels.
-    """
-    narrow = [t.dtype for t in pytree.tree_leaves((args, kwargs)) if _is_half(t)]
-    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.float() if _is_half(t) else t, (args, kwargs))
-    results = target(*args, **kwargs)
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(narrow[0]) if t.dtype == torch.float32 else t, results)
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype in {torch.float16, torch.bfloat16}

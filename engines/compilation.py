@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from calibcast.calib.calibration import calibrate
 from calibcast.calib.errors import BuildError, ProgramError
-from calibcast.calib.execution import refuse_training
+from calibcast.calib.training_mode import refuse_training
 from calibcast.engines.backends import chosen
 from calibcast.engines.building import build
 from calibcast.engines.engine import Engine

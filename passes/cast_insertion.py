@@ -16,6 +16,7 @@ from calibcast.calib.errors import PlanError, require_kind
 from calibcast.calib.execution import require_program
 from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import base_op, dtype_name, size_hint
+from calibcast.calib.host_kernels import CastProgram
 from calibcast.passes.cast_sites import CallTable, Cast, CastSites, Value, cast_sites
 from calibcast.passes.dtype_arguments import with_low_dtype
 from calibcast.passes.low_types import fake_mode_of, retyped, types_of
@@ -171,7 +172,7 @@ def _set_value(node: fx.Node, value: Any) -> None:
 def _assemble(
     program: ExportedProgram, source: fx.GraphModule, graph: fx.Graph, weights: LowWeights
 ) -> ExportedProgram:
-    made = ExportedProgram(
+    made = CastProgram(
         root=_children(source, graph),  # not a module of them, as its code would be written and compiled twice
         graph=graph,
         graph_signature=_signature(program.graph_signature, graph),

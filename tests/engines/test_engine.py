@@ -6,7 +6,6 @@ import pytest
 import torch
 from calibcast import engines
 from calibcast.calib import ArtifactError, BatchError, BuildError, MismatchError, ProgramError, calibrate
-from calibcast.calib.execution import ProgramRunner
 from calibcast.engines import Engine, build
 from calibcast.engines.engine import read_ledger
 from calibcast.passes import classify, insert_casts
@@ -205,29 +204,3 @@ def test_a_model_that_cannot_be_exported_or_trains_is_a_program_error():
         engines.compile(Branches(), (torch.ones(2),))
     with pytest.raises(ProgramError, match=r"training mode.*model\.eval\(\)"):
         engines.compile(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), (torch.ones(1, 2),))
-
-
-def test_a_missing_half_kernel_of_the_host_is_computed_in_fp32_and_rounded(monkeypatch):
-    """before: `relu` has no half kernel here   after: relu(x.float()).half(), as a GPU would give."""
-
-    class Activation(nn.Module):
-        def forward(self, x):
-            return torch.relu(x)
-
-    program = torch.export.export(Activation(), (torch.randn(3).half(),))
-    x = torch.randn(3).half()
-    expected = torch.relu(x)
-
-    from torch import fx
-
-    original = fx.Interpreter.call_function
-
-    def without_half(self, target, args, kwargs):
-        if target is torch.ops.aten.relu.default and args[0].dtype == torch.float16:
-            raise RuntimeError("\"relu_cpu\" not implemented for 'Half'")
-        return original(self, target, args, kwargs)
-
-    monkeypatch.setattr(fx.Interpreter, "call_function", without_half)
-    (result,) = ProgramRunner(program).run([x])
-    assert result.dtype == torch.float16
-    assert torch.equal(result, expected)
