@@ -7,35 +7,11 @@ from operator import getitem
 from typing import Any
 
 import torch
-from calibcast.calib.graph import REGION_CHILD, child_of
+from calibcast.calib.graph import REGION_CHILD, base_op, child_of
+from calibcast.calib.operators import operator_of
 from torch import fx
 from torch.export import ExportedProgram
 
-# In evaluation these give back their input itself, which their schemas do not say.
-_IDENTITY_IN_EVAL = {
-    torch.ops.aten.dropout.default,
-    torch.ops.aten.feature_dropout.default,
-    torch.ops.aten.alpha_dropout.default,
-    torch.ops.aten.feature_alpha_dropout.default,
-}
-_ATEN = torch.ops.aten
-# op -> position of the argument that it may give back, or views of it, though its schema says nothing.
-_SHARES_UNSAID: dict[Any, int] = {
-    getitem: 0,
-    **dict.fromkeys(_IDENTITY_IN_EVAL, 0),
-    **dict.fromkeys((_ATEN.atleast_1d.default, _ATEN.atleast_2d.default, _ATEN.atleast_3d.default), 0),
-    **dict.fromkeys((_ATEN.atleast_1d.Sequence, _ATEN.atleast_2d.Sequence, _ATEN.atleast_3d.Sequence), 0),
-    **dict.fromkeys((_ATEN.broadcast_tensors.default, _ATEN.meshgrid.default, _ATEN.meshgrid.indexing), 0),
-    **dict.fromkeys((_ATEN.type_as.default, _ATEN.sum_to_size.default, _ATEN.conj_physical.default), 0),
-    **dict.fromkeys((_ATEN.unsafe_chunk.default, _ATEN.unsafe_split.Tensor), 0),
-    **dict.fromkeys((_ATEN.unsafe_split_with_sizes.default, _ATEN._unsafe_view.default), 0),
-    _ATEN.cartesian_prod.default: 0,
-    _ATEN.einsum.default: 1,
-}
-# Of several operands these make something new: a write to it must not pin a weight that was multiplied in.
-_VIEWS_OF_ONE = {_ATEN.cartesian_prod.default, _ATEN.einsum.default}
-# Its schema says that it writes; it only drops gradient history.
-_WRITES_NOTHING = {torch.ops.aten.detach_.default}
 Roots = dict[fx.Node, frozenset[fx.Node]]
 
 
@@ -52,9 +28,11 @@ def shared_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments whose storage the output of `node` may share."""
     if node.op != "call_function" or picks_fresh(node):
         return []
-    if node.target in _SHARES_UNSAID:
-        passed = [n for n in _flat(node.args[_SHARES_UNSAID[node.target]]) if isinstance(n, fx.Node)]
-        return [] if node.target in _VIEWS_OF_ONE and len(passed) > 1 else passed
+    known = operator_of(base_op(node.target))
+    unsaid = 0 if node.target is getitem else known.shares
+    if unsaid is not None:
+        passed = [n for n in _flat(node.args[unsaid]) if isinstance(n, fx.Node)]
+        return [] if known.fresh_of_several and len(passed) > 1 else passed
     if node.target in REGION_CHILD:
         return operands(node)
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -125,7 +103,7 @@ def _shared_places(target: Any) -> _Places:
 @cache
 def _written_places(target: Any) -> _Places:
     """The arguments that the operator's schema says it writes into."""
-    if target in _WRITES_NOTHING or not target._schema.is_mutable:
+    if operator_of(base_op(target)).writes_nothing or not target._schema.is_mutable:
         return ()
     arguments = enumerate(target._schema.arguments)
     return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)

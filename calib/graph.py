@@ -9,6 +9,8 @@ from operator import getitem
 from typing import Any
 
 import torch
+from calibcast.calib.operators import canonical, operator_of
+from calibcast.calib.operators.operator import TRANSPOSED
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -89,11 +91,24 @@ def size_hint(size: Any) -> int:
 
 @cache
 def base_op(target: Any) -> str:
-    """`add` for `aten.add_.Tensor`: the operator without namespace, overload and in-place mark; "" for others."""
+    """As the table calls it: `add` for `aten.add_.Tensor`, `div` for `aten.divide.Tensor`; "" for what is not ATen."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in {"aten", "prims"}:
         return ""
     name = target._schema.name.split("::", 1)[1]
-    return name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name
+    return canonical(name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name)
+
+
+def is_bitcast(target: Any) -> bool:
+    """Whether it reads the bits of its input as another type: other numbers, or another number of them."""
+    return base_op(target) != "" and target._overloadname in operator_of(base_op(target)).bitcasts
+
+
+def is_transposed(node: fx.Node) -> bool:
+    """Whether it is a transposed convolution, by its operator or by an argument."""
+    known = operator_of(base_op(node.target))
+    if known.transposed_at is not None:
+        return argument_at(node, known.transposed_at) is True
+    return known.product == TRANSPOSED
 
 
 def tensor_values(node: fx.Node) -> list[tuple[int, torch.Tensor]]:
@@ -119,6 +134,14 @@ def argument_of(node: fx.Node, name: str) -> Any:
         return None
     position, default = place
     return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
+def argument_at(node: fx.Node, position: int) -> Any:
+    """The value of the argument at a position in the operator's schema, also where it was given by name."""
+    if position < len(node.args):
+        return node.args[position]
+    names = [] if not isinstance(node.target, torch._ops.OpOverload) else list(_arguments(node.target))
+    return argument_of(node, names[position]) if position < len(names) else None
 
 
 def as_list(value: Any) -> list[Any]:

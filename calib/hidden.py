@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from calibcast.calib.graph import argument_of, as_list, base_op
 from calibcast.calib.kernel import memory_levels, pieces
-from calibcast.calib.operators import ATTENTION, SQUARES, SUMS
+from calibcast.calib.operators import ATTENTION, SQUARES, SUMS, operator_of
+from calibcast.calib.operators.operator import GROUPS, LAST, SPATIAL, WINDOW
 from torch import fx
 
 # Elements of scratch at a time: squares of a large activation would double the memory that a forward pass needs.
 _STEP = 1 << 21
 # Of the mean square: fp32 sums are right to some 1e-6 of it.
 _DOUBTFUL = 1e-4
-_LAYER_NORMS = frozenset({"layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"})
-_UNCENTRED = frozenset({"rms_norm", "_fused_rms_norm", "norm", "linalg_vector_norm"})
-_GROUPS_AT = {"group_norm": 1, "native_group_norm": 6}
-_POOLS = frozenset(name for name in SUMS if "pool" in name)
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tens
     is no norm.
     """
     base = base_op(node.target)
-    if base in _POOLS and not _pools_all(node, base):
+    if is_pool(base) and not _pools_all(node, base):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: arguments.get(n))
         pooled = bool(args) and isinstance(args[0], torch.Tensor) and _summable(args[0])
         return _pooled(node, base, args, kwargs) if pooled else None
@@ -92,7 +89,7 @@ def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tens
 def slices_of(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> tuple[Slices, ...]:
     """What `node` sums inside: of attention the queries and the keys, of any other operator one tensor, or nothing."""
     base = base_op(node.target)
-    sums = base in SUMS - _POOLS or _pools_all(node, base)
+    sums = base in SUMS and (not is_pool(base) or _pools_all(node, base))
     summed = 2 if base in ATTENTION else int(base in SQUARES or sums)
     found = [arguments.get(n) if isinstance(n, fx.Node) else None for n in node.args[:summed]]
     tensors = [x for x in found if isinstance(x, torch.Tensor) and _summable(x)]
@@ -107,12 +104,17 @@ def slices_of(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> tuple[Slices, 
     groups = group_count(node, base)
     if groups is not None:
         x = torch.unflatten(x, 1, (groups, -1))
-    return (Slices(x, dimensions, True, 1 if base in _UNCENTRED else 2),)
+    return (Slices(x, dimensions, True, 2 if operator_of(base).centred else 1),)
+
+
+def is_pool(base: str) -> bool:
+    """Whether it sums over windows."""
+    return operator_of(base).along == WINDOW
 
 
 def _pools_all(node: fx.Node, base: str) -> bool:
     """Whether it is a pool with one window, whose size is that of its input."""
-    return base.startswith("adaptive_avg_pool") and all(size == 1 for size in as_list(node.args[1]))
+    return operator_of(base).adaptive and all(size == 1 for size in as_list(node.args[1]))
 
 
 def _summable(x: torch.Tensor) -> bool:
@@ -124,15 +126,16 @@ def reduced_dimensions(node: fx.Node, base: str, rank: int) -> list[int]:
 
     Of a group norm, those of its input with the channels split into [groups, channels per group].
     """
-    if base in _LAYER_NORMS:
+    known = operator_of(base)
+    if known.along == LAST:
         normalized = node.args[1] if len(node.args) > 1 else [None]
         return list(range(rank - len(as_list(normalized)), rank))
-    if base in _GROUPS_AT:
+    if known.along == GROUPS:
         return list(range(2, rank + 1))
-    if base == "instance_norm":
+    if known.along == SPATIAL:
         return list(range(2, rank))
-    if base in _POOLS:
-        return list(range(rank - int(base[-2]), rank))
+    if known.along == WINDOW:
+        return list(range(rank - known.window, rank))
     chosen = argument_of(node, "dim")
     dimensions = [d for d in as_list(chosen) if isinstance(d, int)]
     return [d % rank for d in dimensions] if dimensions and rank else list(range(rank))
@@ -141,9 +144,9 @@ def reduced_dimensions(node: fx.Node, base: str, rank: int) -> list[int]:
 def window_size(base: str, size: list[int], shape: Sequence[int]) -> int:
     """Elements of the largest window of a pool. size: of the kernel, or of the output for an adaptive pool, one number
     for all dimensions or one for each; shape: of the input."""
-    rank = int(base[-2])
+    rank = operator_of(base).window
     size = size * rank if len(size) == 1 else size
-    if base.startswith("avg_pool"):
+    if not operator_of(base).adaptive:
         return math.prod(size)
     return math.prod(_widest(whole, parts) for whole, parts in zip(shape[-rank:], size, strict=True))
 
@@ -155,7 +158,8 @@ def _widest(whole: int, parts: int) -> int:
 
 def group_count(node: fx.Node, base: str) -> int | None:
     """Of a group norm, how many groups it has."""
-    return int(node.args[_GROUPS_AT[base]]) if base in _GROUPS_AT else None  # type: ignore[arg-type]
+    place = operator_of(base).groups_at
+    return None if place is None else int(node.args[place])  # type: ignore[arg-type]
 
 
 def _pooled(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 from calibcast.calib.graph import base_op, program_device
+from calibcast.calib.operators import operator_of
 from torch import fx
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-# CPU kernels that are there in half precision, and wrong. Found by comparing 400 calls with the same in fp32, rounded
-# (torch 2.14): grid_sampler gives NaN, or reads out of bounds, from images of 192 pixels on.
-WRONG_IN_HALF = frozenset({"grid_sampler", "grid_sampler_2d", "grid_sampler_3d"})
-
 
 def call_anywhere(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call an operator; on a host that lacks its half-precision kernel, or has a wrong one, in fp32 and rounded."""
-    if base_op(target) in WRONG_IN_HALF and _half_on_host(args, kwargs):
+    if operator_of(base_op(target)).wrong_on_host and _half_on_host(args, kwargs):
         return _emulated(target, args, kwargs)
     try:
         return target(*args, **kwargs)

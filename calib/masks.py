@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from operator import getitem
 
 from calibcast.calib.aliasing import operands, storage_roots, written_arguments
-from calibcast.calib.graph import REGION_CHILD, base_op, child_of, input_kinds, tensor_values
-from calibcast.calib.operators import ATTENTION, SOFTMAX
+from calibcast.calib.graph import REGION_CHILD, argument_at, base_op, child_of, input_kinds, tensor_values
+from calibcast.calib.operators import operator_of
 from calibcast.calib.sentinels import PASSES, Sentinels, is_float, reads_order, sentinels_of
 from torch import fx
 from torch.export import ExportedProgram
@@ -40,13 +40,8 @@ def mask_nodes(graph_module: fx.GraphModule, sources: set[str]) -> set[fx.Node]:
 
 def is_mask_argument(node: fx.Node, reader: fx.Node) -> bool:
     """Whether `reader` is a softmax or an attention, and takes `node` where a mask goes."""
-    base = base_op(reader.target)
-    if base in SOFTMAX:
-        return reader.args[0] is node
-    if base not in ATTENTION:
-        return False
-    values = [reader.args[3] if len(reader.args) > 3 else reader.kwargs.get("attn_mask")]
-    return node in values and node not in reader.args[:3]
+    place = operator_of(base_op(reader.target)).mask_at
+    return place is not None and argument_at(reader, place) is node and node not in reader.args[:place]
 
 
 def _masks_of(graph_module: fx.GraphModule, sources: set[str], prefix: str) -> Iterator[str]:

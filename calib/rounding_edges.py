@@ -11,14 +11,13 @@ import torch
 from calibcast.calib.aliasing import storage_roots, written_arguments
 from calibcast.calib.flattening import flatten, qualified_name
 from calibcast.calib.graph import REGION_CHILD, argument_of, base_op, tensor_values
-from calibcast.calib.operators import KEEPS_ROUNDED
+from calibcast.calib.operators import CONVERTS, KEEPS_ROUNDED
 from calibcast.calib.rounding_table import LITERAL, OUTPUT
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 Source = tuple[str, int]  # qualified name of the node that made a tensor, and which of its outputs it is
-_CONVERTS = frozenset({"to", "_to_copy", "type_as", "_to_dtype", "convert_element_type"})
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def is_mover(node: fx.Node) -> bool:
     if node.target is getitem:
         return True
     base = base_op(node.target)
-    if base in _CONVERTS:
+    if base in CONVERTS:
         return all(
             value.dtype == torch.float32 for n in (node, *node.all_input_nodes[:1]) for _, value in tensor_values(n)
         )

@@ -12,7 +12,7 @@ from operator import getitem
 
 from calibcast.calib.aliasing import storage_roots, written_arguments
 from calibcast.calib.graph import base_op, is_measurable, tensor_values
-from calibcast.calib.operators import COMPARES, MASKING, MOVES, SELECTS
+from calibcast.calib.operators import COMPARES, CONVERTS, FILLS, MASK_CHOICE, MASKING, MOVES, SELECTS
 from torch import fx
 
 # -1e4 is what models for half precision have written for "masked" since the first BERT; others take -1e9 or less.
@@ -20,10 +20,7 @@ MASK_AT_MOST = -1e4
 # A number above this is above every mask value in any type, however both are rounded.
 _ABOVE_MASKS = MASK_AT_MOST / 2
 ANY = math.nan  # among the sentinels of a node: it may hold others than those that are known
-_CHOOSES = frozenset({"where", "masked_fill"})
-_SETS = frozenset({"full", "full_like", "new_full", "scalar_tensor", "fill"})
-_CONVERTS = frozenset({"to", "_to_copy", "type_as"})
-PASSES = MOVES | MASKING | SELECTS | _CONVERTS | _SETS
+PASSES = MOVES | MASKING | SELECTS | CONVERTS | FILLS
 Sentinels = Mapping[fx.Node, frozenset[float]]
 
 
@@ -113,7 +110,7 @@ def _carried(node: fx.Node, found: Sentinels) -> frozenset[float]:
         return frozenset()
     own = frozenset() if base in MOVES | SELECTS else frozenset(_large_numbers(node))
     carried = own.union(*(found[n] for n in node.all_input_nodes if n in found))
-    return frozenset({ANY}) if carried and base in MASKING - _CHOOSES else carried
+    return frozenset({ANY}) if carried and base in MASKING - MASK_CHOICE else carried
 
 
 def _large_numbers(node: fx.Node) -> list[float]:

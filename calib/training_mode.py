@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from calibcast.calib.errors import ProgramError
-from calibcast.calib.graph import where
+from calibcast.calib.graph import base_op, where
+from calibcast.calib.operators import operator_of
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -26,22 +27,6 @@ def refuse_training(program: ExportedProgram) -> None:
                     )
 
 
-# op -> position of its `training` flag, and of the running statistics without which training is the only mode.
-_TRAINING_FLAG = {
-    "aten::dropout": (2, None),
-    "aten::dropout_": (2, None),
-    "aten::feature_dropout": (2, None),
-    "aten::alpha_dropout": (2, None),
-    "aten::feature_alpha_dropout": (2, None),
-    "aten::native_dropout": (2, None),
-    "aten::rrelu": (3, None),
-    "aten::batch_norm": (5, 3),
-    "aten::instance_norm": (5, 3),
-    "aten::_native_batch_norm_legit": (5, 3),
-    "aten::native_batch_norm": (5, 3),
-}
-
-
 def _trains(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -50,12 +35,12 @@ def _trains(node: fx.Node) -> bool:
         node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
         for i, argument in enumerate(arguments)
     ]
-    entry = _TRAINING_FLAG.get(node.target._schema.name)
-    if entry is None:
+    training = operator_of(base_op(node.target)).training
+    if training is None:
         return _drops_inside({argument.name: value for argument, value in zip(arguments, values, strict=True)})
-    flag, statistics = entry
-    drops = statistics is not None or "dropout" not in node.target._schema.name or values[1] != 0
-    return bool(values[flag] is True and drops and (statistics is None or values[statistics] is not None))
+    drops = training.share is None or values[training.share] != 0
+    normalises = training.statistics is None or values[training.statistics] is not None
+    return bool(values[training.flag] is True and drops and normalises)
 
 
 def _drops_inside(given: dict[str, Any]) -> bool:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from calibcast.calib.aliasing import shared_arguments, written_arguments
 from calibcast.calib.graph import base_op, walk
+from calibcast.calib.operators import EMPTIES, OVERWRITES
 from torch import fx
 from torch.export import ExportedProgram
-
-_MAKES = frozenset({"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"})
-# What writes every element of its first argument, and reads none.
-_OVERWRITES = frozenset({"copy", "fill", "zero"})
 
 
 def undefined_tensors(program: ExportedProgram) -> frozenset[str]:
@@ -31,7 +28,7 @@ def undefined_tensors(program: ExportedProgram) -> frozenset[str]:
     found: dict[fx.Node, str] = {}
     for step in steps:
         node = step.node
-        makes = node.op == "call_function" and base_op(node.target) in _MAKES
+        makes = node.op == "call_function" and base_op(node.target) in EMPTIES
         if makes or (node in targets and _is_view(node) and all(n in found for n in shared_arguments(node))):
             found[node] = step.name
     return frozenset(found.values())
@@ -39,7 +36,7 @@ def undefined_tensors(program: ExportedProgram) -> frozenset[str]:
 
 def _writes_over(writer: fx.Node, target: fx.Node) -> bool:
     reads_once = writer.op == "call_function" and list(writer.args).count(target) == 1
-    return reads_once and base_op(writer.target) in _OVERWRITES and written_arguments(writer) == [target]
+    return reads_once and base_op(writer.target) in OVERWRITES and written_arguments(writer) == [target]
 
 
 def _is_view(node: fx.Node) -> bool:

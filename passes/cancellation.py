@@ -11,16 +11,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from calibcast.calib.graph import base_op, producer_of
-from calibcast.calib.operators import MOVES
+from calibcast.calib.operators import ADDS, HANDS_ON
 from calibcast.passes.evidence import Evidence
 from calibcast.passes.facts import Cancelled, TensorFacts
 from calibcast.passes.number_formats import NumberFormat, format_of
 from calibcast.passes.rules import rounded
 from calibcast.passes.tensor_rules import LEAST_SQNR_DB, most_noise, rounding_noise
 from torch import fx
-
-_TAKES_AWAY = frozenset({"add", "sub", "rsub"})
-_HANDS_ON = MOVES | {"pow", "square", "sqrt", "mul", "div", "neg", "abs", "sum", "mean"}
 
 
 def cancelled_nodes(names: Mapping[fx.Node, str], evidence: Evidence, low_type: torch.dtype) -> dict[str, Cancelled]:
@@ -32,7 +29,7 @@ def cancelled_nodes(names: Mapping[fx.Node, str], evidence: Evidence, low_type: 
     found: dict[str, Cancelled] = {}
     seen: set[fx.Node] = set()
     for node, name in names.items():
-        if node.op == "call_function" and base_op(node.target) in _TAKES_AWAY:
+        if node.op == "call_function" and base_op(node.target) in ADDS:
             decibels = _left(node, names, evidence, format_of(low_type))
             if decibels is not None and decibels < LEAST_SQNR_DB:
                 left = Cancelled(name, evidence[name, 0].rms or 0.0, decibels)
@@ -79,5 +76,5 @@ def _makers(node: fx.Node, seen: set[fx.Node]) -> Iterator[fx.Node]:
             continue
         seen.add(maker)
         yield maker
-        if base_op(maker.target) in _HANDS_ON:
+        if base_op(maker.target) in HANDS_ON:
             waiting.extend(maker.all_input_nodes)

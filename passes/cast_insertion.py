@@ -17,6 +17,7 @@ from calibcast.calib.execution import require_program
 from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import base_op, dtype_name, size_hint
 from calibcast.calib.host_kernels import CastProgram
+from calibcast.calib.operators import ASSERTS
 from calibcast.passes.cast_sites import CallTable, Cast, CastSites, Value, cast_sites
 from calibcast.passes.dtype_arguments import with_low_dtype
 from calibcast.passes.low_types import fake_mode_of, retyped, types_of
@@ -88,7 +89,7 @@ class _Emission:
                 _set_value(made, node.meta["val"].to(types[0]))
 
     def _emit_call(self, node: fx.Node) -> None:
-        if base_op(node.target) == "_assert_tensor_metadata" and self._changed(node.all_input_nodes[0]):
+        if base_op(node.target) in ASSERTS and self._changed(node.all_input_nodes[0]):
             return  # it would check the type that the plan has just changed
         site = self._calls[node]
         self._emit_casts(site.casts)

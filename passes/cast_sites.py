@@ -16,6 +16,7 @@ import torch
 from calibcast.calib.aliasing import shared_arguments, written_arguments
 from calibcast.calib.flat_regions import blocks
 from calibcast.calib.graph import REGION_CHILD, base_op, is_measurable, producer_of, size_hint, tensor_values
+from calibcast.calib.operators import ASSERTS, CONVERTS
 from calibcast.passes.low_types import Types, types_of
 from calibcast.passes.node_types import states_type
 from calibcast.passes.regions import qualified_name
@@ -244,7 +245,7 @@ def _call(
 ) -> Call:
     """`read`: what casts are made of before it; None for what the node itself reads."""
     reads = node.all_input_nodes if read is None else read
-    passes_on = node.target is getitem or base_op(node.target) == "_assert_tensor_metadata" or states_type(node)
+    passes_on = node.target is getitem or base_op(node.target) in ASSERTS or states_type(node)
     exported = types_of(node.meta.get("val"))
     shared = tuple(shared_arguments(node))
     is_view = bool(shared) or node.target is getitem or node.target in REGION_CHILD
@@ -282,7 +283,7 @@ def _outputs(program: ExportedProgram, nodes: list[fx.Node], keep_io_types: bool
 
 def _undoes(node: fx.Node) -> bool:
     """Whether it is a conversion that leaves device and strides as they were."""
-    if base_op(node.target) not in {"to", "_to_copy"} or not isinstance(node.args[0], fx.Node):
+    if base_op(node.target) not in CONVERTS or not isinstance(node.args[0], fx.Node):
         return False
     before, after = node.args[0].meta["val"], node.meta["val"]
     same = [size_hint(s) for s in before.stride()] == [size_hint(s) for s in after.stride()]

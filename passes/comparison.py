@@ -17,7 +17,6 @@ from calibcast.calib.execution import ProgramRunner, Ran, naming_batch, require_
 from calibcast.calib.graph import (
     REGION_CHILD,
     TensorSpec,
-    base_op,
     dtype_name,
     op_name,
     tensor_specs,
@@ -28,6 +27,7 @@ from calibcast.calib.graph import (
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.uninitialised import undefined_tensors
+from calibcast.passes.cast_insertion import CAST, CLAMP
 from calibcast.passes.lineage import readings
 from calibcast.passes.tensor_errors import COLUMNS, TensorErrors, rounding_db
 from torch import fx
@@ -50,8 +50,6 @@ SCHEMA: dict[str, Any] = {
 }
 # A loss that is more than the ups and downs of rounding from one node to the next.
 CULPRIT_DB = 20.0
-# What insertion may add to a graph; anything else makes it another program.
-_ADDED = {"_to_copy", "to", "clamp"}
 
 
 @dataclass(frozen=True)
@@ -286,7 +284,7 @@ def _difference(theirs: dict[str, fx.Node], ours: dict[str, fx.Node]) -> str | N
         if node.target != ours[key].target and node.op == "call_function":
             return f"{where(node)} is {op_name(node.target)} in the program and {op_name(ours[key].target)} in it"
     for key, node in ours.items():
-        if key not in theirs and base_op(node.target) not in _ADDED:
+        if key not in theirs and node.target not in {CAST, CLAMP}:
             return f"the program lacks its {where(node)}"
     if [key for key in ours if key in theirs] != list(theirs):
         return "its nodes have another order"

@@ -9,20 +9,14 @@ from dataclasses import dataclass, field
 from operator import getitem
 
 import torch
-from calibcast.calib.graph import base_op, is_measurable, tensor_values, where
-from calibcast.passes import op_table
+from calibcast.calib.graph import base_op, is_bitcast, is_measurable, tensor_values, where
+from calibcast.calib.operators import CHECKS_NUMBERS, CONVERTS
 from calibcast.passes.low_types import LowTypes, Types
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.regions import qualified_name
 from calibcast.passes.ties import Tie, ties_of
 from torch import fx
 from torch.utils import _pytree as pytree
-
-# Operators that raise "value cannot be converted to type Half without overflow", where others give inf; tried on CPU.
-_CHECKS_NUMBERS = frozenset(
-    {"masked_fill", "fill", "full", "full_like", "new_full", "scalar_tensor", "index_fill", "fill_diagonal", "scatter"}
-    | {"clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "threshold", "pow", "constant_pad_nd", "pad", "linspace"}
-)
 
 _log = logging.getLogger("calibcast")
 
@@ -82,7 +76,7 @@ def can_be_low(node: fx.Node, low_type: torch.dtype) -> bool:
 
     Nor what would be given a number that its kernel refuses, which on fake tensors it does not.
     """
-    if not isinstance(node.target, torch._ops.OpOverload) or states_type(node) or node.target in op_table.BITCASTS:
+    if not isinstance(node.target, torch._ops.OpOverload) or states_type(node) or is_bitcast(node.target):
         return False
     if refuses_number(node, low_type):
         return False
@@ -91,7 +85,7 @@ def can_be_low(node: fx.Node, low_type: torch.dtype) -> bool:
 
 def refuses_number(node: fx.Node, low_type: torch.dtype) -> bool:
     """Whether a kernel raises because a finite number in the call is beyond `low_type`: masked_fill(-1e9) in fp16."""
-    if base_op(node.target) not in _CHECKS_NUMBERS:
+    if base_op(node.target) not in CHECKS_NUMBERS:
         return False
     most = torch.finfo(low_type).max
     numbers = pytree.tree_leaves((node.args, node.kwargs))
@@ -100,6 +94,6 @@ def refuses_number(node: fx.Node, low_type: torch.dtype) -> bool:
 
 def states_type(node: fx.Node) -> bool:
     """Whether a node is the user's own `.to(dtype)`: it takes what comes and gives the type that it states."""
-    if base_op(node.target) not in op_table.STATED_TYPE:
+    if base_op(node.target) not in CONVERTS:
         return False
     return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))

@@ -22,8 +22,7 @@ from calibcast.calib.graph import (
     producer_of,
     tensor_values,
 )
-from calibcast.calib.operators import MOVES
-from calibcast.passes import op_table
+from calibcast.calib.operators import MOVES, operator_of
 from calibcast.passes.evidence import Evidence, HiddenEvidence
 from calibcast.passes.facts import Hidden, Literal
 from calibcast.passes.reductions import depth_of_reduction, hidden_values
@@ -59,7 +58,7 @@ class Outliner:
         inputs = tuple([row for argument in node.all_input_nodes for row in self._rows_of(argument)])
         outputs = tuple([(name, i, "") for i, value in tensor_values(node) if is_measurable(value.dtype)])
         depth = depth_of_reduction(node, base)
-        epsilon = op_table.EPSILONS.get(base)
+        epsilon = operator_of(base).epsilon
         values = {
             "name": name,
             "op": op_name(node.target),
@@ -118,7 +117,7 @@ class Outliner:
 
 
 def _literals(node: fx.Node, base: str) -> list[Literal]:
-    found = ((name, _number(argument_of(node, name))) for name in op_table.LITERALS.get(base, ()))
+    found = ((name, _number(argument_of(node, name))) for name in operator_of(base).literals)
     return [Literal(name, value) for name, value in found if value is not None]
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from calibcast.calib import operators
-from calibcast.calib.graph import as_list, size_hint
-from calibcast.calib.hidden import group_count, reduced_dimensions, window_size
-from calibcast.passes import op_table
+from calibcast.calib.graph import as_list, is_transposed, size_hint
+from calibcast.calib.hidden import group_count, is_pool, reduced_dimensions, window_size
 from torch import fx
 
 _ALONG_DIMENSIONS = operators.SUMS | operators.SQUARES | operators.EXPONENTIALS
-_CONVOLVES = op_table.CONVOLUTIONS | op_table.TRANSPOSED
-_SUM_UP = _ALONG_DIMENSIONS | _CONVOLVES | op_table.PRODUCTS | op_table.RECURRENT | operators.ATTENTION
+_CONVOLVES = operators.CONVOLUTIONS | operators.TRANSPOSED
+_SUM_UP = _ALONG_DIMENSIONS | _CONVOLVES | operators.PRODUCTS_OF_MATRICES | operators.RECURRENT | operators.ATTENTION
 
 
 def depth_of_reduction(node: fx.Node, base: str) -> int | None:
@@ -27,15 +26,15 @@ def depth_of_reduction(node: fx.Node, base: str) -> int | None:
         return None
     if base in _ALONG_DIMENSIONS:
         return _reduced(node, base, shapes[0])
-    if base in op_table.RECURRENT:
+    if base in operators.RECURRENT:
         return _recurrent_depth(node)
     return _depth_of_product(node, base, shapes)
 
 
 def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int | None:
-    if base in op_table.PRODUCTS:
-        # addmm(bias, a, b) and its kin have the product at 1 and 2.
-        left = shapes[1] if base in {"addmm", "baddbmm", "addbmm", "addmv"} and len(shapes) > 1 else shapes[0]
+    if base in operators.PRODUCTS_OF_MATRICES:
+        place = operators.operator_of(base).left
+        left = shapes[place] if len(shapes) > place else shapes[0]
         return left[-1] if left else 1
     if len(shapes) > 1 and base in _CONVOLVES:
         return _convolution_depth(node, base, shapes[1])
@@ -70,7 +69,7 @@ def hidden_values(
 
 
 def _convolution_depth(node: fx.Node, base: str, weight: list[int]) -> int:
-    transposed = base in op_table.TRANSPOSED or (base == "convolution" and len(node.args) > 6 and node.args[6] is True)
+    transposed = is_transposed(node)
     # A weight is [out, in / groups, *kernel], of a transposed convolution [in, out / groups, *kernel].
     if transposed:
         groups = next((a for a in reversed(node.args) if isinstance(a, int) and not isinstance(a, bool)), 1)
@@ -88,7 +87,7 @@ def _recurrent_depth(node: fx.Node) -> int:
 
 
 def _reduced(node: fx.Node, base: str, shape: list[int]) -> int:
-    if "pool" in base:
+    if is_pool(base):
         return window_size(base, [_at_export(size) for size in as_list(node.args[1])], shape)
     groups = group_count(node, base)
     if groups is not None:

@@ -14,12 +14,13 @@ from calibcast.calib.graph import (
     argument_of,
     base_op,
     child_of,
+    is_bitcast,
     is_measurable,
     op_name,
     tensor_values,
     walk,
 )
-from calibcast.passes import op_table
+from calibcast.calib.operators import ASSERTS, CONVERTS
 from calibcast.passes.verdict import Verdict
 from torch import fx
 from torch.export import ExportedProgram
@@ -78,9 +79,9 @@ def _kept_by_kind(node: fx.Node) -> Verdict | None:
 
 
 def _kept_by_operator(node: fx.Node) -> Verdict | None:
-    if base_op(node.target) == "_assert_tensor_metadata":
+    if base_op(node.target) in ASSERTS:
         return Verdict("assertion", "it only checks a type")
-    if node.target in op_table.BITCASTS:
+    if is_bitcast(node.target):
         return Verdict("bitcast", "it reads the bits of its input as another type")
     return None
 
@@ -94,7 +95,7 @@ def _kept_by_types(node: fx.Node) -> Verdict | None:
         return Verdict("float64", "it has a float64 tensor, which the user asked for")
     if not any(is_measurable(dtype) for dtype in types):
         return Verdict("integer", "it has no floating-point tensor")
-    if base_op(node.target) in op_table.STATED_TYPE and _states_type(node):
+    if base_op(node.target) in CONVERTS and _states_type(node):
         return Verdict("stated_type", "the user's own conversion keeps the type that it states")
     low = [dtype for dtype in types if is_measurable(dtype) and dtype != torch.float32]
     if low:

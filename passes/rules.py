@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from calibcast.passes import op_table
+from calibcast.calib.operators import MASK_ARITHMETIC, operator_of
 from calibcast.passes.facts import NodeFacts
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.number_formats import NumberFormat, format_of
@@ -34,7 +34,7 @@ class Legality:
     allow_custom: bool = False
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if op_table.never_low(facts.base):
+        if operator_of(facts.base).never_low:
             return Verdict("legality", f"{facts.op} has no half-precision implementation")
         if facts.custom and not self.allow_custom:
             return Verdict(
@@ -90,7 +90,7 @@ class Mask:
     """
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if facts.base not in op_table.MASK_ARITHMETIC:
+        if facts.base not in MASK_ARITHMETIC:
             return None
         lowest = min((t.mask_min for t in facts.inputs if t.mask_min is not None), default=None)
         if lowest is None:

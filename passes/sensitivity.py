@@ -6,18 +6,15 @@ from collections.abc import Callable, Mapping
 from operator import getitem
 
 import torch
-from calibcast.calib.graph import base_op, producer_of
-from calibcast.calib.operators import MOVES
-from calibcast.passes import op_table
+from calibcast.calib.graph import argument_at, base_op, producer_of
+from calibcast.calib.operators import CONVERTS, HANDS_ON, KEEPS_POLES, MOVES, TAKES_OFFSET, Pole, operator_of
 from calibcast.passes.evidence import Evidence
 from torch import fx
-
-_SAME_PLACE = MOVES | {"sqrt"}
 
 
 def offset_free_nodes(names: Mapping[fx.Node, str]) -> frozenset[str]:
     """Nodes of which nothing, through views, takes the mean away: a gate that is multiplied, weights of a mean."""
-    movement = MOVES | op_table.STATED_TYPE
+    movement = MOVES | CONVERTS
     made = [node for node in names if node.op in {"call_function", "placeholder"} and node.target is not getitem]
     return frozenset(names[node] for node in made if not _reaches(node, movement, _takes_offset))
 
@@ -25,7 +22,7 @@ def offset_free_nodes(names: Mapping[fx.Node, str]) -> frozenset[str]:
 def _takes_offset(reader: fx.Node, node: fx.Node) -> bool:
     known = isinstance(reader.target, torch._ops.OpOverload) and base_op(reader.target) != ""
     # The caller may do anything with an output, and so may a region or a custom op.
-    return base_op(reader.target) in op_table.TAKES_OFFSET if known else reader.target is not getitem
+    return base_op(reader.target) in TAKES_OFFSET if known else reader.target is not getitem
 
 
 def magnified_tensors(
@@ -47,7 +44,7 @@ def magnified_tensors(
         facts = evidence.get((names.get(producer, producer.name), output or 0))
         if facts is None or facts.smallest is None or not facts.smallest < tiny:
             continue
-        if _reaches(node, _SAME_PLACE, _magnifies) or any(user in found and _hands_on(user) for user in node.users):
+        if _reaches(node, KEEPS_POLES, _magnifies) or any(user in found and _hands_on(user) for user in node.users):
             found.add(node)
     return frozenset((names.get(node, node.name), output or 0) for node, output in map(producer_of, found))
 
@@ -74,13 +71,17 @@ def _is_first(reader: fx.Node, node: fx.Node) -> bool:
 
 
 def _hands_on(reader: fx.Node) -> bool:
-    return reader.target is getitem or base_op(reader.target) in op_table.HANDS_ON
+    return reader.target is getitem or base_op(reader.target) in HANDS_ON
 
 
 def _magnifies(reader: fx.Node, node: fx.Node) -> bool:
-    base = base_op(reader.target)
-    position = op_table.MAGNIFIES.get(base)
-    if position is not None:
-        return len(reader.args) > position and reader.args[position] is node
-    exponent = reader.args[1] if base == "pow" and len(reader.args) > 1 else None
-    return isinstance(exponent, (int, float)) and exponent < 0 and reader.args[0] is node
+    return any(_at_pole(reader, node, pole) for pole in operator_of(base_op(reader.target)).poles)
+
+
+def _at_pole(reader: fx.Node, node: fx.Node, pole: Pole) -> bool:
+    if len(reader.args) <= pole.argument or reader.args[pole.argument] is not node:
+        return False
+    if pole.exponent is None:
+        return True
+    exponent = argument_at(reader, pole.exponent)
+    return isinstance(exponent, (int, float)) and exponent < 0

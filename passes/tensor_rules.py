@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from calibcast.calib.operators import ATTENTION, COMPARES, SELECTS, SOFTMAX
+from calibcast.calib.operators import COMPARES, READS_MASKS, SELECTS
 from calibcast.passes.facts import NodeFacts, TensorFacts
 from calibcast.passes.number_formats import NumberFormat
 from calibcast.passes.verdict import Verdict
@@ -203,7 +203,7 @@ def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
     What is all mask has none where the low type holds it, as `full(-inf)` of a causal mask. Neither has what is chosen:
     of a row with fewer than k valid scores, the k-th largest is a mask value.
     """
-    if tensor.masked and (facts.base in SOFTMAX or facts.base in ATTENTION):
+    if tensor.masked and facts.base in READS_MASKS:
         return max(0.0, tensor.max or 0.0)
     if _all_mask(tensor):
         held = tensor.mask_min is None or tensor.mask_min >= -facts.low.max

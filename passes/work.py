@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.graph import base_op, size_hint
-from calibcast.passes.op_table import WORKS
+from calibcast.calib.operators import WORKS
 from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode

@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -125,3 +126,69 @@ def test_importing_everything_brings_no_tensorrt() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+# What an operator does is said in `calib/operators/`; a builder's quirks with operators, in one file of data.
+OPERATOR_TABLES = ("calib/operators/", "engines/tensorrt/quirks.py")
+# Names of operators that are words of calibcast's own: columns, statistics, parts of a data set. They are let pass
+# where they are not compared with an operator.
+WORDS = set(
+    """
+    alias any complex data diagonal dim dropout flip gradient histogram index inner item log max mean min normal
+    quantile set size sort split sum to unique zeros
+    """.split()  # noqa: SIM905
+)
+
+
+def operators_named(tree: ast.AST) -> Iterator[str]:
+    """The operators that a tree names: `torch.ops.aten.add`, and strings such as "add", also within lists of words.
+
+    What is put into a graph, a constant such as `CAST = torch.ops.aten._to_copy.default`, is let pass.
+    """
+    assigned = [n.value for n in ast.walk(tree) if isinstance(n, ast.Assign)]
+    inserted = [n.args[0] for n in ast.walk(tree) if isinstance(n, ast.Call) and "call_function" in ast.unparse(n.func)]
+    constants = [value for value in (*assigned, *inserted) if isinstance(value, ast.Attribute)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in {"aten", "prims"}:
+            if not any(node in ast.walk(value) for value in constants):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words = node.value.split()
+            if (len(words) > 1 or words == [node.value]) and set(words) <= operator_names() and not set(words) <= WORDS:
+                yield node.value
+        elif isinstance(node, ast.Compare) and asks_for_operator(node):
+            texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+            yield from (text for text in texts if text in operator_names() & WORDS)
+
+
+def asks_for_operator(compare: ast.Compare) -> bool:
+    names = [getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(compare)]
+    return bool({"base", "base_op"} & set(names))
+
+
+@cache
+def operator_names() -> frozenset[str]:
+    """The names of all ATen operators, without overload; in place too, without the mark."""
+    import torch
+
+    known = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
+    names = {name.removeprefix("aten::").split(".")[0] for name in known}
+    return frozenset(names | {name.rstrip("_") for name in names} - {""})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_operators_are_named_in_their_table(path: Path) -> None:
+    """One table says what an operator does; the rest of the code asks it, by `operator_of` or one of its sets."""
+    if str(path.relative_to(ROOT)).startswith(OPERATOR_TABLES):
+        return
+    named = sorted(set(operators_named(parse(path))))
+    assert named == [], f"{path.name} names operators: say what they do in calib/operators/, and ask for that"
+
+
+def test_operator_walk_sees_what_it_should() -> None:
+    """The walk itself: words in sets, in lists of words and in comparisons; not columns, not constants to insert."""
+    assert list(operators_named(ast.parse("X = {'linear', 'sum'}"))) == ["linear"]
+    assert list(operators_named(ast.parse("X = 'add sub mul'.split()"))) == ["add sub mul"]
+    assert list(operators_named(ast.parse("if base_op(n.target) == 'sum': pass"))) == ["sum"]
+    assert list(operators_named(ast.parse("if n.target is torch.ops.aten.add.Tensor: pass"))) == ["torch.ops.aten"]
+    assert list(operators_named(ast.parse("CAST = torch.ops.aten.add.Tensor; frame['mean'] = 'the sum of it'"))) == []

@@ -21,7 +21,7 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.graph import dtype_name, tensor_values
-from calibcast.calib.operators import MOVES
+from calibcast.calib.operators import MOVES, canonical
 from calibcast.engines.ledger.inspection import EngineLayer
 from calibcast.engines.ledger.layer_tracing import traced
 from calibcast.passes.plan import PrecisionPlan
@@ -157,7 +157,7 @@ def _judged(
 def _moves(op: str) -> bool:
     """Whether an operator, by its full name, only moves data."""
     parts = op.split(".")
-    return len(parts) > 1 and parts[1].rstrip("_") in MOVES
+    return len(parts) > 1 and canonical(parts[1].rstrip("_")) in MOVES
 
 
 def _is_cast(node: str, types: Mapping[str, str]) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from calibcast.calib.graph import base_op, tensor_values
+from calibcast.calib.graph import base_op, is_transposed, tensor_values
+from calibcast.engines.tensorrt.quirks import WIDE_SUMS
 from calibcast.engines.tensorrt.remedies import raised
 from calibcast.engines.tensorrt.widening import widenable, widened
-from calibcast.passes.op_table import TRANSPOSED
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.regions import qualified_name
 from torch import fx
@@ -52,13 +52,8 @@ def _limit(node: fx.Node, is_rtx: bool) -> str | None:
     if node.op != "call_function":
         return None
     types = {value.dtype for _, value in tensor_values(node)}
-    if base_op(node.target) == "cumsum" and types & {torch.float16, torch.bfloat16}:
+    if base_op(node.target) in WIDE_SUMS and types & {torch.float16, torch.bfloat16}:
         return _WIDE_SUM
-    if is_rtx and torch.bfloat16 in types and _is_transposed(node):
+    if is_rtx and torch.bfloat16 in types and is_transposed(node):
         return _NO_KERNEL
     return None
-
-
-def _is_transposed(node: fx.Node) -> bool:
-    base = base_op(node.target)
-    return base in TRANSPOSED or (base in {"convolution", "_convolution"} and node.args[6] is True)

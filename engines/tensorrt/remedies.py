@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.graph import argument_of, base_op, dtype_name, module_path
+from calibcast.calib.operators import ATTENTION, CONVERTS
 from calibcast.engines.tensorrt.builder.isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
 from calibcast.engines.tensorrt.widening import widenable
 from calibcast.passes.plan import Decision, PrecisionPlan
@@ -15,7 +16,6 @@ from calibcast.passes.verdict import HIGH, Verdict
 from torch import fx
 from torch.export import ExportedProgram
 
-ATTENTION = "scaled_dot_product_attention"
 FAILED = "the builder failed on it in the low type"
 _SHOWN = 6
 # More nodes than these are no region that a user could be pointed at.
@@ -33,7 +33,7 @@ class Remedy:
 
 def attention_nodes(program: ExportedProgram) -> list[fx.Node]:
     """The attention nodes of a program, in graph order."""
-    return [node for node in program.graph.nodes if base_op(node.target) == ATTENTION]
+    return [node for node in program.graph.nodes if base_op(node.target) in ATTENTION]
 
 
 def region_of(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -61,8 +61,7 @@ def _suspects(program: ExportedProgram) -> list[fx.Node]:
 
 
 def _between_casts(node: fx.Node) -> bool:
-    casts = {"to", "_to_copy"}
-    return any(base_op(near.target) in casts for near in [*node.all_input_nodes, *node.users])
+    return any(base_op(near.target) in CONVERTS for near in [*node.all_input_nodes, *node.users])
 
 
 def remedies(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> list[Remedy]:

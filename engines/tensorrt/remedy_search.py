@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from calibcast.calib.graph import argument_of, base_op
+from calibcast.calib.operators import CONVOLUTIONS
 from calibcast.engines.tensorrt.builder.isolation import BUILDING, WRITING, BuilderError
 from calibcast.engines.tensorrt.remedies import nodes_alike
 from torch import fx
@@ -12,7 +13,6 @@ from torch.export import ExportedProgram
 
 # Builds of a search. Twelve operators, one of them to blame, take six.
 MOST_BUILDS = 12
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "_convolution"})
 
 
 class _EnoughError(Exception):
@@ -36,7 +36,7 @@ def operator_groups(program: ExportedProgram) -> list[tuple[str, ...]]:
 
 def _operator(node: fx.Node) -> tuple[str, bool]:
     base = base_op(node.target)
-    groups = argument_of(node, "groups") if base in _CONVOLUTIONS else 1
+    groups = argument_of(node, "groups") if base in CONVOLUTIONS else 1
     return base, isinstance(groups, int) and groups > 1
 
 

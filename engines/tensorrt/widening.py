@@ -12,6 +12,7 @@ from calibcast.calib.errors import BuildError
 from calibcast.calib.graph import base_op, dtype_name, producer_of, tensor_values
 from calibcast.calib.operators import MOVES
 from calibcast.engines.tensorrt.program_device import copied
+from calibcast.engines.tensorrt.quirks import WIDE_BAGS, WIDE_SUMS
 from calibcast.passes.cast_insertion import CAST, place_of
 from torch import fx
 from torch.export import ExportedProgram
@@ -194,9 +195,9 @@ def restated(program: ExportedProgram) -> ExportedProgram:
 def _mistyped(node: fx.Node) -> list[fx.Node]:
     """Of an embedding bag or a cumsum, its low outputs."""
     base = base_op(node.target) if node.op == "call_function" else ""
-    if base == "cumsum":
+    if base in WIDE_SUMS:
         outputs = [node]
-    elif base in {"embedding_bag", "_embedding_bag"}:
+    elif base in WIDE_BAGS:
         outputs = [user for user in node.users if user.target is getitem]
     else:
         return []

@@ -1,0 +1,72 @@
+"""Operators that add up: reductions, norms, softmax, products, convolutions, attention, recurrent layers."""
+
+from __future__ import annotations
+
+from calibcast.calib.operators.operator import (
+    ATTENTION,
+    CONTRACTION,
+    CONVOLUTION,
+    EXPONENTIALS,
+    GROUPS,
+    LAST,
+    LOGITS,
+    MATRIX,
+    RECURRENT,
+    SPATIAL,
+    SQUARES,
+    SUM,
+    TRANSPOSED,
+    WINDOW,
+    Operator,
+    Training,
+    alike,
+    operator,
+)
+
+_TRAINS = Training(flag=5, statistics=3)
+
+REDUCTIONS: tuple[Operator, ...] = (
+    *alike("sum mean", hides=SUM, hands_on=True),
+    *alike("cumsum nansum nanmean", hides=SUM),
+    operator("avg_pool1d", hides=SUM, along=WINDOW, window=1),
+    operator("adaptive_avg_pool1d", hides=SUM, along=WINDOW, window=1, adaptive=True),
+    operator("avg_pool2d", hides=SUM, along=WINDOW, window=2),
+    operator("adaptive_avg_pool2d", hides=SUM, along=WINDOW, window=2, adaptive=True),
+    operator("avg_pool3d", hides=SUM, along=WINDOW, window=3),
+    operator("adaptive_avg_pool3d", hides=SUM, along=WINDOW, window=3, adaptive=True),
+    *alike("var std var_mean std_mean", hides=SQUARES, centred=True, takes_offset=True),
+    *alike("norm linalg_vector_norm", hides=SQUARES, hands_on=True),
+    *alike("layer_norm native_layer_norm", hides=SQUARES, along=LAST, centred=True, epsilon="eps", takes_offset=True),
+    *alike("rms_norm _fused_rms_norm", hides=SQUARES, along=LAST, epsilon="eps"),
+    operator("group_norm", hides=SQUARES, along=GROUPS, groups_at=1, centred=True, epsilon="eps", takes_offset=True),
+    operator(
+        "native_group_norm", hides=SQUARES, along=GROUPS, groups_at=6, centred=True, epsilon="eps", takes_offset=True
+    ),
+    operator(
+        "instance_norm", hides=SQUARES, along=SPATIAL, centred=True, epsilon="eps", takes_offset=True, training=_TRAINS
+    ),
+    operator("batch_norm", epsilon="eps", takes_offset=True, training=_TRAINS),
+    operator("_native_batch_norm_legit_no_training", epsilon="eps", takes_offset=True),
+    *alike("_native_batch_norm_legit native_batch_norm", training=_TRAINS),
+    # exp(x - max x): an offset is taken away first, and what is summed is at most 1 each.
+    *alike("softmax _softmax _safe_softmax", hides=EXPONENTIALS, mask_at=0, takes_offset=True),
+    *alike("log_softmax _log_softmax logsumexp", hides=EXPONENTIALS, takes_offset=True),
+    *alike("mse_loss l1_loss", takes_offset=True),
+)
+
+# Those that `torch.utils.flop_counter` counts as work, before and after decomposition.
+PRODUCTS: tuple[Operator, ...] = (
+    *alike("conv1d conv2d conv3d", product=CONVOLUTION, takes_offset=True),
+    *alike("convolution _convolution", product=CONVOLUTION, transposed_at=6, takes_offset=True),
+    *alike("conv_transpose1d conv_transpose2d conv_transpose3d", product=TRANSPOSED, takes_offset=True),
+    operator("linear", product=MATRIX, takes_offset=True),
+    *alike("matmul mm bmm mv dot", product=MATRIX),
+    # beta input + alpha a b: the operands of the product stand at 1 and 2.
+    operator("addmm", product=MATRIX, left=1, literals=("beta", "alpha"), takes_offset=True),
+    operator("baddbmm", product=MATRIX, left=1, literals=("beta", "alpha")),
+    *alike("addbmm addmv", product=MATRIX, left=1),
+    *alike("tensordot bilinear", product=CONTRACTION),
+    operator("einsum", product=CONTRACTION, shares=1, fresh_of_several=True),
+    operator("scaled_dot_product_attention", product=ATTENTION, hides=LOGITS, mask_at=3),
+    *alike("lstm gru rnn_tanh rnn_relu", product=RECURRENT, takes_offset=True),
+)

@@ -1,0 +1,245 @@
+"""The table of operators against the operators: each is run, and what is said of it is looked at."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from calibcast.calib.operators import OPERATORS, canonical, operator_of
+from torch.utils import _pytree as pytree
+
+from tests.calib.operator_examples import IMAGE, MOVES, ROW, X, Y
+
+NAMES = [entry.name for entry in OPERATORS]
+# Names that torch 2.11 still has and 2.14 no longer.
+GONE = {"cholesky", "qr"}
+
+
+def schemas(name: str) -> list[Any]:
+    """The schemas of all overloads, the in-place ones too."""
+    spaces = (torch.ops.aten, torch.ops.prims)
+    packets = [getattr(space, n) for space in spaces for n in (name, f"{name}_") if hasattr(space, n)]
+    return [getattr(packet, overload)._schema for packet in packets for overload in packet.overloads()]
+
+
+def run(name: str, *arguments: Any) -> Any:
+    packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, f"{name}_")
+    return packet(*(pytree.tree_map_only(torch.Tensor, torch.clone, argument) for argument in arguments))
+
+
+def saying(field: str) -> list[str]:
+    return [entry.name for entry in OPERATORS if entry.says(field)]
+
+
+def numbers(value: Any) -> set[float]:
+    return {n for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) for n in t.double().flatten().tolist()}
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES, *(alias for e in OPERATORS for alias in e.aliases)} - GONE))
+def test_operator_exists(name: str) -> None:
+    """Torch has an operator of each name."""
+    assert schemas(name)
+
+
+def test_each_operator_has_one_entry() -> None:
+    """No name stands for two entries, and each leads to its own."""
+    names = [name for entry in OPERATORS for name in (entry.name, *entry.aliases)]
+    assert len(names) == len(set(names))
+    assert all(operator_of(name) is entry for entry in OPERATORS for name in (entry.name, *entry.aliases))
+
+
+def test_unknown_operator_does_nothing_that_is_known() -> None:
+    """Of an operator that the table lacks nothing is said, but that its kind has no half-precision kernels."""
+    assert operator_of("nonsense").name == canonical("nonsense") == "nonsense"
+    assert not operator_of("nonsense").moves
+    assert operator_of("fft_rfft").never_low
+    assert operator_of("linalg_solve").never_low
+    assert not operator_of("linalg_vector_norm").never_low
+
+
+@pytest.mark.parametrize(("alias", "entry"), [(alias, entry) for entry in OPERATORS for alias in entry.aliases])
+def test_alias_takes_what_its_operator_takes(alias: str, entry: Any) -> None:
+    """An overload of an alias has the arguments of one of the operator's, so what is said by position or name holds."""
+    named = bool(entry.literals or entry.epsilon)
+    ours, theirs = (
+        {tuple((str(a.type), a.name if named else "") for a in schema.arguments) for schema in schemas(name)}
+        for name in (entry.name, alias)
+    )
+    assert ours & theirs
+
+
+@pytest.mark.parametrize("name", saying("moves"))
+def test_mover_moves(name: str) -> None:
+    """Its results are elements of its arguments, or a number that it fills in."""
+    arguments = MOVES[name]
+    filled = {0.0, *(float(a) for a in arguments if isinstance(a, (int, float)))}
+    assert numbers(run(name, *arguments)) <= numbers(arguments) | filled
+
+
+SHARED = {
+    **{name: MOVES[name] for name in saying("shares") if name in MOVES},
+    "type_as": (X, Y),
+    "sum_to_size": (X, (4, 6)),
+    "conj_physical": (X,),
+    "cartesian_prod": ([ROW],),
+    "einsum": ("ij->ji", [X]),
+}
+
+
+@pytest.mark.parametrize("name", saying("shares"))
+def test_sharer_shares(name: str) -> None:
+    """Its result lies in the storage of the argument that is named, which its schema does not say."""
+    arguments, place = SHARED[name], operator_of(name).shares
+    packet = getattr(torch.ops.aten, name)
+    given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(arguments[place])}
+    made = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves(packet(*arguments))}
+    assert made <= given
+    assert any(not any(r.alias_info for r in schema.returns) for schema in schemas(name))
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("cartesian_prod", ([ROW, ROW],)), ("einsum", ("i,i->i", [ROW, ROW]))])
+def test_of_several_it_is_fresh(name: str, arguments: tuple[Any, ...]) -> None:
+    """Given two tensors, the result is a new one."""
+    assert operator_of(name).fresh_of_several
+    made = getattr(torch.ops.aten, name)(*arguments)
+    assert made.untyped_storage().data_ptr() != ROW.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("entry", [e for e in OPERATORS if e.training], ids=lambda entry: entry.name)
+def test_training_flag_is_one(entry: Any) -> None:
+    """The argument that is said to switch training on is called so, and so are the others."""
+    for names in ([argument.name for argument in schema.arguments] for schema in schemas(entry.name)):
+        if entry.training.statistics is not None and "running_mean" not in names:
+            continue  # it has its batch's statistics in evaluation, too
+        assert names[entry.training.flag] in {"train", "training", "use_input_stats"}
+        assert entry.training.share is None or names[entry.training.share] == "p"
+        assert entry.training.statistics is None or names[entry.training.statistics] == "running_mean"
+
+
+@pytest.mark.parametrize("field", ["epsilon", "literals"])
+def test_numbers_are_arguments(field: str) -> None:
+    """What is said to be a number in a call is an argument of an overload, and a number there."""
+    for entry in OPERATORS:
+        wanted = {getattr(entry, field)} if field == "epsilon" else set(getattr(entry, field))
+        kinds = {a.name: str(a.type) for s in schemas(entry.name) for a in s.arguments if "Tensor" not in str(a.type)}
+        assert all(kinds[name] in {"number", "float", "Optional[number]", "Optional[float]"} for name in wanted - {""})
+
+
+BIG = 1e6
+CHECKED = {
+    "masked_fill": (X, X > 1, BIG),
+    "fill": (X, BIG),
+    "full_like": (X, BIG),
+    "new_full": (X, (2,), BIG),
+    "full": ((2,), BIG),
+    "linspace": (0.0, BIG, 4),
+    "index_fill": (X, 0, torch.tensor([0]), BIG),
+    "fill_diagonal": (X, BIG),
+    "scatter": (X, 0, torch.zeros(1, 1, dtype=torch.int64), BIG),
+    "clamp": (X, -BIG, BIG),
+    "clamp_min": (X, BIG),
+    "clamp_max": (X, BIG),
+    "hardtanh": (X, -BIG, BIG),
+    "threshold": (X, 1.0, BIG),
+    "pow": (X, BIG),
+    "constant_pad_nd": (IMAGE, (1, 1), BIG),
+    "pad": (IMAGE, (1, 1), "constant", BIG),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in saying("checks_numbers") if name != "scalar_tensor"])
+def test_number_too_large_is_refused(name: str) -> None:
+    """In half precision its kernel raises, and does not give inf. That of `scalar_tensor` does so on a GPU alone."""
+    arguments = pytree.tree_map_only(torch.Tensor, lambda t: t.half() if t.is_floating_point() else t, CHECKED[name])
+    packet = getattr(torch.ops.aten, name, None) or getattr(torch.ops.aten, f"{name}_")
+    made = any(isinstance(a, torch.Tensor) for a in arguments)
+    with pytest.raises(RuntimeError, match="without overflow"):
+        packet(*arguments, **({} if made else {"dtype": torch.float16}))
+
+
+@pytest.mark.parametrize("name", saying("selects"))
+def test_selection_is_by_order(name: str) -> None:
+    """Its results are elements of its input, the same ones after a change that keeps order."""
+    extra = {"topk": (2,), "kthvalue": (2,)}.get(name, ())
+    before, after = run(name, X, *extra), run(name, X.exp(), *extra)
+    values = [t for t in pytree.tree_leaves(before) if t.is_floating_point()]
+    changed = [t for t in pytree.tree_leaves(after) if t.is_floating_point()]
+    assert numbers(values) <= numbers(X)
+    assert all(torch.equal(old.exp(), new) for old, new in zip(values, changed, strict=True))
+
+
+@pytest.mark.parametrize("name", saying("keeps_rounded"))
+def test_keeper_of_rounding_rounds_no_more(name: str) -> None:
+    """Of what is rounded it gives elements, negated or zero."""
+    window = (2,) if "pool" in name else ()
+    x = (torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))).half().float()
+    x = x.flatten(1 + int(name[-2])) if window else x
+    made = run(name, x, *window)
+    assert numbers(made) <= numbers(x) | numbers(-x) | {0.0}
+
+
+@pytest.mark.parametrize("name", saying("compares"))
+def test_comparison_is_of_order(name: str) -> None:
+    """It comes out alike after a change that keeps order."""
+    assert torch.equal(run(name, X, Y), run(name, X.exp(), Y.exp()))
+    assert run(name, X, Y).dtype == torch.bool
+
+
+FILLED = {
+    "full": ((2, 3), 4.0),
+    "fill": (X, 4.0),
+    "full_like": (X, 4.0),
+    "new_full": (X, (2,), 4.0),
+    "scalar_tensor": (4.0,),
+}
+
+
+@pytest.mark.parametrize("name", saying("fills"))
+def test_filler_fills(name: str) -> None:
+    """Its result is the number that it is given, everywhere."""
+    assert numbers(run(name, *FILLED[name])) == {4.0}
+
+
+@pytest.mark.parametrize("name", saying("centred"))
+def test_centred_operator_takes_the_mean_away(name: str) -> None:
+    """A shift of all that it reduces together changes nothing but, where it gives one, the mean."""
+    arguments = CENTRED[name]
+    first, shifted = run(name, IMAGE, *arguments), run(name, IMAGE + 8, *arguments)
+    first, shifted = (t[0] if isinstance(t, tuple) else t for t in (first, shifted))
+    torch.testing.assert_close(first, shifted, rtol=1e-3, atol=1e-3)
+
+
+CENTRED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(["var", "std", "var_mean", "std_mean"], ([2, 3],)),
+    "layer_norm": ([6], None, None, 1e-5),
+    "native_layer_norm": ([6], None, None, 1e-5),
+    "group_norm": (2, None, None, 1e-5),
+    "native_group_norm": (None, None, 2, 4, 36, 2, 1e-5),
+    "instance_norm": (None, None, None, None, True, 0.1, 1e-5, False),
+}
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "_fused_rms_norm", "norm", "linalg_vector_norm"])
+def test_other_norms_do_not(name: str) -> None:
+    """What is not centred sees the shift."""
+    assert not operator_of(name).centred
+    arguments = ([6], None, 1e-5) if "rms" in name else ()
+    first, shifted = run(name, IMAGE, *arguments), run(name, IMAGE + 8, *arguments)
+    first, shifted = (t[0] if isinstance(t, tuple) else t for t in (first, shifted))
+    assert (first - shifted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("entry", [e for e in OPERATORS if e.window], ids=lambda entry: entry.name)
+def test_pool_has_its_rank(entry: Any) -> None:
+    """A pool of d dimensions takes the mean of a window of d."""
+    x = torch.arange(2.0 * 4**entry.window).reshape(2, *[4] * entry.window)
+    pooled = run(entry.name, x, [1 if entry.adaptive else 4] * entry.window)
+    torch.testing.assert_close(pooled.flatten(), x.flatten(1).mean(1))
+
+
+def test_names_follow_one_another() -> None:
+    """Every entry has a name, and aliases that are other names."""
+    assert all(entry.name and entry.name not in entry.aliases for entry in OPERATORS)
+    assert all(one is not other for one, other in pairwise(OPERATORS))
