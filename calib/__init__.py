@@ -18,6 +18,8 @@ from calibcast.calib.lazy_names import lazy_names
 if TYPE_CHECKING:
     from calibcast.calib.calibration import calibrate
     from calibcast.calib.ranges import RangeTable
+    from calibcast.calib.recording import RecordedCalls, recorded
+    from calibcast.calib.sequences import NewSequence
 
 __all__ = [
     "ArtifactError",
@@ -26,13 +28,23 @@ __all__ = [
     "CalibcastError",
     "GateError",
     "MismatchError",
+    "NewSequence",
     "PlanError",
     "ProgramError",
     "RangeTable",
+    "RecordedCalls",
     "SettingError",
     "calibrate",
+    "recorded",
 ]
 
 __getattr__, __dir__ = lazy_names(
-    __name__, {"RangeTable": "calibcast.calib.ranges", "calibrate": "calibcast.calib.calibration"}
+    __name__,
+    {
+        "NewSequence": "calibcast.calib.sequences",
+        "RangeTable": "calibcast.calib.ranges",
+        "RecordedCalls": "calibcast.calib.recording",
+        "calibrate": "calibcast.calib.calibration",
+        "recorded": "calibcast.calib.recording",
+    },
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from calibcast.calib.errors import BatchError, CalibcastError, known
 from calibcast.calib.input_checks import Leaf, Place, check_leaf, check_sizes, sizes_of_symbols
+from calibcast.calib.sequences import FlatInputs, unwrapped
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
@@ -209,8 +210,10 @@ def numbered(
     transform: Callable[[Any], Any] | None = None,
     max_batches: int | None = None,
     first: int = 0,
-) -> Iterator[tuple[int, Any, list[Any]]]:
+) -> Iterator[tuple[int, Any, FlatInputs]]:
     """Number the batches of `dataloader` from `first` on: (index, the batch as it came, the program's flat inputs).
+
+    A batch or what `transform` gives may be a `NewSequence`; its flat inputs say so.
 
     Raises BatchError when the dataloader or `transform` raises, when a batch does not match, or when none comes.
     """
@@ -234,10 +237,18 @@ def numbered(
             raise BatchError(
                 f"the dataloader raised {type(error).__name__} at batch {index}, after {index} good batches: {error}"
             ) from error
-        yield index, batch, signature.flatten(_transformed(transform, batch, index), index)
+        yield index, batch, _flat(signature, transform, batch, index)
         index += 1
     if index == 0:
         raise BatchError("the dataloader gave no batch: it is empty, or an iterator that was used up before")
+
+
+def _flat(signature: Signature, transform: Callable[[Any], Any] | None, batch: Any, index: int) -> FlatInputs:
+    begins, batch = unwrapped(batch)
+    begins_too, inputs = unwrapped(_transformed(transform, batch, index))
+    flat = FlatInputs(signature.flatten(inputs, index))
+    flat.begins = begins or begins_too
+    return flat
 
 
 def _transformed(transform: Callable[[Any], Any] | None, batch: Any, index: int) -> Any:

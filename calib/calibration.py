@@ -29,6 +29,7 @@ from calibcast.calib.masks import mask_tensors
 from calibcast.calib.observer import Observer
 from calibcast.calib.range_statistics import table_of
 from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size
+from calibcast.calib.sequences import FlatInputs
 from calibcast.calib.training_mode import refuse_training
 from calibcast.calib.uninitialised import undefined_tensors
 from torch import fx
@@ -76,10 +77,14 @@ class Run:
         Raises BatchError when a node raises; nothing of the batch is taken in then.
         """
         hashed = begin_inputs_hash(flat) if self.batches < MAX_HASHES else None
+        if getattr(flat, "begins", False):
+            self.runner.reset()
+        before = self.runner.state
         with on(self.runner.device):
             self._step(flat, index, self.watch)
             if self.on_nonfinite != "warn" and (row := self.observer.first_nonfinite()) is not None:
                 _leave_out(self, index, self.specs[row])
+                self.runner.restore(before)
                 return False
             self.observer.finish()
         self._note_inputs(flat, hashed)
@@ -157,6 +162,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_batches: int = 100,
     checkpoint_seconds: float = 60.0,
+    carry_state: bool = False,
 ) -> RangeTable:
     """Run `dataloader` through `program` and record the range of every floating-point tensor.
 
@@ -178,6 +184,8 @@ def calibrate(  # noqa: PLR0913 - the public contract
             before are read, not run, and the table is the one of an uninterrupted run, bit for bit (on the CPU, with
             as many threads). The loader's order must repeat; a DataLoader's generators are set back to their seeds.
             Removed at the end.
+        carry_state: let each batch go on from what the one before left in the buffers that the program writes to (a KV
+            cache, a counter), instead of from the program's saved state. A batch that is a `NewSequence` begins anew.
 
     Raises:
         ProgramError: the program is in train mode, or has no floating-point tensor.
@@ -187,7 +195,9 @@ def calibrate(  # noqa: PLR0913 - the public contract
     """
     if on_nonfinite not in ON_NONFINITE:
         raise CalibcastError(f"on_nonfinite={on_nonfinite!r}: known are {', '.join(map(repr, ON_NONFINITE))}")
-    run = prepare(program, device, histogram, on_nonfinite)
+    if carry_state and checkpoint is not None:
+        raise CalibcastError("carry_state=True with a checkpoint: the state that batches left cannot be resumed")
+    run = prepare(program, device, histogram, on_nonfinite, carry_state)
     if checkpoint is None:
         keeper, batches = None, numbered(dataloader, run.signature, transform, max_batches)
         measure_weights(run)
@@ -243,7 +253,13 @@ class _Keeper:
             self.pace.reset()
 
 
-def prepare(program: ExportedProgram, device: torch.device | str | None, histogram: bool, on_nonfinite: str) -> Run:
+def prepare(
+    program: ExportedProgram,
+    device: torch.device | str | None,
+    histogram: bool,
+    on_nonfinite: str,
+    carry_state: bool = False,
+) -> Run:
     """A calibration that has seen nothing yet. Raises as `calibrate` does."""
     if on_nonfinite not in ON_NONFINITE:
         raise CalibcastError(f"on_nonfinite={on_nonfinite!r}: known are {', '.join(map(repr, ON_NONFINITE))}")
@@ -253,14 +269,14 @@ def prepare(program: ExportedProgram, device: torch.device | str | None, histogr
     if not specs:
         raise ProgramError("the program has no floating-point tensor, so there is no range to measure and no type")
     try:
-        runner = ProgramRunner(program, device)
+        runner = ProgramRunner(program, device, carry_state=carry_state)
         observer = observer_for(specs, runner.device, histogram, mask_tensors(program))
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise CalibcastError(f"the program cannot be moved to device={device!r}: {error}") from error
     return Run(program, runner, specs, observer, signature_of(program), on_nonfinite)
 
 
-def _measure(run: Run, bar: tqdm[tuple[int, Any, list[Any]]], keeper: _Keeper | None) -> None:
+def _measure(run: Run, bar: tqdm[tuple[int, Any, FlatInputs]], keeper: _Keeper | None) -> None:
     told = -math.inf
     for index, batch, flat in bar:
         run.measure(index, flat)

@@ -85,7 +85,7 @@ def captured_or_plain(runner: ProgramRunner, observer: Any) -> Callable[[Sequenc
 
     The observer's batch is started by the call.
     """
-    if isinstance(observer, DeviceObserver) and runner.device.type == "cuda":
+    if isinstance(observer, DeviceObserver) and runner.device.type == "cuda" and not runner.carries_state:
         return CapturedRunner(runner, observer).run_batch
 
     def plain(flat: Sequence[Any], index: int, watch: Watch) -> None:

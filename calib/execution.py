@@ -193,6 +193,11 @@ class ProgramRunner:
         self._carried: dict[str, torch.Tensor] | None = {} if carry_state else None
 
     @property
+    def carries_state(self) -> bool:
+        """Whether a call goes on from the one before."""
+        return self._carried is not None
+
+    @property
     def state(self) -> dict[str, torch.Tensor]:
         """What the calls so far have left in the buffers that the program writes to, by placeholder; {} at first."""
         return dict(self._carried or {})

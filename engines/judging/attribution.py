@@ -32,10 +32,14 @@ _MUCH_LARGER = 2.0
 class Attribution:
     """Compares, batch by batch, the cast graph with fp32 (the plan's error) and the engine with the cast graph."""
 
-    def __init__(self, mixed: ExportedProgram, device: torch.device) -> None:
-        self._runner = ProgramRunner(mixed, device)
+    def __init__(self, mixed: ExportedProgram, device: torch.device, carry_state: bool = False) -> None:
+        self._runner = ProgramRunner(mixed, device, carry_state=carry_state)
         names = output_names(mixed)
         self._plan, self._engine = ([OutputError(name) for name in names] for _ in range(2))
+
+    def reset(self) -> None:
+        """Begin a new sequence."""
+        self._runner.reset()
 
     def update(self, flat: Sequence[Any], engine: Sequence[Any], reference: Sequence[Any], index: int) -> None:
         """Take in one batch: flat inputs, and the flat outputs of engine and fp32 model."""

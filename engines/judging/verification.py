@@ -143,6 +143,7 @@ def verify(  # noqa: PLR0913 - the public contract
     metrics: Mapping[str, Metric] | None = None,
     progress: bool = True,
     attribute: bool | None = None,
+    carry_state: bool = False,
 ) -> VerificationReport:
     """Run `engine` and the fp32 `program` on the same batches and compare every output, streaming.
 
@@ -156,6 +157,9 @@ def verify(  # noqa: PLR0913 - the public contract
             tensors, in the structure that the model returns; the batch as the dataloader gave it.
         attribute: also run the engine's cast graph in PyTorch on the same batches, to tell the plan's error from the
             engine's. None: where the engine is something other than its cast graph in PyTorch.
+        carry_state: run the batches as a sequence: engine and program go on from what each of them has left in the
+            buffers that it writes to, so that errors add up, until a batch is a `NewSequence`. Without, both begin
+            anew with each batch. Either way the engine's own state is put back (`engine.reset()`).
 
     Raises:
         MismatchError: the engine's outputs have another structure or shape. BatchError: as in `calibrate`.
@@ -164,12 +168,16 @@ def verify(  # noqa: PLR0913 - the public contract
     require_program(program)
     require_kind(metrics or {}, Mapping, "metrics", "Give {name: function(output, reference)}.", CalibcastError)
     signature = signature_of(program)
-    runner = ProgramRunner(program, getattr(engine, "device", None))
+    runner = ProgramRunner(program, getattr(engine, "device", None), carry_state=carry_state)
     comparison = _Comparison(engine, runner, dict(metrics or {}), _attribution(engine, runner, attribute))
+    comparison.reset()
     with tqdm(numbered(dataloader, signature, transform, max_batches), "verify", unit="batch",
               disable=None if progress else True) as bar:  # fmt: skip
         for index, batch, flat in bar:
+            if flat.begins or not carry_state:
+                comparison.reset()
             comparison.update(index, batch, flat)
+    comparison.reset()
     return comparison.report()
 
 
@@ -178,7 +186,11 @@ def _attribution(engine: Callable[..., Any], runner: ProgramRunner, asked: bool 
     if asked and not isinstance(mixed, ExportedProgram):
         raise CalibcastError("attribute=True needs an Engine: its cast graph is what errors are told apart by")
     wanted = getattr(engine, "backend", "eager") != "eager" if asked is None else asked
-    return Attribution(mixed, runner.device) if wanted and isinstance(mixed, ExportedProgram) else None
+    return (
+        Attribution(mixed, runner.device, runner.carries_state)
+        if wanted and isinstance(mixed, ExportedProgram)
+        else None
+    )
 
 
 class _Comparison:
@@ -203,9 +215,16 @@ class _Comparison:
         self._known = set() if ranges is None else set(ranges.calibration.input_hashes)
         self._reused = 0
 
+    def reset(self) -> None:
+        """Begin a new sequence: engine, program and cast graph from equal state."""
+        for one in (self._engine, self._runner, self._attribution):
+            if callable(reset := getattr(one, "reset", None)):
+                reset()
+
     def update(self, index: int, batch: Any, flat: list[Any]) -> None:
         self._reused += bool(self._known) and inputs_hash(flat) in self._known
         flat = self._runner.to_device(flat)
+        before = self._runner.state
         reference = self._runner.run_batch(flat, index)
         args, kwargs = input_structure(self._program, flat)
         output = self._engine(*args, **kwargs)
@@ -217,7 +236,10 @@ class _Comparison:
         if self._attribution is not None:
             self._attribution.update(flat, ours, reference, index)
         if self._reference_problem is None and any(_has_nan(value) for value in reference):
+            after = self._runner.state
+            self._runner.restore(before)
             self._reference_problem = _first_nonfinite(self._runner, flat, index)
+            self._runner.restore(after)
         self._measure(index, output, output_structure(self._program, reference), batch, flat)
         self._batches += 1
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from calibcast.calib import ArtifactError, calibrate
+from calibcast.calib import ArtifactError, CalibcastError, NewSequence, calibrate
 from calibcast.calib.tensor_files import load_tensors, save_tensors
-from calibcast.engines import Engine, build
+from calibcast.engines import Engine, build, verify
 from calibcast.passes import classify, insert_casts
 from torch import nn
 
@@ -101,3 +101,67 @@ def test_tensors_of_every_kind_are_kept(tmp_path):
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_calibration_can_carry_state_from_batch_to_batch(program):
+    ones = [torch.full((4, 8), 100.0)] * 6
+
+    def mean_of(batches, **options):
+        ranges = calibrate(program, batches, progress=False, **options)
+        row = ranges.frame.filter((ranges.frame["node"] == "add_") & (ranges.frame["output"] == 0))
+        return row["max"][0]
+
+    assert mean_of(ones) == pytest.approx(10)
+    assert mean_of(ones, carry_state=True) == pytest.approx(100 * (1 - 0.9**6), rel=1e-4)
+    split = [*ones[:3], NewSequence(ones[3]), *ones[4:]]
+    assert mean_of(split, carry_state=True) == pytest.approx(100 * (1 - 0.9**3), rel=1e-4)
+    as_told = iter([False, False, False, True, False, False])
+    found = mean_of(ones, carry_state=True, transform=lambda x: NewSequence(x) if next(as_told) else x)
+    assert found == pytest.approx(100 * (1 - 0.9**3), rel=1e-4)
+    with pytest.raises(CalibcastError, match="cannot be resumed"):
+        calibrate(program, ones, carry_state=True, checkpoint="x")
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(4))
+
+    def forward(self, x):
+        self.total.add_(x * 1.0)
+        return self.total + 0
+
+
+def test_verification_starts_from_equal_state_and_errors_add_up_over_a_sequence():
+    program = torch.export.export(Sum().eval(), (torch.ones(4),))
+
+    class Off:
+        """An engine that adds a little too much in each call."""
+
+        device = torch.device("cpu")
+
+        def __init__(self):
+            self.total, self.resets = torch.zeros(4), 0
+
+        def __call__(self, x):
+            self.total = self.total + x * 1.01
+            return self.total
+
+        def reset(self):
+            self.total, self.resets = torch.zeros(4), self.resets + 1
+
+    calls = [torch.ones(4)] * 5
+    engine = build(program, backend="eager")
+    engine(torch.ones(4))
+    exact = verify(engine, program, calls, progress=False)
+    assert exact.frame["max_abs"][0] == 0
+    assert verify(engine, program, calls, progress=False, carry_state=True).frame["max_abs"][0] == 0
+    assert verify(Off(), program, calls, progress=False).frame["max_abs"][0] == pytest.approx(0.01, rel=1e-3)
+    off = Off()
+    assert verify(off, program, calls, progress=False, carry_state=True).frame["max_abs"][0] == pytest.approx(
+        0.05, rel=1e-3
+    )
+    assert off.resets == 2
+    split = [*calls[:3], NewSequence(calls[3]), calls[4]]
+    found = verify(Off(), program, split, progress=False, carry_state=True)
+    assert found.frame["max_abs"][0] == pytest.approx(0.03, rel=1e-3)

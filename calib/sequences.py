@@ -1,0 +1,25 @@
+"""Batches that follow one another: for a program that keeps state between calls, such as a decoder with its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class NewSequence:
+    """A batch at which a new sequence begins: with `carry_state=True`, what the program keeps between calls is put back
+    to how it began before the batch is run. A dataloader or a transform gives it in the place of the batch."""
+
+    batch: Any
+
+
+class FlatInputs(list[Any]):
+    """Flat inputs of a program. begins: a new sequence begins here."""
+
+    begins: bool = False
+
+
+def unwrapped(batch: Any) -> tuple[bool, Any]:
+    """Whether a new sequence begins at a batch, and the batch itself."""
+    return (True, batch.batch) if isinstance(batch, NewSequence) else (False, batch)
