@@ -17,6 +17,7 @@ from calibcast.calib.execution import require_program
 from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import base_op, dtype_name, size_hint
 from calibcast.calib.host_kernels import CastProgram
+from calibcast.calib.marks import mark_inserted
 from calibcast.calib.operators import ASSERTS
 from calibcast.passes.cast_sites import CallTable, Cast, CastSites, Value, cast_sites
 from calibcast.passes.dtype_arguments import with_low_dtype
@@ -125,6 +126,7 @@ class _Emission:
         found = self._graph.call_function(target, args, kwargs)
         found.name = self._new_name(name)
         found.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+        mark_inserted(found)
         with self._fake_mode:
             _set_value(found, target(node.meta["val"], *args[1:], **kwargs))
         return found

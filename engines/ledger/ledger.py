@@ -72,15 +72,17 @@ def ledger_of(
     layers: Sequence[EngineLayer],
     torch_types: Mapping[str, Sequence[str]],
     readers: Mapping[str, Sequence[str]] | None = None,
+    inserted: frozenset[str] = frozenset(),
 ) -> pl.DataFrame:
     """The ledger of an engine: one row per low or high node of `plan`, with the columns of `SCHEMA`.
 
     made: the layers of the networks before fusion (`name`, `node`, `outputs`, `shapes`). layers: of the engines, as
     inspected; none where nothing could be inspected. torch_types: nodes that run in PyTorch, and their types. readers:
-    of each node, the nodes that read it.
+    of each node, the nodes that read it. inserted: the nodes that calibcast has put into the graph.
     """
     planned = [d for d in plan.decisions if d.precision != KEPT]
     types = {d.node: dtype_name(plan.low_precision_type) if d.precision == LOW else "float32" for d in planned}
+    casts = inserted | {d.node for d in plan.decisions if d.rule == "stated_type"}
     found, how = traced(made, layers, readers or {})
     kinds: dict[str, set[str]] = defaultdict(set)
     for layer in made:
@@ -94,7 +96,7 @@ def ledger_of(
             row = _filled(row, ["pytorch"], ours, EXACT, "pytorch", types[name] in ours if ours else None)
         elif name in found:
             held = [layers[index] for index in found[name]]
-            match, seen, agrees = _judged(name, held, types)
+            match, seen, agrees = _judged(name, held, types, casts)
             # Moving data before a cast or after it is the same.
             agrees = None if agrees is False and _moves(decision.op) else agrees
             row = _filled(row, [layer.name for layer in held], seen, match, how[name], agrees)
@@ -137,7 +139,7 @@ def _filled(
 
 
 def _judged(
-    name: str, layers: Sequence[EngineLayer], types: Mapping[str, str]
+    name: str, layers: Sequence[EngineLayer], types: Mapping[str, str], casts: frozenset[str]
 ) -> tuple[str, tuple[str, ...], bool | None]:
     """Match, types and agreement of a node that these layers carry.
 
@@ -148,8 +150,7 @@ def _judged(
     others = {node for layer in layers for node in layer.nodes if node != name}
     match = FUSED if others & set(types) else EXACT
     typed = any(layer.types for layer in layers)
-    casts = any(_is_cast(node, types) for node in others)
-    alone = {types[node] for node in (*others, name) if node in types} == {types[name]} and not casts
+    alone = {types[node] for node in (*others, name) if node in types} == {types[name]} and not others & casts
     agrees = (types[name] in seen) if typed and alone else (True if types[name] in seen else None)
     return match, seen, agrees
 
@@ -158,11 +159,6 @@ def _moves(op: str) -> bool:
     """Whether an operator, by its full name, only moves data."""
     parts = op.split(".")
     return len(parts) > 1 and canonical(parts[1].rstrip("_")) in MOVES
-
-
-def _is_cast(node: str, types: Mapping[str, str]) -> bool:
-    # Casts that calibcast inserts are not in the plan: it is of the graph before them.
-    return node not in types and "_as_" in node
 
 
 def plan_of(plan: PrecisionPlan | None, program: ExportedProgram) -> PrecisionPlan:

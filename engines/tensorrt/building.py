@@ -14,6 +14,7 @@ from calibcast.calib.artifacts import load_json, parsed, save_json
 from calibcast.calib.artifacts import versions as own_versions
 from calibcast.calib.errors import BuildError
 from calibcast.calib.fingerprint import node_digests, weights_hash
+from calibcast.calib.marks import inserted_nodes
 from calibcast.engines.ledger.inspection import EngineLayer, parse_inspector, parse_listing
 from calibcast.engines.ledger.ledger import ledger_of, plan_of, readers_of
 from calibcast.engines.runtimes import BuildRequest
@@ -125,7 +126,8 @@ def ledger_in(folder: Path, plan: PrecisionPlan | None, program: ExportedProgram
     content = load_json(folder / LAYERS, _KIND)
     with parsed(folder / LAYERS, _KIND):
         made, torch_types = content["made"], content["torch_types"]
-    return ledger_of(plan_of(plan, program), made, layers_of(folder), torch_types, readers_of(program))
+    inserted = inserted_nodes(program.graph)
+    return ledger_of(plan_of(plan, program), made, layers_of(folder), torch_types, readers_of(program), inserted)
 
 
 def layers_of(folder: Path) -> list[EngineLayer]:

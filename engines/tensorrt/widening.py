@@ -10,6 +10,7 @@ import torch
 from calibcast.calib.aliasing import storage_roots, written_arguments
 from calibcast.calib.errors import BuildError
 from calibcast.calib.graph import base_op, dtype_name, producer_of, tensor_values
+from calibcast.calib.marks import mark_inserted
 from calibcast.calib.operators import MOVES
 from calibcast.engines.tensorrt.program_device import copied
 from calibcast.engines.tensorrt.quirks import WIDE_BAGS, WIDE_SUMS
@@ -164,6 +165,7 @@ def _cast(graph: fx.Graph, source: fx.Node, dtype: torch.dtype) -> fx.Node:
     cast = graph.call_function(CAST, (source,), {"dtype": dtype}, name=f"{source.name}_as_{dtype_name(dtype)}")
     kept: dict[str, Any] = {key: source.meta[key] for key in ("nn_module_stack", "stack_trace") if key in source.meta}
     cast.meta = {**kept, "val": source.meta["val"].to(dtype)}
+    mark_inserted(cast)
     return cast
 
 

@@ -306,3 +306,16 @@ def test_a_builder_imports_the_modules_of_custom_operators(tmp_path, monkeypatch
     if has_builder():
         engine = ahead(program)
         assert set(engine.record["fallback_to_pytorch"]) == {"double"}
+
+
+def test_a_warning_of_a_tactic_left_out_is_no_want_of_memory():
+    """TensorRT leaves a tactic out and goes on; only where it had to leave out all of them is memory the reason."""
+    skipped = "[W] [TRT] Skipping tactic 0x3 due to insufficient memory: Cuda failure: out of memory"
+    others = ["WARNING: [Torch-TensorRT] - out of memory in tactic 7", "[TensorRT] INFO: OutOfMemory avoided"]
+    for warning in (skipped, *others):
+        log = f"{warning}\n[E] Internal Error: Could not infer output types for operation: deconv"
+        assert failure_of("RuntimeError", "no types of node deconv", log=log).kind == "refused"
+    assert failure_of("RuntimeError", "Cuda failure: out of memory", log=skipped).kind == "memory"
+    assert failure_of("RuntimeError", "failed", log="[E] Error Code 2: OutOfMemory (cudaMalloc)").kind == "memory"
+    none_left = f"{skipped}\n[E] Error Code 10: Could not find any implementation for node conv"
+    assert failure_of("AssertionError", "", log=none_left).kind == "memory"

@@ -1,14 +1,17 @@
 """The ledger: from planned nodes to engine layers, and the gate on it. Pure, so without a builder."""
 
+import dataclasses
+
 import polars as pl
 import pytest
 import torch
 from calibcast.calib import GateError
+from calibcast.calib.marks import inserted_nodes
 from calibcast.engines import build
 from calibcast.engines.ledger.inspection import EngineLayer
 from calibcast.engines.ledger.ledger import SCHEMA, ledger_of
 from calibcast.engines.ledger.ledger_text import ledger_text, require_precision, unknown_share
-from calibcast.passes import PrecisionPlan
+from calibcast.passes import PrecisionPlan, classify, insert_casts
 from calibcast.passes.plan import Decision
 from torch import nn
 
@@ -69,6 +72,46 @@ def test_what_a_kernel_does_between_its_edges_contradicts_nothing():
     ledger = ledger_of(plan(linear="low", softmax="high"), [made("linear"), made("softmax")], layers, {})
     assert row(ledger, "softmax")["agrees"] is None
     require_precision(ledger, allow_unknown=False)
+
+
+@pytest.mark.parametrize(
+    ("beside", "agrees"), [("x_as_float32", None), ("view_as_real", False), ("expand_as_1", False)]
+)
+def test_a_cast_is_what_calibcast_has_inserted_whatever_it_is_called(beside, agrees):
+    """A kernel with a cast in it may compute in fp32 between edges in fp16; one with `view_as_real` in it does not."""
+    layers = [EngineLayer("k", (beside, "softmax"), **HALF)]
+    inserted = frozenset({"x_as_float32", "elsewhere"})
+    ledger = ledger_of(plan(softmax="high"), [made("softmax")], layers, {}, None, inserted)
+    assert row(ledger, "softmax")["agrees"] is agrees
+    assert row(ledger_of(plan(softmax="high"), [made("softmax")], layers, {}), "softmax")["agrees"] is False
+
+
+def test_a_conversion_of_the_users_own_is_a_cast_too():
+    """`x.float().softmax()` in one kernel with its conversion: the edges are fp16, the softmax is not."""
+    layers = [EngineLayer("k", ("to", "softmax"), **HALF)]
+    decided = plan(softmax="high")
+    own = Decision("to", "aten.to.dtype", "", "kept", "stated_type", "the user's own")
+    decided = dataclasses.replace(decided, decisions=(own, *decided.decisions))
+    assert row(ledger_of(decided, [made("softmax")], layers, {}), "softmax")["agrees"] is None
+
+
+def test_what_insert_casts_has_inserted_is_marked_and_stays_so(tmp_path):
+    """Casts and the clamps of masks, in the program, and in what `.pt2` brings back; nothing of the user's is."""
+
+    class Masked(nn.Module):
+        def forward(self, x, mask):
+            scores = torch.where(mask, x * 2.0, -1e9)
+            return torch.view_as_real(torch.view_as_complex(scores.softmax(-1).reshape(2, 2, 2)))
+
+    args = (torch.randn(2, 4), torch.tensor([True, False, True, True]).expand(2, 4))
+    program = torch.export.export(Masked(), args)
+    mixed = insert_casts(program, classify(program, None, nodes_to_include={"^(mul|softmax)$"}))
+    added = {n.name for n in mixed.graph.nodes} - {n.name for n in program.graph.nodes}
+    assert inserted_nodes(mixed.graph) == added
+    assert added
+    assert inserted_nodes(program.graph) == frozenset()
+    torch.export.save(mixed, tmp_path / "mixed.pt2")
+    assert inserted_nodes(torch.export.load(tmp_path / "mixed.pt2").graph) == added
 
 
 def test_moving_data_before_or_after_a_cast_is_the_same():

@@ -176,7 +176,7 @@ def failure_of(
     layers: tuple[Mapping[str, Any], ...] = (),
 ) -> BuilderError:
     """An exception of the builder, by its class name and text, as a BuilderError of the kind that it is."""
-    text = f"{message}\n{log[-4000:]}".lower()
+    text = f"{message}\n{_errors_of(log[-4000:])}".lower()
     found = "refused"
     if any(word in text for word in _MEMORY_WORDS):
         found = "memory"
@@ -186,6 +186,19 @@ def failure_of(
         found = "context"
     said = _no_engine(kind, message, log) or f"{kind}: {message[:800]}"
     return BuilderError(found, said, stage, node, log, layers)
+
+
+# What is only a warning: TensorRT leaves out a tactic that needs more memory than there is, and takes another.
+_WARNINGS = re.compile(r"\[(?:W|I|V|D)\]|\b(?:WARNING|INFO|DEBUG|VERBOSE)\b|skipping tactic", re.IGNORECASE)
+# Unless it had to leave out all of them.
+_NO_TACTIC = "could not find any implementation"
+
+
+def _errors_of(log: str) -> str:
+    """The lines of a log that tell of errors; all of them where no tactic was left."""
+    if _NO_TACTIC in log.lower():
+        return log
+    return "\n".join(line for line in log.splitlines() if not _WARNINGS.search(line))
 
 
 def _no_engine(kind: str, message: str, log: str) -> str:
