@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,10 +19,8 @@ from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.settings import low_type_of
 from torch.export import ExportedProgram
 
-# Arguments of the stages that `compile` passes on beside the proposal's own.
-_CLASSIFY = frozenset({"init_max", "nodes_to_include", "targets_to_include", "range_quantile", "rules", "weights"})
-_CALIBRATE = frozenset({"max_batches", "histogram", "on_nonfinite", "progress"})
-_EXPORT = frozenset({"kwargs", "dynamic_shapes", "strict"})
+# What `compile` gives each stage itself. Of all its other arguments, a stage takes those that its signature names.
+_OWN = frozenset({"program", "ranges", "dataloader", "transform", "device", "plan", "mod", "args", "mixed", "backend"})
 
 
 def compile(  # noqa: PLR0913 - the proposal's own name and arguments
@@ -47,8 +46,9 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
 
     Args:
         model: a module in eval mode, or a program exported already (then `inputs` is not used).
-        inputs: positional example inputs for the export; `kwargs=`, `dynamic_shapes=`, `strict=` go there too.
-        settings: further arguments of `calibrate` and `classify` by their names, and of the backend.
+        inputs: positional example inputs for the export; `kwargs=`, `dynamic_shapes=`, `strict=` go there, too.
+        settings: further arguments of `torch.export.export`, `calibrate`, `classify`, `insert_casts` and `build` by
+            their names, each to every stage that has it, and those of the backend.
 
     Raises:
         ProgramError: the model cannot be exported. BuildError: a mode that there is not, or the builder said no.
@@ -60,7 +60,9 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
             "explicitly typed network keeps to them"
         )
     low_type = low_type_of(low_precision_type)
-    to_export, to_calibrate, to_classify = (_taken(settings, names) for names in (_EXPORT, _CALIBRATE, _CLASSIFY))
+    stages = (torch.export.export, calibrate, classify, insert_casts)
+    to_export, to_calibrate, to_classify, to_cast = (_taken(settings, stage) for stage in stages)
+    settings = {name: value for name, value in settings.items() if name in _names(build) or not _taken_by(name, stages)}
     program = _exported(model, inputs, to_export)
     refuse_training(program)
     if not enable_autocast:
@@ -82,11 +84,21 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
         targets_to_exclude=targets_to_exclude,
         **to_classify,
     )
-    return build(insert_casts(program, plan), plan, ranges, backend=backend, **settings)
+    return build(insert_casts(program, plan, **to_cast), plan, ranges, backend=backend, **settings)
 
 
-def _taken(settings: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    return {name: settings.pop(name) for name in names & set(settings)}
+def _names(stage: Callable[..., Any]) -> frozenset[str]:
+    """The arguments of a stage that come from the caller by their names."""
+    named = {p.name for p in inspect.signature(stage).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    return frozenset(named) - _OWN - set(inspect.signature(compile).parameters)
+
+
+def _taken(settings: dict[str, Any], stage: Callable[..., Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in _names(stage) & set(settings)}
+
+
+def _taken_by(name: str, stages: Iterable[Callable[..., Any]]) -> bool:
+    return any(name in _names(stage) for stage in stages)
 
 
 def _exported(model: Any, inputs: Sequence[Any], options: dict[str, Any]) -> ExportedProgram:

@@ -66,6 +66,10 @@ def plan(  # noqa: PLR0913
     nodes_to_include: Annotated[list[str] | None, typer.Option(help="low whatever the rules say; repeatable")] = None,
     targets_to_include: Annotated[list[str] | None, typer.Option(help="low whatever the rules say; repeatable")] = None,
     range_quantile: Annotated[float, typer.Option(help="judge data_max by this share of the magnitudes")] = 1.0,
+    wide_accumulation: Annotated[
+        list[str] | None,
+        typer.Option(help="operator that the backend sums up in fp32 anyway, such as layer_norm; repeatable"),
+    ] = None,
 ) -> None:
     """Decide the type of every node of MODEL from its ranges, and say why.
 
@@ -89,6 +93,7 @@ def plan(  # noqa: PLR0913
         nodes_to_include=nodes_to_include or (),
         targets_to_include=targets_to_include or (),
         range_quantile=range_quantile,
+        wide_accumulation=wide_accumulation or (),
     )
     typer.echo(str(decided))
     for name in decided.high_precision_nodes:

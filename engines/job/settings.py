@@ -135,6 +135,8 @@ class Plan(_Table):
     nodes_to_include: Names = Field((), description="regexes: low whatever the rules say")
     targets_to_include: Names = Field((), description="operators: low whatever the rules say")
     range_quantile: float = Field(1.0, gt=0, le=1, description="judge `data_max` by this share of the magnitudes")
+    wide_accumulation: Names = Field((), description="operators that the backend sums up in fp32 whatever their type, "
+                                     "such as `layer_norm`")  # fmt: skip
     rules: Names = Field((), description="your own: `file.py:function` from NodeFacts to a Verdict or None")
 
 

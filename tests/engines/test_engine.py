@@ -1,15 +1,20 @@
 """Engines of the eager backend: called like the model, saved and loaded, refused when they are not whole."""
 
+import functools
+import inspect
 import json
 
 import pytest
 import torch
 from calibcast import engines
 from calibcast.calib import ArtifactError, BatchError, BuildError, MismatchError, ProgramError, calibrate
-from calibcast.engines import Engine, build
+from calibcast.engines import Engine, build, compilation
+from calibcast.engines.commands import stages
 from calibcast.engines.engine import read_ledger
+from calibcast.engines.job.settings import Plan
 from calibcast.passes import classify, insert_casts
 from torch import nn
+from torch.utils import _pytree as pytree
 
 
 class Net(nn.Module):
@@ -193,6 +198,44 @@ def test_the_arguments_of_the_proposal_reach_their_stages(model):
     assert rules["linear_1"] == "max_depth_of_reduction"
     assert engine.plan.low_precision_type == torch.bfloat16
     assert engine.ranges.calibration.batches == 2
+
+
+def test_every_documented_argument_of_a_stage_goes_through_compile(model, tmp_path, monkeypatch):
+    """By its name, to each stage that has it: none is listed by hand, so none can be forgotten."""
+    x, shift, seen = torch.randn(4, 6), {"shift": torch.ones(2)}, {}
+
+    @functools.wraps(calibrate)
+    def watched(*args, **arguments):
+        seen.update(arguments)
+        return calibrate(*args, **arguments)
+
+    monkeypatch.setattr(compilation, "calibrate", watched)
+    engine = engines.compile(
+        model,
+        (x,),
+        kwargs=shift,
+        calibration_dataloader=[((x,), shift)] * 2,
+        backend="eager",
+        wide_accumulation=("layer_norm",),
+        checkpoint=str(tmp_path / "c.npz"),
+        histogram=False,
+        keep_io_types=False,
+        weights="ignore",
+        progress=False,
+        cache=False,
+    )
+    assert seen.keys() >= {"checkpoint", "histogram", "progress"}
+    assert engine.ranges.frame["histogram"].null_count() == engine.ranges.frame.height
+    assert torch.float16 in {value.dtype for value in pytree.tree_leaves(engine(x, **shift))}
+    with pytest.raises(BuildError, match=r"takes no setting but device; got nonsense"):
+        engines.compile(model, (x,), kwargs=shift, backend="eager", nonsense=1)
+
+
+def test_what_classify_takes_the_command_line_and_the_job_take():
+    """But for what they have other words for, or read from a file."""
+    taken = set(inspect.signature(classify).parameters) - {"program", "ranges", "weights"}
+    assert taken - {"rules"} <= set(inspect.signature(stages.plan).parameters)
+    assert taken <= set(Plan.model_fields)
 
 
 def test_a_model_that_cannot_be_exported_or_trains_is_a_program_error():
