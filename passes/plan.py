@@ -17,6 +17,7 @@ from calibcast.calib.execution import require_program
 from calibcast.calib.fingerprint import node_digests
 from calibcast.calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
 from calibcast.calib.graph_digests import fingerprint, first_difference
+from calibcast.calib.number_text import percent
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.regions import Candidate, candidates
 from calibcast.passes.verdict import HIGH, KEPT, LOW, Verdict
@@ -135,7 +136,7 @@ class PrecisionPlan:
         title = (
             f"PrecisionPlan: {len(self.low_precision_nodes)} {dtype_name(self.low_precision_type)}, "
             f"{len(self.high_precision_nodes)} high, {sum(d.precision == KEPT for d in self.decisions)} kept; "
-            f"{_percent(nodes)} of nodes and {_percent(work)} of work in low precision"
+            f"{percent(nodes)} of nodes and {percent(work)} of work in low precision"
         )
         order = {LOW: 0, HIGH: 1, KEPT: 2}
         lines = [title, f"  {'precision':<10}{'rule':<24}{'nodes':>6}"]
@@ -233,7 +234,3 @@ def _as_typed(candidate: Candidate, low_type: torch.dtype) -> Decision:
 
 def _float_types(node: fx.Node) -> set[torch.dtype]:
     return {value.dtype for _, value in tensor_values(node) if is_measurable(value.dtype)}
-
-
-def _percent(share: float) -> str:
-    return "no" if share != share else f"{100 * share:.1f}%"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -203,7 +204,7 @@ def _write_page(html: Path, table: Any, plan: Any, verification: Path | None, ti
     from calibcast.engines.html_report import html_report
 
     verdict = None if verification is None else load_json(verification, "verification")
-    page = html_report(table, plan, verdict, title=title)
+    page = html_report(table, plan, verdict, title=title, made=date.fromtimestamp(Path(title).stat().st_mtime))
     with written_whole(html) as temporary:
         temporary.write_text(page, encoding="utf-8")
     note(f"wrote {html}")

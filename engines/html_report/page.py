@@ -6,19 +6,22 @@ import base64
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from calibcast.calib.graph import dtype_name
+from calibcast.calib.number_text import percent
 from calibcast.calib.ranges import RangeTable
+from calibcast.engines.html_report.banner import banner, low_label, verdict_words
 from calibcast.engines.html_report.payload import packed, payload
-from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.plan import Decision, PrecisionPlan
 from calibcast.passes.verdict import HIGH, KEPT, LOW
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 _FOLDER = Path(__file__).parent
+_PARTS = ("data", "decisions", "charts", "table", "events")
 
 
 def html_report(
@@ -26,21 +29,23 @@ def html_report(
     plan: PrecisionPlan | None = None,
     verification: Mapping[str, Any] | None = None,
     title: str = "ranges",
+    made: date | None = None,
 ) -> str:
     """The report as one HTML page that needs nothing else: no network, no file beside it.
 
     Args:
         plan: colours nodes by precision and gives each its reason; its `flips` drive the `data_max` slider.
         verification: the content of the file that `calibcast verify -o` writes, for the verdict.
-        title: what the page is of, such as the file's name.
+        title: what the page is of, such as the file's name. made: the day on which the ranges were measured.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    plotly, script = Markup(get_plotlyjs()), Markup((_FOLDER / "page.js").read_text(encoding="utf-8"))
+    plotly, script = Markup(get_plotlyjs()), Markup(_script())
     return environment.get_template("page.html.j2").render(
         title=title,
+        subtitle=_subtitle(ranges, made),
         style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
         plotly=plotly,
         script=script,
@@ -49,15 +54,31 @@ def html_report(
         facts=_facts(ranges, plan),
         rules=_rules(plan),
         verdict=None if verification is None else _verdict(verification),
+        banner=banner(ranges, plan, verification),
+        low=low_label(plan),
+        stays=plan is not None and bool(plan.high_precision_nodes),
         notes=() if plan is None else plan.notes,
         has_plan=plan is not None,
         has_flips=plan is not None and bool(plan.flips),
     )
 
 
+def _script() -> str:
+    """The parts of the page's script in one scope, which waits for its data to be unpacked."""
+    parts = [(_FOLDER / "page" / f"{name}.js").read_text(encoding="utf-8") for name in _PARTS]
+    return "\n".join(['"use strict";', "(async () => {", *parts, "})();"])
+
+
 def _hash(script: str) -> str:
     """As a content security policy names an inline script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _subtitle(ranges: RangeTable, made: date | None) -> str:
+    """The model and the data in a few words, and when they met."""
+    calibration = ranges.calibration
+    parts = [f"a model of {len(calibration.digests)} nodes", f"{calibration.batches} batches of data"]
+    return ", ".join([*parts, *([] if made is None else [made.isoformat()])])
 
 
 def _facts(ranges: RangeTable, plan: PrecisionPlan | None) -> list[tuple[str, str]]:
@@ -75,9 +96,9 @@ def _facts(ranges: RangeTable, plan: PrecisionPlan | None) -> list[tuple[str, st
     if plan is not None:
         counts = Counter(decision.precision for decision in plan.decisions)
         nodes, work = plan.share()
-        low = dtype_name(plan.low_precision_type)
-        facts.append(("plan", f"{counts[LOW]} nodes {low}, {counts[HIGH]} in their exported type, {counts[KEPT]} kept"))
-        facts.append(("in low precision", f"{_percent(nodes)} of nodes, {_percent(work)} of work"))
+        low = low_label(plan)
+        facts.append(("plan", f"{counts[LOW]} nodes {low}, {counts[HIGH]} fp32, {counts[KEPT]} kept as they were"))
+        facts.append((f"in {low}", f"{percent(nodes)} of nodes, {percent(work)} of work"))
         facts.append(("settings", _settings(plan.settings)))
     return facts
 
@@ -90,25 +111,36 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def _rules(plan: PrecisionPlan | None) -> list[dict[str, Any]]:
-    """The plan by rule: how many nodes, how much of the work, most nodes first."""
+    """The plan by rule: what stays in fp32 first, then what is low, then what is kept; most nodes first."""
     if plan is None:
         return []
     whole = sum(decision.work for decision in plan.decisions)
-    found: dict[tuple[str, str], list[int]] = {}
+    found: dict[tuple[str, str], list[Decision]] = {}
     for decision in plan.decisions:
-        group = found.setdefault((decision.precision, decision.rule or "no rule is met"), [0, 0])
-        group[0] += 1
-        group[1] += decision.work
-    order = {LOW: 0, HIGH: 1, KEPT: 2}
+        found.setdefault((decision.precision, decision.rule or ""), []).append(decision)
+    order = {HIGH: 0, LOW: 1, KEPT: 2}
+    types = {HIGH: "fp32", LOW: low_label(plan), KEPT: KEPT}
     return [
-        {"precision": precision, "rule": rule, "nodes": nodes, "work": _percent(work / whole if whole else 0.0)}
-        for (precision, rule), (nodes, work) in sorted(found.items(), key=lambda i: (order[i[0][0]], -i[1][0]))
+        {
+            "precision": precision,
+            "type": types[precision],
+            "rule": rule,
+            "nodes": len(nodes),
+            "work": percent(sum(node.work for node in nodes) / whole if whole else 0.0),
+            "example": _named(nodes[0]),
+        }
+        for (precision, rule), nodes in sorted(found.items(), key=lambda i: (order[i[0][0]], -len(i[1])))
     ]
+
+
+def _named(decision: Decision) -> str:
+    return f"{decision.node} ({decision.module})" if decision.module else decision.node
 
 
 def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "passed": bool(content.get("passed")),
+        "words": verdict_words(content),
         "batches": content.get("batches"),
         "problems": list(content.get("problems") or ()),
         "metrics": {name: _number(value) for name, value in dict(content.get("metrics") or {}).items()},
@@ -121,7 +153,3 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def _percent(share: float) -> str:
-    return "no" if share != share else f"{100 * share:.1f}%"

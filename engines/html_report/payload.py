@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import polars as pl
@@ -79,7 +81,8 @@ def _nodes(plan: PrecisionPlan | None) -> dict[str, Any]:
 def _tensors(frame: pl.DataFrame) -> dict[str, Any]:
     columns: dict[str, Any] = {"node": frame["node"].to_list()}
     for name in _TEXTS:
-        columns[name] = _coded(frame[name].to_list())
+        values = frame[name].to_list()
+        columns[name] = _coded(relative_sources(values) if name == "source" else values)
     columns["shape"] = _coded(["x".join(sizes) for sizes in frame["shape"].to_list()])
     for name in _FLOATS:
         columns[name] = [_short(value) for value in frame[name].to_list()]
@@ -90,6 +93,15 @@ def _tensors(frame: pl.DataFrame) -> dict[str, Any]:
     bands = [_band(counts) for counts in histograms]
     columns["band_low"], columns["band_high"] = [band[0] for band in bands], [band[1] for band in bands]
     return columns
+
+
+def relative_sources(sources: Sequence[str]) -> list[str]:
+    """Files as seen from the folder that the user's own have in common; those of packages from `site-packages`."""
+    packages = "site-packages/"
+    own = {PurePath(s.rpartition(":")[0]).parent.as_posix() for s in sources if s and packages not in s}
+    absolute = [folder for folder in own if folder.startswith("/")]
+    common = f"{os.path.commonpath(absolute)}/" if absolute else ""
+    return [s.rpartition(packages)[2] if packages in s else s.removeprefix(common) for s in sources]
 
 
 def _coded(values: Sequence[str]) -> dict[str, Any]:

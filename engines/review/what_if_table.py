@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import polars as pl
+from calibcast.calib.number_text import percent
 from calibcast.engines.review.text_table import Column, listed, text_table
 
 _COLUMNS = (
@@ -47,11 +48,6 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
         "underflow": _bounds(row["underflow"], row["underflow_at_least"]),
         "flips": f"+{len(row['to_low'])} -{len(row['to_high'])}",
     }
-
-
-def percent(share: float) -> str:
-    """`99.5%`, or `-` where there is nothing to share."""
-    return "-" if share != share else f"{100 * share:.1f}%"
 
 
 def size(count: int) -> str:

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 import torch
 from calibcast.calib import calibrate
+from calibcast.calib.number_text import percent
 from calibcast.engines.html_report import html_report
 from calibcast.passes import classify, what_if
 from torch import nn
@@ -131,7 +132,7 @@ def test_the_slider_gives_the_numbers_of_what_if(page, made, low_type):
     for row in frame.iter_rows(named=True):
         ask(page, row["data_max"], low_type)
         assert counts(page) == (row["nodes_low"], row["nodes_high"])
-        assert page.inner_text("#work-share") == f"{100 * row['work_share']:.1f}%"
+        assert page.inner_text("#work-share") == percent(row["work_share"])
         for flips, names in (("#flips-low", row["to_low"]), ("#flips-high", row["to_high"])):
             assert page.inner_text(flips).partition(": ")[2] == ", ".join(names)
     assert frame["nodes_low"].n_unique() > 3
@@ -156,6 +157,9 @@ def test_a_limit_that_is_no_number_changes_nothing(page):
     ask(page, "many")
     assert counts(page) == was
     assert page.get_attribute("#limit-text", "aria-invalid") == "true"
+    assert page.inner_text("#limit-problem") == "data_max is a number above 0, or inf; it stays 512"
+    ask(page, 1024)
+    assert page.inner_text("#limit-problem") == ""
 
 
 def test_the_table_sorts_by_any_column_with_the_keyboard(page, made):
@@ -230,6 +234,51 @@ def test_weights_are_shown_when_asked_for(page, made):
     page.check("#weights")
     weights = made[1].frame.filter((pl.col("kind") == "parameter") & (pl.col("absmax") > 0)).height
     assert page.evaluate(points) == before + weights
+
+
+def test_the_banner_says_what_is_worst_and_how_far_it_is(page, show, made):
+    assert page.inner_text("#h-risk").startswith("Not judged yet")
+    peak = made[1].frame.filter(pl.col("kind") == "activation")["absmax"].max()
+    assert f"{peak / 65504:.2g}x over fp16" in page.inner_text(".banner")
+    judged = show(html_report(*made[1:], {"passed": False, "verdict": "failed: 57.8 < 400 dB", "batches": 2}))
+    assert judged.inner_text("#h-risk") == "Accuracy gate: failed: 57.8 < 400 dB"
+    assert "bad" in judged.get_attribute(".banner", "class")
+
+
+def test_a_click_on_a_rule_filters_the_table(page, made):
+    stays = {d.node for d in made[2].decisions if d.rule == "data_max"}
+    page.click('#rules button[data-rule="data_max"]')
+    assert set(column(page, "node")) == stays
+    assert "with rule data_max" in page.inner_text("#found")
+    assert set(column(page, "type")) == {"fp32"}
+    page.click("#all-rules")
+    assert len(column(page, "node")) > len(stays)
+
+
+def test_a_threshold_that_is_shown_is_one_at_which_the_node_flips(page, made):
+    """Rounded up, never down: typing what the table shows makes the node low."""
+    shown = dict(zip(column(page, "node"), column(page, "flip"), strict=True))
+    flips = {node: flip for node, flip in made[2].flips["float16"].items() if flip not in (None, 0.0, float("inf"))}
+    assert len(flips) > 5
+    for node, flip in flips.items():
+        assert flip <= float(shown[node]) <= flip * 1.001, node
+
+
+def test_every_node_has_a_row_also_without_a_floating_tensor(page, made):
+    assert {d.node for d in made[2].decisions} <= set(column(page, "node"))
+
+
+def test_what_passes_the_low_type_is_red_and_follows_the_type(page, made):
+    red = "() => [...document.querySelectorAll('#rows tbody tr')].filter((r) => r.querySelector('td.bad')).length"
+    over = made[1].frame.filter(pl.col("kind").is_in(["input", "activation"]) & (pl.col("absmax") > 65504)).height
+    assert page.evaluate(red) == over > 0
+    ask(page, 512, "bfloat16")
+    assert page.evaluate(red) == 0
+
+
+def test_modules_stand_in_bands_under_the_network(page):
+    labels = "() => document.getElementById('network').layout.annotations.map((note) => note.text)"
+    assert {"blocks.0", "blocks.3"} <= set(page.evaluate(labels))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -342,7 +391,8 @@ def test_thousands_of_tensors_open_and_answer_soon(show, made):
         ranges.frame.with_columns(node=pl.col("node") + f"_{i}" if i else pl.col("node")) for i in range(copies)
     )
     page = show(html_report(dataclasses.replace(ranges, frame=frame.head(3000)), plan))
-    assert "3000 of 3000" in page.inner_text("#found")
+    unmeasured = {d.node for d in plan.decisions} - set(frame.head(3000)["node"])
+    assert f"{3000 + len(unmeasured)} of " in page.inner_text("#found")
     page.fill("#search", "relu")
     page.click("#more")
     assert page.heard == []

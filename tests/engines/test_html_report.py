@@ -2,14 +2,16 @@
 
 import dataclasses
 import re
+from datetime import date
 
 import polars as pl
 import pytest
 import torch
 from calibcast.calib import calibrate
+from calibcast.calib.number_text import percent
 from calibcast.engines.cli import _run
 from calibcast.engines.html_report import html_report
-from calibcast.engines.html_report.payload import packed, payload, unpacked
+from calibcast.engines.html_report.payload import packed, payload, relative_sources, unpacked
 from calibcast.passes import classify
 from calibcast.passes.flips import low_at
 from torch import nn
@@ -69,6 +71,23 @@ def test_the_band_leaves_out_a_thousandth_at_either_end():
     assert _band([7, *[0] * 255]) == (None, None)
 
 
+def test_sources_are_relative_to_what_the_users_files_share():
+    sources = ["/home/me/net/model.py:3", "/home/me/net/parts/head.py:7", "", "/x/site-packages/torch/nn/a.py:1"]
+    assert relative_sources(sources) == ["model.py:3", "parts/head.py:7", "", "torch/nn/a.py:1"]
+    assert relative_sources(["net.py:56"]) == ["net.py:56"]
+
+
+def test_shares_are_never_rounded_to_none_or_all():
+    assert [percent(share) for share in (0.0, 1e-5, 0.5, 0.99999, 1.0)] == [
+        "0.0%",
+        "<0.1%",
+        "50.0%",
+        ">99.9%",
+        "100.0%",
+    ]
+    assert percent(float("nan")) == "-"
+
+
 def test_nothing_is_fetched_and_only_the_two_scripts_may_run(made):
     page = html_report(*made[1:])
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
@@ -83,9 +102,11 @@ def test_summary_tells_what_was_measured_decided_and_judged(made):
     _, ranges, plan = made
     verdict = {"passed": True, "batches": 6, "outputs": [{"output": "output", "sqnr_db": 57.8, "rel_l2": 0.001}]}
     page = html_report(ranges, plan, verdict, title="r.parquet")
-    for words in ("3 batches", "torch 2", f"{len(plan.low_precision_nodes)} nodes float16", "57.8 dB SQNR", "data_max"):
+    for words in ("3 batches", "torch 2", f"{len(plan.low_precision_nodes)} nodes fp16", "57.8 dB SQNR", "data_max"):
         assert words in page
     assert ">passed</strong>" in page
+    dated = html_report(ranges, plan, made=date(2026, 11, 28))
+    assert f"a model of {len(ranges.calibration.digests)} nodes, 3 batches of data, 2026-11-28" in dated
     assert "No plan was given" in html_report(ranges)
 
 

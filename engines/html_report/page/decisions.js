@@ -1,0 +1,75 @@
+// Which type each node has at the data_max asked for, and the slider that asks.
+function precision(node) {
+  if (nodes.precision[node] === "kept" || !state.asked) return nodes.precision[node];
+  const flip = flips[state.type][node];
+  return flip !== null && state.limit >= flip ? "low" : "high";
+}
+function typeName(precision_) { return { low: types[state.type].label, high: "fp32" }[precision_] ?? precision_; }
+function typeOf(t) {
+  const kind = kindOf(t);
+  return kind === "weight" || kind === "input" ? kind : typeName(kind);
+}
+function kindOf(t) {
+  if (isWeight[t]) return "weight";
+  if (tensors.kind[t] === "input") return "input";
+  return owner[t] < 0 ? "kept" : precision(owner[t]);
+}
+function showDecisions() {
+  let low = 0, high = 0, workLow = 0, work = 0;
+  const toLow = [], toHigh = [];
+  nodes.name.forEach((name, node) => {
+    if (nodes.precision[node] === "kept") return;
+    const now = precision(node);
+    work += nodes.work[node];
+    if (now === "low") { low += 1; workLow += nodes.work[node]; } else high += 1;
+    if (now !== nodes.precision[node]) (now === "low" ? toLow : toHigh).push(name);
+  });
+  $("nodes-low").textContent = low;
+  $("nodes-high").textContent = high;
+  $("nodes-share").textContent = percent(low, low + high);
+  $("work-share").textContent = percent(workLow, work);
+  $("flips-low").textContent = told(toLow, `to ${types[state.type].label}`);
+  $("flips-high").textContent = told(toHigh, "to fp32");
+}
+function told(names, where) {
+  if (!names.length) return "";
+  const more = names.length > 40 ? ` and ${names.length - 40} more` : "";
+  return `${names.length} flip ${where}: ${names.slice(0, 40).join(", ")}${more}`;
+}
+
+// -- the slider: positions are powers of two, the last one is no limit ----------------------------------------
+
+const LAST = 400;
+const finite = Object.values(flips).flat().filter((flip) => flip !== null && flip > 0 && flip < Infinity);
+const bottom = Math.max(-12, Math.floor(Math.log2(Math.min(1, ...finite))));
+const top = Math.ceil(Math.log2(Math.max(65536, ...finite))) + 1;
+const limitAt = (place) => (place >= LAST ? Infinity : Number((2 ** (bottom + ((top - bottom) * place) / LAST)).toPrecision(3)));
+const placeOf = (limit) =>
+  limit === Infinity ? LAST : Math.max(0, Math.min(LAST - 1, Math.round((LAST * (Math.log2(limit) - bottom)) / (top - bottom))));
+
+function ask(limit, type, from) {
+  const isBad = !(limit > 0);
+  $("limit-text").toggleAttribute("aria-invalid", false);
+  if (isBad) $("limit-text").setAttribute("aria-invalid", "true");
+  $("limit-problem").textContent = isBad ? `data_max is a number above 0, or inf; it stays ${short(state.limit)}` : "";
+  if (isBad) return;
+  Object.assign(state, { limit, type, asked: true });
+  if (from !== "slider") $("limit").value = placeOf(limit);
+  if (from !== "text") $("limit-text").value = limit === Infinity ? "inf" : String(limit);
+  later();
+}
+let waiting = false;
+function later() { // at most one drawing a frame, however fast the slider moves
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => { waiting = false; showDecisions(); drawNetwork(); showRows(); });
+}
+function showPlan() {
+  if (!plan) return;
+  state.type = plan.type;
+  state.limit = plan.data_max === null ? 512 : number(plan.data_max);
+  state.asked = false;
+  $("limit").value = placeOf(state.limit);
+  $("limit-text").value = state.limit === Infinity ? "inf" : String(state.limit);
+  document.querySelector(`input[name="type"][value="${state.type}"]`).checked = true;
+}
