@@ -106,7 +106,7 @@ def test_shares_of_nothing_are_not_numbers(export: Callable[..., ExportedProgram
     """A program with integers only has no share, and no error."""
     plan = classify(export(lambda i: i * 2, torch.arange(3)), None)
     assert all(math.isnan(share) for share in plan.share())
-    assert "no of nodes and no of work in low precision" in str(plan)
+    assert "- of nodes and - of work in low precision" in str(plan)
 
 
 class TestFiles:
