@@ -68,7 +68,9 @@ def _worst(ranges: RangeTable, plan: PrecisionPlan | None) -> str:
         more = "" if over == 1 else f"; {over} tensors pass it"
         reach = f"it reaches {peak:.4g}, {label} ends at {most:.4g}{more}"
         return f"{_place(row)} is {peak / most:.2g}x over {label}: {reach}."
-    room = f"{most / peak:.2g}x below the largest {label}" if peak else "zero"
+    if peak == 0:
+        return "All activations are 0."
+    room = f"{most / peak:.2g}x below the largest {label}"
     return f"The largest activation is {_place(row)}, {room}: it reaches {peak:.4g}."
 
 
