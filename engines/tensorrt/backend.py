@@ -166,12 +166,13 @@ class TensorrtBackend:
         request = replace(request, settings=settings)
         trial = _trial(request, shapes)
         program, record = build_files(request, job, Path(files.name), self.versions(), trial)
-        layers = [layer for layer in layers_of(Path(files.name)) if layer.types]
-        counts = {"typed_layers": len(layers), "half_layers": sum(layer.is_half for layer in layers)}
+        layers = layers_of(Path(files.name))
+        typed = [layer for layer in layers if layer.types]
+        counts = {"typed_layers": len(typed), "half_layers": sum(layer.is_half for layer in typed)}
         record = {**record, **counts, "set_by_plan": why if by_plan else "", "kept_in_fp32": limited.kept}
         record["outside_of_support"] = outside
         plan = raised(request.plan, dict.fromkeys(record["widened"], FAILED))
-        ledger = ledger_in(Path(files.name), plan, program)
+        ledger = ledger_in(Path(files.name), plan, program, layers)
         return Built(TensorrtRuntime(files, program, shapes), program, plan, ledger, record)
 
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> TensorrtRuntime:

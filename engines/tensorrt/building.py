@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -103,6 +103,7 @@ def _built(
         "trial_problem": build.problem,
         "fallback_to_pytorch": dict(result.torch_nodes),
         "build_seconds": round(result.seconds, 3),
+        "stage_seconds": dict(result.stages),
         "applied_settings": {name: _plain(name, value) for name, value in build.job.settings.items()},
     }
     if result.torch_nodes:
@@ -121,13 +122,15 @@ def _write_layers(folder: Path, result: BuilderResult) -> None:
     )
 
 
-def ledger_in(folder: Path, plan: PrecisionPlan | None, program: ExportedProgram) -> pl.DataFrame:
-    """The ledger of the engine whose files are in `folder`."""
+def ledger_in(
+    folder: Path, plan: PrecisionPlan | None, program: ExportedProgram, layers: Sequence[EngineLayer]
+) -> pl.DataFrame:
+    """The ledger of the engine whose files are in `folder`. layers: of its engines, by `layers_of`."""
     content = load_json(folder / LAYERS, _KIND)
     with parsed(folder / LAYERS, _KIND):
         made, torch_types = content["made"], content["torch_types"]
     inserted = inserted_nodes(program.graph)
-    return ledger_of(plan_of(plan, program), made, layers_of(folder), torch_types, readers_of(program), inserted)
+    return ledger_of(plan_of(plan, program), made, layers, torch_types, readers_of(program), inserted)
 
 
 def layers_of(folder: Path) -> list[EngineLayer]:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,12 +17,13 @@ from typing import Any
 from calibcast.calib.artifacts import save_program
 from calibcast.calib.child_process import PACKAGE_ROOT, module_search_path
 from calibcast.calib.errors import ArtifactError, BuildError
+from calibcast.engines.tensorrt.builder import worker
 from calibcast.engines.tensorrt.builder.job import BUILT, PROGRAM, BuilderJob, BuilderResult, custom_modules
+from calibcast.engines.tensorrt.builder.worker import Worker
 from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 _ROOT = PACKAGE_ROOT
-_LOG = "builder.log"
 _TAIL = 20_000  # characters of a builder's own output that are read for names
 LOADING, CONVERTING = "loading the program", "converting the graph"
 BUILDING, WRITING, RUNNING = "building the engine", "writing the engine", "running the engine"
@@ -63,8 +60,17 @@ class _Progress:
     node: str = ""
     phases: dict[str, int] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    since: float = field(default_factory=time.perf_counter)
+
+    def pass_time(self) -> None:
+        """Count the time since this was last asked for the stage that it was spent in."""
+        now = time.perf_counter()
+        self.seconds[self.stage] = round(self.seconds.get(self.stage, 0.0) + now - self.since, 4)
+        self.since = now
 
     def hear(self, event: Mapping[str, Any]) -> None:
+        self.pass_time()
         stage = event["stage"]
         if stage == "convert":
             self.stage, self.node = CONVERTING, event["node"]
@@ -80,67 +86,66 @@ class _Progress:
         self.bar.update()
 
 
+def prepare_builder() -> None:
+    """Start a builder for a build that is sure to come, unless one is there: it imports meanwhile."""
+    worker.prepare(module_search_path(_ROOT), ())
+
+
 def build_isolated(
     job: BuilderJob, program: ExportedProgram, folder: Path, timeout: float | None, progress: bool = True
 ) -> BuilderResult:
     """Build in a process of its own; the engine's files come to `folder`.
 
-    timeout: seconds after which the builder counts as hung and is ended; None waits for ever.
+    timeout: seconds after which the builder process counts as hung and is ended; None waits for ever.
     Raises BuilderError for whatever goes wrong in there, and BuildError for a setting that cannot be told to it.
     """
-    with tempfile.TemporaryDirectory(prefix="calibcast-build-") as name:
-        work = Path(name)
-        replace(job, imports=custom_modules(program)).save(work)
-        save_program(program, work / PROGRAM)
-        with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
-            heard = _Progress(bar)
-            code = _run(work, heard, timeout)
-        log = (work / _LOG).read_text(encoding="utf-8", errors="replace")[-_TAIL:]
-        result = _answer(work, code, heard, log, timeout)
-        shutil.copytree(work / BUILT, folder, dirs_exist_ok=True)
-        return result
-
-
-def _run(work: Path, heard: _Progress, timeout: float | None) -> int | None:
-    """The exit status of the builder, or None when it was ended for taking too long."""
     # What the caller can import, the builder can, and from the same places: custom operators come with their modules.
-    path = module_search_path(_ROOT)
-    with (work / _LOG).open("wb") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "calibcast.engines.tensorrt.builder.process", str(work)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # so that what the builder starts ends with it
-        )
-    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    reader = threading.Thread(target=_read, args=(child, lines), daemon=True)
-    reader.start()
-    deadline = None if timeout is None else time.monotonic() + timeout
+    imports = custom_modules(program)
+    builder = worker.take(module_search_path(_ROOT), imports)
+    good = False
     try:
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            line = lines.get(timeout=left)
-            if line is None:
-                return child.wait()
-            heard.hear(json.loads(line))
-    except queue.Empty:
-        return None
+        with tempfile.TemporaryDirectory(prefix="calibcast-build-") as name:
+            work = Path(name)
+            replace(job, imports=imports).save(work)
+            save_program(program, work / PROGRAM)  # while a builder that was just started imports
+            with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
+                heard = _Progress(bar)
+                code = _run(builder, work, heard, timeout)
+            result = _answer(work, code, heard, _log_of(builder, work), timeout)
+            for path in (work / BUILT).iterdir():
+                shutil.move(path, folder / path.name)
+            good = True
+            return replace(result, stages=heard.seconds)
     finally:
-        _end(child)
+        if good:
+            worker.keep(builder)
+        else:
+            builder.end()
 
 
-def _read(child: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
-    assert child.stdout is not None
-    for line in child.stdout:
-        lines.put(line)
-    lines.put(None)
+def _log_of(builder: Worker, work: Path) -> str:
+    own = work / worker.LOG
+    text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
+    return (builder.said_at_start() + text)[-_TAIL:]
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+def _run(builder: Worker, work: Path, heard: _Progress, timeout: float | None) -> int | None:
+    """0 when the builder has answered, else its exit status, or None when it was ended for taking too long."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    builder.ask(work)  # whether it has ended meanwhile is told by its lines
+    while True:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            line = builder.lines.get(timeout=left)
+        except queue.Empty:
+            return None
+        if line is None:
+            return builder.process.wait()
+        event = json.loads(line)
+        if event["stage"] == worker.ANSWERED:
+            heard.pass_time()
+            return 0
+        heard.hear(event)
 
 
 def _answer(work: Path, code: int | None, heard: _Progress, log: str, timeout: float | None) -> BuilderResult:

@@ -69,7 +69,7 @@ class BuilderResult:
 
     layers: the networks' layers before fusion. torch_nodes: node -> why it runs in PyTorch. torch_types: of these,
     the floating types that each gives. seconds: of the build alone. inspected: JSON of TensorRT's inspector, per
-    engine, where a GPU was there to ask it.
+    engine, where a GPU was there to ask it. stages: seconds of each stage, as they were heard of from outside.
     """
 
     error: tuple[str, str] | None = None
@@ -78,6 +78,7 @@ class BuilderResult:
     torch_types: Mapping[str, list[str]] = field(default_factory=dict)
     inspected: tuple[str, ...] = ()
     seconds: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the answer."""

@@ -1,38 +1,41 @@
-"""Compile one program with Torch-TensorRT: the work of a builder process.
+"""The work of a builder process: programs compiled with Torch-TensorRT, one after another.
 
-    python -m calibcast.engines.tensorrt.builder.process FOLDER
+    python -m calibcast.engines.tensorrt.builder.process
 
-FOLDER holds the job and the program; the engine's files and the answer are written there. What happens on the way is
-told on the standard output as one JSON object a line; everything that libraries print goes to the standard error. A
-crash of the builder ends this process and no other.
+Folders come on the standard input, a line each; each holds a job and its program, and the engine's files, the answer
+and the log are written there. What happens on the way is told on the standard output as one JSON object a line. The
+process ends when the input does, or when nothing was asked for a while. A crash of the builder ends this process and
+no other.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import importlib
 import json
 import os
+import select
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from calibcast.calib.artifacts import load_program
+from calibcast.calib.errors import BuildError
 from calibcast.engines.tensorrt.ahead_of_time import pretend_gpu
+from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.compiling import compile_job
 from calibcast.engines.tensorrt.builder.job import BUILT, PROGRAM, BuilderJob, BuilderResult
+from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import Event
+from calibcast.engines.tensorrt.builder.worker import ANSWERED, IDLE, LOG
 
 
-def main(folder: Path) -> int:
-    """Do the job of `folder`; 0 when the answer was written, whatever it says."""
-    telling = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what C++ prints must not break the lines
-
-    def event(content: dict[str, Any]) -> None:
-        telling.write(json.dumps(content) + "\n")
-
+def work(folder: Path, event: Event) -> None:
+    """Do the job of `folder`, and write the answer, whatever it says."""
     job = BuilderJob.load(folder)
-    if job.ahead_of_time:
-        pretend_gpu()
     try:
         event({"stage": "load"})
         for name in job.imports:
@@ -41,11 +44,67 @@ def main(folder: Path) -> int:
     except Exception as error:  # the builder, its converters and the partitioner each raise their own
         result = BuilderResult(error=(type(error).__name__, str(error).strip()[:8000] or repr(error)))
     result.save(folder)
-    telling.flush()
+
+
+def main() -> NoReturn:
+    """Do one job after another."""
+    telling = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what C++ prints must not break the lines
+
+    def event(content: dict[str, Any]) -> None:
+        telling.write(json.dumps(content) + "\n")
+
+    _warm_up()
+    for folder in _asked():
+        _print_to(folder / LOG)
+        work(folder, event)
+        sys.stderr.flush()
+        event({"stage": ANSWERED})
+        _give_back()
     # Not through the interpreter's end: CUDA and TensorRT libraries may crash in their destructors.
     sys.stderr.flush()
     os._exit(0)
 
 
+def _warm_up() -> None:
+    """Import what every build needs, before the first is asked for."""
+    pretend_gpu()
+    importlib.import_module("torch._export.serde.serialize")
+    try:
+        adapter.load_package()
+    except BuildError as error:  # told again, to whom it concerns, by the first job
+        print(error, file=sys.stderr)
+
+
+def _asked() -> Iterator[Path]:
+    """The folders on the standard input, until it ends or none comes for a while."""
+    stream = os.fdopen(0, "rb", buffering=0)
+    while select.select([stream], [], [], IDLE)[0]:
+        line = stream.readline()
+        if not line:
+            return
+        yield Path(line.decode().rstrip("\n"))
+
+
+def _print_to(path: Path) -> None:
+    """Let what Python and C++ print go to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+
+
+def _give_back() -> None:
+    """Free what a build leaves behind: a kept builder takes little."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -1,0 +1,139 @@
+"""A builder process that is kept for the next build: starting one takes seconds, most of them imports.
+
+One is kept at most, for as long as it is of use: it is started before it is needed where a build is sure to come, ends
+by itself when nobody has asked it for a while (and gives its memory and its CUDA context back), ends with this process,
+and is never used again after a build that failed, hung or crashed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+PROCESS = "calibcast.engines.tensorrt.builder.process"
+LOG, ANSWERED = "builder.log", "answered"
+# Seconds after which a builder that nobody asks ends by itself. The parent takes none that is about to.
+IDLE = 60.0
+_LATE = IDLE - 10.0
+_Key = tuple[object, ...]
+# torch, polars and pytest set these in a running process.
+_SET_ON_THE_WAY = {"TORCHINDUCTOR_CACHE_DIR", "_RJEM_MALLOC_CONF", "PYTEST_CURRENT_TEST"}
+
+
+@dataclass(eq=False)
+class Worker:
+    """A builder process. Give it the folder of one job after another, and read its lines."""
+
+    key: _Key
+    process: subprocess.Popen[bytes]
+    start_log: IO[bytes]
+    lines: queue.SimpleQueue[bytes | None] = field(default_factory=queue.SimpleQueue)
+    owner: int = field(default_factory=os.getpid)
+    since: float = field(default_factory=time.monotonic)
+
+    def ask(self, folder: Path) -> bool:
+        """Give it a job; False when it has ended meanwhile."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{folder}\n".encode())
+            self.process.stdin.flush()
+        except (BrokenPipeError, OSError):
+            return False
+        return True
+
+    def said_at_start(self) -> str:
+        """What it and its libraries have printed before its first job."""
+        self.start_log.seek(0)
+        return self.start_log.read().decode(errors="replace")
+
+    def end(self) -> int:
+        """End it and what it has started; its exit status."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for stream in (self.process.stdin, self.start_log):
+            try:
+                if stream is not None:
+                    stream.close()
+            except OSError:  # what was not written to it yet is of no use any more
+                pass
+        return self.process.wait()
+
+
+def started(search_path: str, imports: tuple[str, ...] = ()) -> Worker:
+    """A new builder. search_path: where it imports from. imports: modules that its job will have it import."""
+    log = tempfile.TemporaryFile(prefix="calibcast-builder-")  # noqa: SIM115 - it lives as long as the worker
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", PROCESS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env={**os.environ, "PYTHONPATH": search_path},
+        start_new_session=True,  # so that what the builder starts ends with it
+    )
+    worker = Worker(_key(search_path, imports), process, log)
+    threading.Thread(target=_read, args=(process, worker.lines), daemon=True).start()
+    return worker
+
+
+def _read(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
+    lines.put(None)
+
+
+def _key(search_path: str, imports: tuple[str, ...]) -> _Key:
+    """What makes a builder one for a job: it imports the same, from the same places, in the same surroundings."""
+    surroundings = tuple(sorted((name, value) for name, value in os.environ.items() if name not in _SET_ON_THE_WAY))
+    return search_path, imports, os.getcwd(), surroundings
+
+
+class _Shelf:
+    """Where the one worker that is kept stands."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: Worker | None = None
+
+    def take(self, search_path: str, imports: tuple[str, ...]) -> Worker:
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is None or kept.owner != os.getpid():  # a fork has its parent's, which is not its own to use
+            return started(search_path, imports)
+        late = time.monotonic() - kept.since > _LATE
+        if late or kept.process.poll() is not None or kept.key != _key(search_path, imports):
+            kept.end()
+            return started(search_path, imports)
+        return kept
+
+    def keep(self, worker: Worker) -> None:
+        worker.since = time.monotonic()
+        with self._lock:
+            before, self._kept = self._kept, worker
+        if before is not None and before.owner == os.getpid():
+            before.end()
+
+    def prepare(self, search_path: str, imports: tuple[str, ...]) -> None:
+        self.keep(self.take(search_path, imports))
+
+    def clear(self) -> None:
+        """End the worker that is kept, if there is one."""
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is not None and kept.owner == os.getpid():
+            kept.end()
+
+
+_SHELF = _Shelf()
+atexit.register(_SHELF.clear)
+take, keep, prepare, clear = _SHELF.take, _SHELF.keep, _SHELF.prepare, _SHELF.clear
