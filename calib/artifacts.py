@@ -9,14 +9,13 @@ import stat
 import tempfile
 import threading
 import uuid
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibcast.calib.errors import ArtifactError
+from calibcast.calib.errors import ArtifactError, first_line
 from calibcast.calib.seal import UNSEALED, sealed
 
 # Functions that deal in programs import torch themselves: it takes seconds, and who reads a table needs none of it.
@@ -122,20 +121,29 @@ def parsed(source: str | os.PathLike[str], kind: str) -> Iterator[None]:
 
 
 def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
-    """Load a `.pt2` file. Raises ArtifactError when it is missing, truncated or not a program."""
-    if not Path(path).is_file():
+    """Load a `.pt2` file, after a look at all that could run code (`calib.pt2`).
+
+    Raises ArtifactError when it is missing, truncated, not a program, or needs more than tensors and plain containers.
+    """
+    source = Path(path)
+    if not source.is_file():
         raise ArtifactError(f"{path}: no such file; expected a .pt2 written by torch.export.save")
-    import torch
+    from calibcast.calib.pt2.loading import load_checked
+    from calibcast.calib.pt2.refusal import RefusedError
 
     try:
-        with warnings.catch_warnings():
-            # torch 2.11 says so of the file that it has mapped, which nobody writes to.
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            return torch.export.load(str(path))
+        with SERIALISING:
+            return load_checked(source)
+    except RefusedError as error:
+        raise ArtifactError(
+            f"{path} is not loaded, since loading it could run code or take any amount of memory: {error}"
+        ) from error
     except Exception as error:  # torch.load raises whatever its zip reader and deserialiser meet
+        import torch
+
         raise ArtifactError(
             f"{path} cannot be loaded as an exported program (truncated, foreign, or of another torch; this is "
-            f"torch {torch.__version__}): {type(error).__name__}: {error}"
+            f"torch {torch.__version__}): {type(error).__name__}: {first_line(error)}"
         ) from error
 
 
