@@ -128,8 +128,9 @@ def test_importing_everything_brings_no_tensorrt() -> None:
     assert done.stdout.strip() == "[]"
 
 
-# What an operator does is said in `calib/operators/`; a builder's quirks with operators, in one file of data.
-OPERATOR_TABLES = ("calib/operators/", "engines/tensorrt/quirks.py")
+# What an operator does is said in `calib/operators/`; a builder's quirks with operators, in one file of data. Those in
+# `calib/pt2/` are names of Python's and sympy's functions, which a file may hold.
+OPERATOR_TABLES = ("calib/operators/", "calib/pt2/", "engines/tensorrt/quirks.py")
 # Names of operators that are words of calibcast's own: columns, statistics, parts of a data set. They are let pass
 # where they are not compared with an operator.
 WORDS = set(
