@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from calibcast.calib.errors import (
     ArtifactError,
     BatchError,
+    BudgetError,
     BuildError,
     CalibcastError,
     GateError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArtifactError",
     "BatchError",
+    "BudgetError",
     "BuildError",
     "CalibcastError",
     "GateError",

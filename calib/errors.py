@@ -6,7 +6,8 @@ CalibcastError
 ├── ArtifactError   a file is truncated, foreign, newer, or not what it claims to be
 ├── MismatchError   two things that do not belong together: ranges, plan or engine of another program
 ├── PlanError       a plan cannot be made or used: unknown name, target, pattern, dtype
-│   └── SettingError  what it was asked for is out of range, or names nothing
+│   ├── SettingError  what it was asked for is out of range, or names nothing
+│   └── BudgetError   no plan meets the budget (`proof`, `edges`: the best there is, and what costs most)
 ├── BuildError      an engine cannot be built: unknown backend, missing package, the builder said no
 └── GateError       a gate that the user set said no (`report`: the evidence)
 """
@@ -54,6 +55,17 @@ class PlanError(CalibcastError):
 
 class SettingError(PlanError):
     """What a plan was asked for is out of range, or names nothing."""
+
+
+class BudgetError(PlanError):
+    """No plan meets the user's budget of rounding noise.
+
+    `proof` is what the best plan has shown; `edges` those that cost most under it.
+    """
+
+    def __init__(self, message: str, proof: Any = None, edges: Iterable[Any] = ()) -> None:
+        super().__init__(message)
+        self.proof, self.edges = proof, tuple(edges)
 
 
 class BuildError(CalibcastError):

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from calibcast.passes.emulation import emulate
     from calibcast.passes.facts import Cancelled, Hidden, Literal, NodeFacts, TensorFacts
     from calibcast.passes.plan import Decision, PrecisionPlan
+    from calibcast.passes.proof import Proof, RoundingSummary
+    from calibcast.passes.tuning import tune
     from calibcast.passes.verdict import Rule, Verdict
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "Literal",
     "NodeFacts",
     "PrecisionPlan",
+    "Proof",
+    "RoundingSummary",
     "Rule",
     "TensorFacts",
     "Verdict",
@@ -29,6 +33,7 @@ __all__ = [
     "compare",
     "emulate",
     "insert_casts",
+    "tune",
     "what_if",
 ]
 
@@ -37,11 +42,13 @@ __getattr__, __dir__ = lazy_names(
     {
         **dict.fromkeys(("Cancelled", "Hidden", "Literal", "NodeFacts", "TensorFacts"), "calibcast.passes.facts"),
         **dict.fromkeys(("Decision", "PrecisionPlan"), "calibcast.passes.plan"),
+        **dict.fromkeys(("Proof", "RoundingSummary"), "calibcast.passes.proof"),
         **dict.fromkeys(("Rule", "Verdict"), "calibcast.passes.verdict"),
         **dict.fromkeys(("Comparison", "compare"), "calibcast.passes.comparison"),
         "classify": "calibcast.passes.classification",
         "emulate": "calibcast.passes.emulation",
         "insert_casts": "calibcast.passes.cast_insertion",
+        "tune": "calibcast.passes.tuning",
         "what_if": "calibcast.passes.alternatives",
     },
 )

@@ -17,10 +17,12 @@ from calibcast.calib.ranges import RangeTable, require_table
 from calibcast.passes.cast_count import CastCounter
 from calibcast.passes.classification import masked_nodes
 from calibcast.passes.decisions import decide
-from calibcast.passes.flips import Flips, flips_of, low_at
+from calibcast.passes.flips import Flips, flips_of
 from calibcast.passes.judge import Judge
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.program_facts import ProgramFacts
+from calibcast.passes.rounding_course import Course
+from calibcast.passes.rounding_planning import course_for, low_nodes, with_rounding
 from calibcast.passes.settings import Settings, check_limits, low_type_of
 from calibcast.passes.shares import LossTable
 from calibcast.passes.verdict import LOW
@@ -31,6 +33,8 @@ SCHEMA: dict[str, Any] = {
     "low_precision_type": pl.String,
     "data_max": pl.Float64,
     "range_quantile": pl.Float64,
+    "min_sqnr_db": pl.Float64,
+    "predicted_sqnr_db": pl.Float64,
     "nodes_low": pl.Int64,
     "nodes_high": pl.Int64,
     "nodes_share": pl.Float64,
@@ -51,19 +55,21 @@ SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One question: this low type, this limit, judged by this quantile."""
+    """One question: this low type, this limit, judged by this quantile, and this budget; None as in `classify`."""
 
     low_type: torch.dtype
-    data_max: float
-    quantile: float
+    data_max: float | None = None
+    quantile: float = 1.0
+    budget: float | None = None
 
 
 def what_if(  # noqa: PLR0913 - `classify`'s arguments
     program: ExportedProgram,
     ranges: RangeTable,
-    data_max: float | Sequence[float] = (512.0,),
+    data_max: float | Sequence[float | None] | None = None,
     low_precision_type: torch.dtype | str | Sequence[torch.dtype | str] = (torch.float16,),
     range_quantile: float | Sequence[float] = (1.0,),
+    min_sqnr_db: float | Sequence[float | None] | None = None,
     base: PrecisionPlan | None = None,
     keep_io_types: bool = True,
     weights: str = "warn",
@@ -71,9 +77,12 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
 ) -> pl.DataFrame:
     """Decide anew for every combination of these settings, with all rules and without calibrating again.
 
-    Each of `data_max`, `low_precision_type` and `range_quantile` is one value or several; `settings` are further
-    arguments of `classify`, the same for all rows. The frame has one row per combination, with the columns of
+    Each of `data_max`, `low_precision_type`, `range_quantile` and `min_sqnr_db` is one value or several; `settings` are
+    further arguments of `classify`, the same for all rows. The frame has one row per combination, with the columns of
     `SCHEMA`; its numbers are those of `classify` and `insert_casts` with the same arguments:
+
+    data_max, min_sqnr_db: as they were applied; null where there was none.
+    predicted_sqnr_db: what the table of edges says is left at the worst output; null where rounding was not measured.
 
     nodes_low, nodes_high, work_low (FLOPs); the shares are of all decided nodes and their work.
     activation_bytes_low: what nodes write in the low type, views apart, in bytes of the exported type, so that its
@@ -81,8 +90,8 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
     overflow, underflow: shares of the elements of the inputs and activations that exist in the low type which would
     round to inf, or are nonzero below its smallest normal value: upper bounds, with `.._at_least` the lower. They are
     equal, and so exact, where powers of two decide.
-    to_low, to_high: nodes that flip against `base`, which is the plan of `classify` with `data_max` 512, fp16, the
-    quantile 1 and `settings`, unless another is given.
+    to_low, to_high: nodes that flip against `base`, which is the plan of `classify` in fp16 with `settings`
+    and its own defaults, unless another is given.
 
     Raises:
         PlanError: as `classify`; or `base` is of another program.
@@ -90,13 +99,15 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
     """
     require_table(ranges)
     asked = [
-        Setting(low_type_of(low_type), limit, quantile)
-        for low_type, limit, quantile in product(
-            _several(low_precision_type), _several(data_max), _several(range_quantile)
+        Setting(low_type_of(low_type), limit, quantile, budget)
+        for low_type, limit, quantile, budget in product(
+            _several(low_precision_type), _several(data_max), _several(range_quantile), _several(min_sqnr_db)
         )
     ]
     if not asked:
-        raise SettingError("nothing to ask: give at least one data_max, low_precision_type and range_quantile")
+        raise SettingError(
+            "nothing to ask: give at least one data_max, low_precision_type, range_quantile and min_sqnr_db"
+        )
     for setting in asked:
         check_limits(setting.data_max, None, None, setting.quantile, ranges)
     require_program(program)
@@ -106,8 +117,7 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
     with paused():
         decider = _Decider(program, ranges, Settings(**settings))
         counter = CastCounter(program, keep_io_types, masked_nodes(ranges))
-        default = Setting(torch.float16, 512.0, 1.0)
-        before = set(decider.low_nodes(default) if base is None else base.low_precision_nodes)
+        before = set(decider.low_nodes(Setting(torch.float16)) if base is None else base.low_precision_nodes)
         losses = {low_type: LossTable(ranges.frame, low_type) for low_type in {setting.low_type for setting in asked}}
         rows = [_row(setting, decider, counter, losses[setting.low_type], before) for setting in asked]
         return pl.DataFrame(rows, schema=SCHEMA)
@@ -118,37 +128,49 @@ class _Decider:
 
     def __init__(self, program: ExportedProgram, ranges: RangeTable, settings: Settings) -> None:
         self._facts, self._ranges, self._settings = ProgramFacts.of(program, ranges), ranges, settings
-        self._flips: dict[tuple[torch.dtype, float], Flips] = {}
+        self._flips: dict[tuple[torch.dtype, float, float | None], Flips] = {}
+        self._courses: dict[tuple[torch.dtype, float], Course | None] = {}
         count = WorkCounter()
         self._all_work = {candidate.name: count(candidate.node) for candidate in self._facts.nodes}
         self.work = {name: self._all_work[name] for name in self._facts.outlines}
 
     def low_nodes(self, setting: Setting) -> list[str]:
         """In graph order, as `PrecisionPlan.low_precision_nodes`."""
+        judge = self.judge(setting)
         if self._settings.rules:  # a rule of the user's own may look at how the inputs were decided
-            decisions = decide(self._facts, self._judge(setting), self._all_work)
+            decisions = decide(self._facts, judge, self._all_work)
             return [decision.node for decision in decisions if decision.precision == LOW]
-        key = (setting.low_type, setting.quantile)
+        budget = None if judge.rounding is None else judge.rounding.min_sqnr_db
+        key = (setting.low_type, setting.quantile, budget)
         if key not in self._flips:
-            self._flips[key] = flips_of(self._facts, self._judge(setting))
-        return low_at(self._flips[key], setting.data_max)
+            self._flips[key] = flips_of(self._facts, judge)
+        return low_nodes(self._facts, judge, self._flips[key])
 
-    def _judge(self, setting: Setting) -> Judge:
-        settings = replace(self._settings, data_max=setting.data_max, range_quantile=setting.quantile)
-        return settings.judge(self._facts.nodes, self._ranges, setting.low_type)
+    def judge(self, setting: Setting) -> Judge:
+        """With what the budget keeps high; a course of raising serves all budgets."""
+        settings = replace(
+            self._settings, data_max=setting.data_max, range_quantile=setting.quantile, min_sqnr_db=setting.budget
+        )
+        judge = settings.judge(self._facts.nodes, self._ranges, setting.low_type)
+        key = (setting.low_type, setting.quantile)
+        if key not in self._courses:
+            self._courses[key] = course_for(self._facts, judge)
+        return with_rounding(self._facts, judge, course=self._courses[key])
 
 
 def _row(
     setting: Setting, decider: _Decider, counter: CastCounter, losses: LossTable, before: set[str]
 ) -> dict[str, Any]:
-    low = decider.low_nodes(setting)
+    low, judge = decider.low_nodes(setting), decider.judge(setting)
     is_low, work = set(low), decider.work
     counted = counter.count(low, setting.low_type)
     work_low = sum(work[name] for name in low)
     return {
         "low_precision_type": dtype_name(setting.low_type),
-        "data_max": setting.data_max,
+        "data_max": judge.data_max,
         "range_quantile": setting.quantile,
+        "min_sqnr_db": None if judge.rounding is None else judge.budget,
+        "predicted_sqnr_db": None if judge.rounding is None else judge.rounding.predicted_db,
         "nodes_low": len(low),
         "nodes_high": len(work) - len(low),
         "nodes_share": _share(len(low), len(work)),

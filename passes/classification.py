@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import polars as pl
 import torch
@@ -13,12 +15,16 @@ from calibcast.calib.graph import dtype_name
 from calibcast.calib.ranges import RangeTable, require_table
 from calibcast.passes.decisions import decide
 from calibcast.passes.facts import WEIGHT_KINDS
-from calibcast.passes.flips import LazyFlips, flips_of
+from calibcast.passes.flips import Flips, LazyFlips, flips_of
+from calibcast.passes.judge import Judge
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import Decision, PrecisionPlan
 from calibcast.passes.program_facts import ProgramFacts
+from calibcast.passes.rounding_course import Course
+from calibcast.passes.rounding_planning import budgets_of, course_for, with_rounding
+from calibcast.passes.rules import Raised
 from calibcast.passes.settings import Settings, Target, low_type_of
-from calibcast.passes.verdict import LOW, Rule
+from calibcast.passes.verdict import LOW, Rule, Verdict
 from calibcast.passes.work import WorkCounter
 from torch.export import ExportedProgram
 
@@ -27,7 +33,8 @@ def classify(  # noqa: PLR0913 - the public contract
     program: ExportedProgram,
     ranges: RangeTable | None,
     low_precision_type: torch.dtype | str = torch.float16,
-    data_max: float = 512.0,
+    min_sqnr_db: float | None = None,
+    data_max: float | None = None,
     init_max: float | None = None,
     max_depth_of_reduction: int | None = None,
     nodes_to_exclude: Iterable[str] = (),
@@ -41,12 +48,17 @@ def classify(  # noqa: PLR0913 - the public contract
 ) -> PrecisionPlan:
     """Decide for each node whether it runs in `low_precision_type` or stays in its exported type.
 
-    Any rule that is met keeps a node high, and every verdict is kept with the number that was seen and its limit.
+    Any rule that is met keeps a node high, and every verdict is kept with the number that was seen and its limit. With
+    ranges in which rounding was measured, the plan is one that meets a budget of rounding noise; without, it is
+    guessed from magnitudes and operators.
 
     Args:
         ranges: from `calibrate`; None leaves only the rules that need no ranges, and the plan says so.
         low_precision_type: torch.float16 or torch.bfloat16.
-        data_max: largest magnitude of inputs and activations; inf switches the rule off.
+        min_sqnr_db: the budget: least signal to rounding noise of each channel of each output, in dB. None is 40 in
+            float16 and 26 in bfloat16. It needs ranges in which rounding was measured (`rounding_batches`).
+        data_max: largest magnitude of inputs and activations; inf switches the rule off. None is 512 where rounding was
+            not measured; where it was, there must be room for four times what was seen.
         init_max: largest magnitude of weights; None is the largest finite value of the low type.
         max_depth_of_reduction: most terms summed into one element; None is no limit.
         nodes_to_exclude, nodes_to_include: regexes, `re.match`ed on node names and dotted module paths. Include
@@ -62,29 +74,101 @@ def classify(  # noqa: PLR0913 - the public contract
         PlanError: a setting is out of range, or a pattern or target matches nothing.
         MismatchError: the ranges are of another program.
     """
-    low_type = low_type_of(low_precision_type)
     settings = Settings(
         data_max, init_max, max_depth_of_reduction, nodes_to_exclude, targets_to_exclude, nodes_to_include,
-        targets_to_include, range_quantile, rules, wide_accumulation,
+        targets_to_include, range_quantile, rules, wide_accumulation, min_sqnr_db,
     )  # fmt: skip
-    require_program(program)
-    if ranges is not None:
-        require_table(ranges)
-        ranges.check(program, weights)
-    with paused():
-        facts = ProgramFacts.of(program, ranges)
-        judge = settings.judge(facts.nodes, ranges, low_type)
-        count = WorkCounter()
-        decisions = decide(facts, judge, {candidate.name: count(candidate.node) for candidate in facts.nodes})
-    # For both types, as a reader of the plan may ask for the other one, too.
-    known = () if ranges is None else LOW_TYPES
-    flips = LazyFlips(known, lambda name: flips_of(facts, judge.in_type(LOW_TYPES[name])))
-    if settings.rules:
-        flips.settle()  # now: a rule of the user's own may answer otherwise later
-    # What a table fits has the digests of its graph.
-    digests = node_digests(program) if ranges is None else dict(ranges.calibration.digests)
-    notes = _notes(ranges, low_type, decisions)
-    return PrecisionPlan(tuple(decisions), low_type, digests, judge.settings, notes, masked_nodes(ranges), flips)
+    return Planning.of(program, ranges, low_precision_type, settings, weights).plan()
+
+
+@dataclass(frozen=True)
+class Planning:
+    """A program, its ranges and settings, read once; `plan` may be asked for other allowances of noise."""
+
+    facts: ProgramFacts
+    judge: Judge
+    settings: Settings
+    ranges: RangeTable | None
+    work: Mapping[str, int]
+    digests: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, program: ExportedProgram, ranges: RangeTable | None, low_type: Any, settings: Settings, weights: str
+    ) -> Planning:
+        """Raises as `classify`."""
+        checked = low_type_of(low_type)
+        require_program(program)
+        if ranges is not None:
+            require_table(ranges)
+            ranges.check(program, weights)
+        with paused():
+            facts, count = ProgramFacts.of(program, ranges), WorkCounter()
+            work = {candidate.name: count(candidate.node) for candidate in facts.nodes}
+            # What a table fits has the digests of its graph.
+            digests = node_digests(program) if ranges is None else dict(ranges.calibration.digests)
+        return cls(facts, settings.judge(facts.nodes, ranges, checked), settings, ranges, work, digests)
+
+    def plan(self, allowance: float | None = None, raised: Mapping[str, Verdict] | None = None) -> PrecisionPlan:
+        """The plan for the budget, or for this much predicted noise. raised: nodes that a run has shown to be high."""
+        bare = self.judge if not raised else replace(self.judge, rules=(*self.judge.rules, Raised(raised)))
+        with paused():
+            judge = with_rounding(self.facts, bare, allowance)
+            decisions = decide(self.facts, judge, self.work)
+        # For both types, as a reader of the plan may ask for the other one, too.
+        known = () if self.ranges is None else LOW_TYPES
+        flips, budgets = LazyFlips(known, self._flips(judge)), LazyFlips(self._measured, self._budgets(bare))
+        if self.settings.rules:  # now: a rule of the user's own may answer otherwise later
+            flips.settle(), budgets.settle()
+        rounding = judge.rounding
+        return PrecisionPlan(
+            tuple(decisions), judge.low_type, self.digests, judge.settings, self._notes(judge, decisions),
+            masked_nodes(self.ranges), flips, budgets, None if rounding is None else rounding.summary(),
+        )  # fmt: skip
+
+    @property
+    def low_name(self) -> str:
+        """The low type by name."""
+        return dtype_name(self.judge.low_type)
+
+    def in_type(self, low_type: torch.dtype, min_sqnr_db: float) -> Planning:
+        """The same for another low type."""
+        return replace(self, judge=replace(self.judge.in_type(low_type), min_sqnr_db=min_sqnr_db))
+
+    def course(self, raised: Mapping[str, Verdict]) -> Course | None:
+        """In which order the budget raises nodes, these apart."""
+        return course_for(self.facts, replace(self.judge, rules=(*self.judge.rules, Raised(raised))))
+
+    def makers(self, readers: Collection[str]) -> set[str]:
+        """The nodes that made what these read."""
+        evidence = self.facts.rounding.get(self.judge.low_type)
+        edges = () if evidence is None else evidence.edges
+        return {e.edge.input for e in edges if e.edge.node in readers and not e.edge.is_literal}
+
+    def ring(self, readers: Collection[str], low: Collection[str]) -> set[str]:
+        """Of the nodes that round what these read, and of these, those in `low`."""
+        evidence = self.facts.rounding.get(self.judge.low_type)
+        edges = () if evidence is None else evidence.edges
+        near = {name for e in edges if e.edge.node in readers for name in e.nodes}
+        return (near | set(readers)) & set(low)
+
+    @property
+    def _measured(self) -> list[str]:
+        return [name for name, low_type in LOW_TYPES.items() if low_type in self.facts.rounding]
+
+    def _flips(self, judge: Judge) -> Callable[[str], Flips]:
+        def find(name: str) -> Flips:
+            mine = LOW_TYPES[name] == judge.low_type
+            return flips_of(self.facts, judge if mine else with_rounding(self.facts, judge.in_type(LOW_TYPES[name])))
+
+        return find
+
+    def _budgets(self, judge: Judge) -> Callable[[str], Flips]:
+        return lambda name: budgets_of(self.facts, judge.in_type(LOW_TYPES[name]))
+
+    def _notes(self, judge: Judge, decisions: list[Decision]) -> tuple[str, ...]:
+        rounding = () if judge.rounding is None else judge.rounding.notes()
+        return (*_notes(self.ranges, judge.low_type, decisions), *rounding)
 
 
 def masked_nodes(ranges: RangeTable | None) -> tuple[str, ...] | None:

@@ -11,6 +11,7 @@ from calibcast.passes.evidence import Evidence, with_values
 from calibcast.passes.facts import Cancelled, NodeFacts, TensorFacts
 from calibcast.passes.number_formats import NumberFormat, format_of
 from calibcast.passes.outlines import NodeOutline
+from calibcast.passes.rounding_evidence import RoundingEvidence
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class FactReader:
     """Makes `NodeFacts` of outlines, for one low type. kinds: of placeholders, by name; a table may lack them.
 
     magnified, offset_free: what `passes.sensitivity` found of the graph's tensors and nodes; cancelled: what
-    `passes.cancellation` did.
+    `passes.cancellation` did. rounding: what was measured of it in that type, if it was.
     """
 
     evidence: Evidence = field(repr=False)
@@ -27,6 +28,7 @@ class FactReader:
     magnified: frozenset[tuple[str, int]] = frozenset()
     offset_free: frozenset[str] = frozenset()
     cancelled: Mapping[str, Cancelled] = field(default_factory=dict)
+    rounding: RoundingEvidence | None = field(default=None, repr=False)
     _known: dict[tuple[str, int, str | None], TensorFacts] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -44,6 +46,7 @@ class FactReader:
             low_type=self.low_type,
             low=self._low,
             cancelled=self.cancelled.get(outline.name),
+            rounding_known=self.rounding is not None and self.rounding.knows(outline.name),
         )
         return facts
 

@@ -112,8 +112,9 @@ class NodeFacts:
     if it has one. depth: how many products or terms are summed into one output element. hidden: bounds of values
     that the op hides. least_spread: the least variance (or mean square) that a norm divides by the root of.
     cancelled: too little is left of what it adds up, or of what it makes where that is added up.
-    moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given. low_type: what it is to run
-    in; a NumberFormat only where tensors are judged without a program.
+    moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given. rounding_known: what rounding
+    there does to the outputs was measured, so that rules which guess it from magnitudes have nothing to say. low_type:
+    what it is to run in; a NumberFormat only where tensors are judged without a program.
     """
 
     name: str
@@ -131,6 +132,7 @@ class NodeFacts:
     moves: bool = False
     custom: bool = False
     has_ranges: bool = True
+    rounding_known: bool = False
     low_type: torch.dtype | NumberFormat = field(default_factory=_float16)
 
     @cached_property

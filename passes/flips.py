@@ -63,7 +63,7 @@ def flips_of(program: ProgramFacts, judge: Judge) -> Flips:
     rule of the user's own is asked once, with its inputs as if they were low.
     """
     reader, as_if_low = program.reader(judge.low_type), dict.fromkeys(program.outlines, LOW)
-    asks = [replace(rule, limit=0.0) for rule in judge.rules if isinstance(rule, DataMax)]
+    asks = [replace(rule, limit=0.0, given=True) for rule in judge.rules if isinstance(rule, DataMax)]
     others = replace(judge, rules=tuple(rule for rule in judge.rules if not isinstance(rule, (DataMax, Follows))))
     flips: Flips = {}
     followed: dict[str, list[str]] = {}
@@ -74,7 +74,7 @@ def flips_of(program: ProgramFacts, judge: Judge) -> Flips:
             flips[name] = None
         else:
             flips[name] = 0.0 if included else max((_held(rule, facts) for rule in asks), default=0.0)
-        if facts.moves and not included:
+        if facts.moves and not included and not facts.rounding_known:
             # By `follows`: each decided input keeps it high when it is high itself.
             followed[name] = [tensor.name for tensor in facts.inputs if tensor.precision is not None]
     return _settled(flips, followed, program.ties)

@@ -10,8 +10,9 @@ import torch
 from calibcast.calib.errors import PlanError
 from calibcast.passes.facts import NodeFacts
 from calibcast.passes.plan import Decision
+from calibcast.passes.rounding_plan import DEFAULT_BUDGETS, RoundingPlan
 from calibcast.passes.rules import Legality, matched, rule_id
-from calibcast.passes.tensor_rules import InitMax
+from calibcast.passes.tensor_rules import DEFAULT_DATA_MAX, InitMax
 from calibcast.passes.verdict import HIGH, LOW, Rule, Verdict
 
 
@@ -31,25 +32,41 @@ class Included:
 
 @dataclass(frozen=True)
 class Judge:
-    """Turns facts into a decision by all rules. settings: what it was made from, as a plan keeps them."""
+    """Turns facts into a decision by all rules. settings: what it was made from, as a plan keeps them.
+
+    data_max: None where rounding was measured and the user gives no limit. rounding: what a budget of `min_sqnr_db`
+    keeps high, where rounding was measured.
+    """
 
     rules: tuple[Rule, ...]
     included: Callable[[NodeFacts], bool]
-    data_max: float
+    data_max: float | None
     low_type: torch.dtype
     init_max: float | None = None
+    min_sqnr_db: float | None = None
+    rounding: RoundingPlan | None = field(default=None, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def in_type(self, low_type: torch.dtype) -> Judge:
-        """The same rules for another low type, whose largest value is the limit of weights unless the user gave one."""
+        """The same rules for another low type, whose largest value is the limit of weights unless the user gave one.
+
+        Without a plan of rounding, which is of one type.
+        """
         limit = weight_limit(self.init_max, low_type)
         rules = tuple(InitMax(limit) if isinstance(rule, InitMax) else rule for rule in self.rules)
-        return replace(self, low_type=low_type, rules=rules)
+        return replace(self, low_type=low_type, rules=rules, rounding=None)
+
+    @property
+    def budget(self) -> float:
+        """The least SQNR, dB, that a plan is made for: the user's, or that of the low type."""
+        return default_budget(self.low_type) if self.min_sqnr_db is None else self.min_sqnr_db
 
     def decide(self, facts: NodeFacts, work: int, tied: Verdict | None) -> Decision:
         included = self.included(facts)
         legality = Legality(allow_custom=included)(facts)
-        verdicts = [v for v in (legality, tied, *(_verdict(rule, facts) for rule in self.rules)) if v is not None]
+        rounding = None if self.rounding is None else self.rounding.verdict(facts.name)
+        asked = (_verdict(rule, facts) for rule in self.rules)
+        verdicts = [v for v in (legality, tied, *asked, rounding) if v is not None]
         binding = [v for v in (legality, tied) if v is not None] if included else verdicts
         place: dict[str, Any] = {"node": facts.name, "op": facts.op, "module": facts.module, "work": work}
         if binding:
@@ -58,8 +75,9 @@ class Judge:
                 **place, precision=HIGH, rule=first.rule, reason=first.reason, evidence=first.evidence,
                 limit=first.limit, verdicts=tuple([first] + [v for v in verdicts if v is not first]),
             )  # fmt: skip
-        reason, evidence = self._why_low(facts, included)
-        limit = self.data_max if evidence is not None else None
+        unmet = None if self.rounding is None else self.rounding.unmet(facts.name)
+        verdicts += [] if unmet is None else [unmet]
+        reason, evidence, limit = self._why_low(facts, included)
         return Decision(
             **place, precision=LOW, rule=None, reason=reason, evidence=evidence, limit=limit, verdicts=tuple(verdicts)
         )
@@ -69,19 +87,31 @@ class Judge:
         included = self.included(facts)
         if Legality(allow_custom=included)(facts) is not None:
             return True
-        return not included and any(_verdict(rule, facts) is not None for rule in self.rules)
-
-    def _why_low(self, facts: NodeFacts, included: bool) -> tuple[str, float | None]:
-        seen = [t.absmax for t in facts.tensors if t.measured and not t.is_weight and t.absmax is not None]
         if included:
-            return "the user's include list asks for it", max(seen, default=None)
+            return False
+        by_budget = self.rounding is not None and self.rounding.verdict(facts.name) is not None
+        return by_budget or any(_verdict(rule, facts) is not None for rule in self.rules)
+
+    def _why_low(self, facts: NodeFacts, included: bool) -> tuple[str, float | None, float | None]:
+        """The reason, the number that was seen, and the limit that it is within."""
+        seen = [t.absmax for t in facts.tensors if t.measured and not t.is_weight and t.absmax is not None]
+        if self.rounding is not None and facts.rounding_known and not included:
+            return (*self.rounding.low_reason(facts.name), self.budget)
+        limit = DEFAULT_DATA_MAX if self.data_max is None else self.data_max
+        if included:
+            return "the user's include list asks for it", max(seen, default=None), limit if seen else None
         if not facts.has_ranges:
-            return "no rule that needs no ranges is met; none was given", None
+            return "no rule that needs no ranges is met; none was given", None, None
         if not seen:
-            return "no rule is met", None
-        if max(seen) > self.data_max:  # it only moves data, or `range_quantile` leaves the peak out
-            return f"no rule is met; its largest magnitude is {max(seen):.4g}", max(seen)
-        return f"its largest magnitude is {max(seen):.4g}, within data_max {self.data_max:g}", max(seen)
+            return "no rule is met", None, None
+        if max(seen) > limit:  # it only moves data, or `range_quantile` leaves the peak out
+            return f"no rule is met; its largest magnitude is {max(seen):.4g}", max(seen), limit
+        return f"its largest magnitude is {max(seen):.4g}, within data_max {limit:g}", max(seen), limit
+
+
+def default_budget(low_type: torch.dtype) -> float:
+    """The budget, dB, of a low type."""
+    return DEFAULT_BUDGETS[str(low_type).removeprefix("torch.")]
 
 
 def weight_limit(init_max: float | None, low_type: torch.dtype) -> float:

@@ -19,6 +19,7 @@ from calibcast.calib.graph import dtype_name, is_measurable, module_path, op_nam
 from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.number_text import percent
 from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.proof import Proof, RoundingSummary, as_rows
 from calibcast.passes.regions import Candidate, candidates
 from calibcast.passes.verdict import HIGH, KEPT, LOW, Verdict
 from calibcast.passes.work import work_of
@@ -46,7 +47,8 @@ class Decision:
     """How one node was decided. `rule` is None when it is low; `verdicts` has those of all rules, met first first.
 
     evidence, limit: the number that decided and what it was held to; of a low node the largest magnitude seen and
-    `data_max`. work: floating-point operations at the exported sizes.
+    `data_max`, or where rounding was measured what it costs there and the budget, in dB. work: floating-point
+    operations at the exported sizes.
     """
 
     node: str
@@ -69,7 +71,8 @@ class PrecisionPlan:
     `classify` was called with. notes: what a reader should know, such as weights that become inf or zero. masks: nodes
     in which calibration has seen mask values, which are saturated when they are cast; None without ranges. flips: by
     low type ("float16", "bfloat16") and node, the least `data_max` at which it is low, None where it never is; empty
-    without ranges.
+    without ranges. budgets: the same of `min_sqnr_db`, the highest at which it is low; empty where rounding was not
+    measured. rounding: what the measured edges say of the plan. proof: what running it has shown; see `tune`.
     """
 
     decisions: tuple[Decision, ...]
@@ -79,6 +82,9 @@ class PrecisionPlan:
     notes: tuple[str, ...] = ()
     masks: tuple[str, ...] | None = None
     flips: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict, repr=False)
+    budgets: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict, repr=False)
+    rounding: RoundingSummary | None = None
+    proof: Proof | None = None
 
     @cached_property
     def _by_node(self) -> dict[str, Decision]:
@@ -142,7 +148,9 @@ class PrecisionPlan:
         lines = [title, f"  {'precision':<10}{'rule':<24}{'nodes':>6}"]
         for (precision, rule), count in sorted(counts.items(), key=lambda item: (order[item[0][0]], -item[1])):
             lines.append(f"  {precision:<10}{rule:<24}{count:>6}")
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        told = [f"  rounding: {self.rounding}"] if self.rounding is not None else []
+        told += [f"  {self.proof}"] if self.proof is not None else []
+        return "\n".join(lines + told + [f"  note: {note}" for note in self.notes])
 
     def check(self, program: ExportedProgram) -> None:
         """Raise MismatchError unless the plan is for `program`."""
@@ -158,6 +166,9 @@ class PrecisionPlan:
             "notes": list(self.notes),
             "masks": None if self.masks is None else list(self.masks),
             "flips": {name: dict(nodes) for name, nodes in self.flips.items()},
+            "budgets": {name: dict(nodes) for name, nodes in self.budgets.items()},
+            "rounding": as_rows(self.rounding),
+            "proof": as_rows(self.proof),
             "digests": dict(self.digests),
             "decisions": [asdict(decision) for decision in self.decisions],
         }
@@ -189,6 +200,9 @@ class PrecisionPlan:
                 notes=tuple(content["notes"]),
                 masks=None if content["masks"] is None else tuple(content["masks"]),
                 flips=dict(content.get("flips", {})),
+                budgets=dict(content.get("budgets", {})),
+                rounding=None if content.get("rounding") is None else RoundingSummary.loaded(content["rounding"]),
+                proof=None if content.get("proof") is None else Proof.loaded(content["proof"]),
             )
 
     @classmethod

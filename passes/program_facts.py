@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from calibcast.calib.graph import input_kinds
+from calibcast.calib.graph import input_kinds, size_hint, tensor_values
 from calibcast.calib.ranges import RangeTable
+from calibcast.calib.rounding_edges import is_mover, rounding_edges
 from calibcast.passes.cancellation import cancelled_nodes
 from calibcast.passes.evidence import HiddenEvidence, evidence_of
 from calibcast.passes.fact_reader import FactReader
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.outlines import NodeOutline, Outliner
 from calibcast.passes.regions import Candidate, candidates
+from calibcast.passes.rounding_evidence import RoundingEvidence, rounding_evidence
 from calibcast.passes.sensitivity import magnified_tensors, offset_free_nodes
 from calibcast.passes.ties import NamedTie, named_ties
 from torch import fx
@@ -25,13 +28,16 @@ class ProgramFacts:
     """What neither settings nor the low type change.
 
     nodes: in the order in which they run. outlines: of those that are decided, by name, in the same order. ties: of
-    nodes that share written storage. readers: by low type. Only `nodes` and `ties` refer to the graph.
+    nodes that share written storage. readers: by low type. Only `nodes` and `ties` refer to the graph. rounding: what
+    was measured of it, by low type, where it was. sizes: bytes that each node writes at the exported sizes, views none.
     """
 
     nodes: Sequence[Candidate] = field(repr=False)
     outlines: Mapping[str, NodeOutline] = field(repr=False)
     ties: Sequence[NamedTie] = field(repr=False)
     readers: Mapping[torch.dtype, FactReader] = field(repr=False)
+    rounding: Mapping[torch.dtype, RoundingEvidence] = field(default_factory=dict, repr=False)
+    sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, program: ExportedProgram, ranges: RangeTable | None) -> ProgramFacts:
@@ -40,7 +46,7 @@ class ProgramFacts:
         names, evidence, kinds = _names(nodes), evidence_of(ranges), input_kinds(program)
         outliner = Outliner(names, evidence, HiddenEvidence.of(ranges), ranges is not None)
         outlines = {candidate.name: outliner.of(candidate.node) for candidate in nodes if candidate.kept is None}
-        offset_free = offset_free_nodes(names)
+        offset_free, rounding = offset_free_nodes(names), _rounding(program, ranges)
         readers = {
             low_type: FactReader(
                 evidence,
@@ -49,14 +55,32 @@ class ProgramFacts:
                 magnified_tensors(names, evidence, low_type),
                 offset_free,
                 cancelled_nodes(names, evidence, low_type),
+                rounding.get(low_type),
             )
             for low_type in LOW_TYPES.values()
         }
-        return cls(nodes, outlines, named_ties(nodes), readers)
+        sizes = {candidate.name: _size(candidate.node) for candidate in nodes} if rounding else {}
+        return cls(nodes, outlines, named_ties(nodes), readers, rounding, sizes)
 
     def reader(self, low_type: torch.dtype) -> FactReader:
         """Of the facts of outlines, in one low type."""
         return self.readers[low_type]
+
+
+def _rounding(program: ExportedProgram, ranges: RangeTable | None) -> dict[torch.dtype, RoundingEvidence]:
+    if ranges is None or not ranges.rounding.height:
+        return {}
+    edges = rounding_edges(program)
+    found = {low_type: rounding_evidence(edges, ranges.rounding, name) for name, low_type in LOW_TYPES.items()}
+    return {low_type: evidence for low_type, evidence in found.items() if evidence is not None}
+
+
+def _size(node: fx.Node) -> int:
+    """Bytes that a node writes at the exported sizes; nothing where it only hands on what others wrote."""
+    if is_mover(node):
+        return 0
+    sizes = [math.prod(map(size_hint, v.shape)) * v.dtype.itemsize for _, v in tensor_values(node)]
+    return int(sum(sizes))
 
 
 def _names(nodes: Sequence[Candidate]) -> dict[fx.Node, str]:

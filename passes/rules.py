@@ -1,5 +1,8 @@
 """The rules. Any rule that is met keeps a node in its exported type; each says which number met which limit.
 
+`mask`, `literal`, `storage` and `follows` guess what rounding does. They give way where it was measured: see
+`passes.rounding_plan`.
+
 A rule is a frozen dataclass called with one `NodeFacts`, answering a `Verdict` or None for "no opinion". It counts
 because it is in the tuple; its id is its class name in snake case. Comparisons are strict and written so that NaN
 keeps the node high; a limit of inf switches a rule off.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -68,6 +72,16 @@ class TargetsToExclude:
 
 
 @dataclass(frozen=True)
+class Raised:
+    """Nodes that a run of the plan has shown to be needed in fp32, each with what it has shown."""
+
+    verdicts: Mapping[str, Verdict]
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        return self.verdicts.get(facts.name)
+
+
+@dataclass(frozen=True)
 class Unmeasured:
     """A tensor of the node is not in the range table. Missing evidence never means safe."""
 
@@ -90,7 +104,7 @@ class Mask:
     """
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if facts.base not in MASK_ARITHMETIC:
+        if facts.rounding_known or facts.base not in MASK_ARITHMETIC:
             return None
         lowest = min((t.mask_min for t in facts.inputs if t.mask_min is not None), default=None)
         if lowest is None:
@@ -107,7 +121,7 @@ class LiteralRange:
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
         limit = facts.low.max
-        for literal in facts.literals:
+        for literal in () if facts.rounding_known else facts.literals:
             if literal.name == "min" and _never_reached(facts, literal.value):
                 continue
             if not holds(literal.value, facts.low):
@@ -167,7 +181,7 @@ class Follows:
     """An op that only moves data takes the type of its inputs: high if any of them is."""
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if not facts.moves:
+        if facts.rounding_known or not facts.moves:
             return None
         high = [tensor for tensor in facts.inputs if tensor.precision == "high"]
         return Verdict("follows", f"it only moves data, and its input {high[0].name} is high") if high else None

@@ -27,7 +27,7 @@ from calibcast.passes.rules import (
     matched,
     rule_id,
 )
-from calibcast.passes.tensor_rules import DataMax, InitMax, Nonfinite, Storage
+from calibcast.passes.tensor_rules import DEFAULT_DATA_MAX, DataMax, Headroom, InitMax, Nonfinite, Storage
 from calibcast.passes.verdict import Rule
 
 Target = Any  # an OpOverload, an OpOverloadPacket, or a name of either
@@ -40,7 +40,7 @@ class Settings:
     Collections are kept as tuples; one pattern or target may stand for a list of it.
     """
 
-    data_max: float = 512.0
+    data_max: float | None = None
     init_max: float | None = None
     max_depth_of_reduction: int | None = None
     nodes_to_exclude: Iterable[str] = ()
@@ -50,6 +50,7 @@ class Settings:
     range_quantile: float = 1.0
     rules: Iterable[Rule] = ()
     wide_accumulation: Iterable[str] = ()
+    min_sqnr_db: float | None = None
 
     def __post_init__(self) -> None:
         for name in [entry.name for entry in fields(self) if entry.default == ()]:
@@ -66,6 +67,9 @@ class Settings:
             SettingError: a setting is out of range, or a pattern or target matches no node.
         """
         check_limits(self.data_max, self.init_max, self.max_depth_of_reduction, self.range_quantile, ranges)
+        measured = ranges is not None and ranges.rounding.height > 0
+        check_budget(self.min_sqnr_db, measured)
+        data_max = None if self.data_max is None and measured else float(self.data_max or DEFAULT_DATA_MAX)
         exclude = _patterns(self.nodes_to_exclude, "nodes_to_exclude", nodes)
         include = _patterns(self.nodes_to_include, "nodes_to_include", nodes)
         targets = _targets(self.targets_to_exclude, "targets_to_exclude", nodes)
@@ -77,7 +81,8 @@ class Settings:
             TargetsToExclude(targets),
             Unmeasured(),
             Nonfinite(),
-            DataMax(float(self.data_max), self.range_quantile),
+            DataMax(data_max or DEFAULT_DATA_MAX, self.range_quantile, given=data_max is not None),
+            *((Headroom(),) if measured else ()),
             InitMax(limit),
             Mask(),
             LiteralRange(),
@@ -87,8 +92,8 @@ class Settings:
             *self.rules,
             Follows(),
         )
-        kept = {
-            "data_max": float(self.data_max),
+        kept: dict[str, Any] = {
+            "data_max": data_max,
             "init_max": limit,
             "max_depth_of_reduction": depth,
             "nodes_to_exclude": list(exclude),
@@ -98,7 +103,12 @@ class Settings:
             "range_quantile": self.range_quantile,
             "rules": [rule_id(rule) for rule in every],
         }
-        return Judge(every, included, float(self.data_max), low_type, self.init_max, kept)
+        budget = self.min_sqnr_db
+        judge = Judge(every, included, data_max, low_type, self.init_max, budget, settings=kept)
+        if measured:
+            kept["min_sqnr_db"] = judge.budget
+            kept["rules"].append("rounding")
+        return judge
 
 
 def low_type_of(value: torch.dtype | str) -> torch.dtype:
@@ -107,11 +117,11 @@ def low_type_of(value: torch.dtype | str) -> torch.dtype:
 
 
 def check_limits(
-    data_max: float, init_max: float | None, depth: int | None, quantile: float, ranges: RangeTable | None
+    data_max: float | None, init_max: float | None, depth: int | None, quantile: float, ranges: RangeTable | None
 ) -> None:
     """Raise SettingError for a limit that is not positive, and for a quantile outside (0, 1] or without histograms."""
     for name, value in (("data_max", data_max), ("init_max", init_max), ("max_depth_of_reduction", depth)):
-        if not (value is None and name != "data_max") and not (_is_number(value) and value > 0):
+        if value is not None and not (_is_number(value) and value > 0):
             raise SettingError(f"{name}={value!r}: give a positive number, or inf to switch the rule off")
     if not (_is_number(quantile) and 0 < quantile <= 1):
         raise SettingError(f"range_quantile={quantile!r}: give a share above 0 and at most 1")
@@ -119,6 +129,19 @@ def check_limits(
         raise SettingError(
             f"range_quantile={quantile} needs histograms, and these ranges were measured with histogram=False. "
             "Calibrate with histogram=True, or use range_quantile=1.0."
+        )
+
+
+def check_budget(min_sqnr_db: float | None, measured: bool) -> None:
+    """Raise SettingError for a budget that is no positive number of dB, and for one without rounding evidence."""
+    if min_sqnr_db is None:
+        return
+    if not (_is_number(min_sqnr_db) and min_sqnr_db > 0):
+        raise SettingError(f"min_sqnr_db={min_sqnr_db!r}: give a positive number of dB")
+    if not measured:
+        raise SettingError(
+            f"min_sqnr_db={min_sqnr_db:g} needs ranges in which rounding was measured. Calibrate with "
+            "rounding_batches=4, or leave min_sqnr_db out: rules then judge by magnitude."
         )
 
 

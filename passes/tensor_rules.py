@@ -17,6 +17,8 @@ from calibcast.passes.number_formats import NumberFormat
 from calibcast.passes.verdict import Verdict
 
 LEAST_SQNR_DB = 20.0  # of a tensor over its rounding: a tenth of it is noise
+DEFAULT_DATA_MAX = 512.0  # the proposal's
+HEADROOM = 4.0  # how much larger than measured a magnitude may get
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,36 @@ class Nonfinite:
 
 @dataclass(frozen=True)
 class DataMax:
-    """A magnitude among the node's own inputs and outputs exceeds `limit`. Weights have `InitMax`."""
+    """A magnitude among the node's own inputs and outputs exceeds `limit`. Weights have `InitMax`.
+
+    given: the user has set the limit. The default gives way where rounding was measured, to `Headroom`.
+    """
 
     limit: float
     quantile: float = 1.0
+    given: bool = True
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if self.limit == math.inf:
+        if self.limit == math.inf or (facts.rounding_known and not self.given):
             return None
         return _above("data_max", facts, [t for t in facts.judged if not t.is_weight], self.limit, self.quantile)
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """`factor` times the magnitude of an input or activation is more than the low type holds.
+
+    For where rounding was measured: it finds what overflows on this data, and this what may on other data. The usual
+    spread of peaks between batches is well below 4.
+    """
+
+    factor: float = HEADROOM
+
+    def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if not facts.rounding_known:
+            return None
+        limit = facts.low.max / self.factor
+        return _above("headroom", facts, [t for t in facts.judged if not t.is_weight], limit)
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,8 @@ class Storage:
     faint: float = 40.0
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
+        if facts.rounding_known:
+            return None
         for tensor in facts.judged:
             if tensor.measured and not tensor.is_weight:
                 verdict = self._lost(facts, tensor)

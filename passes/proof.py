@@ -1,0 +1,86 @@
+"""What a plan keeps of its rounding: what the table predicted, and what a run has shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EdgeCost:
+    """An edge and the SQNR, dB, that is left when it alone is rounded. Names are those of `ranges.rounding`."""
+
+    node: str
+    input: str
+    output: int
+    sqnr_db: float
+
+    def __str__(self) -> str:
+        return f"{self.input} -> {self.node}: {self.sqnr_db:.1f} dB"
+
+
+@dataclass(frozen=True)
+class RoundingSummary:
+    """What the table of edges says of a plan.
+
+    min_sqnr_db: the budget. predicted_sqnr_db: at the worst output. spread: the budget is not met, and no edge is to
+    blame. edges: those that cost most under the plan, worst first.
+    """
+
+    min_sqnr_db: float
+    predicted_sqnr_db: float
+    spread: bool = False
+    edges: tuple[EdgeCost, ...] = ()
+
+    @classmethod
+    def loaded(cls, row: Mapping[str, Any]) -> RoundingSummary:
+        """From what `asdict` gave."""
+        return cls(**{**row, "edges": tuple(EdgeCost(**edge) for edge in row["edges"])})
+
+    def __str__(self) -> str:
+        worst = f"; most of it: {self.edges[0]}" if self.edges else ""
+        return f"budget {self.min_sqnr_db:g} dB, predicted {self.predicted_sqnr_db:.1f} dB{worst}"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What running a plan has shown, in fp32 kernels that round where it is low.
+
+    min_sqnr_db: the budget, of each channel of each output in each batch. sqnr_db: the least there was: in
+    `worst_batch`, at `worst_output`, in its channel `worst_channel`. doubled_sqnr_db: the least with floating-point
+    inputs times two. outputs: the least SQNR of each output. integers_changed: the largest share of the elements of an
+    integer or boolean output that differed. nonfinite: elements that are NaN or Inf only under the plan. batches: how
+    many were run. runs: how many plans were, until this one.
+    """
+
+    min_sqnr_db: float
+    sqnr_db: float
+    worst_batch: int | None
+    worst_output: int | None
+    worst_channel: int | None
+    doubled_sqnr_db: float
+    outputs: tuple[float, ...] = ()
+    integers_changed: float = 0.0
+    nonfinite: int = 0
+    batches: int = 0
+    runs: int = 1
+
+    @classmethod
+    def loaded(cls, row: Mapping[str, Any]) -> Proof:
+        """From what `asdict` gave."""
+        return cls(**{**row, "outputs": tuple(row["outputs"])})
+
+    def __str__(self) -> str:
+        place = "" if self.worst_output is None else f" (batch {self.worst_batch}, output {self.worst_output}"
+        place += "" if not place else "" if self.worst_channel is None else f", channel {self.worst_channel}"
+        place += ")" if place else ""
+        return (
+            f"proven on {self.batches} batches: at least {self.sqnr_db:.1f} dB{place}, {self.doubled_sqnr_db:.1f} dB "
+            f"with inputs times two; the budget is {self.min_sqnr_db:g} dB; {self.runs} runs"
+        )
+
+
+def as_rows(value: RoundingSummary | Proof | None) -> dict[str, Any] | None:
+    """For JSON."""
+    return None if value is None else asdict(value)

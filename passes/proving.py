@@ -1,0 +1,182 @@
+"""Running plans on batches, each against the program's own results: what is measured, and where it goes wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from calibcast.calib.batches import numbered, signature_of
+from calibcast.calib.errors import BatchError
+from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.output_noise import channel_noise
+from calibcast.passes.emulation import emulated
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.proof import Proof
+from calibcast.passes.rounding_plan import decibels
+from torch.export import ExportedProgram
+
+# Batches whose inputs are doubled, too: enough to see what grows, and a check stays at two forwards a batch.
+MOST_DOUBLED = 2
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The least that one kind of run has shown. noise: of a channel of an output, to its own power."""
+
+    noise: float = 0.0
+    batch: int | None = None
+    output: int | None = None
+    channel: int | None = None
+
+
+@dataclass
+class _Seen:
+    """What has been seen of a plan so far."""
+
+    worst: Worst = Worst()
+    outputs: dict[int, float] = field(default_factory=dict)
+    changed: float = 0.0
+    nonfinite: int = 0
+    bad: Batch | None = None  # the first with something newly non-finite
+    runs: int = 0
+
+    def take(self, ours: Sequence[Any], theirs: Sequence[Any], batch: Batch) -> None:
+        self.runs += 1
+        for output, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            if isinstance(other, torch.Tensor) and other.numel():
+                self._take(output, mine, other, batch)
+
+    def _take(self, output: int, ours: torch.Tensor, theirs: torch.Tensor, batch: Batch) -> None:
+        if not (theirs.is_floating_point() or theirs.is_complex()):
+            self.changed = max(self.changed, float((ours != theirs).double().mean()))
+            return
+        lost = int((~ours.isfinite() & theirs.isfinite()).sum())
+        self.nonfinite += lost
+        if lost and self.bad is None:
+            self.bad = batch
+        noises = channel_noise(ours, theirs)
+        channel = int(noises.argmax())
+        noise = float(noises[channel])
+        self.outputs[output] = max(self.outputs.get(output, 0.0), noise)
+        if noise > self.worst.noise or self.worst.batch is None:
+            self.worst = Worst(noise, batch.index, output, channel if len(noises) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Flat inputs, and what the program gives for them."""
+
+    index: int
+    flat: list[Any] = field(repr=False)
+    results: list[Any] = field(repr=False)
+    doubled: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running one plan has shown. bad: the first batch in which something is newly non-finite."""
+
+    plan: PrecisionPlan = field(repr=False)
+    worst: Worst
+    doubled: Worst
+    outputs: tuple[float, ...]
+    changed: float
+    nonfinite: int
+    bad: Batch | None = field(repr=False)
+    batches: int
+
+    @property
+    def sqnr_db(self) -> float:
+        """The least SQNR, dB, also with inputs times two."""
+        return decibels(max(self.worst.noise, self.doubled.noise))
+
+    def meets(self, min_sqnr_db: float) -> bool:
+        """Whether it is within the budget: SQNR, nothing newly non-finite, and integers as good as unchanged."""
+        return self.sqnr_db >= min_sqnr_db and not self.nonfinite and self.changed <= most_changed(min_sqnr_db)
+
+    def proof(self, min_sqnr_db: float, runs: int) -> Proof:
+        """For the plan to keep."""
+        return Proof(
+            min_sqnr_db, decibels(self.worst.noise), self.worst.batch, self.worst.output, self.worst.channel,
+            decibels(self.doubled.noise), self.outputs, self.changed, self.nonfinite, self.batches, runs,
+        )  # fmt: skip
+
+
+def most_changed(min_sqnr_db: float) -> float:
+    """The share of integer results that may differ: half the error amplitude that the budget allows in others.
+
+    Where a comparison is a toss-up, rounding decides it; of thousands of pixels a few always are.
+    """
+    return float(0.5 * 10 ** (-min_sqnr_db / 20))
+
+
+class Proving:
+    """Batches and the program's results for them, against which plans are run. They stay in memory."""
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        dataloader: Iterable[Any],
+        transform: Callable[[Any], Any] | None = None,
+        max_batches: int | None = 8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Raises BatchError as `calibrate`."""
+        self.program, self._device = program, device
+        self.runner = ProgramRunner(program, device)
+        self.batches: list[Batch] = []
+        for index, _, flat in numbered(dataloader, signature_of(program), transform, max_batches):
+            self.batches.append(Batch(index, flat, _copies(self.runner.run_batch(_copies(flat), index))))
+        self.doubled = [double for batch in self.batches[:MOST_DOUBLED] if (double := self._double(batch)) is not None]
+
+    def run(self, plan: PrecisionPlan) -> Outcome:
+        """One emulated run of every batch, and of some with inputs times two."""
+        runner, seen, twice = emulated(self.program, plan, self._device), _Seen(), _Seen()
+        for batch, into in [*((b, seen) for b in self.batches), *((b, twice) for b in self.doubled)]:
+            into.take(runner.run_batch(_copies(batch.flat), batch.index), batch.results, batch)
+        outputs = tuple(decibels(noise) for _, noise in sorted(seen.outputs.items()))
+        changed, lost = max(seen.changed, twice.changed), seen.nonfinite + twice.nonfinite
+        return Outcome(plan, seen.worst, twice.worst, outputs, changed, lost, seen.bad or twice.bad, seen.runs)
+
+    def first_nonfinite(self, plan: PrecisionPlan, batch: Batch) -> str | None:
+        """The first node that is non-finite under the plan, its inputs finite, where the program's result is."""
+        expected = _nonfinite_in(self.runner, batch)
+        found = _nonfinite_in(emulated(self.program, plan, self._device), batch)
+        return next((name for name, lost in found.items() if lost > expected.get(name, 0)), None)
+
+    def _double(self, batch: Batch) -> Batch | None:
+        """The batch with its floating-point inputs times two; None where the program does not take such."""
+        flat = [2 * v if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in _copies(batch.flat)]
+        if not any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in flat):
+            return None
+        try:
+            return Batch(batch.index, flat, _copies(self.runner.run_batch(_copies(flat), batch.index)), doubled=True)
+        except BatchError:  # an index beyond its table, a check of the program's own
+            return None
+
+
+def _nonfinite_in(runner: ProgramRunner, batch: Batch) -> dict[str, int]:
+    """How many elements of each node's results are not finite, in the order in which they run."""
+    counts: dict[str, int] = {}
+
+    def watch(name: str, _: Any, result: Any, *__: Any) -> None:
+        tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        lost = sum(int((~t.isfinite()).sum()) for t in tensors if t.is_floating_point())
+        if lost:
+            counts[name] = lost
+
+    runner.run_batch(_copies(batch.flat), batch.index, watch)
+    return counts
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    """Programs may write into their inputs, and give them back."""
+    return [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def spare_db(outcome: Outcome, min_sqnr_db: float) -> float:
+    """How far the outcome is above the budget; below, where negative; -inf where something is newly non-finite."""
+    return -math.inf if outcome.nonfinite else outcome.sqnr_db - min_sqnr_db

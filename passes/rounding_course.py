@@ -1,0 +1,240 @@
+"""In which order nodes go back to fp32 as less noise is allowed: one course, found once, answers for every budget.
+
+An edge is active, that is, its tensor is rounded as its reader sees it, while the reader, the maker or a mover between
+them is low. The noise of a plan is the sum over its active edges. The largest goes first, with all nodes that round
+it: raising the reader alone does nothing while the maker still writes rounded values.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from calibcast.calib.rounding_table import OUTPUT
+from calibcast.passes.rounding_evidence import MeasuredEdge
+
+NEVER = 0.0  # the threshold of a node that no allowance raises
+ALWAYS = math.inf  # of one that is high whatever rounding costs
+# An edge that is more than half of the noise breaks first on other data. It goes, too, where that is cheap ..
+OUTLIER_SHARE = 0.5
+# .. (a part of the bytes that low nodes write) ..
+OUTLIER_BYTES = 0.015
+# .. and where it would pass the allowance by growing tenfold in amplitude.
+OUTLIER_REACH = 100.0
+# Where no edge is this part of what it and all smaller ones make, there is none to blame.
+CROWD_SHARE = 0.05
+# Noise that is spread is not worth more than this part of the bytes that low nodes write.
+CROWD_BYTES = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One edge that goes, and the nodes that are raised for it.
+
+    noise: of the plan before, at the worst output. allowance: the step is taken where less than this is allowed.
+    moved: bytes that the raised nodes write.
+    """
+
+    edge: MeasuredEdge
+    nodes: tuple[str, ...]
+    noise: float
+    allowance: float
+    moved: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """All steps, and for each node the allowance below which it is high: `NEVER`, or `ALWAYS` by another rule.
+
+    steps_of: which step raises a node. follows: of a node that only moves data, the reader that it goes with.
+    crowd: the first step of those without an edge to blame; spread: the allowance below which they would take more
+    than `CROWD_BYTES`, so that the plan stays where they begin.
+    """
+
+    edges: tuple[MeasuredEdge, ...] = field(repr=False)
+    steps: tuple[Step, ...] = field(repr=False)
+    thresholds: Mapping[str, float] = field(repr=False)
+    steps_of: Mapping[str, int] = field(repr=False)
+    follows: Mapping[str, str] = field(repr=False)
+    spread: float = 0.0
+    crowd: float = 0.0
+
+    def allowed(self, noise: float) -> float:
+        """The allowance that is planned for when `noise` is asked for."""
+        return self.crowd if noise < self.spread else noise
+
+    def is_high(self, node: str, noise: float) -> bool:
+        """Whether `node` is high when the plan may make as much noise as that."""
+        return self.allowed(noise) < self.thresholds.get(node, ALWAYS)
+
+    def active(self, high: Collection[str]) -> list[MeasuredEdge]:
+        """The edges that are rounded when just these nodes are high, of all that are decided."""
+        low = self.thresholds.keys() - set(high)
+        return [edge for edge in self.edges if not low.isdisjoint(edge.nodes)]
+
+
+def noise_of(edges: Iterable[MeasuredEdge]) -> float:
+    """The sum of their noise, at the worst output."""
+    return max(summed([edge.noise for edge in edges]), default=0.0)
+
+
+def summed(noises: Sequence[tuple[float, ...]]) -> list[float]:
+    """By output; where outputs were not told apart the one number counts at each."""
+    width = max(map(len, noises), default=0)
+    columns = zip(*(noise if len(noise) == width else noise * width for noise in noises if noise), strict=True)
+    return [math.fsum(column) for column in columns]
+
+
+def course_of(
+    edges: Sequence[MeasuredEdge],
+    decided: Mapping[str, bool],
+    pinned: Collection[str],
+    ties: Iterable[Collection[str]],
+    sizes: Mapping[str, int],
+) -> Course:
+    """The course from the nodes that nothing else keeps high.
+
+    Args:
+        edges: of the program. decided: for each node that is ours to type, whether it is low so far.
+        pinned: low nodes that stay low: the user's include list.
+        ties: nodes that share one type, low ones or not.
+        sizes: bytes that each node writes; of nodes that only move data 0.
+    """
+    groups = [frozenset(tie) for tie in ties]
+    raising = _Raising(edges, decided, frozenset(pinned), groups)
+    taken = list(raising.run())
+    steps = _with_allowances(taken, sizes, [name for name, low in decided.items() if low])
+    thresholds = {name: NEVER if low else ALWAYS for name, low in decided.items()}
+    steps_of = {name: i for i, step in enumerate(steps) for name in step.nodes}
+    thresholds.update({name: steps[i].allowance for name, i in steps_of.items()})
+    tied = frozenset().union(*groups)
+    follows = _let_movers_follow(edges, thresholds, tied | frozenset(pinned))
+    spread, crowd = _spread(edges, decided, steps, sizes)
+    return Course(tuple(edges), tuple(steps), thresholds, steps_of, follows, spread, crowd)
+
+
+class _Raising:
+    """Takes the largest active edge off, again and again. Only the edges of raised nodes are looked at."""
+
+    def __init__(
+        self,
+        edges: Sequence[MeasuredEdge],
+        decided: Mapping[str, bool],
+        pinned: frozenset[str],
+        ties: list[frozenset[str]],
+    ) -> None:
+        self._edges, self._pinned = edges, pinned
+        self._low = {name for name, low in decided.items() if low}
+        self._rounders = [[n for n in edge.nodes if n in self._low] for edge in edges]
+        self._counts = [len(nodes) for nodes in self._rounders]
+        self._edges_of: dict[str, list[int]] = {}
+        for i, nodes in enumerate(self._rounders):
+            for name in nodes:
+                self._edges_of.setdefault(name, []).append(i)
+        self._tie_of = {name: tie for tie in ties for name in tie}
+        # By position where noises are equal, so that a plan is the same each time.
+        self._heap = [(-e.weight, i) for i, e in enumerate(edges) if self._counts[i] and e.weight > 0]
+        heapq.heapify(self._heap)
+
+    def run(self) -> Iterable[tuple[MeasuredEdge, tuple[str, ...], list[MeasuredEdge]]]:
+        """Each edge, the nodes raised for it, and the edges that are no longer active then."""
+        while self._heap:
+            _, i = heapq.heappop(self._heap)
+            nodes = self._closed([n for n in self._rounders[i] if n in self._low]) if self._counts[i] else ()
+            if nodes and self._pinned.isdisjoint(nodes):
+                yield self._edges[i], nodes, [edge for name in nodes for edge in self._raise(name)]
+
+    def _raise(self, name: str) -> Iterable[MeasuredEdge]:
+        self._low.discard(name)
+        for i in self._edges_of.get(name, ()):
+            self._counts[i] -= 1
+            if not self._counts[i]:
+                yield self._edges[i]
+
+    def _closed(self, nodes: list[str]) -> tuple[str, ...]:
+        """With those that are tied to them, and low."""
+        found = dict.fromkeys(nodes)
+        for name in nodes:
+            found.update(dict.fromkeys(n for n in sorted(self._tie_of.get(name, ())) if n in self._low))
+        return tuple(found)
+
+
+def _with_allowances(
+    taken: Sequence[tuple[MeasuredEdge, tuple[str, ...], list[MeasuredEdge]]],
+    sizes: Mapping[str, int],
+    low: Sequence[str],
+) -> list[Step]:
+    """The noise before each step, summed from the end so that nothing is lost to large numbers taken away again.
+
+    What the user's include list leaves active is not in it: no other node is raised to make up for that.
+    """
+    noise: list[float] = []
+    before: list[float] = []
+    for _, _, gone in reversed(taken):
+        noise = summed([tuple(noise), *(edge.noise for edge in gone)])
+        before.append(max(noise, default=0.0))
+    whole = sum(sizes.get(name, 0) for name in low)
+    steps: list[Step] = []
+    reach = math.inf  # below which the step before was taken
+    for (edge, nodes, _), now in zip(taken, reversed(before), strict=True):
+        moved = sum(sizes.get(name, 0) for name in nodes)
+        outlier = edge.weight > OUTLIER_SHARE * now and moved <= OUTLIER_BYTES * whole
+        reach = max(now, min(OUTLIER_REACH * edge.weight, reach) if outlier else 0.0)
+        steps.append(Step(edge, nodes, now, reach, moved))
+    return steps
+
+
+def _let_movers_follow(
+    edges: Sequence[MeasuredEdge], thresholds: dict[str, float], fixed: frozenset[str]
+) -> dict[str, str]:
+    """Raise what only moves data from high makers to a high reader: low, it would cost two casts and gain nothing."""
+    makers: dict[str, list[float]] = {}
+    readers: dict[str, list[tuple[float, str]]] = {}
+    for measured in edges:
+        edge = measured.edge
+        for mover in edge.movers:
+            if mover in thresholds and mover not in fixed:
+                makers.setdefault(mover, []).append(thresholds.get(edge.input, ALWAYS))
+                readers.setdefault(mover, []).append((thresholds.get(edge.node, NEVER), edge.node))
+    follows: dict[str, str] = {}
+    for mover, reached in readers.items():
+        least, reader = max(reached, key=lambda item: item[0])
+        raised = min(least, *makers[mover])
+        if raised > thresholds[mover]:
+            thresholds[mover], follows[mover] = raised, reader
+    return follows
+
+
+def _spread(
+    edges: Sequence[MeasuredEdge], decided: Mapping[str, bool], steps: Sequence[Step], sizes: Mapping[str, int]
+) -> tuple[float, float]:
+    """Below which allowance the noise is spread, and the allowance at which its edges begin; (0, 0) where it is not."""
+    low = {name for name, is_low in decided.items() if is_low}
+    active = sorted((e.weight for e in edges if not low.isdisjoint(e.nodes) and e.weight > 0), reverse=True)
+    most = _crowd_weight(active)
+    first = next((i for i, step in enumerate(steps) if step.edge.weight <= most), len(steps))
+    whole, moved = sum(sizes.get(name, 0) for name in low), 0
+    for step in steps[first:]:
+        moved += step.moved
+        if moved > CROWD_BYTES * whole:
+            return step.allowance, steps[first].allowance
+    return 0.0, 0.0
+
+
+def _crowd_weight(weights: Sequence[float]) -> float:
+    """The largest of those weights that, with all smaller ones, have no edge to blame; 0 where each has."""
+    tail, tails = 0.0, []
+    for weight in reversed(weights):
+        tail += weight
+        tails.append(tail)
+    for weight, rest in zip(weights, reversed(tails), strict=True):
+        if weight < CROWD_SHARE * rest:
+            return weight
+    return 0.0
+
+
+def reader_name(edge: MeasuredEdge) -> str:
+    """As sentences name the reader."""
+    return "the program's result" if edge.edge.node == OUTPUT else f"`{edge.edge.node}`"

@@ -1,0 +1,199 @@
+"""`tune`: a plan that has been run, and meets the budget on the user's data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from calibcast.calib.errors import BudgetError, PlanError, require_kind
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.classification import Planning
+from calibcast.passes.judge import default_budget
+from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.proving import Outcome, Proving, most_changed, spare_db
+from calibcast.passes.rounding_plan import allowance_of
+from calibcast.passes.settings import Settings
+from calibcast.passes.verdict import Verdict
+from torch.export import ExportedProgram
+
+_log = logging.getLogger("calibcast")
+MOST_RUNS = 5
+# How far the allowed noise amplitude goes down when the budget is missed, by more when it is missed by FAR_DB.
+LESS, MUCH_LESS, FAR_DB = 1.8, 3.0, 14.0
+# With more than this to spare, what is kept in fp32 may be kept for nothing.
+SPARE_DB = 3.0
+
+
+def tune(  # noqa: PLR0913 - the public contract
+    program: ExportedProgram,
+    ranges: RangeTable,
+    dataloader: Iterable[Any],
+    min_sqnr_db: float | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    max_batches: int | None = 8,
+    start: PrecisionPlan | None = None,
+    low_precision_type: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    weights: str = "warn",
+    **settings: Any,
+) -> PrecisionPlan:
+    """`classify`, and then run the plan on data and mend it until it meets the budget there.
+
+    A run computes in fp32 and rounds where the plan is low, so no half-precision kernel of this machine judges it. The
+    worst channel of the worst output in the worst batch counts, also with floating-point inputs times two (of the first
+    two batches); nothing may be newly non-finite. At most 5 plans are run. What is kept in fp32 for nothing is relaxed.
+
+    Args:
+        dataloader, transform, device: as in `calibrate`. max_batches: at most so many are run, 8 by default.
+        min_sqnr_db: the budget, dB; None is 40 in float16 and 26 in bfloat16.
+        start: a plan to begin with, such as `PrecisionPlan.from_autocast`: what it has in fp32 stays there.
+        low_precision_type: torch.float16 (the default) or torch.bfloat16; None is that of `start`.
+        settings: further arguments of `classify`.
+
+    Returns:
+        The passing plan with the fewest bytes in fp32; `proof` says what its run has shown.
+
+    Raises:
+        BudgetError: no plan meets the budget, which names the best that there is and the edges to blame.
+        PlanError, MismatchError, BatchError: as `classify` and `calibrate`.
+    """
+    if start is not None:
+        require_kind(start, PrecisionPlan, "start", "Give a PrecisionPlan, or None.", PlanError)
+        start.check(program)
+    require_kind(ranges, RangeTable, "ranges", "Give what calibrate returns.", PlanError)
+    low_type = low_precision_type or (torch.float16 if start is None else start.low_precision_type)
+    measured = ranges.rounding.height > 0
+    asked = Settings(**settings, min_sqnr_db=min_sqnr_db if measured else None)
+    planning = Planning.of(program, ranges, low_type, asked, weights)
+    budget = default_budget(planning.judge.low_type) if min_sqnr_db is None else float(min_sqnr_db)
+    tuning = _Tuning(planning, Proving(program, dataloader, transform, max_batches, device), budget, _kept(start))
+    return tuning.run()
+
+
+def _kept(start: PrecisionPlan | None) -> dict[str, Verdict]:
+    names = () if start is None else start.high_precision_nodes
+    return {name: Verdict("start", "the plan to start with has it in its exported type") for name in names}
+
+
+@dataclass
+class _Tuning:
+    """The state of one `tune`: what is raised so far, how much noise is allowed, and what has been run."""
+
+    planning: Planning
+    proving: Proving
+    budget: float
+    raised: dict[str, Verdict]
+    tried: list[Outcome] = field(default_factory=list)
+    failing: float = math.inf  # the least allowance that missed the budget ..
+    passing: float = 0.0  # .. and the largest that met it
+
+    def run(self) -> PrecisionPlan:
+        allowance: float | None = allowance_of(self.budget)
+        while allowance is not None and len(self.tried) < MOST_RUNS:
+            plan = self.planning.plan(allowance, self.raised)
+            outcome = self.proving.run(plan)
+            self.tried.append(outcome)
+            _log.info(
+                "run %d: %.1f dB, %d nodes high", len(self.tried), outcome.sqnr_db, len(plan.high_precision_nodes)
+            )
+            allowance = self._next(allowance, outcome)
+        passing = [outcome for outcome in self.tried if outcome.meets(self.budget)]
+        if not passing:
+            raise self._refusal()
+        best = min(passing, key=lambda o: (self._bytes_high(o.plan), len(o.plan.high_precision_nodes)))
+        return replace(best.plan, proof=best.proof(self.budget, len(self.tried)))
+
+    def _next(self, allowance: float, outcome: Outcome) -> float | None:
+        """The allowance of the next plan, after more nodes were raised where noise is not what is wrong."""
+        if outcome.meets(self.budget):
+            self.passing = max(self.passing, allowance)
+            return self._relaxed(allowance, outcome)
+        if outcome.plan.rounding is None or outcome.plan.rounding.spread:
+            return None
+        if outcome.nonfinite and self._raise_for_nonfinite(outcome):
+            return allowance
+        self.failing = min(self.failing, allowance)
+        last = len(self.tried) == MOST_RUNS - 1 and not self.passing
+        return 0.0 if last else self._reduced(allowance, outcome)
+
+    def _reduced(self, allowance: float, outcome: Outcome) -> float | None:
+        missed = -spare_db(outcome, self.budget)
+        if missed <= 0:  # integers
+            missed = 20 * math.log10(max(outcome.changed / most_changed(self.budget), 1.0))
+        factor = MUCH_LESS if missed > FAR_DB else LESS
+        return self._changing(allowance, allowance / factor**2, outcome.plan)
+
+    def _relaxed(self, allowance: float, outcome: Outcome) -> float | None:
+        spare = spare_db(outcome, self.budget)
+        if spare <= SPARE_DB or not any(d.rule == "rounding" for d in outcome.plan.decisions):
+            return None
+        wanted = allowance * 10 ** (min(spare - 1, 60.0) / 10)
+        if wanted >= self.failing:
+            wanted = math.sqrt(allowance * self.failing)
+        return self._changing(allowance, wanted, outcome.plan)
+
+    def _changing(self, before: float, wanted: float, plan: PrecisionPlan) -> float | None:
+        """`wanted`, or further on in that direction where the plan would be the same; None where it always would."""
+        course = self.planning.course(self.raised)
+        limits = () if course is None else [step.allowance for step in course.steps]
+        if any(min(wanted, before) < limit <= max(wanted, before) for limit in limits):
+            return wanted
+        further = [limit for limit in limits if 0 < limit <= wanted] if wanted < before else []
+        return math.nextafter(max(further), 0.0) if further else None
+
+    def _raise_for_nonfinite(self, outcome: Outcome) -> bool:
+        """Raise what rounds the inputs of the first node that is newly non-finite, each time one ring further up.
+
+        False where nothing is left to raise.
+        """
+        assert outcome.bad is not None
+        first = self.proving.first_nonfinite(outcome.plan, outcome.bad)
+        if first is None:
+            return False
+        low, grown = set(outcome.plan.low_precision_nodes), {first}
+        while not (ring := self.planning.ring(grown, low)):
+            further = grown | self.planning.makers(grown)
+            if further == grown:
+                return False
+            grown = further
+        batch = f"batch {outcome.bad.index}{' with inputs times two' if outcome.bad.doubled else ''}"
+        reason = f"in {self.planning.low_name} it made `{first}` NaN or Inf in a run of {batch}"
+        self.raised.update({name: Verdict("rounding", reason, -math.inf, self.budget) for name in sorted(ring)})
+        return True
+
+    def _bytes_high(self, plan: PrecisionPlan) -> int:
+        return sum(self.planning.facts.sizes.get(name, 0) for name in plan.high_precision_nodes)
+
+    def _refusal(self) -> BudgetError:
+        best = max(self.tried, key=lambda o: (spare_db(o, self.budget), -o.changed))
+        name = self.planning.low_name
+        had = {name: best.sqnr_db if not best.nonfinite else -math.inf, **self._others()}
+        given = "; ".join(f"{'' if n == name else 'with '}{n} gives {v:.3g} dB" for n, v in had.items())
+        edges = () if best.plan.rounding is None else best.plan.rounding.edges
+        blame = "".join(f"\n  {edge}" for edge in edges)
+        place = best.worst
+        where = f" (batch {place.batch}, output {place.output})" if place.batch is not None else ""
+        lost = f", and {best.nonfinite} elements are newly NaN or Inf" if best.nonfinite else ""
+        remedy = (
+            "Lower min_sqnr_db, or use another type." if best.plan.rounding is not None
+            else "Calibrate with rounding_batches=4, so that plans can be mended."
+        )  # fmt: skip
+        return BudgetError(
+            f"no plan meets the budget of {self.budget:g} dB in {len(self.tried)} runs: at best {given}{where}{lost}. "
+            f"{remedy}{f' What costs most under the best plan:{blame}' if blame else ''}",
+            best.proof(self.budget, len(self.tried)), edges,
+        )  # fmt: skip
+
+    def _others(self) -> Mapping[str, float]:
+        """What a run of the plans in other types has shown."""
+        found: dict[str, float] = {}
+        for name, low_type in LOW_TYPES.items():
+            if name != self.planning.low_name and low_type in self.planning.facts.rounding:
+                outcome = self.proving.run(self.planning.in_type(low_type, self.budget).plan())
+                found[name] = outcome.sqnr_db if not outcome.nonfinite else -math.inf
+        return found
