@@ -70,7 +70,7 @@ def ways(name: str) -> dict[str, Callable[[int], Any]]:
             tracer(module, [inputs] * batches, set())  # type: ignore[misc]
 
     def ours(histogram: bool) -> Callable[[int], Any]:
-        return lambda n: calibrate(program, [inputs] * n, histogram=histogram, progress=False)
+        return lambda n: calibrate(program, [inputs] * n, histogram=histogram, progress=False, rounding_batches=0)
 
     found: dict[str, Callable[[int], Any]] = {
         "forward": forward,

@@ -47,7 +47,7 @@ def overhead(folder: Path, batches: int, rounds: int) -> tuple[float, list[float
     for number in range(rounds + 1):
         loader = load_data(f"{folder}/loader.py:loader")
         began = time.perf_counter()
-        calibrate(program, loader, progress=False).save(folder / "bare.parquet")
+        calibrate(program, loader, progress=False, rounding_batches=0).save(folder / "bare.parquet")
         alone = time.perf_counter() - began
         with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
             run_job(job, lambda line: None, bar=False, redo=True)

@@ -66,7 +66,7 @@ def grown(nodes: int) -> dict[str, float]:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
     program = torch.export.export(Deep(nodes).eval(), (x,))
-    ranges = calibrate(program, [x], progress=False)
+    ranges = calibrate(program, [x], progress=False, rounding_batches=0)
     plan, classified = _timed(lambda: classify(program, ranges))
     _, inserted = _timed(lambda: insert_casts(program, plan))
     calls = sum(node.op == "call_function" for node in program.graph.nodes)
@@ -85,7 +85,7 @@ def weighed(gigabytes: float) -> dict[str, float]:
     found: dict[str, float] = {"weights MB": sum(weights) / MEGABYTE}
     found["converted plus one MB"] = (sum(weights) / 2 + max(weights)) / MEGABYTE
     before = _peak()
-    ranges = calibrate(program, [x, x], progress=False)
+    ranges = calibrate(program, [x, x], progress=False, rounding_batches=0)
     found["calibrate MB"] = _peak() - before
     plan = classify(program, ranges)
     found["classify MB"] = _peak() - before

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -29,6 +29,7 @@ from calibcast.calib.masks import mask_tensors
 from calibcast.calib.observer import Observer
 from calibcast.calib.range_statistics import table_of
 from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size
+from calibcast.calib.rounding_evidence import RoundingEvidence
 from calibcast.calib.sequences import FlatInputs
 from calibcast.calib.training_mode import refuse_training
 from calibcast.calib.uninitialised import undefined_tensors
@@ -54,6 +55,7 @@ class Run:
     observer: Observer
     signature: Signature
     on_nonfinite: str
+    evidence: RoundingEvidence
     batches: int = 0
     skipped: list[int] = field(default_factory=list)
     sizes: dict[str, list[dict[str, int]]] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class Run:
                 self.runner.restore(before)
                 return False
             self.observer.finish()
+            self.evidence.measure(flat, index, before)
         self._note_inputs(flat, hashed)
         return True
 
@@ -127,12 +130,15 @@ class Run:
 
     def table(self) -> RangeTable:
         """What was measured, brought to the host."""
-        return table_of(self.specs, self.observer.total.to("cpu"), self.calibration())
+        table = table_of(self.specs, self.observer.total.to("cpu"), self.calibration())
+        return replace(table, rounding=self.evidence.record.frame())
 
     def checkpoint(self, position: int, made_of: Mapping[str, str], last: str = "", **more: Any) -> Checkpoint:
         """What was measured after `position` batches; write or copy it before the next one, which changes it."""
         total = self.observer.total.to("cpu")
-        return Checkpoint(tuple(self.specs), total, self.calibration(), position, made_of, last, **more)
+        rounding = self.evidence.record
+        made = Checkpoint(tuple(self.specs), total, self.calibration(), position, made_of, last, **more)
+        return replace(made, rounding=rounding)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, in place of the weights' measurement and of its batches.
@@ -145,6 +151,7 @@ class Run:
         ):
             raise MismatchError("the checkpoint is of another program, or of other weights: delete it to begin anew")
         copy_into(self.observer.total, checkpoint.statistics)
+        self.evidence.restore(checkpoint.rounding)
         seen = checkpoint.calibration
         self.batches, self.skipped = seen.batches, list(seen.skipped)
         self.sizes, self.hashes = copy.deepcopy(seen.input_sizes), list(seen.input_hashes)
@@ -163,6 +170,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
     checkpoint_batches: int = 100,
     checkpoint_seconds: float = 60.0,
     carry_state: bool = False,
+    rounding_batches: int = 4,
 ) -> RangeTable:
     """Run `dataloader` through `program` and record the range of every floating-point tensor.
 
@@ -186,6 +194,8 @@ def calibrate(  # noqa: PLR0913 - the public contract
             Removed at the end.
         carry_state: let each batch go on from what the one before left in the buffers that the program writes to (a KV
             cache, a counter), instead of from the program's saved state. A batch that is a `NewSequence` begins anew.
+        rounding_batches: on the first so many batches, also measure what rounding each tensor to float16 and bfloat16
+            does to the outputs (`RangeTable.rounding`); each costs about ten forward passes. 0 measures ranges only.
 
     Raises:
         ProgramError: the program is in train mode, or has no floating-point tensor.
@@ -197,7 +207,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
         raise CalibcastError(f"on_nonfinite={on_nonfinite!r}: known are {', '.join(map(repr, ON_NONFINITE))}")
     if carry_state and checkpoint is not None:
         raise CalibcastError("carry_state=True with a checkpoint: the state that batches left cannot be resumed")
-    run = prepare(program, device, histogram, on_nonfinite, carry_state)
+    run = prepare(program, device, histogram, on_nonfinite, carry_state, rounding_batches)
     if checkpoint is None:
         keeper, batches = None, numbered(dataloader, run.signature, transform, max_batches)
         measure_weights(run)
@@ -205,6 +215,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
         refuse_unseeded(dataloader)
         rewind(dataloader)
         made_of = {"histogram": str(histogram), "on_nonfinite": on_nonfinite, "max_batches": str(max_batches)}
+        made_of["rounding_batches"] = str(rounding_batches)
         keeper = _Keeper(Path(checkpoint), Pace(checkpoint_batches, checkpoint_seconds), made_of)
         position, last = keeper.resume(run)
         rest = resumed(dataloader, position, last)
@@ -259,6 +270,7 @@ def prepare(
     histogram: bool,
     on_nonfinite: str,
     carry_state: bool = False,
+    rounding_batches: int = 4,
 ) -> Run:
     """A calibration that has seen nothing yet. Raises as `calibrate` does."""
     if on_nonfinite not in ON_NONFINITE:
@@ -273,7 +285,8 @@ def prepare(
         observer = observer_for(specs, runner.device, histogram, mask_tensors(program))
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise CalibcastError(f"the program cannot be moved to device={device!r}: {error}") from error
-    return Run(program, runner, specs, observer, signature_of(program), on_nonfinite)
+    evidence = RoundingEvidence(runner, rounding_batches)
+    return Run(program, runner, specs, observer, signature_of(program), on_nonfinite, evidence)
 
 
 def _measure(run: Run, bar: tqdm[tuple[int, Any, FlatInputs]], keeper: _Keeper | None) -> None:

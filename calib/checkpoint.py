@@ -20,10 +20,12 @@ from calibcast.calib.graph import TensorSpec
 from calibcast.calib.graph_digests import first_difference
 from calibcast.calib.range_statistics import table_of
 from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, merge_sizes
+from calibcast.calib.rounding_edges import Edge
+from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
 from calibcast.calib.statistics import Statistics
 
 _KIND = "checkpoint"
-_HEADER, _TOTAL = "header", "total"
+_HEADER, _TOTAL, _ROUNDING = "header", "total", "rounding"
 # Measured on every batch; the others are weights, measured once, and equal in every shard.
 MOVING = frozenset({"input", "activation"})
 
@@ -35,6 +37,7 @@ class Checkpoint:
     specs: of the rows. statistics: on the host. calibration: as in a `RangeTable`. made_of: fingerprints of what is
     calibrated, and how; a run with others must not go on from here. last: a hash of the last batch, to notice a
     loader whose order does not repeat. early: statistics at earlier positions. notes: of the caller, for JSON.
+    rounding: the evidence so far.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -45,6 +48,7 @@ class Checkpoint:
     last: str = ""
     early: Mapping[int, Statistics] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    rounding: RoundingRecord = field(default_factory=RoundingRecord)
 
     def to_bytes(self) -> bytes:
         """A NumPy `.npz` archive: a JSON header, and every array of the statistics under its field's name."""
@@ -58,8 +62,10 @@ class Checkpoint:
             "last": self.last,
             "early": list(self.early),
             "notes": dict(self.notes),
+            "rounding": _rounding_header(self.rounding),
         }
         arrays = _arrays(_TOTAL, self.statistics)
+        arrays |= {f"{_ROUNDING}.{name}": array.numpy() for name, array in self.rounding.statistics.arrays().items()}
         for position, statistics in self.early.items():
             arrays |= _arrays(str(position), statistics)
         text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
@@ -94,6 +100,7 @@ class Checkpoint:
                 last=header["last"],
                 early={int(position): _statistics(str(position), arrays) for position in header["early"]},
                 notes=header["notes"],
+                rounding=_rounding(header.get("rounding"), arrays),
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -118,7 +125,7 @@ class Checkpoint:
 
     def table(self) -> RangeTable:
         """The ranges measured so far."""
-        return table_of(self.specs, self.statistics, self.calibration)
+        return replace(table_of(self.specs, self.statistics, self.calibration), rounding=self.rounding.frame())
 
     def difference(self, made_of: Mapping[str, str]) -> str | None:
         """The first thing in which a run made of `made_of` differs from the one that wrote this; None if nothing."""
@@ -137,7 +144,7 @@ def merge_checkpoints(parts: Sequence[Checkpoint]) -> Checkpoint:
     if not parts:
         raise MismatchError("nothing to merge: give at least one checkpoint")
     first = parts[0]
-    statistics, calibration = _copied(first.statistics), first.calibration
+    statistics, calibration, rounding = _copied(first.statistics), first.calibration, first.rounding
     moving = torch.tensor([spec.kind in MOVING for spec in first.specs], dtype=torch.bool)
     for number, part in enumerate(parts[1:], 1):
         difference = first_difference(calibration.digests, part.calibration.digests)
@@ -148,11 +155,10 @@ def merge_checkpoints(parts: Sequence[Checkpoint]) -> Checkpoint:
         if difference is not None:
             raise MismatchError(f"shard {number} belongs to another run than shard 0: {difference}")
         merge_moving(statistics, part.statistics, moving)
-        calibration = _added(calibration, part.calibration)
+        calibration, rounding = _added(calibration, part.calibration), rounding.merged(part.rounding)
     position = sum(part.position for part in parts)
-    return replace(
-        first, statistics=statistics, calibration=calibration, position=position, last="", early={}, notes={}
-    )
+    merged = replace(first, statistics=statistics, calibration=calibration, rounding=rounding)
+    return replace(merged, position=position, last="", early={}, notes={})
 
 
 def merge_moving(total: Statistics, other: Statistics, moving: torch.Tensor) -> None:
@@ -196,6 +202,24 @@ def _statistics(prefix: str, arrays: Mapping[str, Any]) -> Statistics:
         raise ValueError(f"arrays {sorted(own)}, expected {sorted(names)}")
     tensors: dict[str, Any] = {name: torch.from_numpy(own[name].copy()) if name in own else None for name in names}
     return Statistics(**tensors)
+
+
+def _rounding_header(record: RoundingRecord) -> dict[str, Any]:
+    missing = {str(row): reason for row, reason in record.statistics.missing.items()}
+    edges = [list(edge.key) for edge in record.edges]
+    return {"edges": edges, "apart": record.apart, "seen": record.seen, "missing": missing}
+
+
+def _rounding(header: Mapping[str, Any] | None, arrays: Mapping[str, Any]) -> RoundingRecord:
+    """What a checkpoint has of it; nothing in those of versions that did not measure it."""
+    if header is None:
+        return RoundingRecord()
+    edges = tuple(Edge(str(node), str(name), int(output)) for node, name, output in header["edges"])
+    found = RoundingStatistics.empty(len(edges), 1)
+    own = {name: torch.from_numpy(arrays[f"{_ROUNDING}.{name}"].copy()) for name in found.arrays()}
+    missing = {int(row): str(reason) for row, reason in header["missing"].items()}
+    statistics = replace(found, missing=missing, **own)
+    return RoundingRecord(edges, bool(header["apart"]), statistics, int(header["seen"]))
 
 
 def _added(mine: Calibration, theirs: Calibration) -> Calibration:

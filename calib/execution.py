@@ -218,23 +218,35 @@ class ProgramRunner:
         """Move the tensors among flat inputs to the device that the program runs on."""
         return [v.to(self.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for v in flat]
 
+    def operands(self, flat: Sequence[Any], state: Mapping[str, torch.Tensor] = {}) -> list[Any]:
+        """The values of the program's placeholders: flat user inputs, copied where they are written into, and state.
+
+        state: what takes the place of the program's saved state, by placeholder.
+        """
+        inputs, held = iter(flat), self._state | dict(state)
+        values = []
+        for spec in self.program.graph_signature.input_specs:
+            name = spec.arg.name
+            if spec.kind != InputKind.USER_INPUT:
+                values.append(held[name] if name in held else self._objects[name])
+                continue
+            value = next(inputs)
+            mutated = name in self._mutated and isinstance(value, torch.Tensor)
+            values.append(value.clone() if mutated else value)
+        return values
+
+    @property
+    def moved_to(self) -> torch.device | None:
+        """Where device arguments in the graph are moved to; None where the program runs at home."""
+        return self._moved
+
     def steps(self, flat: Sequence[Any]) -> Generator[Ran, None, list[Any]]:
         """Run on the flat user inputs, stopping after each node: before anything can change what it gave.
 
         What is returned are the flat user outputs. Raises NodeError where a node raises.
         """
-        inputs = iter(flat)
         written = copies_of_written(self._state | self.state, self._mutated)
-        state = self._state | written
-        values = []
-        for spec in self.program.graph_signature.input_specs:
-            name = spec.arg.name
-            if spec.kind != InputKind.USER_INPUT:
-                values.append(state[name] if name in state else self._objects[name])
-                continue
-            value = next(inputs)
-            mutated = name in self._mutated and isinstance(value, torch.Tensor)
-            values.append(value.clone() if mutated else value)
+        values = self.operands(flat, written)
         results = yield from _SteppedInterpreter(self.program.graph_module, self._moved, self._around).steps(*values)
         if self._carried is not None:
             self._carried = self._left(written, results)

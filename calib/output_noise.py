@@ -11,15 +11,21 @@ SILENT = 1e-6
 FEWEST = 32
 
 
-def by_channel(tensor: torch.Tensor) -> torch.Tensor:
-    """An output as [channels, elements]: dimension 1 of images and volumes ([batch, channels, ..]), else the last.
+def channel_dimension(tensor: torch.Tensor) -> int | None:
+    """Where an output's channels lie: 1 of images and volumes ([batch, channels, ..]), else the last.
 
-    What has at most one dimension is one channel, and so is what has fewer than `FEWEST` elements in each.
+    None where all of it is one channel: it has at most one dimension, or fewer than `FEWEST` elements in each channel.
     """
     if tensor.ndim <= 1:
-        return tensor.reshape(1, -1)
-    channels = tensor.movedim(1 if tensor.ndim > 3 else -1, 0).flatten(1)
-    return channels if channels.shape[1] >= FEWEST else channels.reshape(1, -1)
+        return None
+    dimension = 1 if tensor.ndim > 3 else tensor.ndim - 1
+    return dimension if tensor.numel() >= FEWEST * tensor.shape[dimension] else None
+
+
+def by_channel(tensor: torch.Tensor) -> torch.Tensor:
+    """An output as [channels, elements]."""
+    dimension = channel_dimension(tensor)
+    return tensor.reshape(1, -1) if dimension is None else tensor.movedim(dimension, 0).flatten(1)
 
 
 def channel_power(reference: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from calibcast.calib.alignment import aligned
 from calibcast.calib.errors import MismatchError
 from calibcast.calib.graph_digests import first_difference
 from calibcast.calib.ranges import RangeTable
+from calibcast.calib.rounding_table import LITERAL, OUTPUT, ROUNDING_KEY
 
 HALF_MAX = 65504.0  # the largest finite fp16 value
 _PLACES = ("node", "output", "op", "module", "source", "kind")
@@ -63,7 +64,38 @@ class RangeDiff:
             .select(self.old.hidden.columns)
         )
         calibration = replace(self.old.calibration, digests=self.new.calibration.digests)
-        return replace(self.old, frame=frame, hidden=hidden, calibration=calibration)
+        rounding = self._renamed(self.old.rounding)
+        return replace(self.old, frame=frame, hidden=hidden, calibration=calibration, rounding=rounding)
+
+    @cached_property
+    def rounding(self) -> pl.DataFrame:
+        """What rounding does, edge by edge and low type, as far as both tables have the edge.
+
+        `noise_old`, `noise_new`: as in `RangeTable.rounding`. `change_db`: how much the noise of an edge grew, in dB;
+        what grew most comes first, an edge that became infinite before all.
+        """
+        old, new = (t.rounding.select(*ROUNDING_KEY, "noise", "noise_worst") for t in (self.old_as_new, self.new))
+        both = new.join(old, on=ROUNDING_KEY, how="inner", suffix="_old", maintain_order="left")
+        both = both.rename({"noise": "noise_new", "noise_worst": "noise_worst_new"})
+        growth = 10 * (pl.col("noise_new") / pl.col("noise_old")).log10()
+        same = pl.col("noise_new") == pl.col("noise_old")
+        change = pl.when(same).then(0.0).otherwise(growth)
+        return both.with_columns(change_db=change).sort("change_db", descending=True, nulls_last=True)
+
+    def _renamed(self, rounding: pl.DataFrame) -> pl.DataFrame:
+        """Edges of the old graph under the names of the new one; those that have no partner are left out."""
+        found = self.pairs.drop_nulls()
+        was, now = (
+            self.old.frame["node"][found["old_row"].to_list()],
+            self.new.frame["node"][found["new_row"].to_list()],
+        )
+        names = dict(zip(was, now, strict=True))
+        literals = [name for name in rounding["input"].unique() if name.startswith(LITERAL)]
+        names |= {name: name for name in (OUTPUT, *literals)}
+        renamed = rounding.with_columns(
+            pl.col(name).replace_strict(names, default=None, return_dtype=pl.String) for name in ("node", "input")
+        )
+        return renamed.drop_nulls(["node", "input"]).unique(ROUNDING_KEY, keep="first", maintain_order=True)
 
 
 def range_diff(old: RangeTable, new: RangeTable, tolerance: float = 0.01) -> RangeDiff:

@@ -22,6 +22,7 @@ from calibcast.calib.ranges import (
     merge_sizes,
     require_table,
 )
+from calibcast.calib.rounding_statistics import merged_rounding
 from calibcast.calib.statistic_names import BINS, HIDDEN, NO_BATCH, NO_HIDDEN
 from calibcast.calib.statistics import Statistics
 
@@ -153,4 +154,5 @@ def _merge_two(first: RangeTable, second: RangeTable) -> RangeTable:
         input_sizes=merge_sizes(mine.input_sizes, theirs.input_sizes),
         input_hashes=tuple(dict.fromkeys(mine.input_hashes + theirs.input_hashes))[:MAX_HASHES],
     )
-    return table_of(specs_of(first.frame), total, calibration)
+    rounding = merged_rounding(first.rounding, second.rounding, offset)
+    return replace(table_of(specs_of(first.frame), total, calibration), rounding=rounding)

@@ -17,7 +17,7 @@ from calibcast.calib.damage_report import damage_report
 from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
 from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.range_checks import check_values
-from calibcast.calib.rounding_table import empty_rounding
+from calibcast.calib.rounding_table import empty_rounding, rounding_metadata, rounding_of
 from calibcast.calib.seal import broken_seal, has_parquet_ends
 from calibcast.calib.statistic_names import HIDDEN
 
@@ -127,7 +127,7 @@ class RangeTable:
         """Write the table as Parquet, whole or not at all. Raises ArtifactError when it cannot be written."""
         header = {_HEADER_KEY: _KIND, "schema": SCHEMA_VERSION, "calibration": asdict(self.calibration)}
         whole = self.frame.join(self.hidden, on=["node", "output"], how="left", maintain_order="left")
-        save_frame(path, whole, {_HEADER_KEY: json.dumps(header)})
+        save_frame(path, whole, {_HEADER_KEY: json.dumps(header), **rounding_metadata(self.rounding)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RangeTable:
@@ -207,7 +207,8 @@ def read_table(content: bytes, source: Path) -> RangeTable:
     To be called with bytes whose checksum is right: others can end the process.
     """
     try:
-        header = json.loads(pl.read_parquet_metadata(io.BytesIO(content)).get(_HEADER_KEY, "{}"))
+        metadata = pl.read_parquet_metadata(io.BytesIO(content))
+        header = json.loads(metadata.get(_HEADER_KEY, "{}"))
         frame = pl.read_parquet(io.BytesIO(content))
     except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
         raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
@@ -217,7 +218,8 @@ def read_table(content: bytes, source: Path) -> RangeTable:
         fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
         fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
         checked = _checked(frame, source)
-        return RangeTable(checked.select(list(SCHEMA)), Calibration(**fields), hidden_rows(checked))
+        rounding = rounding_of(metadata, source)
+        return RangeTable(checked.select(list(SCHEMA)), Calibration(**fields), hidden_rows(checked), rounding)
 
 
 Sizes = dict[str, list[dict[str, int]]]

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from calibcast.calib.aliasing import storage_roots, written_arguments
 from calibcast.calib.flattening import flatten, qualified_name
-from calibcast.calib.graph import REGION_CHILD, argument_of, base_op, tensor_values
+from calibcast.calib.graph import REGION_CHILD, argument_of, base_op, is_bitcast, tensor_values
 from calibcast.calib.operators import CONVERTS, KEEPS_ROUNDED
+from calibcast.calib.rounding import rounded_number
 from calibcast.calib.rounding_table import LITERAL, OUTPUT
 from torch import fx
 from torch.export import ExportedProgram
@@ -34,6 +35,11 @@ class Edge:
     movers: tuple[str, ...] = ()
 
     @property
+    def key(self) -> tuple[str, str, int]:
+        """What it is known by."""
+        return self.node, self.input, self.output
+
+    @property
     def is_literal(self) -> bool:
         return self.input.startswith(LITERAL)
 
@@ -41,16 +47,21 @@ class Edge:
 def rounding_edges(program: ExportedProgram) -> tuple[Edge, ...]:
     """All edges of `program` where an fp32 value can be rounded, in graph order; those into its results come last.
 
-    Not among them are edges inside `torch.autocast` regions; what goes into such a region is read by the region node.
+    A number that both half-precision types hold makes no edge. Edges inside `torch.autocast` regions are left out; what
+    goes into such a region is read by the region node.
     """
     graph_module = flatten(program.graph_module)
     flow = _Flow(graph_module)
+    given = {node.name for node in graph_module.graph.nodes if node.op == "placeholder"}
     found: list[Edge] = []
     for node in graph_module.graph.nodes:
         if node.op == "call_function":
             flow.follow(node)
             if reads_values(node):
-                found.extend(_edges_into(node, qualified_name(node), flow.read_by(node)))
+                read = flow.read_by(node)
+                if node.target in REGION_CHILD:  # it is never low, nor are weights before a low node reads them
+                    read = {source: movers for source, movers in read.items() if source[0] not in given}
+                found.extend(_edges_into(node, qualified_name(node), read))
         elif node.op == "placeholder":
             flow.make(node)
         elif node.op == "output":
@@ -64,6 +75,8 @@ def is_mover(node: fx.Node) -> bool:
         return False
     if node.target is getitem:
         return True
+    if is_bitcast(node.target):
+        return False
     base = base_op(node.target)
     if base in CONVERTS:
         return all(
@@ -162,8 +175,9 @@ class _Flow:
 def _edges_into(node: fx.Node, name: str, read: Mapping[Source, tuple[str, ...]]) -> Iterator[Edge]:
     for (maker, output), movers in read.items():
         yield Edge(name, maker, output, movers)
-    for argument in literals_of(node):
-        yield Edge(name, LITERAL + argument, 0)
+    for argument, number in literals_of(node).items():
+        if any(rounded_number(number, low) != number for low in (torch.float16, torch.bfloat16)):
+            yield Edge(name, LITERAL + argument, 0)
 
 
 def _edges_out(program: ExportedProgram, node: fx.Node, flow: _Flow) -> Iterator[Edge]:

@@ -28,9 +28,14 @@ Columns:
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import polars as pl
+from calibcast.calib.errors import ArtifactError
 
 LOW_TYPE_NAMES = ("float16", "bfloat16")
 OUTPUT = "output"  # the reader of the program's results
@@ -67,3 +72,39 @@ def empty_rounding() -> pl.DataFrame:
 def rounding_gaps(rounding: pl.DataFrame) -> pl.DataFrame:
     """The rows without evidence, with why: these edges are left to the rules that judge by magnitude."""
     return rounding.filter(pl.col("noise").is_null())
+
+
+_METADATA = "calibcast.rounding"
+
+
+def rounding_metadata(rounding: pl.DataFrame) -> dict[str, str]:
+    """How a frame goes into the file of its range table, which holds one Parquet table: as another one, in metadata.
+
+    There the checksum of the file covers it, and other readers of Parquet see the ranges as before.
+    """
+    if not rounding.height:
+        return {}
+    stream = io.BytesIO()
+    rounding.write_parquet(stream)
+    return {_METADATA: base64.b64encode(stream.getvalue()).decode()}
+
+
+def rounding_of(metadata: Mapping[str, str], source: Path) -> pl.DataFrame:
+    """The frame in the metadata of a range table's file; an empty one where there is none, as in older files.
+
+    Raises ArtifactError, naming `source`, where it is not what this version writes.
+    """
+    text = metadata.get(_METADATA)
+    if text is None:
+        return empty_rounding()
+    try:
+        frame = pl.read_parquet(io.BytesIO(base64.b64decode(text, validate=True)))
+    except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
+        raise ArtifactError(f"{source}: its evidence of rounding is not readable: {error}") from error
+    for name, dtype in ROUNDING_SCHEMA.items():
+        if name not in frame.columns or frame.schema[name] != dtype:
+            found = frame.schema.get(name, "missing")
+            raise ArtifactError(f"{source}: column {name} of its evidence of rounding is {found}, expected {dtype}")
+    if frame.select(ROUNDING_KEY).is_duplicated().any():
+        raise ArtifactError(f"{source} has two rows of rounding for one edge: it was changed by hand")
+    return frame.select(list(ROUNDING_SCHEMA))

@@ -58,6 +58,7 @@ CHECKS_NUMBERS = _all("checks_numbers")
 
 KEEPS_POLES = MOVES | _all("keeps_poles")
 KEEPS_ROUNDED = MOVES | _all("keeps_rounded")
+STEPS = _all("steps")
 HANDS_ON = MOVES | _all("hands_on")
 ADDS = _all("adds")
 TAKES_OFFSET = _all("takes_offset")
@@ -90,6 +91,7 @@ __all__ = [
     "RECURRENT",
     "SELECTS",
     "SQUARES",
+    "STEPS",
     "SUMS",
     "TAKES_OFFSET",
     "TRANSPOSED",

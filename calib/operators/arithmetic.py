@@ -12,9 +12,9 @@ ARITHMETIC: tuple[Operator, ...] = (
     operator("rsub", literals=("other", "alpha"), masks=COMPUTES, adds=True, takes_offset=True),
     operator("mul multiply", literals=("other",), masks=COMPUTES, hands_on=True),
     operator("div divide true_divide", literals=("other",), masks=COMPUTES, poles=_AT_SECOND, hands_on=True),
-    operator("floor_divide", literals=("other",), poles=_AT_SECOND),
-    operator("remainder", literals=("other",), poles=_AT_SECOND, takes_offset=True),
-    operator("fmod", literals=("other",), poles=_AT_SECOND, takes_offset=True),
+    operator("floor_divide", literals=("other",), poles=_AT_SECOND, steps=True),
+    operator("remainder", literals=("other",), poles=_AT_SECOND, takes_offset=True, steps=True),
+    operator("fmod", literals=("other",), poles=_AT_SECOND, takes_offset=True, steps=True),
     operator("maximum", masks=COMPUTES, hands_on=True),
     operator("minimum", masks=COMPUTES, hands_on=True),
     operator("clamp clip", literals=("min", "max"), masks=COMPUTES, checks_numbers=True, hands_on=True),
@@ -41,7 +41,9 @@ ARITHMETIC: tuple[Operator, ...] = (
     operator("square", hands_on=True),
     *alike("reciprocal rsqrt log log2 log10", poles=_AT_FIRST),
     # Steps, and functions of a period: they see nothing but the difference to the last step or period.
-    *alike("floor ceil round frac sin cos", takes_offset=True),
+    *alike("floor ceil round frac", takes_offset=True, steps=True),
+    *alike("trunc fix sign sgn heaviside", steps=True),
+    *alike("sin cos", takes_offset=True),
     # Found by comparing 400 calls with the same in fp32, rounded (torch 2.14): NaN, or reads out of bounds, on images
     # from 192 pixels on.
     *alike("grid_sampler grid_sampler_2d grid_sampler_3d", wrong_on_host=True),

@@ -90,6 +90,8 @@ class Operator:
     Sensitivity:
         keeps_rounded: it does not round anew what was rounded before, as its results are elements of its input, negated
             or set to zero.
+        steps: its floating-point results change by steps, of which its gradient does not tell.
+        bias_along: the dimension of its result along which its bias lies, which is added to it; counted from the end.
         poles: where a small difference of an argument makes a large one of its result.
         keeps_poles: it is small where its input is, so a pole of its reader is one of its input.
         hands_on: of a small input it makes a small result, and of one that is off by a share one off by such a share.
@@ -132,6 +134,8 @@ class Operator:
     fills: bool = False
     checks_numbers: bool = False
     keeps_rounded: bool = False
+    steps: bool = False
+    bias_along: int | None = None
     poles: tuple[Pole, ...] = ()
     keeps_poles: bool = False
     hands_on: bool = False

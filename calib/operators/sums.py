@@ -56,10 +56,14 @@ REDUCTIONS: tuple[Operator, ...] = (
 
 # Those that `torch.utils.flop_counter` counts as work, before and after decomposition.
 PRODUCTS: tuple[Operator, ...] = (
-    *alike("conv1d conv2d conv3d", product=CONVOLUTION, takes_offset=True),
+    operator("conv1d", product=CONVOLUTION, takes_offset=True, bias_along=-2),
+    operator("conv2d", product=CONVOLUTION, takes_offset=True, bias_along=-3),
+    operator("conv3d", product=CONVOLUTION, takes_offset=True, bias_along=-4),
     *alike("convolution _convolution", product=CONVOLUTION, transposed_at=6, takes_offset=True),
-    *alike("conv_transpose1d conv_transpose2d conv_transpose3d", product=TRANSPOSED, takes_offset=True),
-    operator("linear", product=MATRIX, takes_offset=True),
+    operator("conv_transpose1d", product=TRANSPOSED, takes_offset=True, bias_along=-2),
+    operator("conv_transpose2d", product=TRANSPOSED, takes_offset=True, bias_along=-3),
+    operator("conv_transpose3d", product=TRANSPOSED, takes_offset=True, bias_along=-4),
+    operator("linear", product=MATRIX, takes_offset=True, bias_along=-1),
     *alike("matmul mm bmm mv dot", product=MATRIX),
     # beta input + alpha a b: the operands of the product stand at 1 and 2.
     operator("addmm", product=MATRIX, left=1, literals=("beta", "alpha"), takes_offset=True),

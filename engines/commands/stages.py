@@ -22,6 +22,9 @@ def calibrate(  # noqa: PLR0913 - a command line has options
     ] = None,
     no_histogram: Annotated[bool, typer.Option("--no-histogram", help="ranges only: faster")] = False,
     on_nonfinite: Annotated[str, typer.Option(help="NaN or Inf in a batch: warn, skip or stop")] = "warn",
+    rounding_batches: Annotated[
+        int, typer.Option(min=0, help="also measure on so many batches what rounding does to the outputs; 0: not")
+    ] = 4,
 ) -> None:
     """Run data through MODEL and write the range of every tensor.
 
@@ -34,7 +37,7 @@ def calibrate(  # noqa: PLR0913 - a command line has options
     try:
         ranges = run(
             program, batches, transform=function, max_batches=max_batches, histogram=not no_histogram,
-            device=device, on_nonfinite=on_nonfinite,
+            device=device, on_nonfinite=on_nonfinite, rounding_batches=rounding_batches,
         )  # fmt: skip
     except BatchError as error:
         if error.ranges is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,9 @@ def measure_shard(task: Task, signals: Signals, bar: bool = True) -> Checkpoint:
     Raises GateError for data beyond the limits, BatchError for a source that cannot go on, Stopped for a signal;
     the checkpoint is written before any of these.
     """
-    run = prepare(task.program, task.device, task.calibration.histogram, task.calibration.on_nonfinite)
+    settings = task.calibration
+    rounding = math.ceil(settings.rounding_batches / task.share.world)
+    run = prepare(task.program, task.device, settings.histogram, settings.on_nonfinite, rounding_batches=rounding)
     state = _resumed(task, run)
     mine, every = counts(task.batches.length, task.share)
     _check_raised(state.report, task.limits, every)

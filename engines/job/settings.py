@@ -104,6 +104,11 @@ class Calibration(_Table):
     on_nonfinite: Literal["warn", "skip", "stop"] = Field(
         "warn", description="NaN or Inf inside the model: record it, leave the batch out, or stop"
     )
+    rounding_batches: int = Field(
+        4,
+        ge=0,
+        description="also measure on so many batches, over all processes, what rounding does to the outputs; 0: not",
+    )
     checkpoint_batches: int = Field(100, ge=1, description="write a checkpoint every so many batches")
     checkpoint_seconds: float = Field(60.0, gt=0, description="or after so many seconds, whichever comes first")
 

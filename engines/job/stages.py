@@ -117,7 +117,7 @@ class JobRun:
     def _calibrate(self) -> Stage:
         job = self.file.job
         settings = {
-            **_plain(job.calibration, "histogram", "on_nonfinite", "device"),
+            **_plain(job.calibration, "histogram", "on_nonfinite", "device", "rounding_batches"),
             **_plain(job.limits, "on_nonfinite_inputs"),
             "max_batches": job.data.max_batches,
             "held_out_share": self.calibration_share.held_out_share,

@@ -1,0 +1,40 @@
+"""Running a program once more with rounding at one place only: what depends on that place is computed anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from calibcast.calib.output_noise import channel_noise
+from calibcast.calib.rounding_tape import Call, Tape, Value
+
+
+def run_alone(tape: Tape, call: Call, results: tuple[object, ...]) -> tuple[list[float], int]:
+    """The noise at each output of the program (0 for what is no tensor), and how many elements were computed.
+
+    results: what `call` gives, rounded at one place. Raises RuntimeError and the like where a node refuses its inputs.
+    """
+    changed = changes(call, results)
+    elements = 0
+    for later in tape.calls[tape.calls.index(call) + 1 :]:
+        if not any(value in changed for value in later.inputs) or not any(later.outputs):
+            continue
+        given = later.perform(changed)
+        elements += sum(r.numel() for r in given if isinstance(r, torch.Tensor))
+        changed |= changes(later, given)
+    return [_noise(changed, output) for output in tape.outputs], elements
+
+
+def changes(call: Call, results: tuple[object, ...]) -> dict[Value, torch.Tensor]:
+    """The results of a call that are not what they were."""
+    return {
+        value: made
+        for value, made in zip(call.outputs, results, strict=True)
+        if value is not None and isinstance(made, torch.Tensor) and not torch.equal(made, value.tensor)
+    }
+
+
+def _noise(changed: Mapping[Value, torch.Tensor], output: Value | None) -> float:
+    if output is None or output not in changed:
+        return 0.0
+    return float(channel_noise(changed[output], output.tensor).mean())

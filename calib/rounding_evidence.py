@@ -1,0 +1,147 @@
+"""Collects, over a few batches, what rounding at each edge of a program does to its outputs. It never fails a batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from calibcast.calib.errors import MismatchError, first_line
+from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.flat_regions import flat_regions
+from calibcast.calib.flattening import flatten, qualified_name
+from calibcast.calib.graph import input_targets, tensor_values
+from calibcast.calib.masks import mask_tensors
+from calibcast.calib.rounding import fp32_kernels
+from calibcast.calib.rounding_edges import Edge, rounding_edges
+from calibcast.calib.rounding_groups import Rounder
+from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
+from calibcast.calib.rounding_sweep import LOW_TYPES, Found, Measured, Sweep
+from calibcast.calib.rounding_table import MOST_OUTPUTS
+from calibcast.calib.rounding_tape import Tape, random_state, record, set_random_state
+from torch import fx
+from torch.export.graph_signature import OutputKind
+
+_log = logging.getLogger("calibcast")
+
+
+class RoundingEvidence:
+    """Evidence from the first `most` batches that it is shown; see `calib.rounding_sweep` for how it is had.
+
+    What cannot be measured, an edge or a whole batch, is noted with its reason and left to other rules. Memory: the
+    activations of one batch, and about as much again while it is swept.
+    """
+
+    def __init__(self, runner: ProgramRunner, most: int) -> None:
+        self._runner, self._most = runner, most
+        self.record = self._empty() if most > 0 else RoundingRecord()
+
+    def measure(self, flat: Sequence[Any], index: int, state: Mapping[str, torch.Tensor]) -> None:
+        """Measure batch `index`, unless enough were. `state`: what the program's buffers held before it."""
+        if self.record.seen >= self._most:
+            return
+        self.record = replace(self.record, seen=self.record.seen + 1)
+        try:
+            with _process_left_alone(), fp32_kernels():
+                measured = self._sweep(flat, index, state)
+        except Exception as error:
+            reason = f"batch {index}: {type(error).__name__}: {first_line(error)}"
+            _log.warning("no evidence of rounding from %s", reason)
+            measured = {(edge, low): reason for edge in self._edges for low in LOW_TYPES}
+        self._take(measured, index)
+
+    def restore(self, record: RoundingRecord) -> None:
+        """Go on from what an earlier run of the same program has found.
+
+        Raises MismatchError where that has other edges.
+        """
+        if not record.has_edges_of(self.record):
+            raise MismatchError("the checkpoint has other edges of rounding: delete it to begin anew")
+        self.record = replace(record.copy(), edges=self.record.edges)
+
+    @cached_property
+    def _edges(self) -> tuple[Edge, ...]:
+        return rounding_edges(self._runner.program)
+
+    @cached_property
+    def _graph(self) -> fx.GraphModule:
+        return flatten(self._runner.program.graph_module)
+
+    @cached_property
+    def _results(self) -> list[bool]:
+        """Which of the graph's results are the user's."""
+        return [s.kind == OutputKind.USER_OUTPUT for s in self._runner.program.graph_signature.output_specs]
+
+    @cached_property
+    def _output_types(self) -> list[torch.dtype]:
+        output = next(iter(reversed(self._graph.graph.nodes)))
+        given = zip(output.args[0], self._results, strict=True)
+        nodes = [node for node, users in given if users and isinstance(node, fx.Node)]
+        return [value.dtype for node in nodes for _, value in tensor_values(node)]
+
+    def _empty(self) -> RoundingRecord:
+        apart = sum(kind.is_floating_point for kind in self._output_types) <= MOST_OUTPUTS
+        columns = max(1, len(self._output_types)) if apart else 1
+        return RoundingRecord(self._edges, apart, RoundingStatistics.empty(len(self._edges), columns))
+
+    @cached_property
+    def _by_reader(self) -> dict[str, list[Edge]]:
+        inside = {qualified_name(node) for node in flat_regions(self._graph.graph)}
+        found: dict[str, list[Edge]] = {}
+        for edge in self._edges:
+            if edge.node not in inside:
+                found.setdefault(edge.node, []).append(edge)
+        return found
+
+    @cached_property
+    def _rows(self) -> dict[tuple[Edge, torch.dtype], int]:
+        return {key: row for row, key in enumerate((edge, low) for edge in self._edges for low in LOW_TYPES)}
+
+    @cached_property
+    def _names(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Of masks, and of weights."""
+        return mask_tensors(self._runner.program), frozenset(input_targets(self._runner.program))
+
+    def _sweep(self, flat: Sequence[Any], index: int, state: Mapping[str, torch.Tensor]) -> Measured:
+        operands = [_plain(value) for value in self._runner.operands(self._runner.to_device(flat), state)]
+        tape = record(self._graph, operands, self._runner.moved_to)
+        outputs = [value for value, users in zip(tape.outputs, self._results, strict=True) if users]
+        tape = Tape(tape.calls, tape.made, outputs)
+        return Sweep(tape, self._by_reader, Rounder(tape, *self._names), index).run()
+
+    def _take(self, measured: Measured, index: int) -> None:
+        into = self.record.statistics
+        for key, row in self._rows.items():
+            found = measured.get(key, "it is inside a region that is run as a whole")
+            if not isinstance(found, Found):
+                into.missing.setdefault(row, found)
+                continue
+            into.noise[row] += torch.tensor(found.noise, dtype=torch.float64)
+            total = sum(found.noise)
+            if not into.batches[row] or total > into.worst[row]:
+                into.worst[row], into.worst_batch[row] = total, index
+            into.local[row] += found.local
+            into.nonfinite[row] += found.nonfinite
+            into.steps[row] += found.steps
+            into.batches[row] += 1
+            into.ran[row] += found.ran
+
+
+def _plain(value: Any) -> Any:
+    """A tensor that autograd may keep: one made under `torch.inference_mode` it refuses."""
+    return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
+
+
+@contextmanager
+def _process_left_alone() -> Iterator[None]:
+    """Random numbers drawn inside are not missed outside, also after an error; gradients can be had."""
+    state = random_state()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        set_random_state(state)

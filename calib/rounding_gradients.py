@@ -1,0 +1,121 @@
+"""The gradient of a program's outputs along a tape, one call at a time, and where it does not tell it all."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from calibcast.calib.graph import base_op
+from calibcast.calib.operators import STEPS
+from calibcast.calib.rounding_tape import Call, Tape, Value
+
+Grads = dict[int, torch.Tensor]  # by column
+
+
+class Gradients:
+    """Gradients by value and column. A call's own autograd graph is given up when it has been passed."""
+
+    def __init__(self, tape: Tape) -> None:
+        self._grads: dict[Value, Grads] = defaultdict(dict)
+        self._outputs = {value for value in tape.outputs if value is not None}
+        self._stepping: set[Value] = set()
+        self._cut: set[Value] = set()
+
+    def of(self, value: Value) -> Grads:
+        return self._grads.get(value, {})
+
+    def add(self, value: Value, column: int, grad: torch.Tensor) -> None:
+        held = self._grads[value]
+        held[column] = held[column] + grad if column in held else grad
+
+    def is_used(self, value: Value) -> bool:
+        return bool(value.readers) or value in self._outputs
+
+    def steps_next(self, value: Value) -> bool:
+        """Whether what reads `value`, past movers, steps: rounds, compares, sorts. Known when its readers are."""
+        return value in self._stepping
+
+    def is_cut(self, value: Value) -> bool:
+        """Whether an operator without a gradient stands somewhere between `value` and the outputs."""
+        return value in self._cut
+
+    def is_step(self, call: Call) -> bool:
+        """Whether a small error in what `call` reads may change its results by a step."""
+        if call.mover or not any(value.differentiable for value in call.inputs):
+            return False
+        whole = any(v is not None and not v.differentiable and self.is_used(v) for v in call.outputs)
+        return whole or (call.node is not None and base_op(call.node.target) in STEPS)
+
+    def pass_on(self, call: Call) -> None:
+        """From the results of `call` to its inputs."""
+        opaque = self._propagate(call)
+        results = [value for value in call.outputs if value is not None]
+        if self.is_step(call) or opaque or (call.mover and any(v in self._stepping for v in results)):
+            self._stepping.update(call.inputs)
+        if opaque or any(v in self._cut for v in results):
+            self._cut.update(v for v in call.inputs if v.computed)
+        call.leaves, call.raw = {}, ()
+        if not self.is_step(call) and not opaque:
+            for value in results:
+                if value not in self._outputs:
+                    self._grads.pop(value, None)
+
+    def _propagate(self, call: Call) -> bool:
+        """Add the gradients of the inputs. True where the operator has no gradient of its own."""
+        columns = sorted({c for value in call.outputs if value is not None for c in self.of(value)})
+        wanted = call.differentiable
+        if not columns or not wanted:
+            return False
+        if not call.leaves:  # it refused a graph of all inputs at once
+            return any([self._alone(call, value, columns) for value in wanted])
+        try:
+            found = [self._backward(call, column, column != columns[-1]) for column in columns]
+        except RuntimeError:
+            return any([self._alone(call, value, columns) for value in wanted])
+        return not any(found) and _is_foreign(call)
+
+    def _alone(self, call: Call, value: Value, columns: Sequence[int]) -> bool:
+        """The gradient of one input. True where there is none."""
+        call.raw = call.with_gradients([value]) or ()
+        try:
+            found = [self._backward(call, column, column != columns[-1]) for column in columns] if call.raw else []
+        except RuntimeError:
+            return True
+        return not any(found)
+
+    def _backward(self, call: Call, column: int, again: bool) -> bool:
+        """One column through a call. True where some input has a gradient."""
+        roots = [
+            (raw, self.of(value)[column])
+            for raw, value in zip(call.raw, call.outputs, strict=True)
+            if value is not None and column in self.of(value) and raw.requires_grad
+        ]
+        if not roots:
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an operator without a gradient warns, and gives none
+            given = torch.autograd.grad(
+                [raw for raw, _ in roots],
+                list(call.leaves.values()),
+                [grad for _, grad in roots],
+                retain_graph=again,
+                allow_unused=True,
+            )
+        for value, grad in zip(call.leaves, given, strict=True):
+            if grad is not None:
+                self.add(value, column, _sound(grad))
+        return any(grad is not None for grad in given)
+
+
+def _sound(grad: torch.Tensor) -> torch.Tensor:
+    """Without NaN and Inf: sqrt at 0 has an infinite slope, which would spoil all that comes before."""
+    total = grad.sum()
+    return grad if math.isfinite(abs(total.item())) else grad.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _is_foreign(call: Call) -> bool:
+    """Whether a call is of no operator of torch's own, of which those without a gradient give constants or integers."""
+    return getattr(call.run, "namespace", "aten") not in {"aten", "prims"}

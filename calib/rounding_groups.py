@@ -1,0 +1,143 @@
+"""Which tensors of a call are rounded together, and what the call then reads or gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from calibcast.calib.graph import argument_of, base_op
+from calibcast.calib.operators import operator_of
+from calibcast.calib.rounding import rounded, rounded_number
+from calibcast.calib.rounding_edges import Edge, literals_of
+from calibcast.calib.rounding_tape import Call, Tape, Value
+
+# A value that is joined from more makers than these is rounded whole, and its noise is shared out among them.
+_MOST_APART = 4
+Results = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Edges into one call that are rounded together.
+
+    results: what the call then gives, as `Call.perform` gives it; None where rounding changes nothing.
+    """
+
+    edges: tuple[Edge, ...]
+    results: Callable[[torch.dtype], Results | None]
+
+
+class Rounder:
+    """Rounds the values of one tape. masks: names of makers whose values are saturated first."""
+
+    def __init__(self, tape: Tape, masks: Collection[str], weights: Collection[str]) -> None:
+        self._tape, self._masks, self._weights = tape, masks, weights
+
+    def groups(self, call: Call, edges: Sequence[Edge]) -> list[Group]:
+        """The edges into a call, in groups. Parameters of a call are one, but for a bias, which costs no call."""
+        present = frozenset().union(*(value.sources for value in call.inputs))
+        found: list[Group] = []
+        weights: list[Edge] = []
+        joined: list[Edge] = []
+        for edge in edges:
+            source = (edge.input, edge.output)
+            if edge.is_literal:
+                found.append(self._literal(call, edge))
+            elif source not in present:
+                found.append(Group((edge,), lambda low: None))  # it was written over
+            elif self._bias(call, edge) is not None:
+                found.append(self._biased(call, edge))
+            elif edge.input in self._weights:
+                weights.append(edge)
+            elif any(source in value.sources and len(value.sources) > _MOST_APART for value in call.inputs):
+                joined.append(edge)
+            else:
+                found.append(self._together(call, (edge,)))
+        found += [self._together(call, tuple(part)) for part in (weights, joined) if part]
+        return found
+
+    def remade(self, value: Value, edges: Sequence[Edge], low: torch.dtype) -> torch.Tensor:
+        """`value` with the elements rounded that come by `edges`."""
+        sources = {(edge.input, edge.output) for edge in edges}
+        if not value.sources & sources:
+            return value.tensor
+        if value.sources <= sources:
+            return rounded(value.tensor, low, any(name in self._masks for name, _ in value.sources))
+        assert value.maker is not None
+        given = {part: self.remade(part, edges, low) for part in value.maker.inputs}
+        made = value.maker.perform(given)[value.position]
+        assert isinstance(made, torch.Tensor)
+        return made
+
+    def shares(self, group: Group, low: torch.dtype) -> list[float]:
+        """How the noise of a group is shared out: by the energy of each maker's rounding errors."""
+        if len(group.edges) == 1:
+            return [1.0]
+        energies = [self._energy(edge, low) for edge in group.edges]
+        total = sum(energies)
+        return [energy / total if 0 < total < float("inf") else 1 / len(energies) for energy in energies]
+
+    def _energy(self, edge: Edge, low: torch.dtype) -> float:
+        made = self._tape.made[edge.input, edge.output].tensor
+        return float((rounded(made, low, edge.input in self._masks) - made).double().square().sum())
+
+    def _together(self, call: Call, edges: tuple[Edge, ...]) -> Group:
+        def results(low: torch.dtype) -> Results | None:
+            given = {value: self.remade(value, edges, low) for value in call.inputs}
+            changed = {value: made for value, made in given.items() if not torch.equal(made, value.tensor)}
+            return call.perform(changed) if changed else None
+
+        return Group(edges, results)
+
+    def _literal(self, call: Call, edge: Edge) -> Group:
+        name = edge.input.partition(":")[2]
+        assert call.node is not None
+        number = literals_of(call.node)[name]
+
+        def results(low: torch.dtype) -> Results | None:
+            made = rounded_number(number, low, call.name in self._masks)
+            return (
+                None
+                if made == number
+                else call.perform({}, with_numbers(call.run, call.args[0], call.args[1], {name: made}))
+            )
+
+        return Group((edge,), results)
+
+    def _bias(self, call: Call, edge: Edge) -> Value | None:
+        """The bias of a call, where the edge leads from it and it is added to each result."""
+        if call.node is None or operator_of(base_op(call.node.target)).bias_along is None:
+            return None
+        bias = argument_of(call.node, "bias")
+        found = [
+            value for value in call.inputs if value.sources == {(edge.input, edge.output)} and value.tensor.ndim == 1
+        ]
+        holds = bias is not None and len(found) == 1 and call.args[0][2:3] == (found[0],)
+        return found[0] if holds else None
+
+    def _biased(self, call: Call, edge: Edge) -> Group:
+        assert call.node is not None
+        bias, [result] = self._bias(call, edge), call.outputs
+        assert bias is not None
+        assert result is not None
+        along = operator_of(base_op(call.node.target)).bias_along
+        assert along is not None
+        behind = -along - 1
+
+        def results(low: torch.dtype) -> Results | None:
+            error = rounded(bias.tensor, low) - bias.tensor
+            return (result.tensor + error.reshape(-1, *[1] * behind),) if error.any() else None
+
+        return Group((edge,), results)
+
+
+def with_numbers(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: Mapping[str, float]) -> Any:
+    """The arguments of a call with other numbers in it, by the names that its schema gives them."""
+    if not numbers:
+        return args, kwargs
+    names = [argument.name for argument in target._schema.arguments]
+    changed = tuple(numbers.get(name, value) for name, value in zip(names, args, strict=False))
+    rest = {name: value for name, value in numbers.items() if name in names[len(changed) :]}
+    return changed, {**kwargs, **rest}

@@ -1,0 +1,193 @@
+"""What rounding does at each edge, in one batch: the true error where it is read, and the gradient from there on.
+
+The tape is swept backwards. At a call, the gradient g of the outputs is known; for each tensor that the call reads, it
+is run again with that tensor rounded, which gives the error delta of its results. With the outputs' signs drawn at
+random, and each channel held to its own power, sum((g * delta)^2) is the noise-to-signal ratio at the outputs, but for
+the covariance of the errors (Hutchinson's estimator, with one draw).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from calibcast.calib.errors import first_line
+from calibcast.calib.output_noise import channel_dimension, channel_power
+from calibcast.calib.rounding_alone import changes, run_alone
+from calibcast.calib.rounding_edges import Edge
+from calibcast.calib.rounding_gradients import Gradients, Grads
+from calibcast.calib.rounding_groups import Group, Results, Rounder
+from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
+from calibcast.calib.rounding_tape import Call, Tape, Value
+
+LOW_TYPES = (torch.float16, torch.bfloat16)
+# Runs of single edges may compute twice as many elements as a forward pass, for each low type; of a small program more.
+_RUN_SHARE, _LEAST_RUNS = 2.0, 16
+
+
+@dataclass
+class Found:
+    """What rounding at one edge did in one batch. noise: by column. local: noise to signal at the reader's results."""
+
+    noise: list[float]
+    nonfinite: int = 0
+    steps: int = 0
+    local: float = 0.0
+    ran: bool = False
+
+
+Measured = dict[tuple[Edge, torch.dtype], Found | str]  # a string says why there is nothing
+
+
+class Sweep:
+    """One backward sweep over a tape."""
+
+    def __init__(self, tape: Tape, edges: Mapping[str, Sequence[Edge]], rounder: Rounder, seed: int) -> None:
+        """edges: by reader. seed: of the random signs, and of which runs come first."""
+        self._tape, self._edges, self._rounder, self._seed = tape, edges, rounder, seed
+        self._outputs = [value for value in tape.outputs if value is not None]
+        floating = sum(value.tensor.is_floating_point() for value in self._outputs)
+        self._columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
+        self._gradients = Gradients(tape)
+        self._found: Measured = {}
+        self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
+
+    def run(self) -> Measured:
+        """What was found at each edge that the tape has, for each low type."""
+        generator = torch.Generator().manual_seed(self._seed)
+        for number, output in enumerate(self._outputs):
+            if output.tensor.is_floating_point():
+                self._begin(output, min(number, self._columns - 1), generator)
+        for call in reversed(self._tape.calls):
+            for group in self._rounder.groups(call, self._edges.get(call.name, ())) if call.node is not None else ():
+                for low in LOW_TYPES:
+                    self._measure(call, group, low)
+            self._gradients.pass_on(call)
+        for low in LOW_TYPES:
+            self._run_waiting([entry for entry in self._waiting if entry[2] == low])
+        return self._found
+
+    def _begin(self, output: Value, column: int, generator: torch.Generator) -> None:
+        """The gradient of <u, y / |y|> by channel, and what rounding the output itself does."""
+        tensor, dimension = output.tensor, channel_dimension(output.tensor)
+        power = channel_power(tensor)
+        scale = torch.where(power > 0, (power * len(power)).rsqrt(), 0.0)
+        shape = (
+            [-1 if i == dimension else 1 for i in range(tensor.ndim)] if dimension is not None else [1] * tensor.ndim
+        )
+        signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int8).to(tensor.device)
+        grad = (signs * 2 - 1) * scale.reshape(shape).to(tensor.dtype)
+        self._gradients.add(output, column, grad)
+        for edge in self._edges.get(OUTPUT, ()):
+            if (edge.input, edge.output) in output.sources:
+                for low in LOW_TYPES:
+                    found = self._of(edge, low)
+                    self._take(found, self._rounder.remade(output, (edge,), low), output, {column: grad})
+
+    def _of(self, edge: Edge, low: torch.dtype) -> Found:
+        found = self._found.setdefault((edge, low), Found([0.0] * self._columns))
+        assert isinstance(found, Found)
+        return found
+
+    def _measure(self, call: Call, group: Group, low: torch.dtype) -> None:
+        found = Found([0.0] * self._columns)
+        try:
+            results = group.results(low)
+        except Exception as error:
+            reason = f"it cannot be run on rounded inputs: {first_line(error)}"
+            self._found |= {(edge, low): reason for edge in group.edges}
+            return
+        if results is not None:
+            needs_run = self._look_at(found, call, results)
+            if needs_run:
+                self._waiting.append((call, group, low, found))
+        self._share_out(group, low, found)
+
+    def _look_at(self, found: Found, call: Call, results: Results) -> bool:
+        """Take the errors of a call's results through the gradient. True where that does not tell it all."""
+        needs_run = False
+        for value, made in zip(call.outputs, results, strict=True):
+            if value is None or not self._gradients.is_used(value):
+                continue
+            if value.differentiable:
+                self._take(found, made, value, self._gradients.of(value))
+                needs_run |= self._gradients.is_cut(value)
+                if self._gradients.steps_next(value):
+                    needs_run |= self._step(found, value, made)
+            else:
+                differ = int((made != value.tensor).sum())
+                found.steps += differ
+                needs_run |= differ > 0
+        return needs_run
+
+    def _take(self, found: Found, made: torch.Tensor, value: Value, grads: Grads) -> None:
+        """Add what the error of a value does, by its gradient. Values that are not finite anyway are left out."""
+        error = made - value.tensor
+        energy, signal = _energy(error), _energy(value.tensor)
+        if not math.isfinite(energy) or not math.isfinite(signal):
+            sound = value.tensor.isfinite()
+            found.nonfinite += int((sound & ~made.isfinite()).sum())
+            error = torch.where(sound & made.isfinite(), error, 0).double()
+            energy, signal = _energy(error), _energy(torch.where(sound, value.tensor, 0).double())
+        found.local += energy / signal if signal else math.inf if energy else 0.0
+        for column, grad in grads.items():
+            found.noise[column] += _energy(error * grad) if energy else 0.0
+        if found.nonfinite:
+            found.noise = [math.inf] * self._columns
+
+    def _step(self, found: Found, value: Value, made: torch.Tensor) -> bool:
+        """Look at the readers of a value that may step, past movers. True where one's integers changed."""
+        needs_run = False
+        for reader in value.readers:
+            steps = self._gradients.is_step(reader)
+            if not steps and not reader.mover:
+                continue
+            for output, stepped in changes(reader, reader.perform({value: made})).items():
+                if steps and not output.differentiable and self._gradients.is_used(output):
+                    found.steps += int((stepped != output.tensor).sum())
+                    needs_run = True
+                elif steps and output.differentiable:
+                    local = found.local
+                    self._take(found, stepped, output, self._gradients.of(output))
+                    found.local = local
+                if output.differentiable and self._gradients.steps_next(output):
+                    needs_run |= self._step(found, output, stepped)
+        return needs_run
+
+    def _run_waiting(self, waiting: Sequence[tuple[Call, Group, torch.dtype, Found]]) -> None:
+        """Run the program for each edge whose gradient does not tell it all, as far as that is paid for."""
+        first = len(waiting) * (self._seed % 4) // 4  # another batch begins elsewhere
+        paid = _RUN_SHARE * sum(v.tensor.numel() for call in self._tape.calls for v in call.outputs if v is not None)
+        for number, (call, group, low, found) in enumerate([*waiting[first:], *waiting[:first]]):
+            if paid <= 0 and number >= _LEAST_RUNS:
+                reason = "it needs runs of its own, and more edges do than are run"
+                self._found |= {(edge, low): reason for edge in group.edges}
+                continue
+            results = group.results(low)
+            assert results is not None
+            try:
+                noise, elements = run_alone(self._tape, call, results)
+            except Exception as error:
+                noise, elements = [math.inf] * len(self._tape.outputs), 0
+                found.nonfinite += 1 if not first_line(error) else 0
+            paid -= elements
+            self._note_run(found, noise)
+            self._share_out(group, low, found)
+
+    def _note_run(self, found: Found, noise: Sequence[float]) -> None:
+        by_output = [part for part, output in zip(noise, self._tape.outputs, strict=True) if output is not None]
+        found.noise = by_output if self._columns == len(by_output) else [sum(by_output)]
+        found.ran = True
+
+    def _share_out(self, group: Group, low: torch.dtype, found: Found) -> None:
+        for edge, share in zip(group.edges, self._rounder.shares(group, low), strict=True):
+            noise = [part if math.isinf(part) else share * part for part in found.noise]
+            self._found[edge, low] = Found(noise, found.nonfinite, found.steps, found.local, found.ran)
+
+
+def _energy(tensor: torch.Tensor) -> float:
+    """Sum of squares; of small integers and the like exact enough in fp32."""
+    flat = tensor.reshape(-1)
+    return float(torch.dot(flat, flat)) if not flat.is_complex() else float(torch.vdot(flat, flat).real)
