@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.execution import require_program
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.backends import chosen
@@ -17,6 +20,7 @@ from calibcast.passes.plan import PrecisionPlan
 from torch.export import ExportedProgram
 
 _log = logging.getLogger("calibcast")
+MOST_TRIED = 2
 
 
 def build(  # noqa: PLR0913 - the public contract
@@ -34,6 +38,9 @@ def build(  # noqa: PLR0913 - the public contract
     cache: bool | str | Path = True,
     cache_size: int = DEFAULT_SIZE,
     progress: bool = True,
+    batches: Iterable[Any] = (),
+    transform: Callable[[Any], Any] | None = None,
+    reference: ExportedProgram | None = None,
     **settings: Any,
 ) -> Engine:
     """Build an engine that runs `mixed` in exactly the types of its graph.
@@ -53,6 +60,10 @@ def build(  # noqa: PLR0913 - the public contract
         build_timeout: seconds after which the builder process counts as hung; None waits for ever.
         cache: keep engines in the user's cache folder (True; see `CALIBCAST_CACHE`), in a folder, or not (False).
         cache_size: bytes that the cache may take; what was not used for longest goes first.
+        batches, transform: data as `calibrate` takes them. On a GPU the engine is run on up to two of these, or else on
+            inputs made up from `ranges`, and has to have what its plan was proven to have, up to 6 dB: what was seen is
+            in `engine.record["trial"]`.
+        reference: the fp32 program, which the engine is then held against; None: `mixed` with all in fp32 that can be.
         settings: of the backend, by its own names; for TensorRT those of `torch_tensorrt.dynamo.compile`, such as
             `require_full_compilation`, `optimization_level`, `disable_tf32`, `torch_executed_ops`.
 
@@ -75,6 +86,8 @@ def build(  # noqa: PLR0913 - the public contract
         cache=cache,
         cache_size=cache_size,
         progress=progress,
+        reference=reference,
+        batches=() if ahead_of_time or found.name == "eager" else _trial_batches(mixed, batches, transform),
     )
     built = found.build(request)
     if built.ledger.height:
@@ -93,3 +106,11 @@ def build(  # noqa: PLR0913 - the public contract
         ledger=built.ledger,
         record=built.record,
     )
+
+
+def _trial_batches(
+    program: ExportedProgram, batches: Iterable[Any], transform: Callable[[Any], Any] | None
+) -> list[list[Any]]:
+    """Flat inputs of the first batches; none where `batches` has none left."""
+    first = list(islice(batches, MOST_TRIED))
+    return [flat for _, _, flat in numbered(first, signature_of(program), transform)] if first else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,8 @@ class BuildRequest:
     cache: bool | str | Path = True
     cache_size: int = 10 << 30
     progress: bool = True
+    reference: ExportedProgram | None = None
+    batches: Sequence[Sequence[Any]] = ()  # flat inputs
 
 
 @dataclass(frozen=True)

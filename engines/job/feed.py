@@ -8,6 +8,7 @@ from typing import Any
 
 from calibcast.calib.batches import Signature
 from calibcast.calib.errors import BatchError
+from calibcast.calib.sequences import unwrapped
 from calibcast.engines.job.progress import Progress
 from calibcast.engines.job.settings import Limits
 from calibcast.engines.job.sources import Loaded
@@ -32,7 +33,7 @@ def feed(loaded: Iterable[Loaded], transform: Callable[[Any], Any], signature: S
             yield Item(item.number, error=f"loading raised {type(item.error).__name__}: {_first_line(item.error)}")
             continue
         try:
-            inputs = transform(item.batch)
+            inputs = transform(unwrapped(item.batch)[1])
         except BatchError as error:
             yield Item(item.number, item.batch, error=str(error))
             continue

@@ -13,10 +13,12 @@ from typing import Any
 from calibcast.calib.errors import BuildError
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt.ahead_of_time import is_rtx
-from calibcast.engines.tensorrt.builder.compiling import compile_job
+from calibcast.engines.tensorrt.builder.compiling import compile_job, write_in_pytorch
 from calibcast.engines.tensorrt.builder.isolation import RUNNING, BuilderError, build_isolated, failure_of
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.cache import emptied
+from calibcast.engines.tensorrt.region_search import MOST_BUILDS as MOST_BISECTIONS
+from calibcast.engines.tensorrt.region_search import computing_nodes, described, smallest_region
 from calibcast.engines.tensorrt.remedies import advice, remedies, settings_for
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from calibcast.engines.tensorrt.widening import restated, widened, with_movement
@@ -24,6 +26,7 @@ from torch.export import ExportedProgram
 
 _log = logging.getLogger("calibcast")
 
+_WHOLE = ("the whole program in PyTorch",)
 # What is wrong with the engine in a folder, which was made of this program; None if nothing, or if it cannot be run.
 Trial = Callable[[Path, ExportedProgram], str | None]
 
@@ -33,6 +36,7 @@ class Build:
     """A build that succeeded.
 
     remedies: what was done for it. widened: nodes that it keeps in fp32. problem: what its trial found, if anything.
+    seen: all that its trial saw, as plain data.
     """
 
     result: BuilderResult
@@ -41,6 +45,7 @@ class Build:
     remedies: tuple[str, ...] = ()
     widened: tuple[str, ...] = ()
     problem: str | None = None
+    seen: Mapping[str, Any] | None = None
 
 
 class Attempts:
@@ -67,10 +72,13 @@ class Attempts:
                 if on_failure == "error":
                     raise BuildError(_advice(failure, self._program, self._job.settings)) from failure
                 return self._remedied(failure)
-            if on_failure == "error" or (problem := self._trial(self._folder, build.program)) is None:
-                return build
-            self._keep((), replace(build, problem=problem))
-            return self._remedied(BuilderError("wrong", problem, RUNNING))
+            if (problem := self._trial(self._folder, build.program)) is None:
+                return self._judged(build)
+            wrong = BuilderError("wrong", problem, RUNNING)
+            if on_failure == "error":
+                raise BuildError(_advice(wrong, self._program, self._job.settings)) from wrong
+            self._keep((), replace(self._judged(build), problem=problem))
+            return self._remedied(wrong)
 
     def _attempt(self, job: BuilderJob, widen: tuple[str, ...] = ()) -> Build:
         """Build with these nodes in fp32. Raises BuilderError."""
@@ -97,7 +105,12 @@ class Attempts:
             raise BuilderError("refused", str(error)) from error
         if (problem := self._trial(self._folder, build.program)) is not None:
             raise BuilderError("wrong", problem, RUNNING)
-        return build
+        return self._judged(build)
+
+    def _judged(self, build: Build) -> Build:
+        """A build with what the trial that was just made has seen of it."""
+        judgement = getattr(self._trial, "judgement", None)
+        return build if judgement is None else replace(build, seen=judgement.record())
 
     def _remedied(self, first: BuilderError) -> Build:
         """Build with one known remedy after another; where none helps, look for the operators that it fails at."""
@@ -112,10 +125,49 @@ class Attempts:
             except BuilderError as next_failure:
                 failure = next_failure
         if can_search(failure):
-            found = self._searched(job, failure)
+            found = self._searched(job, failure) or self._bisected(failure)
             if found is not None:
                 return found
         return self._given_up(first, failure)
+
+    def _bisected(self, failure: BuilderError) -> Build | None:
+        """The build with the shortest stretch of nodes in PyTorch that was found, or all of them there; None where not
+        even the program in PyTorch stands the trial, or nothing was found that can be built without a GPU."""
+        if self._job.ahead_of_time and failure.kind == "wrong":
+            return None  # no engine can be tried here, and a search would find nothing
+        nodes = computing_nodes(self._program)
+        whole = None if self._job.ahead_of_time else self._in_pytorch()
+        if whole is None and not self._job.ahead_of_time:
+            return None
+
+        def helps(start: int, end: int) -> bool:
+            names = tuple(node.name for node in nodes[start:end])
+            _log.warning("%s; looking for its place: %s in PyTorch", failure, described(nodes[start:end]))
+            try:
+                self._keep(("in PyTorch", *names), self._tried(replace(self._job, in_pytorch=names), ()))
+            except BuilderError as error:
+                _log.warning("with %d nodes in PyTorch: %s", len(names), error)
+                return False
+            return True
+
+        found, asked = smallest_region(len(nodes), helps)
+        if found is None:
+            told = f"run the whole program in PyTorch, as no part of it was found in {asked} builds, and {failure}"
+            return whole and replace(self._restored(_WHOLE), remedies=(*self._applied, told))
+        region = nodes[found[0] : found[1]]
+        told = f"keep {described(region)} in PyTorch, found in {asked} builds, as {failure}"
+        key = ("in PyTorch", *(node.name for node in region))
+        return replace(self._restored(key), remedies=(*self._applied, told))
+
+    def _in_pytorch(self) -> Build | None:
+        """The program as it is, in PyTorch, beside no engine; None if it does not stand the trial either."""
+        emptied(self._folder)
+        result = write_in_pytorch(self._program, self._folder, self._job)
+        if self._trial(self._folder, self._program) is not None:
+            return None
+        build = self._judged(Build(result, self._job, self._program))
+        self._keep(_WHOLE, build)
+        return build
 
     def _searched(self, job: BuilderJob, failure: BuilderError) -> Build | None:
         """The build with the fewest nodes in fp32 that was found; None if there is none."""
@@ -179,8 +231,14 @@ def _build_here(job: BuilderJob, program: ExportedProgram, folder: Path) -> Buil
 
 def _advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> str:
     text = advice(failure, program, settings)
-    if remedies(failure, program, settings) or not can_search(failure) or not operator_groups(program):
+    if remedies(failure, program, settings) or not can_search(failure):
         return text
+    if not operator_groups(program):
+        return (
+            f"{text} on_failure='fallback' looks for the smallest part of the program that has to stay in PyTorch, in "
+            f"at most {MOST_BISECTIONS} more builds."
+        )
     return (
-        f"{text} on_failure='fallback' looks for the operators that it fails at, in at most {MOST_BUILDS} more builds."
+        f"{text} on_failure='fallback' looks for the operators that it fails at, in at most {MOST_BUILDS} more builds, "
+        f"and then for the smallest part of the program that has to stay in PyTorch, in at most {MOST_BISECTIONS}."
     )

@@ -30,7 +30,7 @@ from calibcast.engines.tensorrt.engine_files import STATE, STATE_NOW, WIRING, re
 from calibcast.engines.tensorrt.limits import buildable
 from calibcast.engines.tensorrt.profiles import check_profile, profiles
 from calibcast.engines.tensorrt.remedies import FAILED, raised, settings_for
-from calibcast.engines.tensorrt.trial_run import trial_inputs, trial_problem
+from calibcast.engines.tensorrt.trial_run import Judgement, judged, trial_inputs
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
@@ -90,6 +90,11 @@ class TensorrtRuntime:
         if key is not None and len(self._accepted) < _MOST_SIZES:
             self._accepted.add(key)
         return moved
+
+    def owning(self, files: tempfile.TemporaryDirectory[str]) -> TensorrtRuntime:
+        """This engine, whose files are in `files` and go with it."""
+        self._files = files
+        return self
 
     def reset(self) -> None:
         if self._flat and isinstance(self._module, GraphModule) and state_of(self._module):
@@ -173,7 +178,9 @@ class TensorrtBackend:
         record["outside_of_support"] = outside
         plan = raised(request.plan, dict.fromkeys(record["widened"], FAILED))
         ledger = ledger_in(Path(files.name), plan, program, layers)
-        return Built(TensorrtRuntime(files, program, shapes), program, plan, ledger, record)
+        tried = trial.last if isinstance(trial, EngineTrial) and not record["remedies"] else None
+        runtime = TensorrtRuntime(files, program, shapes) if tried is None else tried.owning(files)
+        return Built(runtime, program, plan, ledger, record)
 
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> TensorrtRuntime:
         if adapter.installed_flavour() is None:
@@ -203,24 +210,48 @@ def _warned() -> str | None:
     return outside
 
 
-def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
-    """Runs an engine once where one can run here."""
-    if request.ahead_of_time or adapter.missing() is not None:
-        return lambda folder, program: None
-    device = torch.device("cuda")
+class EngineTrial:
+    """Runs engines where one can run here. What it has seen of the last is in `judgement`, and the engine in `last`:
+    setting one up takes time and memory."""
 
-    def trial(folder: Path, program: ExportedProgram) -> str | None:
+    def __init__(self, request: BuildRequest, shapes: list[Profile]) -> None:
+        self._request, self._shapes = request, shapes
+        self._possible = not request.ahead_of_time and adapter.missing() is None
+        self.judgement: Judgement | None = None
+        self.last: TensorrtRuntime | None = None
+
+    def __call__(self, folder: Path, program: ExportedProgram) -> str | None:
+        """What is wrong with the engine in `folder`, made of `program`; None where nothing is, or it cannot be run."""
+        self.judgement = self.last = None
+        if not self._possible:
+            return None
         try:
-            flat = trial_inputs(program, shapes, request.ranges, device)
-            runtime = TensorrtRuntime(folder, program, shapes)
+            batches = self._batches(program)
+            runtime = TensorrtRuntime(folder, program, self._shapes)
         except torch.OutOfMemoryError as error:
             _log.warning("the engine was not tried out, for want of memory: %s", error)
+            self.judgement = Judgement(why_not=f"for want of memory: {error}")
             return None
         except (ArtifactError, BuildError) as error:
             return str(error)
-        return trial_problem(runtime, program, flat)
+        proof = getattr(self._request.plan, "proof", None)
+        proven = () if proof is None else proof.outputs
+        found = judged(runtime, program, batches, self._request.reference, proven)
+        self.judgement = replace(found, made_up=not self._request.batches)
+        if found.plan_problem is not None:
+            _log.warning("the plan is to blame: %s", found.plan_problem)
+        self.last = runtime
+        return found.problem
 
-    return trial
+    def _batches(self, program: ExportedProgram) -> list[list[Any]]:
+        device = torch.device("cuda")
+        given = [[v.to(device) if isinstance(v, torch.Tensor) else v for v in flat] for flat in self._request.batches]
+        return given or [trial_inputs(program, self._shapes, self._request.ranges, device)]
+
+
+def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
+    """Runs an engine once where one can run here."""
+    return EngineTrial(request, shapes)
 
 
 def _check_names(settings: Mapping[str, Any], ahead_of_time: bool) -> None:

@@ -101,6 +101,7 @@ def _built(
         "remedies": list(build.remedies),
         "widened": list(build.widened),
         "trial_problem": build.problem,
+        "trial": build.seen,
         "fallback_to_pytorch": dict(result.torch_nodes),
         "build_seconds": round(result.seconds, 3),
         "stage_seconds": dict(result.stages),

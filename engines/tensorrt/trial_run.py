@@ -5,19 +5,59 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import polars as pl
 import torch
 from calibcast.calib.batches import signature_of
-from calibcast.calib.execution import NodeError, ProgramRunner, input_structure
+from calibcast.calib.execution import NodeError, ProgramRunner, input_structure, output_names
 from calibcast.calib.input_checks import Leaf
 from calibcast.calib.ranges import RangeTable
+from calibcast.engines.judging.metrics import OutputError
 from calibcast.engines.tensorrt.builder.job import Profile
+from calibcast.engines.tensorrt.widening import widenable, widened
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 _log = logging.getLogger("calibcast")
+# An engine may be so much below its plan, or its plan's proof: its kernels round in other places.
+GRACE_DB = 6.0
+# More is not asked of an engine: fp32 layers may run in TF32, whose mantissa has 10 bits as that of fp16.
+MOST_ASKED_DB = 46.0
+
+
+@dataclass(frozen=True)
+class SeenOutput:
+    """What one output of an engine was like. asked_db: the least SQNR that it had to have. cast_db: what the cast graph
+    has in PyTorch. engine_db: what the engine has. Both against fp32. nonfinite: NaN or Inf of the engine's alone."""
+
+    output: str
+    asked_db: float
+    cast_db: float
+    engine_db: float
+    nonfinite: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What running an engine has shown.
+
+    problem: what is wrong with the engine; None when it is right, or could not be tried (`why_not`). plan_problem: what
+    is wrong with the plan, which no other engine would mend. batches: how many were run. made_up: they were not the
+    user's.
+    """
+
+    outputs: tuple[SeenOutput, ...] = ()
+    problem: str | None = None
+    plan_problem: str | None = None
+    why_not: str | None = None
+    batches: int = 0
+    made_up: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """As plain data, for a manifest."""
+        return asdict(self)
 
 
 def trial_inputs(
@@ -49,34 +89,127 @@ def _seen(name: str, ranges: RangeTable | None) -> tuple[float, float]:
 
 
 def trial_problem(run: Callable[..., Any], program: ExportedProgram, flat: Sequence[Any]) -> str | None:
-    """What is wrong with an engine: it raises, or gives NaN or Inf where its program gives numbers. None: neither, or
-    its program does not run on these inputs.
+    """What is wrong with an engine, by one batch: see `judged`."""
+    return judged(run, program, [flat]).problem
 
-    flat: inputs on the device of the engine, to which a copy of the program is moved.
+
+def judged(
+    run: Callable[..., Any],
+    program: ExportedProgram,
+    batches: Sequence[Sequence[Any]],
+    reference: ExportedProgram | None = None,
+    proven_db: Sequence[float] = (),
+) -> Judgement:
+    """Run an engine, and its cast graph in PyTorch, and hold both against fp32.
+
+    An engine is wrong if it raises, gives NaN or Inf where its program gives numbers, or is more than 6 dB below what
+    its program has in PyTorch or its plan was proven to have.
+
+    run: the engine. batches: flat inputs on its device, to which copies of the programs are moved. reference: the fp32
+    program; None: the cast graph with all that can be in fp32. proven_db: of each output, by the plan's proof.
     """
-    device = next((value.device for value in flat if isinstance(value, torch.Tensor)), None)
+    device = next((value.device for flat in batches for value in flat if isinstance(value, torch.Tensor)), None)
     try:
-        wanted = ProgramRunner(program, device).run(flat)
+        held = _Held(program, reference, device, proven_db)
+        for flat in batches:
+            held.expect(flat)
     except (NodeError, RuntimeError) as error:  # not the engine's fault, such as a lack of memory
         _log.warning("the engine was not tried out, as its program does not run on such inputs: %s", error)
-        return None
-    args, kwargs = input_structure(program, flat)
+        return Judgement(why_not=f"its program does not run on such inputs: {error}")
     try:
-        pairs = _pairs(pytree.tree_leaves(run(*args, **kwargs)), wanted)
-        # Read here: what went wrong on a GPU is told to who asks it next.
-        wrong = sum(int((~torch.isfinite(ours) & torch.isfinite(theirs)).sum()) for ours, theirs in pairs)
+        for index, flat in enumerate(batches):
+            args, kwargs = input_structure(program, flat)
+            held.take(index, pytree.tree_leaves(run(*args, **kwargs)))
+            if callable(reset := getattr(run, "reset", None)):
+                reset()
     except torch.OutOfMemoryError as error:  # for which the copy of the program may be to blame
         _log.warning("the engine was not tried out, for want of memory: %s", error)
-        return None
+        return Judgement(why_not=f"for want of memory: {error}")
     except Exception as error:  # the runtime's own, whatever it is
-        return f"the engine does not run: {type(error).__name__}: {error}"
-    total = sum(theirs.numel() for _, theirs in pairs)
-    return f"the engine gives NaN or Inf for {wrong} of {total} values that its program gives" if wrong else None
+        return Judgement(problem=f"the engine does not run: {type(error).__name__}: {error}", batches=len(batches))
+    return held.judgement(len(batches))
 
 
-def _pairs(given: Sequence[Any], wanted: Sequence[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [
-        (ours, theirs)
-        for ours, theirs in zip(given, wanted, strict=True)
-        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor) and theirs.is_floating_point()
-    ]
+class _Held:
+    """An engine and its cast graph, held against fp32 on a few batches."""
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        reference: ExportedProgram | None,
+        device: torch.device | None,
+        proven_db: Sequence[float],
+    ) -> None:
+        names = output_names(program)
+        self._cast = ProgramRunner(program, device)
+        low = [node.name for node in widenable(program)]
+        wide = reference if reference is not None else widened(program, low) if low else program
+        self._wide = self._cast if wide is program else ProgramRunner(wide, device)
+        self._proven = [*proven_db, *[-math.inf] * (len(names) - len(proven_db))]
+        self._errors = {kind: [OutputError(name) for name in names] for kind in ("engine", "cast", "moved")}
+        self._expected: list[tuple[list[Any], list[Any]]] = []
+        self._wrong = self._total = 0
+
+    def expect(self, flat: Sequence[Any]) -> None:
+        """Run the programs. Inputs moved by as little as TF32 rounds tell how much of an error is the model's own."""
+        wanted, cast, moved = self._wide.run(flat), self._cast.run(flat), self._wide.run(_moved(flat))
+        self._compare("cast", cast, wanted)
+        self._compare("moved", moved, wanted)
+        self._expected.append((wanted, cast))
+
+    def take(self, index: int, given: Sequence[Any]) -> None:
+        """What the engine gave for batch `index`."""
+        wanted, cast = self._expected[index]
+        self._compare("engine", given, wanted)
+        for ours, theirs in zip(given, cast, strict=True):
+            if _is_floating(theirs) and isinstance(ours, torch.Tensor):
+                self._wrong += int((~torch.isfinite(ours) & torch.isfinite(theirs)).sum())
+                self._total += theirs.numel()
+
+    def _compare(self, kind: str, given: Sequence[Any], wanted: Sequence[Any]) -> None:
+        for error, ours, theirs in zip(self._errors[kind], given, wanted, strict=True):
+            if _is_floating(theirs) and isinstance(ours, torch.Tensor) and ours.shape == theirs.shape:
+                error.update(ours, theirs, 0)
+
+    def judgement(self, batches: int) -> Judgement:
+        seen = [s for position in range(len(self._proven)) if (s := self._seen(position)) is not None]
+        low = min(seen, key=lambda output: output.engine_db - output.asked_db, default=None)
+        problem = plan_problem = None
+        if self._wrong:
+            problem = f"the engine gives NaN or Inf for {self._wrong} of {self._total} values that its program gives"
+        elif low is not None and low.engine_db < low.asked_db:
+            problem = (
+                f"{low.output} of the engine has {low.engine_db:.1f} dB against fp32, where its cast graph has "
+                f"{low.cast_db:.1f} dB in PyTorch, and at least {low.asked_db:.1f} dB were asked"
+            )
+        for output, proven in zip(seen, self._proven, strict=False):
+            if output.cast_db < proven - GRACE_DB:
+                plan_problem = (
+                    f"{output.output} was proven to have {proven:.1f} dB, and has {output.cast_db:.1f} dB here"
+                )
+        return Judgement(tuple(seen), problem, plan_problem, batches=batches)
+
+    def _seen(self, position: int) -> SeenOutput | None:
+        engine, cast, moved = (self._errors[kind][position] for kind in ("engine", "cast", "moved"))
+        if not engine.elements or not engine.reference_squares:
+            return None  # nothing to be held against: no numbers, or all of them 0
+        able = min(cast.sqnr_db, moved.sqnr_db, MOST_ASKED_DB)
+        # What its cast graph misses of the proof here is not the engine's to have.
+        asked = max(able, min(self._proven[position], cast.sqnr_db)) - GRACE_DB
+        return SeenOutput(engine.output, asked, cast.sqnr_db, engine.sqnr_db, engine.only_engine)
+
+
+def _moved(flat: Sequence[Any]) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+
+    def moved(value: Any) -> Any:
+        if not _is_floating(value):
+            return value
+        noise = torch.rand(value.shape, generator=generator).to(value.device) * 2 - 1
+        return (value * (1 + noise * 2.0**-11)).to(value.dtype)
+
+    return [moved(value) for value in flat]
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

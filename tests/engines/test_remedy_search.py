@@ -1,5 +1,7 @@
 """A builder that fails and names nothing: the operators that it fails at are found by building again."""
 
+import json
+
 import pytest
 import torch
 from calibcast.calib import BuildError, calibrate
@@ -10,8 +12,9 @@ from calibcast.engines.tensorrt import attempts as build_attempts
 from calibcast.engines.tensorrt import backend as tensorrt
 from calibcast.engines.tensorrt.builder.isolation import BUILDING, RUNNING, BuilderError, build_isolated
 from calibcast.engines.tensorrt.profiles import profiles
+from calibcast.engines.tensorrt.region_search import smallest_region
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
-from calibcast.engines.tensorrt.trial_run import trial_inputs, trial_problem
+from calibcast.engines.tensorrt.trial_run import judged, trial_inputs, trial_problem
 from calibcast.passes import classify, insert_casts
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,15 +133,18 @@ def test_an_engine_that_is_wrong_is_no_remedy(planned, monkeypatch):
 
 @pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
 def test_an_engine_that_builds_and_is_wrong_is_remedied_where_that_is_allowed(planned, monkeypatch):
-    """Nothing fails: it gives NaN, until what makes it so is in fp32. Without leave it is not even tried out."""
+    """Nothing fails: it gives NaN, until what makes it so is in fp32. Without leave that is an error."""
     tried = wrong_until_sigmoids_are_wide(monkeypatch)
     engine = ahead(planned, on_failure="fallback")
     assert {"sigmoid", "sigmoid_1"} == set(engine.record["widened"])
     assert "as the engine gives NaN" in engine.record["remedies"][-1]
     assert engine.record["trial_problem"] is None
     tried.clear()
-    assert ahead(planned).record["remedies"] == []
-    assert not tried
+    with pytest.raises(
+        BuildError, match=r"the engine gives NaN while running the engine.*smallest part of the program"
+    ):
+        ahead(planned)
+    assert len(tried) == 1
 
 
 @pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
@@ -230,7 +236,7 @@ def test_masked_attention_that_a_remedy_puts_in_fp32_is_decomposed(monkeypatch, 
     monkeypatch.setattr(build_attempts, "is_rtx", lambda: True)
     with pytest.raises(BuildError, match="tried: keep operators in fp32"):
         ahead((insert_casts(program, plan), plan), on_failure="fallback", **said)
-    assert asked == [(True, said.get("decompose_attention"), 0o700), (False, not said, 0o700)]
+    assert asked[:2] == [(True, said.get("decompose_attention"), 0o700), (False, not said, 0o700)]
 
 
 class Nested(nn.Module):
@@ -319,3 +325,108 @@ def test_a_search_that_is_cut_short_gives_the_best_that_it_found():
     assert len(found) < 16
     assert smallest_choice(groups, lambda names: False) is None
     assert smallest_choice([], lambda names: True) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "bad", "most"), [(10, {3}, 12), (300, {120, 121, 122}, 12), (64, {0}, 12), (64, {63}, 12), (1, {0}, 12)]
+)
+def test_the_smallest_stretch_that_has_to_stay_in_pytorch_is_found(count, bad, most):
+    asked = []
+
+    def helps(start, end):
+        asked.append((start, end))
+        return bad <= set(range(start, end))
+
+    found, builds = smallest_region(count, helps)
+    assert builds == len(asked) <= most
+    start, end = found or (0, count)
+    assert bad <= set(range(start, end))
+    assert end - start <= len(bad) + 2 * -(-count // 64)
+
+
+def test_a_search_for_a_stretch_stops_when_it_may_build_no_more():
+    found, builds = smallest_region(300, lambda start, end: end >= 200 and start <= 150, most=4)
+    assert builds == 4
+    assert found is None or (found[0] <= 150 and found[1] >= 200)
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+def test_what_no_precision_mends_stays_in_pytorch_and_the_rest_becomes_an_engine(planned, monkeypatch):
+    """A context that cannot be made as long as the second convolution is in an engine, whatever its type."""
+
+    def attempt(job, program, folder, timeout, progress=True):
+        if "conv2d_1" not in job.in_pytorch:
+            raise BuilderError("context", "Expected (exec_ctx.get() != nullptr)", BUILDING)
+        return build_isolated(job, program, folder, timeout, progress)
+
+    monkeypatch.setattr(build_attempts, "build_isolated", attempt)
+    with pytest.raises(BuildError, match=r"smallest part of the program that has to stay in PyTorch, in at most 12"):
+        ahead(planned)
+    engine = ahead(planned, on_failure="fallback")
+    assert "conv2d_1" in engine.record["fallback_to_pytorch"]
+    assert len(engine.record["fallback_to_pytorch"]) <= 3
+    assert "only without it (found by bisecting)" in engine.record["fallback_to_pytorch"]["conv2d_1"]
+    assert "conv2d_1" in engine.record["remedies"][-1]
+    assert "in PyTorch, found in" in engine.record["remedies"][-1]
+    assert engine.record["half_layers"] > 0
+
+
+class Noisy:
+    """An engine with its own noise, so many dB below the program."""
+
+    def __init__(self, program, decibels):
+        self.program, self.scale, self.resets = program, 10 ** (-decibels / 20), 0
+
+    def __call__(self, *args):
+        generator = torch.Generator().manual_seed(3)
+        y = self.program(*args)
+        return y + torch.randn(y.shape, generator=generator).to(y.dtype) * y.float().square().mean().sqrt() * self.scale
+
+    def reset(self):
+        self.resets += 1
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("low", "decibels", "right"),
+    [(None, 60, True), (None, 13, False), (torch.float16, 60, True), (torch.float16, 30, False),
+     (torch.bfloat16, 45, True), (torch.bfloat16, 13, False)],
+)  # fmt: skip
+def test_an_engine_that_is_silently_wrong_is_noticed(low, decibels, right):
+    """Without a proof: an engine may be 6 dB below what its cast graph has in PyTorch."""
+    torch.manual_seed(0)
+    program = torch.export.export(Plain().eval(), (torch.randn(16, 32),))
+    mixed = program if low is None else insert_casts(program, classify(program, None, low_precision_type=low))
+    batches = [[torch.randn(16, 32)] for _ in range(2)]
+    engine = Noisy(mixed.module(), decibels)
+    for reference in (None, program):
+        found = judged(engine, mixed, batches, reference)
+        assert (found.problem is None) is right, found
+        assert found.batches == 2
+    assert engine.resets == 4
+    if not right:
+        assert "of the engine has" in found.problem
+        assert "its cast graph has" in found.problem
+
+
+def test_the_proof_is_what_an_engine_is_held_to_and_what_a_plan_misses_is_the_plans():
+    torch.manual_seed(0)
+    program = torch.export.export(Plain().eval(), (torch.randn(16, 32),))
+    mixed = insert_casts(program, classify(program, None))
+    batches = [[torch.randn(16, 32)]]
+    engine = Noisy(mixed.module(), 50)
+    assert judged(engine, mixed, batches, program).problem is None
+    found = judged(engine, mixed, batches, program, proven_db=[58.0])
+    assert "at least 52.0 dB were asked" in found.problem
+    found = judged(Noisy(mixed.module(), 200), mixed, batches, program, proven_db=[90.0])
+    assert found.problem is None
+    assert "was proven to have 90.0 dB" in found.plan_problem
+    assert json.loads(json.dumps(found.record()))["outputs"][0]["output"] == "output"

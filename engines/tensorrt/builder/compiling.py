@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from calibcast.calib.artifacts import save_program
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import BuildError
 from calibcast.calib.execution import input_structure
@@ -48,7 +49,7 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
         source = lifted(moved)
     event({"stage": "lower"})
     sizes = symbol_sizes(signature_of(program), job.profiles)
-    with watched_conversion(event, job.ahead_of_time, sizes) as conversion:
+    with watched_conversion(event, job.ahead_of_time, sizes, job.in_pytorch) as conversion:
         compiled = _compiled(job, program, source)
     seconds = time.perf_counter() - start
     event({"stage": "write"})
@@ -62,7 +63,7 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
     inspected = {} if job.ahead_of_time else {n: adapter.inspected(p.serialized_engine) for n, p in engines.items()}
     if inspected:
         _check_profiles(asked, {name: profiles for name, (_, profiles) in inspected.items()})
-    outside = _outside(compiled, job.settings)
+    outside = _outside(compiled, job.settings, job.in_pytorch)
     return BuilderResult(
         layers=tuple(conversion.rows()),
         torch_nodes={name: why for name, (why, _) in outside.items()},
@@ -139,8 +140,22 @@ def _check_profiles(asked: Mapping[str, Mapping[str, Profile]], built: Mapping[s
         check_profile_read_back(name, profiles, built[name])
 
 
+def write_in_pytorch(program: ExportedProgram, folder: Path, job: BuilderJob) -> BuilderResult:
+    """Write `program` itself in the place of an engine: what is left when no engine can be had."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_program(on_device(program, torch.device(job.device)), folder / WHOLE)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    found = {
+        node.name: {dtype_name(v.dtype) for _, v in tensor_values(node) if v.is_floating_point()} for node in nodes
+    }
+    return BuilderResult(
+        torch_nodes=dict.fromkeys(found, "no engine could be had"),
+        torch_types={name: sorted(types) for name, types in found.items()},
+    )
+
+
 def _refuse_partial(compiled: fx.GraphModule, settings: dict[str, Any]) -> NoReturn:
-    nodes = ", ".join(f"{name} ({why})" for name, (why, _) in _outside(compiled, settings).items())
+    nodes = ", ".join(f"{name} ({why})" for name, (why, _) in _outside(compiled, settings, ()).items())
     raise BuildError(
         f"require_full_compilation=True, and TensorRT does not take every node. Not taken: {nodes}. Without "
         "the setting these run in PyTorch, beside the engine."
@@ -162,7 +177,9 @@ def _engines(compiled: fx.GraphModule) -> dict[str, Any]:
     return {name: part for name, part in compiled.named_children() if hasattr(part, "serialized_engine")}
 
 
-def _outside(compiled: fx.GraphModule, settings: Mapping[str, Any]) -> dict[str, tuple[str, list[str]]]:
+def _outside(
+    compiled: fx.GraphModule, settings: Mapping[str, Any], in_pytorch: Collection[str]
+) -> dict[str, tuple[str, list[str]]]:
     """The nodes that run in PyTorch: by name, why, and which floating types they give."""
     parts = [part for name, part in compiled.named_children() if "_run_on_acc" not in name]
     graphs = [compiled.graph, *(part.graph for part in parts if isinstance(part, fx.GraphModule))]
@@ -173,6 +190,8 @@ def _outside(compiled: fx.GraphModule, settings: Mapping[str, Any]) -> dict[str,
             continue
         kept = node.target in chosen or str(node.target) in chosen
         why = "kept out by torch_executed_ops" if kept else f"no converter takes {node.target} with these arguments"
+        if stamped_name(node) in in_pytorch:
+            why = "the rest builds only without it (found by bisecting)"
         types = {dtype_name(value.dtype) for _, value in tensor_values(node) if value.dtype.is_floating_point}
         found[stamped_name(node) or node.name] = why, sorted(types)
     return found

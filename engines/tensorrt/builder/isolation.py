@@ -28,7 +28,7 @@ _TAIL = 20_000  # characters of a builder's own output that are read for names
 LOADING, CONVERTING = "loading the program", "converting the graph"
 BUILDING, WRITING, RUNNING = "building the engine", "writing the engine", "running the engine"
 _STAGES = {"lower": "lowering the graph", "build": BUILDING, "write": WRITING, "load": LOADING}
-_CONTEXT_WORDS = ("execution context", "createexecutioncontext", "create_execution_context")
+_CONTEXT_WORDS = ("execution context", "createexecutioncontext", "create_execution_context", "exec_ctx")
 _MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
 
 
@@ -190,6 +190,8 @@ def failure_of(
     elif any(word in text for word in _CONTEXT_WORDS):
         found = "context"
     said = _no_engine(kind, message, log) or f"{kind}: {message[:800]}"
+    if found == "context":
+        said = f"TensorRT made an engine that cannot be set up on this GPU (no execution context): {said}"
     return BuilderError(found, said, stage, node, log, layers)
 
 

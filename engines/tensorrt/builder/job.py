@@ -24,7 +24,8 @@ _KIND, _RESULT = "builder job", "builder result"
 @dataclass(frozen=True)
 class BuilderJob:
     """One build. profiles: of each flat input. device: where the engine is to run. settings: of Torch-TensorRT.
-    imports: modules that register the program's custom operators."""
+    imports: modules that register the program's custom operators. in_pytorch: nodes of the program that TensorRT is not
+    to take."""
 
     profiles: tuple[Profile, ...]
     settings: Mapping[str, Any]
@@ -32,6 +33,7 @@ class BuilderJob:
     ahead_of_time: bool = False
     weakly_typed: tuple[str, ...] | None = None
     imports: tuple[str, ...] = ()
+    in_pytorch: tuple[str, ...] = ()
 
     def save(self, folder: Path) -> None:
         """Write the job. Raises BuildError for a setting that cannot be told to another process."""
@@ -51,6 +53,7 @@ class BuilderJob:
                 ahead_of_time=content["ahead_of_time"],
                 weakly_typed=None if low is None else tuple(low),
                 imports=tuple(content["imports"]),
+                in_pytorch=tuple(content["in_pytorch"]),
             )
 
 

@@ -8,15 +8,17 @@ Read in 2.11.0 and 2.14.0. Everything is put back when the `with` block ends:
   which an engine does not tell the types of its layers.
 - `partitioning.common.extract_var_range_info`, replaced for sizes that we know: 2.14 takes the most frequent size from
   the export's example, and 2.11 all but that from the export. The profile that TensorRT was given is read back.
+- `is_node_supported` of both partitioners' support tests, wrapped: chosen nodes stay in PyTorch.
 - `TRTInterpreter.output`, wrapped: outputs that are one tensor become one output of the engine, and nobody says which.
 - ahead of time only: `tensorrt.Runtime`, which `TRTInterpreter.run` deserialises the finished engine with, and
-  `TorchTensorRTModule.setup_engine`, which makes it ready to run. Both need a GPU, and building needs neither.
+  `TorchTensorRTModule.setup_engine`, which makes it ready to run. Both need a GPU, and building needs neither. And
+  `_compiler.to_torch_device`, by which weights of what stays in PyTorch are moved to a GPU.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -32,6 +34,10 @@ from torch.export import ExportedProgram
 
 # fx metadata that torch.export copies to what a node decomposes to, and the key of ours in it.
 _CUSTOM, _KEY = "custom", "calibcast"
+_SUPPORT_TESTS = (
+    ("_adjacency_partitioner", "OpSupportTester"),
+    ("_global_partitioner", "TorchTensorRTOperatorSupport"),
+)
 Event = Callable[[dict[str, Any]], None]
 
 
@@ -89,11 +95,12 @@ def layer_metadata(node: str) -> str:
 
 @contextmanager
 def watched_conversion(
-    event: Event, ahead_of_time: bool, sizes: Mapping[str, Bounds] | None = None
+    event: Event, ahead_of_time: bool, sizes: Mapping[str, Bounds] | None = None, in_pytorch: Collection[str] = ()
 ) -> Iterator[Conversion]:
     """Watch the conversions in this block; `event` is called with what happens, as plain data.
 
-    sizes: the bounds of each symbol in the sizes of the program's inputs, for the engines' profiles.
+    sizes: the bounds of each symbol in the sizes of the program's inputs, for the engines' profiles. in_pytorch: nodes
+    that no engine takes, by the names that `stamp` gave.
     """
     interpreter = importlib.import_module("torch_tensorrt.dynamo.conversion._TRTInterpreter")
     conversion = Conversion()
@@ -108,8 +115,14 @@ def watched_conversion(
         stack.enter_context(patch(common, "extract_var_range_info", ranged))
         configure = _with_progress(kind._populate_trt_builder_config, interpreter.trt, conversion, event)
         stack.enter_context(patch(kind, "_populate_trt_builder_config", configure))
+        for place, name in _SUPPORT_TESTS if in_pytorch else ():
+            test = getattr(importlib.import_module(f"torch_tensorrt.dynamo.partitioning.{place}"), name)
+            refusing = _refusing(test.is_node_supported, frozenset(in_pytorch))
+            stack.enter_context(patch(test, "is_node_supported", refusing))
         if ahead_of_time:
             stack.enter_context(patch(interpreter.trt, "Runtime", _Undeserialised))
+            compiler = importlib.import_module("torch_tensorrt.dynamo._compiler")
+            stack.enter_context(patch(compiler, "to_torch_device", lambda _: torch.device("cpu")))
             module = importlib.import_module("torch_tensorrt.dynamo.runtime").TorchTensorRTModule
             stack.enter_context(patch(module, "setup_engine", _set_up_nothing))
         yield conversion
@@ -123,6 +136,13 @@ def _with_sizes(original: Callable[..., Any], sizes: Mapping[str, Bounds]) -> Ca
         return {"min": found[0], "opt": found[1], "max": found[2]}
 
     return extract
+
+
+def _refusing(original: Callable[..., bool], names: frozenset[str]) -> Callable[..., bool]:
+    def is_node_supported(self: Any, submodules: Any, node: torch.fx.Node) -> bool:
+        return stamped_name(node) not in names and original(self, submodules, node)
+
+    return is_node_supported
 
 
 def _profiles_given(interpreter: Any) -> dict[str, Profile]:
