@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,12 @@ from calibcast.passes.settings import low_type_of
 from torch.export import ExportedProgram
 
 # What `compile` gives each stage itself. Of all its other arguments, a stage takes those that its signature names.
-_OWN = frozenset({"program", "ranges", "dataloader", "transform", "device", "plan", "mod", "args", "mixed", "backend"})
+_OWN = frozenset(
+    {"program", "ranges", "dataloader", "transform", "device", "plan", "mod", "args", "mixed", "backend"}
+) | {
+    "batches",
+    "reference",
+}
 
 
 def compile(  # noqa: PLR0913 - the proposal's own name and arguments
@@ -84,7 +89,11 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
         targets_to_exclude=targets_to_exclude,
         **to_classify,
     )
-    return build(insert_casts(program, plan, **to_cast), plan, ranges, backend=backend, **settings)
+    # An iterator was used up; a loader can be asked again.
+    used_up = calibration_dataloader is None or isinstance(calibration_dataloader, Iterator)
+    again = () if used_up else calibration_dataloader
+    to_try: dict[str, Any] = {"batches": again, "transform": transform, "reference": program}
+    return build(insert_casts(program, plan, **to_cast), plan, ranges, backend=backend, **to_try, **settings)
 
 
 def _names(stage: Callable[..., Any]) -> frozenset[str]:
