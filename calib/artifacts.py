@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibcast.calib.errors import ArtifactError, first_line
 from calibcast.calib.seal import UNSEALED, sealed
+from calibcast.calib.sealed_files import followed
 
 # Functions that deal in programs import torch themselves: it takes seconds, and who reads a table needs none of it.
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def versions() -> dict[str, str]:
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`, renamed onto it only when the block ends without an error.
 
+    A symbolic link stays one: what it points to is written.
     Raises ArtifactError when the folder is missing or not writable.
     """
-    target = Path(path)
+    target = followed(path)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or Path("."))
     except OSError as error:

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, writ
 from calibcast.calib.errors import ArtifactError, MismatchError
 from calibcast.calib.graph import TensorSpec
 from calibcast.calib.graph_digests import first_difference
+from calibcast.calib.plain_npz import read_npz
 from calibcast.calib.range_statistics import table_of
 from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, merge_sizes
 from calibcast.calib.rounding_edges import Edge
@@ -77,28 +77,22 @@ class Checkpoint:
     def from_bytes(cls, content: bytes, source: Path) -> Checkpoint:
         """Read what `to_bytes` gave. Raises ArtifactError, naming `source`, when it is truncated or something else."""
         try:
-            # Before NumPy parses a header: it believes a damaged shape, and then reads too little to meet the CRC.
-            with zipfile.ZipFile(io.BytesIO(content)) as members:
-                damaged = members.testzip()
-            if damaged is not None:
-                raise ValueError(f"the CRC of {damaged} is not that of its bytes")
-            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
+            arrays = read_npz(content)
             header = json.loads(arrays.pop(_HEADER).tobytes())
         except Exception as error:  # the zip reader raises whatever it meets: NotImplementedError, RuntimeError, ..
             raise ArtifactError(f"{source} is not a readable checkpoint (truncated or foreign): {error}") from error
         check_header(header if isinstance(header, dict) else {}, _KIND, source)
         with parsed(source, _KIND):
-            calibration = {**header["calibration"]}
+            calibration, rows = {**header["calibration"]}, len(header["specs"])
             calibration |= {name: tuple(calibration[name]) for name in ("skipped", "input_hashes")}
             return cls(
                 specs=tuple(TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in header["specs"]),
-                statistics=_statistics(_TOTAL, arrays),
+                statistics=_statistics(_TOTAL, arrays, rows),
                 calibration=Calibration(**calibration),
                 position=int(header["position"]),
                 made_of=header["made_of"],
                 last=header["last"],
-                early={int(position): _statistics(str(position), arrays) for position in header["early"]},
+                early={int(position): _statistics(str(position), arrays, rows) for position in header["early"]},
                 notes=header["notes"],
                 rounding=_rounding(header.get("rounding"), arrays),
             )
@@ -194,12 +188,16 @@ def _arrays(prefix: str, statistics: Statistics) -> dict[str, Any]:
     return {f"{prefix}.{name}": array.detach().cpu().numpy() for name, array in _tensors(statistics)}
 
 
-def _statistics(prefix: str, arrays: Mapping[str, Any]) -> Statistics:
+def _statistics(prefix: str, arrays: Mapping[str, Any], rows: int) -> Statistics:
     own = {name.removeprefix(f"{prefix}."): a for name, a in arrays.items() if name.startswith(f"{prefix}.")}
     names = {item.name for item in fields(Statistics)}
     # Without histograms there is no such array; anything else that is missing was written by another version.
     if set(own) | {"histograms"} != names | {"histograms"}:
         raise ValueError(f"arrays {sorted(own)}, expected {sorted(names)}")
+    empty = dict(_tensors(Statistics.empty(0, histogram=True)))
+    for name, array in own.items():
+        if array.shape != (rows, *empty[name].shape[1:]):
+            raise ValueError(f"{name} has the shape {array.shape}, and there are {rows} tensors")
     tensors: dict[str, Any] = {name: torch.from_numpy(own[name].copy()) if name in own else None for name in names}
     return Statistics(**tensors)
 

@@ -4,6 +4,7 @@ CalibcastError
 ├── ProgramError    the exported program cannot be used: train mode, nothing floating, a node that failed
 ├── BatchError      a batch or the dataloader: count, dtype, shape, key, or it raised (`ranges`: what was measured)
 ├── ArtifactError   a file is truncated, foreign, newer, or not what it claims to be
+│   └── ChangedFileError  a file is not the one that its manifest was written for (a MismatchError as well)
 ├── MismatchError   two things that do not belong together: ranges, plan or engine of another program
 ├── PlanError       a plan cannot be made or used: unknown name, target, pattern, dtype
 │   ├── SettingError  what it was asked for is out of range, or names nothing
@@ -47,6 +48,10 @@ class ArtifactError(CalibcastError):
 
 class MismatchError(CalibcastError):
     """Two artifacts, or an artifact and a program, do not belong together."""
+
+
+class ChangedFileError(ArtifactError, MismatchError):
+    """A file is not the one that its manifest was written for: damaged, or put there by someone else."""
 
 
 class PlanError(CalibcastError):

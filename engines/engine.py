@@ -19,6 +19,7 @@ from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph_digests import fingerprint
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.seal import broken_seal
+from calibcast.calib.sealed_files import check_sealed, files_under, followed
 from calibcast.engines.backends import backend_named
 from calibcast.engines.ledger.ledger import empty_ledger
 from calibcast.engines.runtimes import Runtime
@@ -74,7 +75,7 @@ class Engine:
         An engine saved there before is replaced. Raises ArtifactError when the folder is something else, or cannot
         be written.
         """
-        target = Path(folder)
+        target = followed(folder)
         if target.exists() and not (target / _MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
             raise ArtifactError(f"{target} exists and is no engine folder: choose another, or remove it")
         try:
@@ -109,6 +110,7 @@ class Engine:
             "weights": weights_hash(self.program),
             "plan": None if self.plan is None else self.plan.fingerprint,
             "ranges": None if self.ranges is None else self.ranges.fingerprint,
+            "files": files_under(folder, folder),
         }
         save_json(folder / _MANIFEST, _KIND, manifest)
 
@@ -117,12 +119,16 @@ class Engine:
         """Read an engine folder.
 
         Raises ArtifactError when it is incomplete, MismatchError when its parts disagree or it was built for another
-        GPU or another version of TensorRT, and BuildError when it needs a GPU and there is none.
+        GPU or another version of TensorRT, and BuildError when it needs a GPU and there is none. The SHA-256 of every
+        file is looked at before a byte of it is parsed.
         """
         source = Path(folder)
         if not source.is_dir():
             raise ArtifactError(f"{source} is no folder; expected an engine written by calibcast build")
         manifest = load_json(source / _MANIFEST, _KIND)
+        check_sealed(source, manifest.get("files"), source / _MANIFEST)
+        for name in _read_by_name(manifest):
+            check_sealed(source, manifest["files"], source / _MANIFEST, only=name)
         with parsed(source / _MANIFEST, _KIND):
             backend = backend_named(manifest["backend"])
             program = _checked_program(source, manifest)
@@ -140,6 +146,12 @@ class Engine:
             )
 
 
+def _read_by_name(manifest: dict[str, Any]) -> list[str]:
+    """The files that are read without having been found in the manifest's list: they must stand in it."""
+    wanted = {_PROGRAM: True, _LEDGER: True, _PLAN: manifest.get("plan"), _RANGES: manifest.get("ranges")}
+    return [name for name, present in wanted.items() if present]
+
+
 def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
     """The ledger in an engine's folder, without loading the engine, so without a GPU.
 
@@ -153,7 +165,11 @@ def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
         broken = broken_seal(content)
         if broken is not None:  # bytes that are not as they were written can make polars end the process
             raise ValueError(broken)
+        manifest = Path(folder) / _MANIFEST
+        check_sealed(Path(folder), load_json(manifest, _KIND).get("files"), manifest, only=_LEDGER)
         return pl.read_parquet(io.BytesIO(content))
+    except ArtifactError:
+        raise
     except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
         raise ArtifactError(f"{source} is not a readable ledger (truncated or foreign): {error}") from error
 

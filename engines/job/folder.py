@@ -17,6 +17,7 @@ from typing import Any
 import filelock
 import fsspec
 from calibcast.calib.errors import ArtifactError, CalibcastError
+from calibcast.calib.sealed_files import check_plain
 from calibcast.engines.job.job_file import JobFile
 
 MANIFEST = "manifest.json"
@@ -164,18 +165,10 @@ class Store:
             return found
 
 
-def files_under(path: Path, base: Path) -> dict[str, str]:
-    """SHA-256 of the file at `path`, or of every file below it, by path relative to `base`; empty where is nothing."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    found = {}
-    for file in files:
-        with file.open("rb") as stream:
-            found[file.relative_to(base).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
-
-
 def _files_of(manifest: dict[str, Any]) -> dict[str, str]:
-    return {name: found for stage in manifest["stages"].values() for name, found in stage["files"].items()}
+    """The artifacts that a manifest lists. Whoever can write to the store must not choose where they go here."""
+    listed = {name: found for stage in manifest["stages"].values() for name, found in stage["files"].items()}
+    return {check_plain(name, MANIFEST): found for name, found in listed.items()}
 
 
 @contextmanager

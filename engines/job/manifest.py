@@ -9,7 +9,8 @@ from typing import Any
 
 from calibcast.calib.artifacts import load_json, parsed, save_json
 from calibcast.calib.errors import ArtifactError
-from calibcast.engines.job.folder import MANIFEST, files_under
+from calibcast.calib.sealed_files import files_under
+from calibcast.engines.job.folder import MANIFEST
 
 _KIND = "job"
 # running: not to be trusted yet. rejected: a gate said no. done: everything in it belongs together.

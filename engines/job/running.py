@@ -18,9 +18,10 @@ from uuid import uuid4
 from calibcast.calib.artifacts import versions
 from calibcast.calib.checkpoint import Checkpoint
 from calibcast.calib.errors import ArtifactError, CalibcastError, GateError
+from calibcast.calib.sealed_files import files_under
 from calibcast.engines.job.checks import check_job
 from calibcast.engines.job.errors import Stopped
-from calibcast.engines.job.folder import MANIFEST, JobFolder, Store, files_under
+from calibcast.engines.job.folder import MANIFEST, JobFolder, Store
 from calibcast.engines.job.job_file import load_job
 from calibcast.engines.job.logs import tell
 from calibcast.engines.job.manifest import Manifest, Record

@@ -1,9 +1,11 @@
 """Engines kept between builds, under a key that holds everything that an engine depends on.
 
-    CACHE/KEY/          what a build wrote, and entry.json with a hash of every file
+    CACHE/KEY/          what a build wrote, and entry.json with the SHA-256 of every file
     CACHE/KEY.lock      held while KEY is being built or removed
+    CACHE/.new-KEY-*    an entry that is being written, under KEY's lock
 
-A damaged entry counts as none. Two processes that want the same engine build it once: the second waits for the first.
+The folder is its owner's alone. An entry that was damaged or changed counts as none.
+Two processes that want the same engine build it once: the second waits for the first.
 """
 
 from __future__ import annotations
@@ -13,21 +15,22 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from calibcast.calib.artifacts import load_json, parsed, save_json
-from calibcast.calib.errors import ArtifactError
+from calibcast.calib.errors import ArtifactError, CalibcastError
+from calibcast.calib.sealed_files import check_plain, check_sealed, files_under
 from filelock import FileLock, Timeout
 
 _log = logging.getLogger("calibcast")
-_ENTRY, _KIND, _VERSION = "entry.json", "cached engine", 3
-_CHUNK = 1 << 22
+_ENTRY, _KIND, _VERSION = "entry.json", "cached engine", 4
+_UNFINISHED = ".new-"
 GIB = 1 << 30
 DEFAULT_SIZE = 10 * GIB
 
@@ -56,12 +59,12 @@ class EngineCache:
     def locked(self, key: str) -> Iterator[None]:
         """Hold `key`: nobody else builds, reads or removes it meanwhile. Waits for who does."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            _private(self.folder)
         except OSError as error:
             raise ArtifactError(
                 f"cannot use the engine cache {self.folder}: {error}. Set CALIBCAST_CACHE, or pass cache=False."
             ) from error
-        with FileLock(self._lock(key)):
+        with FileLock(self._lock(key), mode=0o600):
             yield
 
     def find(self, key: str, target: Path) -> Mapping[str, Any] | None:
@@ -75,53 +78,68 @@ class EngineCache:
         try:
             content = load_json(entry / _ENTRY, _KIND)
             with parsed(entry / _ENTRY, _KIND):
-                shutil.copytree(entry, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_ENTRY))
-                damaged = [name for name, hash_ in content["files"].items() if _hash(target / name) != hash_]
                 record: Mapping[str, Any] = content["record"]
-        except (ArtifactError, OSError) as error:
-            damaged, record = [str(error)], {}
-        if damaged:
-            _log.warning("the cached engine %s is damaged (%s) and is built anew", key[:12], ", ".join(damaged))
+                _copy(entry, content["files"], target)
+            # What was copied is what will be read: nobody else can change it any more.
+            check_sealed(target, content["files"], entry / _ENTRY)
+        except (CalibcastError, OSError) as error:
+            _log.warning("the cached engine %s is damaged (%s) and is built anew", key[:12], error)
             shutil.rmtree(entry, ignore_errors=True)
             emptied(target)
             return None
-        os.utime(entry)  # its time says when it was last used
+        with suppress(OSError):
+            os.utime(entry)  # its time says when it was last used
         return record
 
     def keep(self, key: str, source: Path, record: Mapping[str, Any]) -> None:
         """Put the files of `source` under `key`, whole or not at all, and remove what is too much.
 
-        Call it with the key locked.
+        What fails here is said and costs nothing: the engine is built, and only the next build takes as long. Call it
+        with the key locked.
         """
-        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))
+        try:
+            self._put(key, source, record)
+            self._trim(key)
+        except (OSError, shutil.Error, ArtifactError) as error:  # a full disk: the engine itself is built, and stays
+            _log.warning("the engine %s was built, but is not kept in the cache %s: %s", key[:12], self.folder, error)
+
+    def _put(self, key: str, source: Path, record: Mapping[str, Any]) -> None:
+        temporary = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{key}-", dir=self.folder))
         try:
             shutil.copytree(source, temporary, dirs_exist_ok=True)
-            files = {p.relative_to(temporary).as_posix(): _hash(p) for p in temporary.rglob("*") if p.is_file()}
+            temporary.chmod(0o700)  # copytree gives it the mode of `source`
+            files = files_under(temporary, temporary)
             save_json(temporary / _ENTRY, _KIND, {"files": files, "record": dict(record), "made": time.time()})
             shutil.rmtree(self.folder / key, ignore_errors=True)
             temporary.rename(self.folder / key)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        self._trim(key)
 
     def _trim(self, kept: str) -> None:
-        entries = sorted(
-            (entry.stat().st_mtime, entry) for entry in self.folder.iterdir() if (entry / _ENTRY).is_file()
-        )
-        sizes = {entry: _size(entry) for _, entry in entries}
-        total = sum(sizes.values())
-        for _, entry in entries:
+        self._sweep(kept)
+        found = [(_last_used(entry), _size(entry), entry) for entry in self.folder.iterdir() if _is_entry(entry)]
+        total = sum(size for _, size, _ in found)
+        for _, size, entry in sorted(found, key=lambda item: item[0]):
             if total <= self.size:
                 return
-            if entry.name != kept and self._removed(entry):
-                total -= sizes[entry]
+            if entry.name != kept and self._removed(entry, entry.name):
+                total -= size
         if total > self.size:
             _log.warning("the engine cache holds %.1f GiB, more than its %.1f GiB", total / GIB, self.size / GIB)
 
-    def _removed(self, entry: Path) -> bool:
+    def _sweep(self, kept: str) -> None:
+        """Remove what killed processes left half-written: who writes an entry holds its key."""
+        for left in self.folder.glob(f"{_UNFINISHED}*"):
+            key = left.name.removeprefix(_UNFINISHED).partition("-")[0]
+            if key == kept:
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                self._removed(left, key)
+
+    def _removed(self, folder: Path, key: str) -> bool:
         try:
-            with FileLock(self._lock(entry.name), timeout=0):
-                shutil.rmtree(entry, ignore_errors=True)
+            with FileLock(self._lock(key), timeout=0, mode=0o600):
+                shutil.rmtree(folder, ignore_errors=True)
         except Timeout:  # someone is using it
             return False
         return True
@@ -136,16 +154,45 @@ def emptied(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _private(folder: Path) -> None:
+    """Make the folder its owner's alone: whoever can write here chooses what is run. Raises OSError."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not hasattr(os, "getuid"):
+        return
+    found = folder.stat()
+    if found.st_uid != os.getuid():
+        raise PermissionError(f"it belongs to user {found.st_uid}, and this is user {os.getuid()}")
+    if stat.S_IMODE(found.st_mode) & 0o077:
+        folder.chmod(0o700)
 
 
-def _hash(path: Path) -> str:
-    total = xxhash.xxh3_128()
+def _copy(entry: Path, files: Mapping[str, str], target: Path) -> None:
+    """Copy the listed files of an entry, and nothing else. Raises ArtifactError for a name that leads out."""
+    for name in files:
+        source, place = entry / check_plain(name, entry / _ENTRY), target / name
+        if source.is_symlink():
+            raise ArtifactError(f"{source} is a symbolic link")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, place)
+        place.chmod(stat.S_IMODE(source.stat().st_mode))
+
+
+def _is_entry(folder: Path) -> bool:
+    return not folder.name.startswith(".") and (folder / _ENTRY).is_file()
+
+
+def _last_used(entry: Path) -> float:
+    """When it was last used; 0 where another process has just removed it."""
     try:
-        with path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                total.update(chunk)
+        return entry.stat().st_mtime
     except FileNotFoundError:
-        return ""
-    return str(total.hexdigest())
+        return 0.0
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):  # passes by what another process has just removed
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
+    return total

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from calibcast.calib.artifacts import load_json, load_program, parsed, save_json, save_program, written_whole
 from calibcast.calib.errors import ArtifactError, BuildError
+from calibcast.calib.sealed_files import check_plain_part
 from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines.tensorrt.program_device import on_device
 from torch import fx
@@ -187,6 +188,7 @@ def read_parts(folder: Path, device: torch.device) -> fx.GraphModule:
     with parsed(folder / WIRING, _KIND):
         root = torch.nn.Module()
         for name, part in content["parts"].items():
+            check_plain_part(name, folder / WIRING)
             root.add_module(name, _loaded(name, part, folder, device))
         names = {step["state"] for step in content["steps"] if "state" in step}
         held = load_tensors(folder / STATE) if names else {}
@@ -217,7 +219,8 @@ def engine_paths(folder: Path) -> list[tuple[str, Path]]:
     """Name and file of every engine in the folder, in the order in which they were built."""
     content = load_json(folder / WIRING, _KIND)
     with parsed(folder / WIRING, _KIND):
-        return [(n, folder / f"{n}.engine") for n, part in content["parts"].items() if part["kind"] == "engine"]
+        engines = [name for name, part in content["parts"].items() if part["kind"] == "engine"]
+        return [(name, folder / f"{check_plain_part(name, folder / WIRING)}.engine") for name in engines]
 
 
 def _loaded(name: str, part: dict[str, Any], folder: Path, device: torch.device) -> torch.nn.Module:

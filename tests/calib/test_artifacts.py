@@ -387,3 +387,12 @@ def test_a_full_disk_is_one_error_whatever_library_writes(limit: int) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == ["a.pt2 refused", "a.parquet refused", "engine refused", "left"]
+
+
+def test_writing_to_a_link_writes_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared/real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("shared/real.json")
+    save_json(tmp_path / "link.json", "thing", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert load_json(tmp_path / "shared/real.json", "thing")["a"] == 1

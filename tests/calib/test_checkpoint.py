@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import random
+import tracemalloc
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calibcast.calib import ArtifactError, BatchError, MismatchError, RangeTable, calibrate
@@ -255,3 +259,47 @@ def test_the_pace_counts_batches_and_seconds() -> None:
     by_count.reset()
     assert by_count.tick() is False
     assert Pace(10**9, 0.0).tick() is True
+
+
+def _archive(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def _header_of(shape: tuple[int, ...], descr: str = "|u1") -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _archive({"total.values.npy": _header_of((1 << 26,)) + b"\0" * (1 << 26)}, zipfile.ZIP_DEFLATED),
+        _archive({"total.values.npy": _header_of((1 << 44,)) + b"\0" * 64}),
+        _archive({"total.values.npy": _header_of((8,), "|O") + b"\x80\x04N." * 16}),
+        _archive({"header.txt": b"{}"}),
+    ],
+    ids=["compressed", "declared shape", "pickled objects", "another file"],
+)
+def test_no_more_memory_is_taken_than_the_file_has_bytes(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bomb.npz").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match=r"bomb\.npz is not a readable checkpoint"):
+            Checkpoint.load(tmp_path / "bomb.npz")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_arrays_have_a_row_for_each_tensor(program: ExportedProgram, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        calibrate(program, dies_at(3), progress=False, checkpoint=tmp_path / "c.npz", checkpoint_batches=2)
+    found = Checkpoint.load(tmp_path / "c.npz")
+    (tmp_path / "c.npz").write_bytes(dataclasses.replace(found, specs=found.specs[:-1]).to_bytes())
+    with pytest.raises(ArtifactError, match="tensors"):
+        Checkpoint.load(tmp_path / "c.npz")

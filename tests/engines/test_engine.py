@@ -7,7 +7,16 @@ import json
 import pytest
 import torch
 from calibcast import engines
-from calibcast.calib import ArtifactError, BatchError, BuildError, MismatchError, ProgramError, calibrate
+from calibcast.calib import (
+    ArtifactError,
+    BatchError,
+    BuildError,
+    ChangedFileError,
+    MismatchError,
+    ProgramError,
+    calibrate,
+)
+from calibcast.calib.sealed_files import check_plain_part
 from calibcast.engines import Engine, build, compilation
 from calibcast.engines.commands import stages
 from calibcast.engines.engine import read_ledger
@@ -89,7 +98,7 @@ def test_an_engine_that_is_not_whole_is_refused(engine, tmp_path):
     engine.save(folder)
     whole = (folder / "program.pt2").read_bytes()
     (folder / "program.pt2").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ArtifactError, match=r"program\.pt2 cannot be loaded"):
+    with pytest.raises(ArtifactError, match=r"program\.pt2 is not the program"):
         Engine.load(folder)
     (folder / "program.pt2").unlink()
     with pytest.raises(ArtifactError, match="no such file"):
@@ -247,3 +256,62 @@ def test_a_model_that_cannot_be_exported_or_trains_is_a_program_error():
         engines.compile(Branches(), (torch.ones(2),))
     with pytest.raises(ProgramError, match=r"training mode.*model\.eval\(\)"):
         engines.compile(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), (torch.ones(1, 2),))
+
+
+def _resealed(folder, change):
+    """An engine folder that was changed by someone who knows how to write a manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_changed_file_of_an_engine_is_refused_before_it_is_read(engine, tmp_path, monkeypatch):
+    engine.save(tmp_path / "e")
+    for file in sorted((tmp_path / "e").iterdir()):
+        if file.name == "manifest.json":
+            continue
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        monkeypatch.setattr("calibcast.engines.engine.load_program", lambda path: pytest.fail("it was read"))
+        with pytest.raises(ChangedFileError, match=rf"{file.name} is not the .* that manifest\.json was written for"):
+            Engine.load(tmp_path / "e")
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["../outside.pt2", "/etc/passwd", "a/../../b", "a\\b", "C:x", "", ".", 7])
+def test_a_manifest_names_only_files_of_its_folder(engine, tmp_path, name):
+    engine.save(tmp_path / "e")
+    if isinstance(name, str):
+        _resealed(tmp_path / "e", lambda manifest: manifest["files"].update({name: "0"}))
+        with pytest.raises(ArtifactError, match="only plain names inside its folder"):
+            Engine.load(tmp_path / "e")
+    with pytest.raises(ArtifactError, match="only plain names inside its folder"):
+        check_plain_part(name, tmp_path)
+
+
+def test_files_that_are_read_must_be_listed(engine, tmp_path):
+    engine.save(tmp_path / "e")
+    _resealed(tmp_path / "e", lambda manifest: manifest["files"].pop("program.pt2"))
+    with pytest.raises(ArtifactError, match=r"does not list program\.pt2"):
+        Engine.load(tmp_path / "e")
+    _resealed(tmp_path / "e", lambda manifest: manifest.pop("files"))
+    with pytest.raises(ArtifactError, match="lists no hashes"):
+        Engine.load(tmp_path / "e")
+
+
+def test_a_link_to_a_file_elsewhere_is_none_of_the_engine(engine, tmp_path):
+    engine.save(tmp_path / "e")
+    (tmp_path / "e/program.pt2").rename(tmp_path / "elsewhere.pt2")
+    (tmp_path / "e/program.pt2").symlink_to(tmp_path / "elsewhere.pt2")
+    with pytest.raises(ArtifactError, match="symbolic link"):
+        Engine.load(tmp_path / "e")
+
+
+def test_saving_over_a_link_writes_what_it_points_to(engine, tmp_path):
+    engine.save(tmp_path / "real")
+    before = (tmp_path / "real/manifest.json").stat().st_ino
+    (tmp_path / "link").symlink_to("real")
+    engine.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real/manifest.json").stat().st_ino != before
+    Engine.load(tmp_path / "real")

@@ -1,5 +1,7 @@
 """The cache: whole entries, one builder at a time, bounded, and a key that tells everything apart."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -198,3 +200,83 @@ def test_the_key_is_the_same_in_another_process():
 
 def test_a_key_holds_the_order_of_edges():
     assert cache_key({"graph": {"a": "1", "b": "2"}}) != cache_key({"graph": {"a": "2", "b": "1"}})
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_the_cache_is_its_owners_alone(cache, built):
+    cache.folder.mkdir(mode=0o755)
+    kept(cache, "k", built)
+    assert mode(cache.folder) == mode(cache.folder / "k") == 0o700
+    assert mode(cache.folder / "k.lock") == 0o600
+
+
+def test_a_folder_of_another_user_is_not_used(cache, built, monkeypatch):
+    kept(cache, "k", built)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(ArtifactError, match=r"belongs to user .*CALIBCAST_CACHE"):
+        kept(cache, "k", built)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link"])
+def test_an_entry_that_was_tampered_with_is_not_loaded(cache, built, tmp_path, name):
+    kept(cache, "k", built)
+    (tmp_path / "outside").write_text("secret")
+    (cache.folder / "k/link").symlink_to(tmp_path / "outside")
+    entry = json.loads((cache.folder / "k/entry.json").read_text())
+    entry["files"][name] = hashlib.sha256(b"secret").hexdigest()
+    (cache.folder / "k/entry.json").write_text(json.dumps(entry))
+    assert found(cache, "k", tmp_path / "a") == (None, [])
+    assert (tmp_path / "outside").read_text() == "secret"
+
+
+def test_trimming_leaves_what_another_process_writes(built, tmp_path, monkeypatch):
+    """An entry is written whole, under its lock, while another thread trims: it is there afterwards."""
+    cache = EngineCache(tmp_path / "cache", size=1)
+    rename = Path.rename
+
+    def slow(path, target):
+        if path.name.startswith(".new-a"):
+            kept(cache, "b", built)  # trims while `a` is complete but for its name
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", slow)
+    kept(cache, "a", built)
+    assert (cache.folder / "a/entry.json").is_file()
+
+
+def test_many_threads_and_keys_trim_without_an_error(built, tmp_path, caplog):
+    def work(number):
+        mine = EngineCache(tmp_path / "cache", size=3_000)
+        for turn in range(15):
+            kept(mine, f"{number}x{turn}", built)
+            found(mine, f"{number}x{turn}", tmp_path / f"got{number}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "not kept" not in caplog.text
+    assert "damaged" not in caplog.text
+
+
+def test_what_a_killed_process_left_is_removed(cache, built):
+    kept(cache, "k", built)
+    for name in (".new-dead", ".new-k-1"):
+        (cache.folder / name).mkdir()
+        (cache.folder / name / "big").write_bytes(b"x" * 100)
+    kept(cache, "k", built)
+    assert not list(cache.folder.glob(".new-*"))
+
+
+def test_a_full_disk_loses_no_engine(cache, built, tmp_path, monkeypatch, caplog):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("calibcast.engines.tensorrt.cache.shutil.copytree", full)
+    kept(cache, "k", built)
+    assert "No space left on device" in caplog.text
+    assert found(cache, "k", tmp_path / "a") == (None, [])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from calibcast.calib import ArtifactError, BatchError, BuildError
-from calibcast.calib.artifacts import save_program
+from calibcast.calib.artifacts import save_json, save_program
 from calibcast.engines import Engine, build
 from calibcast.engines.tensorrt import backend as tensorrt
 from calibcast.engines.tensorrt import engine_files
@@ -136,3 +136,15 @@ def test_an_engine_that_is_saved_over_is_never_half_there(tmp_path, monkeypatch)
     monkeypatch.undo()
     (left,) = [folder for folder in tmp_path.iterdir() if (folder / "manifest.json").is_file()]
     assert Engine.load(left)(torch.ones(1, 4)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["../outside/x", "/outside/x", "a/b", "..", "a\\b"])
+@pytest.mark.parametrize("kind", ["torch", "engine"])
+def test_wiring_names_only_files_of_its_folder(tmp_path, monkeypatch, name, kind):
+    monkeypatch.setattr("calibcast.engines.tensorrt.engine_files.load_program", lambda path: pytest.fail(str(path)))
+    save_json(tmp_path / "wiring.json", "wiring", {"steps": [], "parts": {name: {"kind": kind}}})
+    with pytest.raises(ArtifactError, match="only plain names inside its folder"):
+        read_parts(tmp_path, torch.device("cpu"))
+    if kind == "engine":
+        with pytest.raises(ArtifactError, match="only plain names inside its folder"):
+            engine_paths(tmp_path)
