@@ -21,6 +21,7 @@ from calibcast.calib.ranges import RangeTable
 from calibcast.calib.seal import broken_seal
 from calibcast.calib.sealed_files import check_sealed, files_under, followed
 from calibcast.engines.backends import backend_named
+from calibcast.engines.io_names import size_names
 from calibcast.engines.ledger.ledger import empty_ledger
 from calibcast.engines.runtimes import Runtime
 from calibcast.passes.plan import PrecisionPlan
@@ -106,6 +107,7 @@ class Engine:
             "settings": {name: repr(value) for name, value in self.settings.items()},
             "built_with": dict(self.versions),
             "build": dict(self.record),
+            "size_names": size_names(self.program),  # a .pt2 has none
             "fingerprint": fingerprint(node_digests(self.program)),
             "weights": weights_hash(self.program),
             "plan": None if self.plan is None else self.plan.fingerprint,

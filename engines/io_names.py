@@ -36,6 +36,14 @@ def flat_output_names(program: ExportedProgram, taken: Iterable[str] = ()) -> li
     return _unique(named, taken)
 
 
+def outputs_by_node(program: ExportedProgram) -> dict[str, str]:
+    """Node -> name of each user output that is a tensor of a node's own; where it is two outputs, of the first."""
+    specs = [spec for spec in program.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
+    names = flat_output_names(program, input_names(program).values())
+    pairs = [(s.arg.name, n) for s, n in zip(specs, names, strict=True) if not isinstance(s.arg, ConstantArgument)]
+    return dict(reversed(pairs))
+
+
 def tensor_outputs(program: ExportedProgram) -> list[bool]:
     """Of each flat user output whether it is computed; a constant, such as None, is not."""
     specs = [spec for spec in program.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]

@@ -14,6 +14,7 @@ from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import BuildError
 from calibcast.calib.execution import input_structure
 from calibcast.calib.graph import dtype_name, tensor_values
+from calibcast.engines.io_names import outputs_by_node
 from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult, Profile
 from calibcast.engines.tensorrt.builder.size_bounds import (
@@ -49,7 +50,8 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
         source = lifted(moved)
     event({"stage": "lower"})
     sizes = symbol_sizes(signature_of(program), job.profiles)
-    with watched_conversion(event, job.ahead_of_time, sizes, job.in_pytorch) as conversion:
+    names = outputs_by_node(program)
+    with watched_conversion(event, job.ahead_of_time, sizes, job.in_pytorch, names) as conversion:
         compiled = _compiled(job, program, source)
     seconds = time.perf_counter() - start
     event({"stage": "write"})

@@ -31,6 +31,7 @@ from calibcast.engines.tensorrt.builder.job import Profile
 from calibcast.engines.tensorrt.builder.size_bounds import Bounds, bounds_of
 from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import read_profile
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 # fx metadata that torch.export copies to what a node decomposes to, and the key of ours in it.
 _CUSTOM, _KEY = "custom", "calibcast"
@@ -95,12 +96,17 @@ def layer_metadata(node: str) -> str:
 
 @contextmanager
 def watched_conversion(
-    event: Event, ahead_of_time: bool, sizes: Mapping[str, Bounds] | None = None, in_pytorch: Collection[str] = ()
+    event: Event,
+    ahead_of_time: bool,
+    sizes: Mapping[str, Bounds] | None = None,
+    in_pytorch: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
 ) -> Iterator[Conversion]:
     """Watch the conversions in this block; `event` is called with what happens, as plain data.
 
     sizes: the bounds of each symbol in the sizes of the program's inputs, for the engines' profiles. in_pytorch: nodes
-    that no engine takes, by the names that `stamp` gave.
+    that no engine takes, by the names that `stamp` gave. names: node -> the caller's name of the output that it is,
+    which the engine that gives it calls so.
     """
     interpreter = importlib.import_module("torch_tensorrt.dynamo.conversion._TRTInterpreter")
     conversion = Conversion()
@@ -109,7 +115,9 @@ def watched_conversion(
         kind = interpreter.TRTInterpreter
         stack.enter_context(patch(kind, "run_node", _with_metadata(kind.run_node, conversion, event)))
         stack.enter_context(patch(kind, "_construct_trt_network_def", _counted(kind, conversion)))
-        stack.enter_context(patch(kind, "output", _placed(kind.output, interpreter.trt.ITensor, conversion)))
+        stack.enter_context(
+            patch(kind, "output", _placed(kind.output, interpreter.trt.ITensor, conversion, names or {}))
+        )
         common = importlib.import_module("torch_tensorrt.dynamo.partitioning.common")
         ranged = _with_sizes(common.extract_var_range_info, sizes or {})
         stack.enter_context(patch(common, "extract_var_range_info", ranged))
@@ -153,9 +161,12 @@ def _profiles_given(interpreter: Any) -> dict[str, Profile]:
     return {i.name: read_profile(profile.get_shape(i.name)) for profile in given for i in dynamic}
 
 
-def _placed(original: Callable[..., Any], network_tensor: type, conversion: Conversion) -> Callable[..., Any]:
+def _placed(
+    original: Callable[..., Any], network_tensor: type, conversion: Conversion, callers: Mapping[str, str]
+) -> Callable[..., Any]:
     def output(self: Any, target: Any, args: Any, kwargs: Any) -> Any:
         given = args[0] if isinstance(args[0], (tuple, list)) else (args[0],)
+        self._user_output_binding_names = _output_names(self, callers)
         made = original(self, target, args, kwargs)
         conversion.outputs.append(_places(given, network_tensor))
         network = self.ctx.net
@@ -168,6 +179,19 @@ def _placed(original: Callable[..., Any], network_tensor: type, conversion: Conv
         return made
 
     return output
+
+
+def _output_names(interpreter: Any, callers: Mapping[str, str]) -> list[str] | None:
+    """Names for the outputs of a network: the caller's where they are the program's, else TensorRT's usual ones.
+
+    2.14 reads them, and puts outputs that are updated in place behind; 2.11 has no such names, and passes them by.
+    """
+    last = next(node for node in interpreter.module.graph.nodes if node.op == "output")
+    given = [callers.get(stamped_name(node), "") for node in pytree.tree_leaves(last.args[0])]
+    behind = len(getattr(interpreter.ctx, "aliased_outputs", ()))
+    names = [name or f"output{index}" for index, name in enumerate([*given, *[""] * behind])]
+    inputs = {interpreter.ctx.net.get_input(i).name for i in range(interpreter.ctx.net.num_inputs)}
+    return names if len({*names} - inputs) == len(names) else None
 
 
 def _places(given: Sequence[Any], network_tensor: type) -> list[int]:

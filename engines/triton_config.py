@@ -1,0 +1,50 @@
+"""A `config.pbtxt` for Triton's TensorRT backend.
+
+https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/model_configuration.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TYPES = {
+    "float32": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32", "int8": "TYPE_INT8", "uint8": "TYPE_UINT8", "bool": "TYPE_BOOL",
+}  # fmt: skip
+
+
+def triton_config(io: Mapping[str, Any]) -> str | None:
+    """The text of the configuration of an engine described as in `io.json`; None where Triton cannot serve it.
+
+    It has no backend for TensorRT-RTX; and state would need its sequence batcher, which is for the server to set up.
+    Names are those of the engine's own tensors, as Triton requires; a comment gives the caller's where they differ.
+    `max_batch_size` is 0, so that every dimension is spelled out, also that of the batch.
+    """
+    if io["library"] != "tensorrt" or io["state"]:
+        return None
+    inputs = [tensor for tensor in io["inputs"] if tensor["binding"] is not None]
+    outputs = {tensor["binding"]: tensor for tensor in io["outputs"]}
+    if any(tensor["dtype"] not in _TYPES for tensor in [*inputs, *outputs.values()]):
+        return None
+    lines = [
+        f"# For TensorRT {io['versions'].get('tensorrt')} on {io['gpu'] or 'any GPU'}.",
+        f"# Put this at <repository>/<model>/config.pbtxt, and the engine at <repository>/<model>/1/{io['engine']}.",
+        'platform: "tensorrt_plan"',
+        f'default_model_filename: "{io["engine"]}"',
+        "max_batch_size: 0",
+        f"input [\n{_tensors(inputs)}\n]",
+        f"output [\n{_tensors(outputs.values())}\n]",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _tensors(tensors: Any) -> str:
+    return ",\n".join(_tensor(tensor) for tensor in tensors)
+
+
+def _tensor(tensor: Mapping[str, Any]) -> str:
+    dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in tensor["shape"])
+    note = "" if tensor["name"] == tensor["binding"] else f"  # {tensor['name']}"
+    lines = [f'name: "{tensor["binding"]}"', f"data_type: {_TYPES[tensor['dtype']]}", f"dims: [ {dims} ]"]
+    return "\n    ".join([f"  {{{note}", *lines]) + "\n  }"
