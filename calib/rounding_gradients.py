@@ -31,6 +31,13 @@ class Gradients:
         held = self._grads[value]
         held[column] = held[column] + grad if column in held else grad
 
+    def lay_as(self, value: Value) -> None:
+        """Lay the gradients of a value out in memory as the value is: products with its errors then take one pass."""
+        held = self._grads.get(value, {})
+        for column, grad in held.items():
+            if grad.stride() != value.tensor.stride():
+                held[column] = torch.empty_like(value.tensor, dtype=grad.dtype).copy_(grad)
+
     def is_used(self, value: Value) -> bool:
         return bool(value.readers) or value in self._outputs
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from calibcast.calib.errors import first_line
+from calibcast.calib.kernel import is_dense
 from calibcast.calib.output_noise import channel_dimension, channel_power
 from calibcast.calib.rounding_alone import changes, run_alone
 from calibcast.calib.rounding_edges import Edge
@@ -52,6 +53,7 @@ class Sweep:
         self._columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
         self._gradients = Gradients(tape)
         self._found: Measured = {}
+        self._signals: dict[Value, float] = {}
         self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
 
     def run(self) -> Measured:
@@ -61,10 +63,15 @@ class Sweep:
             if output.tensor.is_floating_point():
                 self._begin(output, min(number, self._columns - 1), generator)
         for call in reversed(self._tape.calls):
-            for group in self._rounder.groups(call, self._edges.get(call.name, ())) if call.node is not None else ():
+            edges = self._edges.get(call.name, ()) if call.node is not None else ()
+            for value in call.outputs if edges else ():
+                if value is not None:
+                    self._gradients.lay_as(value)
+            for group in self._rounder.groups(call, edges) if edges else ():
                 for low in LOW_TYPES:
                     self._measure(call, group, low)
             self._gradients.pass_on(call)
+            self._signals.clear()
         for low in LOW_TYPES:
             self._run_waiting([entry for entry in self._waiting if entry[2] == low])
         return self._found
@@ -125,17 +132,27 @@ class Sweep:
     def _take(self, found: Found, made: torch.Tensor, value: Value, grads: Grads) -> None:
         """Add what the error of a value does, by its gradient. Values that are not finite anyway are left out."""
         error = made - value.tensor
-        energy, signal = _energy(error), _energy(value.tensor)
+        energy, signal = _energy(error), self._signal(value)
+        if energy == 0:
+            return
         if not math.isfinite(energy) or not math.isfinite(signal):
             sound = value.tensor.isfinite()
             found.nonfinite += int((sound & ~made.isfinite()).sum())
             error = torch.where(sound & made.isfinite(), error, 0).double()
             energy, signal = _energy(error), _energy(torch.where(sound, value.tensor, 0).double())
         found.local += energy / signal if signal else math.inf if energy else 0.0
-        for column, grad in grads.items():
-            found.noise[column] += _energy(error * grad) if energy else 0.0
+        for number, (column, grad) in enumerate(grads.items(), 1):
+            # In place, as fresh memory costs more than the product.
+            product = error.mul_(grad) if number == len(grads) and grad.dtype == error.dtype else error * grad
+            found.noise[column] += _energy(product)
         if found.nonfinite:
             found.noise = [math.inf] * self._columns
+
+    def _signal(self, value: Value) -> float:
+        """The energy of a value, kept while the edges of one call are measured."""
+        if value not in self._signals:
+            self._signals[value] = _energy(value.tensor)
+        return self._signals[value]
 
     def _step(self, found: Found, value: Value, made: torch.Tensor) -> bool:
         """Look at the readers of a value that may step, past movers. True where one's integers changed."""
@@ -188,6 +205,10 @@ class Sweep:
 
 
 def _energy(tensor: torch.Tensor) -> float:
-    """Sum of squares; of small integers and the like exact enough in fp32."""
+    """Sum of squares, in the order in which the elements lie in memory: a copy in another order costs more than it."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if not tensor.is_contiguous() and is_dense(tensor):
+        tensor = tensor.as_strided((tensor.numel(),), (1,))
     flat = tensor.reshape(-1)
-    return float(torch.dot(flat, flat)) if not flat.is_complex() else float(torch.vdot(flat, flat).real)
+    return float(torch.dot(flat, flat))
