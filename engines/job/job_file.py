@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calibcast.calib.errors import known
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.keys import model_of, type_words
+from calibcast.engines.job.model_list import models_of
 from calibcast.engines.job.settings import SOURCES, Job, Source
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -21,10 +22,12 @@ _NOT_INHERITED = {"max_batches", "held_out_share"}
 
 @dataclass(frozen=True)
 class JobFile:
-    """A job as read from `path`. Paths in it are relative to the folder of the file."""
+    """A job as read from `path`. Paths in it are relative to the folder of the file. name: of the model, in a job of
+    several."""
 
     path: Path
     job: Job
+    name: str | None = None
 
     @property
     def base(self) -> Path:
@@ -42,7 +45,15 @@ class JobFile:
 
 
 def load_job(path: Path) -> JobFile:
-    """Read and check a job file. Raises JobError that lists every mistake."""
+    """Read and check a job file of one model. Raises JobError that lists every mistake."""
+    files = load_jobs(path)
+    if files[0].name is not None:
+        raise JobError(f"{path} is a job of several models ([[models]]); one with a [model] was expected")
+    return files[0]
+
+
+def load_jobs(path: Path) -> tuple[JobFile, ...]:
+    """Read and check a job file: one job, or one for each of its [[models]]. Raises JobError that lists mistakes."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -53,6 +64,12 @@ def load_job(path: Path) -> JobFile:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise JobError(f"{path} is not TOML: {error}") from error
+    if "models" not in raw:
+        return (_checked(path, raw, text),)
+    return tuple(replace(_checked(path, own, text, name), name=name) for name, own in models_of(raw, path))
+
+
+def _checked(path: Path, raw: dict[str, Any], text: str, name: str = "") -> JobFile:
     try:
         return JobFile(path, Job.model_validate(_with_inherited(raw)))
     except ValidationError as error:
@@ -61,7 +78,8 @@ def load_job(path: Path) -> JobFile:
         # Each once, in the order of the file; a union complains once for each of its members.
         lines = [text for _, text, _ in sorted(mistakes, key=lambda mistake: mistake[0])]
         tables = [_known_keys(table) for _, _, table in mistakes]
-        raise JobError("\n  ".join([f"{path}:", *dict.fromkeys(lines), *dict.fromkeys(tables)])) from error
+        title = f"{path}: the model {name}:" if name else f"{path}:"
+        raise JobError("\n  ".join([title, *dict.fromkeys(lines), *dict.fromkeys(tables)])) from error
 
 
 def _with_inherited(raw: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import fsspec
 import xxhash
 from calibcast.calib.artifacts import versions
 from calibcast.calib.errors import CalibcastError
+from calibcast.calib.recording import RecordedCalls
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.job_file import JobFile
 from calibcast.engines.job.settings import Source
-from calibcast.engines.job.sources import Batches, LoaderBatches, RowBatches, StreamBatches
+from calibcast.engines.job.sources import Batches, LoaderBatches, RowBatches, StreamBatches, as_it_is
 from calibcast.engines.locations import call, load_data, load_function
+from torch.utils.data import DataLoader
 
 _BUILDERS = {"parquet": "parquet", "json_lines": "json", "csv": "csv"}
 
@@ -45,6 +48,10 @@ def open_data(file: JobFile, source: Source, rank: int = 0, world: int = 1) -> O
         assert source.loader is not None
         make, sharded = _loader(file, source, rank, world)
         return OpenedData(LoaderBatches(make, sharded), None, f"loader {source.loader}")
+    if source.recorded is not None:
+        calls: Any = RecordedCalls(_path(file, source.recorded))
+        make = partial(DataLoader, calls, batch_size=None, num_workers=source.workers, collate_fn=as_it_is)
+        return OpenedData(LoaderBatches(make), None, f"{len(calls)} recorded calls in {source.recorded}")
     with _told(source.kind):
         dataset = _dataset(file, source)
     place = getattr(source, source.kind)
@@ -147,8 +154,9 @@ def _reading(file: JobFile, source: Source) -> str:
 def _fingerprint(file: JobFile, source: Source) -> str:
     """A digest of the files that the data come from: names, sizes and times of change, as `make` goes by."""
     watched = [p for p in _files(file, source.watch)] if source.watch else []
-    if source.folder is not None or source.images is not None:
-        watched += _below(_path(file, source.folder or source.images or ""))
+    place = source.folder or source.images or source.recorded
+    if place is not None:
+        watched += _below(_path(file, place))
     elif source.hub is not None and file.local(source.hub).is_dir():
         watched += _below(str(file.local(source.hub)))
     elif source.kind in _BUILDERS:

@@ -22,12 +22,13 @@ from calibcast.calib.sealed_files import files_under
 from calibcast.engines.job.checks import check_job
 from calibcast.engines.job.errors import Stopped
 from calibcast.engines.job.folder import MANIFEST, JobFolder, Store
-from calibcast.engines.job.job_file import load_job
+from calibcast.engines.job.job_file import JobFile, load_jobs
 from calibcast.engines.job.logs import tell
 from calibcast.engines.job.manifest import Manifest, Record
 from calibcast.engines.job.measuring import counts, measure_shard
 from calibcast.engines.job.openers import digest
 from calibcast.engines.job.ranks import Ranks, connected, give, tell_all
+from calibcast.engines.job.several import run_several
 from calibcast.engines.job.signals import Signals
 from calibcast.engines.job.stages import JobRun, Stage
 from calibcast.engines.locations import exits_refused
@@ -37,7 +38,8 @@ _SAVED = b"saved"
 
 
 def run_job(path: Path, say: Say, bar: bool = True, redo: bool = False) -> None:
-    """Run the job at `path`: what is up to date is skipped, a calibration that was killed goes on.
+    """Run the job at `path`, of one model or of several: what is up to date is skipped, a calibration that was killed
+    goes on.
 
     Under torchrun, every process calls this; the first writes the artifacts. `say` gets the results, line by line.
 
@@ -45,8 +47,16 @@ def run_job(path: Path, say: Say, bar: bool = True, redo: bool = False) -> None:
         JobError: the job file is wrong. GateError: a gate said no; the evidence is written. Stopped: a signal came; a
         checkpoint is written. Other CalibcastErrors: as the stages raise them. What was good stays.
     """
-    file, ranks = load_job(path), Ranks.here()
-    folder = JobFolder.of(file)
+    files = load_jobs(path)
+    if files[0].name is None:
+        _run_one(files[0], say, bar, redo)
+    else:
+        run_several(files, lambda file: _run_one(file, say, bar, redo), say)
+
+
+def _run_one(file: JobFile, say: Say, bar: bool, redo: bool) -> None:
+    """Run the job of one model."""
+    ranks, folder = Ranks.here(), JobFolder.of(file)
     with Signals() as signals, connected(ranks):
         folder.prepare()
         store = None if folder.url is None else Store(folder.url, folder.path)
@@ -61,7 +71,13 @@ def run_job(path: Path, say: Say, bar: bool = True, redo: bool = False) -> None:
 
 def plan_job(path: Path, say: Say) -> None:
     """Say what `run_job` would do, and what is already there. Writes nothing."""
-    file = load_job(path)
+    for file in load_jobs(path):
+        _plan_one(file, say)
+
+
+def _plan_one(file: JobFile, say: Say) -> None:
+    if file.name is not None:
+        say(f"model       {file.name}")
     folder = JobFolder.of(file)
     with Signals() as signals, exits_refused():
         run = JobRun(file, folder, Ranks(), signals)

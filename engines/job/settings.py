@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 Names = Annotated[tuple[str, ...], Strict(False)]  # TOML has lists only
-SOURCES = ("folder", "parquet", "json_lines", "csv", "images", "hub", "loader")
+SOURCES = ("folder", "parquet", "json_lines", "csv", "images", "hub", "loader", "recorded")
 
 
 class _Table(BaseModel):
@@ -33,7 +33,7 @@ class Model(_Table):
 
 
 class Source(_Table):
-    """Where batches come from: exactly one of the first seven keys."""
+    """Where batches come from: exactly one of the first keys, to `recorded`."""
 
     folder: str | None = Field(None, description="a folder written by `Dataset.save_to_disk`")
     parquet: str | Names | None = Field(None, description="Parquet files: paths or globs")
@@ -43,6 +43,7 @@ class Source(_Table):
     hub: str | None = Field(None, description="the name of a dataset on the hub, or a local folder with one")
     loader: str | None = Field(None, description="`file.py:function` that returns a DataLoader or any iterable of "
                                "batches; it may take `rank` and `world_size`, and then gives that shard")  # fmt: skip
+    recorded: str | None = Field(None, description="a folder of calls that `calibcast.recorded` wrote")
     arguments: dict[str, Any] = Field({}, description="keyword arguments of `loader`")
     config: str | None = Field(None, description="configuration of a `hub` dataset")
     revision: str | None = Field(None, description="revision of a `hub` dataset")
@@ -60,7 +61,7 @@ class Source(_Table):
 
     @property
     def kind(self) -> str:
-        """Which of the seven sources is set."""
+        """Which of the sources is set."""
         return next(name for name in SOURCES if getattr(self, name) is not None)
 
     @model_validator(mode="after")

@@ -58,7 +58,8 @@ class _Rows:
         return -(-len(self._dataset) // self._size)
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """A batch, not collated."""
     return batch
 
 
@@ -78,7 +79,7 @@ class RowBatches:
         numbers = list(share.numbers(self.length))[done.count :]
         rows: Any = _Rows(self.dataset, self.batch_size)
         loader: DataLoader[Any] = DataLoader(
-            rows, batch_size=None, sampler=numbers, num_workers=self.workers, collate_fn=_as_it_is
+            rows, batch_size=None, sampler=numbers, num_workers=self.workers, collate_fn=as_it_is
         )
         yield from _one_by_one(loader, iter(numbers))
 

@@ -55,7 +55,7 @@ def load(tmp_path: Path, text: str):
         ("", "[model] is missing", "[model]: location"),
         (
             GOOD + "csv = 'x'",
-            "set exactly one of folder, parquet, json, csv, images, hub, loader; parquet and csv",
+            "set exactly one of folder, parquet, json, csv, images, hub, loader, recorded; parquet and csv",
             "[d",
         ),
         ("[model]\nlocation = 'a.pt2'\n[data]", "line 3: [data]: set exactly one of folder", "[data]: folder"),
