@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibcast.calib.errors import ArtifactError, first_line
+from calibcast.calib.file_kinds import told_kind
 from calibcast.calib.seal import UNSEALED, sealed
 from calibcast.calib.sealed_files import followed
 
@@ -93,7 +94,8 @@ def load_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{source}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bytes, syntax, numbers of thousands of digits
-        raise ArtifactError(f"{source} is not a readable {kind} file (truncated or foreign): {error}") from error
+        told = told_kind(source, f"a {kind} file")
+        raise ArtifactError(f"{source} is not a readable {kind} file (truncated or foreign): {error}{told}") from error
     check_header(document if isinstance(document, dict) else {}, kind, source)
     return dict(document)
 
@@ -146,6 +148,7 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         raise ArtifactError(
             f"{path} cannot be loaded as an exported program (truncated, foreign, or of another torch; this is "
             f"torch {torch.__version__}): {type(error).__name__}: {first_line(error)}"
+            f"{told_kind(source, 'an exported program')}"
         ) from error
 
 

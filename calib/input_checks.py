@@ -117,6 +117,11 @@ def check_sizes(
     for dimension, (expected, size) in enumerate(zip(leaf.sizes, _shape(leaf, value), strict=True)):
         if isinstance(expected, int):
             if size != expected:
+                if (order := _channels_last(leaf, value)) is not None:
+                    raise BatchError(
+                        f"{at}: {_came(leaf, value, dimension)} is {size}, not {expected}. The channels come last, and "
+                        f"the program wants them first: .permute{order} {at.here}."
+                    )
                 of_size = at.only("batches of that size (DataLoader(drop_last=True) for the last one)") or "that size"
                 raise BatchError(
                     f"{at}: {_came(leaf, value, dimension)} is {size}, not {expected}. Export the program with that "
@@ -132,6 +137,18 @@ def check_sizes(
             most = "infinity" if high is None else high
             came = _came(leaf, value, dimension)
             raise BatchError(f"{at}: {came} is {size}, outside the exported range {low} to {most} of {expected}.")
+
+
+def _channels_last(leaf: Leaf, value: Any) -> tuple[int, ...] | None:
+    """How to permute an image whose channels come last, [batch, .., channels], where that makes its sizes fit."""
+    if not isinstance(value, torch.Tensor) or value.dim() not in (3, 4, 5):
+        return None
+    first = 0 if value.dim() == 3 else 1  # without a batch, as datasets of single images give them
+    order = (*range(first), value.dim() - 1, *range(first, value.dim() - 1))
+    moved = [value.shape[at] for at in order]
+    fits = all(not isinstance(size, int) or size == came for size, came in zip(leaf.sizes, moved, strict=True))
+    few = isinstance(leaf.sizes[first], int) and leaf.sizes[first] in (1, 2, 3, 4)
+    return order if fits and few else None
 
 
 def _came(leaf: Leaf, value: Any, dimension: int) -> str:

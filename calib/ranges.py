@@ -15,6 +15,7 @@ import polars as pl
 from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, save_frame, versions
 from calibcast.calib.damage_report import damage_report
 from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
+from calibcast.calib.file_kinds import told_kind
 from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.range_checks import check_values
 from calibcast.calib.rounding_table import empty_rounding, rounding_metadata, rounding_of
@@ -145,6 +146,7 @@ class RangeTable:
         if not has_parquet_ends(content):
             raise ArtifactError(
                 f"{source} is not a readable Parquet file (truncated or foreign): it does not begin and end as one"
+                f"{told_kind(source, 'a range table')}"
             )
         broken = broken_seal(content)
         if broken is not None:

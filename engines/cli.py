@@ -10,25 +10,30 @@ import logging
 import signal
 import sys
 import warnings
-from typing import Any
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from calibcast.calib.errors import CalibcastError, GateError, SettingError
+from calibcast.calib.printable import printable_lines
 from calibcast.engines.commands import diagnosis, engine, export, job, review, stages
-from calibcast.engines.commands.options import note
+from calibcast.engines.commands.options import in_flags, note, say
 from calibcast.engines.job.errors import JobError
+from calibcast.engines.streams import give_up_stdout
 from calibcast.engines.usage import LocationError, UsageError
 
+_HELP = (
+    "Calibration-driven autocast for Torch-TensorRT: your data decides which nodes stay in fp32.\n\n"
+    "The stages: calibrate MODEL on data, plan from the ranges, build an engine, verify it on other data. "
+    "MODEL is a .pt2 file, or file.py:function that returns an ExportedProgram or (module, args[, kwargs[, "
+    "dynamic_shapes]]). Data is file.py:function that returns a dataloader. Start with: calibcast demo"
+)
 app = typer.Typer(
     name="calibcast",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Calibration-driven autocast for Torch-TensorRT: your data decides which nodes stay in fp32.\n\n"
-    "The stages: calibrate MODEL on data, plan from the ranges, build an engine, verify it on other data. "
-    "MODEL is a .pt2 file, or file.py:function that returns an ExportedProgram or (module, args[, kwargs[, "
-    "dynamic_shapes]]). Data is file.py:function that returns a dataloader. Start with: calibcast demo",
 )
 
 # In the order in which `calibcast --help` lists them.
@@ -51,14 +56,31 @@ for command in (
     app.command()(command)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        say(f"calibcast {metadata.version('calibcast')}")
+        raise typer.Exit()
+
+
+@app.callback(help=_HELP)
+def calibcast(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="show the version and stop")
+    ] = False,
+) -> None:
+    """Nothing of its own: what all commands share."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `calibcast`: every error as one message and an exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
     # Of torch and its serialisers, on loading files; nothing that a user could act on.
     warnings.filterwarnings("ignore", module=r"torch\..*")
     signal.signal(signal.SIGTERM, _terminated)
-    sys.exit(_run(arguments))
+    sys.exit(_flushed(_run(arguments)))
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -71,8 +93,13 @@ def _run(arguments: list[str] | None) -> int:
         note("interrupted")
         return 130
     except CalibcastError as error:
-        note(str(error) if isinstance(error, GateError) else f"error: {error}")
+        text = in_flags(str(error))
+        note(text if isinstance(error, GateError) else f"error: {text}")
         return _EXIT_CODES.get(type(error), 1)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        return _unwritten(error)
     except Exception as error:
         # Click's usage errors know how to show themselves; typer does not export their base.
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):
@@ -82,6 +109,30 @@ def _run(arguments: list[str] | None) -> int:
 
 
 _EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, UsageError: 2, JobError: 2, SettingError: 2, GateError: 3}
+
+
+def _flushed(code: int) -> int:
+    """Write what is still held back. A full device is an error of one line, not a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return _unwritten(error) or code
+    return code
+
+
+def _unwritten(error: OSError) -> int:
+    give_up_stdout()
+    if isinstance(error, BrokenPipeError):  # who reads the pipe has seen enough, as `head` does
+        return 0
+    note(f"error: the output cannot be written: {error.strerror or error}")
+    return 1
+
+
+class _OneLine(logging.Formatter):
+    """Messages may name modules, and modules may be called anything, also what a terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
 
 
 def _terminated(*_: Any) -> None:

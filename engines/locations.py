@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from calibcast.calib.artifacts import load_program
 from calibcast.calib.errors import CalibcastError, ProgramError, known
 from calibcast.engines.usage import LocationError
-from torch.export import ExportedProgram
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a wrong path is told at once
+    from torch.export import ExportedProgram
+
+
+_STAMP = "__calibcast_file__"  # which file a module was made from: place, time of change, size
 
 
 def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> ExportedProgram:
@@ -23,14 +28,15 @@ def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> Exp
     The function gives an ExportedProgram, or `(module, args[, kwargs[, dynamic_shapes]])`, which is exported.
     Raises LocationError, ArtifactError or ProgramError.
     """
+    check_model(location)
     if ":" not in location:
-        if not location.endswith(".pt2"):
-            raise LocationError(f"MODEL is {location!r}: give a .pt2 file or file.py:function")
         if arguments:
             raise LocationError(f"{location} is a file, and takes no arguments; there are {sorted(arguments)}")
         return load_program(location)
     made = call(location, arguments)
-    if isinstance(made, ExportedProgram):
+    import torch
+
+    if isinstance(made, torch.export.ExportedProgram):
         return made
     if isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module):
         module, args, kwargs, shapes = made + (None,) * (4 - len(made))
@@ -44,6 +50,27 @@ def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> Exp
         f"{location} returned a {type(made).__name__}; expected an ExportedProgram or "
         "(module, args[, kwargs[, dynamic_shapes]])"
     )
+
+
+def check_model(location: str) -> None:
+    """Raise LocationError when there is no such file: before torch is imported, which takes seconds."""
+    if ":" in location:
+        check_location(location)
+    elif not location.endswith(".pt2"):
+        raise LocationError(f"MODEL is {location!r}: give a .pt2 file or file.py:function")
+    elif not Path(location).is_file():
+        raise LocationError(f"{location}: no such file; expected a .pt2 written by torch.export.save")
+
+
+def check_location(location: str) -> Path:
+    """The file of `file.py:function`. Raises LocationError when it is none, or there is no such file."""
+    file, _, name = location.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier() or path.suffix != ".py":
+        raise LocationError(f"{location!r} is no location: give file.py:function")
+    if not path.is_file():
+        raise LocationError(f"{location!r}: there is no file {path}")
+    return path
 
 
 def load_data(location: str) -> Iterable[Any]:
@@ -83,12 +110,7 @@ def _check_arguments(location: str, function: Callable[..., Any], given: Mapping
 
 def load_function(location: str) -> Callable[..., Any]:
     """The function at `file.py:function`. Raises LocationError when there is none."""
-    file, _, name = location.rpartition(":")
-    path = Path(file)
-    if not file or not name.isidentifier() or path.suffix != ".py":
-        raise LocationError(f"{location!r} is no location: give file.py:function")
-    if not path.is_file():
-        raise LocationError(f"{location!r}: there is no file {path}")
+    path, name = check_location(location), location.rpartition(":")[2]
     module = _imported(path)
     function = getattr(module, name, None)
     if not callable(function):
@@ -99,11 +121,19 @@ def load_function(location: str) -> Callable[..., Any]:
 
 
 def _imported(path: Path) -> Any:
-    name = f"calibcast_user_{path.stem}"
+    """The module of a user's file: imported once, however many of its functions are named."""
+    place = path.resolve()
+    stamp = (str(place), place.stat().st_mtime_ns, place.stat().st_size)
+    # Two files may have one stem: the name tells their folders apart, and is the same in a worker process.
+    name = f"calibcast_user_{path.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
+    known_module = sys.modules.get(name)
+    if known_module is not None and getattr(known_module, _STAMP, None) == stamp:
+        return known_module
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    setattr(module, _STAMP, stamp)
     sys.modules[name] = module  # dataclasses and worker processes look their module up by name
     # The file's own neighbours, as if it were run as a script; behind all else, so that a `datasets.py` beside it
     # shadows nothing.
@@ -112,7 +142,10 @@ def _imported(path: Path) -> Any:
         sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except BaseException as error:
+        del sys.modules[name]
+        if not isinstance(error, Exception):
+            raise
         raise CalibcastError(f"{path} cannot be imported: {type(error).__name__}: {error}{_line(error)}") from error
     return module
 

@@ -10,6 +10,7 @@ keeps the node high; a limit of inf switches a rule off.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -191,7 +192,13 @@ def matched(patterns: tuple[str, ...], name: str, module: str) -> str | None:
     """The first pattern that matches the node name or the module path."""
     if not patterns:
         return None
-    return next((p for p in patterns if re.match(p, name) or (module and re.match(p, module))), None)
+    return next((p for p in patterns if _compiled(p).match(name) or (module and _compiled(p).match(module))), None)
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """`re` itself forgets the oldest of 512 patterns, and would compile each anew for each node."""
+    return re.compile(pattern)
 
 
 def _never_reached(facts: NodeFacts, bound: float) -> bool:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from calibcast.engines.commands.options import Data, MaxBatches, Model, Transform, inputs
-from calibcast.engines.review.text_table import printable
+from calibcast.engines.commands.options import Data, MaxBatches, Model, Transform, check_inputs, inputs, say
 
 
 def diagnose(  # noqa: PLR0913 - a command line has options
@@ -25,6 +24,7 @@ def diagnose(  # noqa: PLR0913 - a command line has options
 
     No engine is built. Example: calibcast diagnose net.pt2 plan.json --data loaders.py:held_out --max-batches 4
     """
+    check_inputs(model, data, transform)
     from calibcast.engines.review.diagnosis import report
     from calibcast.passes.cast_insertion import insert_casts
     from calibcast.passes.comparison import compare
@@ -34,5 +34,4 @@ def diagnose(  # noqa: PLR0913 - a command line has options
     plan = PrecisionPlan.load(plan_file)
     mixed = insert_casts(program, plan)
     comparison = compare(program, mixed, batches, transform=function, max_batches=max_batches, device=device)
-    for line in report(program, plan, comparison, rows).split("\n"):
-        typer.echo(printable(line))  # modules may be called anything, also what a terminal obeys
+    say(report(program, plan, comparison, rows))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from calibcast.engines.commands.options import Model, check_folder
+from calibcast.engines.commands.options import Model, check_choice, check_engine, check_folder, check_inputs, say
 from calibcast.engines.usage import LocationError
 
 
@@ -18,7 +18,7 @@ def build(  # noqa: PLR0913 - a command line has options
     ranges: Annotated[
         Path | None, typer.Option(help="kept with the engine, and gives the sizes of dynamic inputs")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, tensorrt or eager")] = "auto",
+    backend: Annotated[str, typer.Option(metavar="auto|tensorrt|eager", help="what runs the engine")] = "auto",
     ahead_of_time: Annotated[
         bool, typer.Option("--ahead-of-time", help="build for a GPU elsewhere, without one here (TensorRT-RTX)")
     ] = False,
@@ -28,7 +28,9 @@ def build(  # noqa: PLR0913 - a command line has options
     allow_unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="let --strict-precision pass nodes that could not be found")
     ] = False,
-    on_failure: Annotated[str, typer.Option(help="when the builder fails: error, or fallback to a remedy")] = "error",
+    on_failure: Annotated[
+        str, typer.Option(metavar="error|fallback", help="when the builder fails: say so, or try a remedy")
+    ] = "error",
     build_timeout: Annotated[float, typer.Option(min=1.0, help="seconds after which a builder counts as hung")] = 1800,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="neither look for the engine nor keep it")] = False,
     setting: Annotated[
@@ -40,6 +42,11 @@ def build(  # noqa: PLR0913 - a command line has options
 
     Example: calibcast build net.pt2 plan.json --ranges ranges.parquet -o engine --setting optimization_level=5
     """
+    check_inputs(model)
+    check_choice("--on-failure", on_failure, ("error", "fallback"))
+    from calibcast.engines.backends import BACKENDS
+
+    check_choice("--backend", backend, ("auto", *BACKENDS))
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.building import build as run
     from calibcast.engines.ledger.ledger_text import summary
@@ -67,10 +74,10 @@ def build(  # noqa: PLR0913 - a command line has options
         **settings,
     )
     engine.save(output)
-    typer.echo(f"{engine.plan}\nbackend {engine.backend} ({engine.why})\n{summary(engine.ledger)}")
+    say(f"{engine.plan}\nbackend {engine.backend} ({engine.why})\n{summary(engine.ledger)}")
     for line in record_lines(dict(engine.record)):
-        typer.echo(line)
-    typer.echo(f"wrote {output}")
+        say(line)
+    say(f"wrote {output}")
 
 
 def inspect(
@@ -81,15 +88,16 @@ def inspect(
 
     Example: calibcast inspect engine --rows 20
     """
+    check_engine(folder)
     from calibcast.engines.engine import read_ledger, read_manifest
     from calibcast.engines.ledger.ledger_text import ledger_text
 
     manifest, ledger = read_manifest(folder), read_ledger(folder)
     built = ", ".join(f"{name} {version}" for name, version in manifest.get("built_with", {}).items())
-    typer.echo(f"{folder}: backend {manifest['backend']} ({manifest['why']}), built with {built}")
+    say(f"{folder}: backend {manifest['backend']} ({manifest['why']}), built with {built}")
     for line in record_lines(manifest.get("build") or {}):
-        typer.echo(line)
-    typer.echo(ledger_text(ledger, rows or None))
+        say(line)
+    say(ledger_text(ledger, rows or None))
 
 
 def record_lines(record: dict[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from calibcast.engines.commands.options import check_folder
+from calibcast.engines.commands.options import check_folder, check_inputs, say
 from calibcast.engines.usage import UsageError
 
 
@@ -30,10 +30,12 @@ def export(
     if plan is not None and Path(source).is_dir():
         raise UsageError(f"--plan goes with a MODEL; {source} is an engine's folder, which has its own")
     written = _onnx(source, onnx, plan) if onnx is not None else _engine(source, engine)
-    typer.echo(f"wrote {written}")
+    say(f"wrote {written}")
 
 
 def _onnx(source: str, target: Path, plan_file: Path | None) -> Path:
+    if not Path(source).is_dir():
+        check_inputs(source)
     from calibcast.engines.engine import read_program
     from calibcast.engines.locations import load_model
     from calibcast.engines.onnx_export.exporting import export_onnx

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 from calibcast.calib.errors import CalibcastError, GateError
-from calibcast.engines.commands.options import check_folder
+from calibcast.calib.printable import printable_lines
+from calibcast.engines.commands.options import check_folder, say
 from calibcast.engines.usage import LocationError
 
 
@@ -23,15 +24,15 @@ def init(
     from calibcast.engines.job.template import write_template
 
     for path in write_template(folder):
-        typer.echo(f"wrote {path}")
-    typer.echo(f"next: calibcast run {folder / 'job.toml'} --dry-run")
+        say(f"wrote {path}")
+    say(f"next: calibcast run {folder / 'job.toml'} --dry-run")
 
 
 def run(
     job: Annotated[Path, typer.Argument(metavar="JOB.toml", help="a job file; calibcast init writes one")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and write nothing")] = False,
     log_format: Annotated[
-        str, typer.Option(help="of what is said on stderr: text, or json: one object a line")
+        str, typer.Option(metavar="text|json", help="of what is said on stderr; json: one object a line")
     ] = "text",
     redo: Annotated[bool, typer.Option("--redo", help="make everything anew, also what is up to date")] = False,
 ) -> None:
@@ -49,7 +50,7 @@ def run(
     ranks, results = Ranks.here(), sys.stdout
 
     def say(line: str) -> None:
-        typer.echo(line, file=results)
+        typer.echo(printable_lines(line), file=results)
 
     with logging_to_stderr(log_format, ranks.rank, ranks.world):
         try:
@@ -88,4 +89,4 @@ def merge(
     check_folder(output)
     table = merged(parts)
     table.save(output)
-    typer.echo(f"{table}\nwrote {output}")
+    say(f"{table}\nwrote {output}")

@@ -10,7 +10,7 @@ import typer
 from calibcast.engines.commands.options import note
 
 Ranges = Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")]
-Format = Annotated[str, typer.Option("--format", help="table, json, csv or parquet")]
+Format = Annotated[str, typer.Option("--format", metavar="table|json|csv|parquet", help="how to write it")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="write there instead of to stdout")]
 Program = Annotated[str | None, typer.Option("--program", metavar="MODEL", help="a .pt2 file, or file.py:function")]
 Rows = Annotated[int, typer.Option(min=0, help="how many rows; 0: all")]

@@ -7,8 +7,20 @@ from typing import Annotated
 
 import typer
 from calibcast.calib.errors import BatchError, CalibcastError
-from calibcast.engines.commands.options import Data, MaxBatches, Model, Transform, check_folder, inputs, note
-from calibcast.engines.review.text_table import printable
+from calibcast.calib.printable import printable
+from calibcast.engines.commands.options import (
+    Data,
+    MaxBatches,
+    Model,
+    Transform,
+    check_choice,
+    check_engine,
+    check_folder,
+    check_inputs,
+    inputs,
+    note,
+    say,
+)
 
 
 def calibrate(  # noqa: PLR0913 - a command line has options
@@ -21,7 +33,9 @@ def calibrate(  # noqa: PLR0913 - a command line has options
         str | None, typer.Option(help="where to run: cpu, cuda, cuda:1; default: where the model is")
     ] = None,
     no_histogram: Annotated[bool, typer.Option("--no-histogram", help="ranges only: faster")] = False,
-    on_nonfinite: Annotated[str, typer.Option(help="NaN or Inf in a batch: warn, skip or stop")] = "warn",
+    on_nonfinite: Annotated[
+        str, typer.Option(metavar="warn|skip|stop", help="what to do with a batch that gives NaN or Inf")
+    ] = "warn",
     rounding_batches: Annotated[
         int, typer.Option(min=0, help="also measure on so many batches what rounding does to the outputs; 0: not")
     ] = 4,
@@ -30,6 +44,8 @@ def calibrate(  # noqa: PLR0913 - a command line has options
 
     Example: calibcast calibrate net.pt2 --data loaders.py:calibration -o ranges.parquet
     """
+    check_choice("--on-nonfinite", on_nonfinite, ("warn", "skip", "stop"))
+    check_inputs(model, data, transform)
     from calibcast.calib.calibration import calibrate as run
 
     program, batches, function = inputs(model, data, transform)
@@ -46,14 +62,14 @@ def calibrate(  # noqa: PLR0913 - a command line has options
             note(f"what was measured before is in {partial}: {error.ranges}")
         raise
     ranges.save(output)
-    typer.echo(f"{ranges}\nwrote {output}")
+    say(f"{ranges}\nwrote {output}")
 
 
 def plan(  # noqa: PLR0913
     model: Model,
     ranges: Annotated[Path | None, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the plan to write, JSON")] = None,
-    low_precision_type: Annotated[str, typer.Option(help="fp16 or bf16")] = "fp16",
+    low_precision_type: Annotated[str, typer.Option(metavar="fp16|bf16", help="what runs low")] = "fp16",
     data_max: Annotated[float, typer.Option(help="largest magnitude of inputs and activations; inf: no limit")] = 512.0,
     init_max: Annotated[
         float | None, typer.Option(help="largest magnitude of weights; default: the type's largest")
@@ -78,6 +94,7 @@ def plan(  # noqa: PLR0913
 
     Without ranges only the rules that need none apply. Example: calibcast plan net.pt2 ranges.parquet -o plan.json
     """
+    check_inputs(model)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.locations import load_model
     from calibcast.passes.classification import classify
@@ -98,12 +115,12 @@ def plan(  # noqa: PLR0913
         range_quantile=range_quantile,
         wide_accumulation=wide_accumulation or (),
     )
-    typer.echo(str(decided))
+    say(str(decided))
     for name in decided.high_precision_nodes:
-        typer.echo(f"  {printable(decided.explain(name))}")
+        say(f"  {printable(decided.explain(name))}")
     if output is not None:
         decided.save(output)
-        typer.echo(f"wrote {output}")
+        say(f"wrote {output}")
 
 
 def verify(  # noqa: PLR0913
@@ -119,6 +136,8 @@ def verify(  # noqa: PLR0913
 
     Example: calibcast verify engine net.pt2 --data loaders.py:held_out --min-sqnr-db 40
     """
+    check_inputs(model, data, transform)
+    check_engine(folder)
     from calibcast.engines.engine import Engine
     from calibcast.engines.judging.report_file import save_report
     from calibcast.engines.judging.verification import verify as run
@@ -127,10 +146,10 @@ def verify(  # noqa: PLR0913
     if output is not None:
         check_folder(output)
     report = run(Engine.load(folder), program, batches, transform=function, max_batches=max_batches)
-    typer.echo(str(report))
+    say(str(report))
     if output is not None:
         save_report(output, report)
-        typer.echo(f"wrote {output}")
+        say(f"wrote {output}")
     if min_sqnr_db is not None:
         report.require(min_sqnr_db=min_sqnr_db)
     elif not report.passed:
@@ -143,4 +162,4 @@ def demo(
     """The whole path on real handwritten digits, with a network that fp16 cannot run. Under a minute, no GPU needed."""
     from calibcast.engines.demo import run_demo
 
-    run_demo(output, typer.echo)
+    run_demo(output, say)

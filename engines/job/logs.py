@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from calibcast.calib.printable import printable_lines
 from tqdm import tqdm
 
 LOGGER = logging.getLogger("calibcast")
@@ -27,7 +28,9 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f" {record.levelname.lower()}:"
-        return f"{datetime.fromtimestamp(record.created):%H:%M:%S}{self._rank}{level} {record.getMessage()}"
+        # Messages may name modules, and modules may be called anything, also what a terminal obeys.
+        message = printable_lines(record.getMessage())
+        return f"{datetime.fromtimestamp(record.created):%H:%M:%S}{self._rank}{level} {message}"
 
 
 class _Json(logging.Formatter):

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 import xxhash
 from calibcast.calib.artifacts import versions
-from calibcast.calib.errors import CalibcastError
+from calibcast.calib.errors import CalibcastError, first_line
 from calibcast.calib.recording import RecordedCalls
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.job_file import JobFile
@@ -120,8 +120,16 @@ def _told(kind: str) -> Iterator[None]:
     except CalibcastError:
         raise
     except Exception as error:  # datasets, pyarrow, fsspec and the hub each have their own
-        text = str(error).strip().splitlines() or [repr(error)]
-        raise CalibcastError(f"[data] {_spelt(kind)} cannot be opened: {type(error).__name__}: {text[0]}") from error
+        why = ", from ".join(f"{type(cause).__name__}: {first_line(cause)}" for cause in _causes(error))
+        raise CalibcastError(f"[data] {_spelt(kind)} cannot be opened: {why}") from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it comes from; `datasets` says only that something went wrong."""
+    found = [error]
+    while (cause := found[-1].__cause__ or found[-1].__context__) is not None and len(found) < 4:
+        found.append(cause)
+    return found
 
 
 def _files(file: JobFile, patterns: str | tuple[str, ...]) -> list[str]:

@@ -65,7 +65,7 @@ class DataReport:
         return found
 
     def _look_at(self, name: str, number: int, value: torch.Tensor) -> bool:
-        low, high = (float(bound) for bound in torch.aminmax(value.detach()))
+        low, high = _extremes(value.detach())
         if low == high and value.numel() > 1:
             self.constant.setdefault(name, Seen()).add(number)
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -154,6 +154,18 @@ def refuse_nonfinite(batch: str, inputs: Iterable[str]) -> None:
         f"the gate says no: {batch} has NaN or Inf in {', '.join(inputs)}, and limits.on_nonfinite_inputs is "
         '"stop". Mend the data, or set it to "skip" to leave such batches out.'
     )
+
+
+def _extremes(value: torch.Tensor) -> tuple[float, float]:
+    """The least and the largest element. torch compares no uint16 and no float8: wider types hold them exactly."""
+    if value.dtype.itemsize <= 4 and not value.dtype.is_signed and value.dtype not in (torch.uint8, torch.bool):
+        value = value.to(torch.int64)
+    elif value.dtype.is_floating_point and value.dtype.itemsize == 1:
+        value = value.float()
+    elif value.dtype == torch.uint64:
+        value = value.double()
+    low, high = torch.aminmax(value)
+    return float(low), float(high)
 
 
 def _rest(named: re.Match[str]) -> str:

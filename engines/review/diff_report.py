@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import polars as pl
 from calibcast.calib.errors import GateError
+from calibcast.calib.printable import printable
 from calibcast.calib.range_diff import RangeDiff, headroom_text
-from calibcast.engines.review.text_table import Column, listed, printable, text_table
+from calibcast.engines.review.text_table import Column, listed, text_table
 
 _FLIPS = ("to_high", "to_low")
 _COLUMNS = (

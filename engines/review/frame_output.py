@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,11 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.artifacts import written_whole
+from calibcast.calib.printable import printable, printable_lines
+from calibcast.engines.streams import give_up_stdout
 from calibcast.engines.usage import UsageError
 
+_FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")
 FORMATS = ("table", "json", "csv", "parquet")
 
 
@@ -42,22 +44,44 @@ def check_format(form: str, output: Path | None) -> None:
 
 
 def encoded(frame: pl.DataFrame, text: Callable[[], str], form: str) -> bytes:
-    """`frame` in one of `FORMATS`. In JSON, inf and NaN are text; in CSV, lists are joined by spaces."""
+    """`frame` in one of `FORMATS`. In JSON, inf and NaN are text; in CSV, lists are joined by spaces.
+
+    In CSV, text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
     if form == "table":
-        return f"{text()}\n".encode()
+        return f"{printable_lines(text())}\n".encode()
     if form == "json":
         rows = [{key: _plain(value) for key, value in row.items()} for row in frame.to_dicts()]
-        return f"{json.dumps(rows, indent=1, ensure_ascii=False)}\n".encode()
+        return f"{_escaped(json.dumps(rows, indent=1, ensure_ascii=False))}\n".encode()
     if form == "csv":
         flat = [
             pl.col(name).list.eval(pl.element().cast(pl.String)).list.join(" ")
             for name, dtype in frame.schema.items()
             if isinstance(dtype, pl.List)
         ]
-        return frame.with_columns(flat).write_csv().encode()
+        flattened = frame.with_columns(flat)
+        texts = [pl.col(name).map_elements(spreadsheet_text, pl.String) for name in _texts(flattened)]
+        return flattened.with_columns(texts).write_csv().encode()
     buffer = io.BytesIO()
     frame.write_parquet(buffer)
     return buffer.getvalue()
+
+
+def spreadsheet_text(text: str) -> str:
+    """Text that a spreadsheet shows and does not run. https://owasp.org/www-community/attacks/CSV_Injection"""
+    shown = printable(text)
+    return f"'{shown}" if text.lstrip()[:1] in _FORMULA or text[:1] in ("\t", "\r", "\n") else shown
+
+
+def _texts(frame: pl.DataFrame) -> list[str]:
+    return [name for name, dtype in frame.schema.items() if dtype in (pl.String, pl.Categorical)]
+
+
+def _escaped(text: str) -> str:
+    """JSON with what a terminal would obey spelt out; `json` itself leaves some of it as it is."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
 
 
 def write_bytes(data: bytes) -> None:
@@ -71,8 +95,7 @@ def write_bytes(data: bytes) -> None:
             stream.write(data)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more on exit, which would complain; nobody is there to read it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_stdout()
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from calibcast.calib.printable import printable
+
 WIDTH = 100
 
 
@@ -38,11 +40,6 @@ def cell(value: Any, width: int) -> str:
     while _columns(text) > width - 2:
         text = text[1:]
     return f"..{text}"
-
-
-def printable(text: str) -> str:
-    """Without what would move a terminal's cursor, change its colours or break a line."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
 def listed(names: Sequence[str], most: int) -> str:
