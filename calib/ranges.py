@@ -6,7 +6,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
 from calibcast.calib.file_kinds import told_kind
 from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.range_checks import check_values
+from calibcast.calib.range_scaling import NumberScale, Rescaled, true_table
 from calibcast.calib.rounding_table import empty_rounding, rounding_metadata, rounding_of
 from calibcast.calib.seal import broken_seal, has_parquet_ends
 from calibcast.calib.statistic_names import HIDDEN
@@ -69,7 +70,8 @@ class Calibration:
 
     digests: of each node, by name. weights: hash of the weights. batches: how many were measured. skipped:
     indices of batches left out as non-finite. input_sizes: per input and dimension, how often each size came.
-    input_hashes: of the batches, at most 4096. versions: of calibcast and torch.
+    input_hashes: of the batches, at most 4096. versions: of calibcast and torch. rescaled: how the table was
+    scaled, see `RangeTable.scaled`; None for what was measured of a network itself.
     """
 
     digests: dict[str, str]
@@ -79,6 +81,7 @@ class Calibration:
     input_sizes: dict[str, list[dict[str, int]]] = field(default_factory=dict)
     input_hashes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
+    rescaled: Rescaled | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -117,6 +120,7 @@ class RangeTable:
         return (
             f"RangeTable: {len(self)} tensors over {self.calibration.batches} batches, "
             f"{above} above 65504, {bad} with NaN or Inf"
+            + ("" if self.calibration.rescaled is None else "; of a rescaled program: these are not the true values")
         )
 
     @property
@@ -186,6 +190,37 @@ class RangeTable:
                 raise MismatchError(message)
             warnings.warn(message, stacklevel=3)
 
+    def scaled(
+        self,
+        exponents: Mapping[tuple[str, int], int],
+        program: ExportedProgram,
+        added: Mapping[str, str] | None = None,
+        numbers: Mapping[tuple[str, str], NumberScale] | None = None,
+        weights: str | None = None,
+    ) -> RangeTable:
+        """The table of `program`, which is this table's program with each tensor stored as 2^-k times its true value.
+
+        It is what calibrating `program` on the same batches would give, and is marked (`calibration.rescaled`), so that
+        `true_values` gives this table back. Evidence of rounding is carried over where the low type holds all values in
+        full before and after; see `calib.range_scaling`.
+
+        Args:
+            exponents: k by (node, output); 0 may be left out.
+            added: nodes of `program` that multiply the one that they name here.
+            numbers: numbers in calls that were scaled, by (node, argument).
+            weights: hash of the weights of `program`, where it is known; None hashes them.
+
+        Raises:
+            MismatchError: the table is scaled already, or a value would leave the range of normal fp32 numbers.
+        """
+        from calibcast.calib.program_scaling import scaled_to
+
+        return scaled_to(self, exponents, program, added or {}, numbers or {}, weights)
+
+    def true_values(self) -> RangeTable:
+        """The network's own ranges: of a scaled table, what it was scaled from, without evidence of rounding."""
+        return true_table(self)
+
     def statistics(self) -> Statistics:
         """The rows as arrays that merge. Sums are restored from mean and rms in float64."""
         from calibcast.calib.range_statistics import statistics_of
@@ -218,6 +253,7 @@ def read_table(content: bytes, source: Path) -> RangeTable:
     with parsed(source, _KIND):
         fields = header["calibration"]
         fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
+        fields = {**fields, "rescaled": Rescaled.parsed(fields.get("rescaled"))}
         fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
         checked = _checked(frame, source)
         rounding = rounding_of(metadata, source)

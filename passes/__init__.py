@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from calibcast.passes.facts import Cancelled, Hidden, Literal, NodeFacts, TensorFacts
     from calibcast.passes.plan import Decision, PrecisionPlan
     from calibcast.passes.proof import Proof, RoundingSummary
+    from calibcast.passes.rescaling.rescaling import Rescaling, rescale
     from calibcast.passes.tuning import tune
     from calibcast.passes.verdict import Rule, Verdict
 
@@ -25,6 +26,7 @@ __all__ = [
     "NodeFacts",
     "PrecisionPlan",
     "Proof",
+    "Rescaling",
     "RoundingSummary",
     "Rule",
     "TensorFacts",
@@ -33,6 +35,7 @@ __all__ = [
     "compare",
     "emulate",
     "insert_casts",
+    "rescale",
     "tune",
     "what_if",
 ]
@@ -43,6 +46,7 @@ __getattr__, __dir__ = lazy_names(
         **dict.fromkeys(("Cancelled", "Hidden", "Literal", "NodeFacts", "TensorFacts"), "calibcast.passes.facts"),
         **dict.fromkeys(("Decision", "PrecisionPlan"), "calibcast.passes.plan"),
         **dict.fromkeys(("Proof", "RoundingSummary"), "calibcast.passes.proof"),
+        **dict.fromkeys(("Rescaling", "rescale"), "calibcast.passes.rescaling.rescaling"),
         **dict.fromkeys(("Rule", "Verdict"), "calibcast.passes.verdict"),
         **dict.fromkeys(("Comparison", "compare"), "calibcast.passes.comparison"),
         "classify": "calibcast.passes.classification",

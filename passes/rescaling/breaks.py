@@ -1,0 +1,70 @@
+"""Where a multiplication by a power of two may stand: behind an input, and where a sum outgrows what it began as."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from calibcast.calib.aliasing import storage_roots, written_arguments
+from calibcast.calib.graph import base_op, input_kinds
+from calibcast.calib.operators import CONVERTS, MOVES
+from calibcast.passes.rescaling.measures import Measures
+from calibcast.passes.rescaling.solving import Solutions
+from calibcast.passes.rescaling.system import Tensor
+from torch import fx
+
+# How much a sum may grow before its next part has a factor of its own: half of the bits of float16's exponent.
+_GROWTH = 2.0**8
+MOST_BREAKS = 16
+
+
+def input_breaks(measures: Measures, limit: float) -> tuple[str, ...]:
+    """Inputs of the program above `limit`."""
+    kinds = input_kinds(measures.program)
+    rows = {node: row for (node, output), row in measures.rows.items() if kinds.get(node) == "input"}
+    found = [node for node, row in rows.items() if measures.absmax[row] > limit]
+    return tuple(name for name in found if name in _free_standing(measures))[:MOST_BREAKS]
+
+
+def segment_breaks(measures: Measures, solutions: Solutions, limit: float) -> tuple[str, ...]:
+    """Before each growth by 2^8 since the last such place, among tensors that share an exponent.
+
+    Branches, which only sums read, are left out: they are stored like the sum that they go into.
+    """
+    nodes = {n.name: n for n in measures.program.graph.nodes}
+    classes: dict[object, list[tuple[str, float]]] = defaultdict(list)
+    order = {name: place for place, name in enumerate(nodes)}
+    trunk = {n.name for n in nodes.values() if n.op == "call_function" and base_op(n.target) not in MOVES | CONVERTS}
+    trunk -= measures.summed
+    for kind, form in zip(solutions.system.kinds, solutions.forms, strict=True):
+        row = measures.rows.get((kind.node, kind.output)) if isinstance(kind, Tensor) else None
+        if row is not None and isinstance(kind, Tensor) and kind.node in trunk and measures.absmax[row] > 0:
+            classes[form].append((kind.node, float(measures.absmax[row])))
+    allowed, found = _free_standing(measures), list[str]()
+    for members in classes.values():
+        if max(peak for _, peak in members) > limit:
+            members.sort(key=lambda member: order[member[0]])
+            found.extend(name for name in _before_growth(members) if name in allowed)
+    return tuple(found)[:MOST_BREAKS]
+
+
+def _before_growth(members: list[tuple[str, float]]) -> list[str]:
+    """The last of each stretch of tensors, in order, within which none is 2^8 times another that came before."""
+    found, (last, since) = list[str](), members[0]
+    for name, peak in members[1:]:
+        if peak > _GROWTH * since:
+            found.append(last)
+            since = peak
+        last, since = name, min(since, peak)
+    return found
+
+
+def _free_standing(measures: Measures) -> frozenset[str]:
+    """Nodes whose storage nothing writes, and that are no result of the program."""
+    graph_module = measures.program.graph_module
+    roots = storage_roots(graph_module)
+    written = {root for n in graph_module.graph.nodes for a in written_arguments(n) for root in roots[a]}
+    return frozenset(n.name for n in graph_module.graph.nodes if not roots[n] & written and not _leaves(n))
+
+
+def _leaves(node: fx.Node) -> bool:
+    return any(user.op == "output" for user in node.users)

@@ -1,0 +1,154 @@
+"""What each exponent would cost, tensor by tensor, read from what was measured. It proposes; the judge disposes."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from calibcast.calib.graph import argument_at, base_op, input_kinds
+from calibcast.calib.operators import ADDS, SQUARES, SUMS, operator_of
+from calibcast.passes.number_formats import NumberFormat
+from calibcast.passes.rescaling.measures import Array, Measures
+from calibcast.passes.rescaling.solving import Form, Solutions
+from calibcast.passes.rescaling.system import Number, Tensor
+from torch import fx
+
+REACH = 64  # exponents from -64 to 64
+EXPONENTS: Array = np.arange(-REACH, REACH + 1)
+IMPOSSIBLE = 1e6
+# fp32 itself: room above for data that calibration has not seen, and normal numbers below.
+_MOST, _LEAST = 2.0**120, 2.0**-126
+ABSORBED = 2.0**11  # an eps is lost in float16 beside what is that many times larger
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One way of weighing. limit: a magnitude above it keeps a node in fp32. floor: weight of what rounding adds below
+    the smallest normal number, beside that."""
+
+    limit: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """The cost of each linear form of exponents: [forms, 129] over `EXPONENTS`."""
+
+    forms: list[Form]
+    costs: Array
+
+
+class CostReader:
+    """Makes cost tables of one program, whatever the weighing: what is slow is read once."""
+
+    def __init__(self, measures: Measures, low: NumberFormat) -> None:
+        self._measures, self._low = measures, low
+        self._excess = _excess(measures.histograms, low) if measures.histograms is not None else None
+        self._readers = {n.name: [u.name for u in n.users] for n in measures.program.graph.nodes}
+        self._nodes = {n.name: n for n in measures.program.graph.nodes}
+        kinds = input_kinds(measures.program)
+        self._weights = {name for name, kind in kinds.items() if kind != "input"}
+        self._vectors = self._weights - set(measures.weights)
+
+    def table(self, solutions: Solutions, costs: Costs) -> CostTable:
+        """The costs of all tensors and numbers, added up where their exponents are the same form."""
+        found: dict[Form, Array] = defaultdict(lambda: np.zeros(len(EXPONENTS)))
+        for variable, kind in enumerate(solutions.system.kinds):
+            form = solutions.forms[variable]
+            if not form or kind is None:
+                continue
+            if isinstance(kind, Number):
+                found[form] += self._number(kind, kind.node in solutions.system.breaks)
+            else:
+                found[form] += self._tensor(kind, costs, solutions.system.breaks.get(kind.node))
+        forms = list(found)
+        rows = np.stack([found[form] for form in forms]) if forms else np.zeros((0, len(EXPONENTS)))
+        return CostTable(forms, rows + 1e-9 * np.abs(EXPONENTS))
+
+    def _tensor(self, kind: Tensor, costs: Costs, behind: str | None) -> Array:
+        measures, name = self._measures, behind or kind.node
+        row = measures.rows.get((name, kind.output))
+        impossible = np.where(EXPONENTS == 0, 0.0, IMPOSSIBLE)
+        if row is None or math.isnan(measures.absmax[row]) or measures.bin_zero[row] > 0:
+            return impossible
+        most, least = measures.absmax[row], measures.smallest[row]
+        if most == 0.0:
+            return np.zeros(len(EXPONENTS))
+        scale = np.exp2(-EXPONENTS.astype(np.float64))
+        result = np.where((most * scale <= _MOST) & (least * scale >= _LEAST) | (EXPONENTS == 0), 0.0, IMPOSSIBLE)
+        weight = sum(measures.importance[n] for n in self._readers.get(name, ())) + measures.importance[name]
+        is_weight = name in self._weights
+        limit = self._low.max if is_weight else costs.limit
+        result = result + weight * (most * scale > limit)
+        found: Array = result + costs.floor * weight * self._lost(name, row, is_weight) + self._inside(name, scale)
+        return found
+
+    def _lost(self, name: str, row: int, is_weight: bool) -> Array:
+        """How much louder rounding is than that of normal numbers: 0 at none, 1 from 20 dB on."""
+        measures = self._measures
+        if name in self._vectors or name in measures.summed:
+            return np.zeros(len(EXPONENTS))
+        if is_weight:
+            faintest = float(measures.weights[name].min()) if measures.weights[name].size else 0.0
+            step = (self._low.smallest_normal * self._low.eps) ** 2
+            normal = faintest * self._low.eps**2
+            ratio = 1 + step * np.exp2(2.0 * EXPONENTS) / normal if normal else np.ones(len(EXPONENTS))
+        elif self._excess is None:
+            return np.zeros(len(EXPONENTS))
+        else:
+            ratio = self._excess[row]
+        lost: Array = np.clip(10 * np.log10(np.maximum(ratio, 1.0)) / 20, 0.0, 2.0)
+        return lost
+
+    def _inside(self, name: str, scale: Array) -> Array:
+        """What readers form inside of this tensor alone: sums, and sums of squares."""
+        found = np.zeros(len(EXPONENTS))
+        for reader in self._readers.get(name, ()):
+            largest, base = self._measures.largest.get(reader), base_op(self._nodes[reader].target)
+            if largest is None or base not in SUMS | SQUARES:
+                continue
+            inside = largest * (scale**2 if base in SQUARES else scale)
+            found += self._measures.importance[reader] * (inside > self._low.max)
+        return found
+
+    def _number(self, kind: Number, added: bool) -> Array:
+        scale = np.exp2(-EXPONENTS.astype(np.float64))
+        value = np.abs(kind.value) * scale
+        result = np.where((value >= _LEAST) & (value <= 2.0**127), 0.0, IMPOSSIBLE)
+        if added:
+            behind = kind.node.removesuffix("_rescaled")
+            return result + np.where(EXPONENTS == 0, 0.0, 1e-3 + 0.1 * self._measures.importance.get(behind, 0.0))
+        node = self._nodes[kind.node]
+        if self._absorbed(kind, node):
+            return result
+        lost = ~((value <= self._low.max) & (value >= self._low.smallest_normal))
+        counts = operator_of(base_op(node.target)).says("literals")
+        cost: Array = result + self._measures.importance[kind.node] * lost * counts
+        return cost
+
+    def _absorbed(self, kind: Number, node: fx.Node) -> bool:
+        """Whether what it is added to is always so much larger that it does not matter."""
+        if base_op(node.target) in ADDS:
+            first = argument_at(node, 0)
+            row = self._measures.rows.get((first.name, 0)) if isinstance(first, fx.Node) else None
+            return row is not None and bool(self._measures.smallest[row] >= ABSORBED * abs(kind.value))
+        return False
+
+
+def _excess(histograms: Array, low: NumberFormat) -> Array:
+    """By tensor and exponent: mean squared rounding error over that of a type without a smallest number."""
+    exponents = np.arange(1, 255) - 127.0
+    least = np.exp2(exponents)
+    normal = (least * low.eps) ** 2
+    found = np.ones((len(histograms), len(EXPONENTS)))
+    inner = histograms[:, 1:255]
+    whole = inner @ normal
+    step = (low.smallest_normal * low.eps) ** 2
+    for place, k in enumerate(EXPONENTS):
+        subnormal = exponents - k < math.log2(low.smallest_normal)
+        # Of a value below the step all is lost, and no more than that.
+        noise = np.where(subnormal, np.minimum(step * 4.0**k, 48.0 * least**2), normal)
+        found[:, place] = (inner @ noise) / np.where(whole > 0, whole, 1.0)
+    return found

@@ -1,0 +1,260 @@
+"""All exponents of a program, and the equations between them: read once, for all settings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import getitem
+from typing import Any
+
+import torch
+from calibcast.calib.aliasing import mutated_inputs, storage_roots, written_arguments
+from calibcast.calib.graph import argument_of, as_list, base_op, input_kinds, input_targets, state_tensor, tensor_values
+from calibcast.calib.masks import mask_tensors
+from calibcast.calib.operators import ASSERTS
+from calibcast.calib.operators.exponents import EQUATIONS
+from calibcast.passes.rescaling.equations import Expression, equations_of, implied, moved_tensors
+from torch import fx
+from torch.export import ExportedProgram
+
+Row = dict[int, int]  # coefficients by variable: their sum is 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An fp32 tensor: the node that makes it, and which of its outputs it is."""
+
+    node: str
+    output: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number in the call of `node`, by its argument, as it stands there."""
+
+    node: str
+    argument: str
+    value: float
+
+
+@dataclass
+class System:
+    """Unknown exponents and the equations between them.
+
+    kinds: what each variable is the exponent of; None for the unknown `j`. equal, rows, zero: pairs that are equal,
+    sums that are 0, and variables that are. why_zero: the first reason of each. breaks: the node behind which a
+    multiplication may stand, by the name that it would have.
+    """
+
+    kinds: list[Tensor | Number | None] = field(default_factory=list)
+    index: dict[Any, int] = field(default_factory=dict)
+    equal: list[tuple[int, int]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    zero: set[int] = field(default_factory=set)
+    why_zero: dict[int, str] = field(default_factory=dict)
+    breaks: dict[str, str] = field(default_factory=dict)
+
+    def variable(self, kind: Tensor | Number | None) -> int:
+        """The variable of a tensor or number; a new one for None."""
+        key = (kind.node, kind.argument) if isinstance(kind, Number) else kind
+        if key is not None and key in self.index:
+            return self.index[key]
+        self.kinds.append(kind)
+        number = len(self.kinds) - 1
+        if key is not None:
+            self.index[key] = number
+        return number
+
+    def hold(self, variables: Iterable[int], why: str) -> None:
+        """These are 0."""
+        for variable in variables:
+            self.zero.add(variable)
+            self.why_zero.setdefault(variable, why)
+
+
+def system_of(program: ExportedProgram, breaks: Collection[str] = (), table: Mapping[str, str] = EQUATIONS) -> System:
+    """The equations of a program.
+
+    breaks: nodes behind which a multiplication may stand, so that what reads them sees another exponent.
+    """
+    return _Reader(program, breaks, table).read()
+
+
+class _Reader:
+    def __init__(self, program: ExportedProgram, breaks: Collection[str], table: Mapping[str, str]) -> None:
+        self._program, self._breaks, self._table = program, breaks, table
+        self._graph_module = program.graph_module
+        kinds = input_kinds(program)
+        held = {n: t for n, t in input_targets(program).items() if kinds[n] != "input"}
+        self._state = {n: t for n, t in held.items() if state_tensor(program, t) is not None}
+        self._written = mutated_inputs(program)
+        self.system = System()
+
+    def read(self) -> System:
+        for node in self._graph_module.graph.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                self.system.hold(self._read_by(node), "it leaves the program")
+        self._tie_weights()
+        self._tie_storage()
+        masks = mask_tensors(self._program)
+        self.system.hold(
+            [v for v, k in enumerate(self.system.kinds) if isinstance(k, Tensor) and k.node in masks], "it is a mask"
+        )
+        return self.system
+
+    def _placeholder(self, node: fx.Node) -> None:
+        self.system.hold([v for v in self._made_by(node) if node.name not in self._state], "it comes into the program")
+        self.system.hold([v for v in self._made_by(node) if node.name in self._written], "the program writes into it")
+
+    def _call(self, node: fx.Node) -> None:
+        if node.target is getitem:
+            return
+        base = base_op(node.target)
+        if base in ASSERTS or base.startswith("sym_") or not (self._read_by(node) or self._made_by(node)):
+            return  # it sees no value of an fp32 tensor
+        chains = None if self._has_other_floats(node) else equations_of(node, self._table)
+        if chains is None:
+            why = f"{base or node.target} has no equation"
+            self.system.hold([*self._read_by(node), *self._made_by(node)], why)
+            return
+        halves: dict[str, int] = {}
+        for chain in chains:
+            self._equate(node, [self._sum(node, e, halves) for e in self._every(node, chain)])
+
+    def _every(self, node: fx.Node, chain: tuple[Expression, ...]) -> Iterator[Expression]:
+        """The expressions of a chain, without those whose arguments the call does not have."""
+        for expression in chain:
+            if not expression or any(self._has(node, term.name) for term in expression):
+                yield expression
+
+    def _has(self, node: fx.Node, name: str) -> bool:
+        if name.startswith("out") or name in {"j", "moved"}:
+            return True
+        value = argument_of(node, name)
+        return value is not None or name == "weight" or (name in {"eps", "scale"} and self._takes(node, name))
+
+    @staticmethod
+    def _takes(node: fx.Node, name: str) -> bool:
+        return any(argument.name == name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+
+    def _sum(self, node: fx.Node, expression: Expression, halves: dict[str, int]) -> list[Row]:
+        """The coefficients of an expression; of one that names several tensors, that of each."""
+        if len(expression) == 1 and not expression[0].every:
+            term = expression[0]
+            return [{v: term.count} if v is not None else {} for v in self._variables(node, term.name, halves)]
+        row: Row = {}
+        for term in expression:
+            for variable in self._variables(node, term.name, halves):
+                if variable is not None:
+                    row[variable] = row.get(variable, 0) + term.count
+        return [row]
+
+    def _variables(self, node: fx.Node, name: str, halves: dict[str, int]) -> list[int | None]:
+        """The variables of an argument or result; None for what has exponent 0."""
+        if name == "j":
+            if name not in halves:
+                halves[name] = self.system.variable(None)
+            return [halves[name]]
+        if name.startswith("out"):
+            made = self._outputs(node)
+            if name != "out":
+                return [made.get(int(name[3:]))]
+            return list(made.values()) or [None]
+        if name == "moved":
+            return [v for n in moved_tensors(node) for v in self._of(n)]
+        value = argument_of(node, name)
+        if value is None and name in {"eps", "scale"}:
+            value = implied(node, name)
+        values = as_list(value)
+        return [v for one in values for v in self._of_value(node, name, one)] or [None]
+
+    def _of_value(self, node: fx.Node, name: str, value: Any) -> list[int | None]:
+        if isinstance(value, fx.Node):
+            return list(self._of(value)) or [None]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value == 0 or value != value:
+            # 0 and NaN are what they are times any power of two; so is inf. A flag is no number.
+            return [self.system.variable(None)] if not isinstance(value, bool) and value == 0 else [None]
+        if abs(value) == float("inf"):
+            return [self.system.variable(None)]
+        return [self.system.variable(Number(node.name, name, float(value)))]
+
+    def _equate(self, node: fx.Node, sides: list[list[Row]]) -> None:
+        every = [row for side in sides for row in side]
+        for one, other in pairwise(every):
+            row = {v: one.get(v, 0) - other.get(v, 0) for v in one.keys() | other.keys()}
+            row = {v: count for v, count in row.items() if count}
+            if len(row) == 1:
+                self.system.hold(row, f"{base_op(node.target)} takes it as it is")
+            elif len(row) == 2 and sorted(row.values()) == [-1, 1]:
+                first, second = row
+                self.system.equal.append((first, second))
+            elif row:
+                self.system.rows.append(row)
+
+    def _outputs(self, node: fx.Node) -> dict[int, int]:
+        return {i: self.system.variable(Tensor(node.name, i)) for i, v in tensor_values(node) if _is_fp32(v)}
+
+    def _made_by(self, node: fx.Node) -> list[int]:
+        return list(self._outputs(node).values())
+
+    def _of(self, node: fx.Node) -> list[int]:
+        """The variables of the tensors that a node hands on; a `getitem` picks one of its maker's."""
+        if node.target is getitem and isinstance(node.args[0], fx.Node):
+            made = self._outputs(node.args[0])
+            return [made[node.args[1]]] if node.args[1] in made else []  # type: ignore[index]
+        found = self._made_by(node)
+        return [self._after(node, found[0])] if node.name in self._breaks and found else found
+
+    def _after(self, node: fx.Node, before: int) -> int:
+        """The exponent after the multiplication that may stand behind `node`."""
+        name = f"{node.name}_rescaled"
+        made = self.system.variable(Tensor(name, 0))
+        if name not in self.system.breaks:
+            self.system.breaks[name] = node.name
+            factor = self.system.variable(Number(name, "other", 1.0))
+            self.system.rows.append({made: 1, before: -1, factor: -1})
+        return made
+
+    def _read_by(self, node: fx.Node) -> list[int]:
+        return [v for argument in node.all_input_nodes for v in self._of(argument)]
+
+    def _has_other_floats(self, node: fx.Node) -> bool:
+        """Whether it computes in another floating type, too."""
+        return any(
+            (v.is_floating_point() or v.is_complex()) and not _is_fp32(v)
+            for n in (node, *node.all_input_nodes)
+            for _, v in tensor_values(n)
+        )
+
+    def _tie_weights(self) -> None:
+        """Weights that share memory have one exponent."""
+        homes: dict[int, int] = {}
+        for name, target in self._state.items():
+            tensor = state_tensor(self._program, target)
+            variable = self.system.index.get(Tensor(name, 0))
+            if tensor is None or variable is None:
+                continue
+            home = homes.setdefault(tensor.untyped_storage().data_ptr(), variable)
+            if home != variable:
+                self.system.equal.append((home, variable))
+
+    def _tie_storage(self) -> None:
+        """All that lives in storage that is written has one exponent, before and after."""
+        graph_module = self._graph_module
+        written = [(n, a) for n in graph_module.graph.nodes for a in written_arguments(n)]
+        if not written:
+            return
+        roots = storage_roots(graph_module)
+        touched = {root for _, argument in written for root in roots[argument]}
+        for root in touched:
+            holders = [v for node, its in roots.items() if root in its for v in self._made_by(node)]
+            self.system.equal.extend(pairwise(holders))
+
+
+def _is_fp32(value: torch.Tensor) -> bool:
+    return value.dtype == torch.float32

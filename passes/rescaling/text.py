@@ -1,0 +1,73 @@
+"""A rescaling in words, for a reviewer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calibcast.passes.rescaling.rescaling import Rescaling
+
+_MOST_LINES = 12
+
+
+def described(rescaling: Rescaling) -> str:
+    """What is stored as which power of two of itself, what it took, and what it gains."""
+    if not rescaling.changed:
+        return f"Rescaling: unchanged; {rescaling.reason}" + _refused(rescaling)
+    kinds = dict(rescaling.ranges.frame.select("node", "kind").iter_rows())
+    modules = dict(rescaling.ranges.frame.select("node", "module").iter_rows())
+    by_exponent: dict[int, list[str]] = defaultdict(list)
+    weights = 0
+    for (node, _), k in rescaling.exponents.items():
+        if kinds.get(node) == "activation":
+            by_exponent[k].append(node)
+        else:
+            weights += 1
+    lines = [
+        f"  {_count(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'} stored as 2^{-k} of "
+        f"{'itself' if len(names) == 1 else 'themselves'}: {_places(names, modules)}"
+        for k, names in sorted(by_exponent.items(), key=lambda found: -len(found[1]))
+    ]
+    numbers, added = len(rescaling.rewrite.numbers), rescaling.rewrite.multiplied
+    what = f"  rewritten: {_count(weights, 'weight')}, {_count(numbers, 'literal')}"
+    if added:
+        what += f"; added: {', '.join(f'{node} times 2^{-k}' for node, k in added.items())}"
+    more = [f"  and {len(lines) - _MOST_LINES} more powers"] if len(lines) > _MOST_LINES else []
+    title = "Rescaling: fp32 results keep their bits"
+    return "\n".join([title, *lines[:_MOST_LINES], *more, what, _gain(rescaling)]) + _refused(rescaling)
+
+
+def _gain(rescaling: Rescaling) -> str:
+    before, after = rescaling.before, rescaling.after
+    if before is None or after is None:
+        return f"  {rescaling.reason}"
+    return (
+        f"  fp32 nodes {before.high} -> {after.high}, work {before.work_low:.0%} -> {after.work_low:.0%}, "
+        f"bytes {before.bytes_low:.0%} -> {after.bytes_low:.0%}, casts {before.casts} -> {after.casts} "
+        f"({_size(before.bytes_cast)} -> {_size(after.bytes_cast)})"
+    )
+
+
+def _refused(rescaling: Rescaling) -> str:
+    if not rescaling.refused:
+        return ""
+    shown = "\n".join(f"  left as it is: {r.node}: {r.reason}" for r in rescaling.refused[:5])
+    return f"\n{shown}"
+
+
+def _places(names: list[str], modules: dict[str, str]) -> str:
+    found = list(dict.fromkeys(modules.get(name) or name for name in names))
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"
