@@ -128,9 +128,7 @@ class Engine:
         if not source.is_dir():
             raise ArtifactError(f"{source} is no folder; expected an engine written by calibcast build")
         manifest = load_json(source / _MANIFEST, _KIND)
-        check_sealed(source, manifest.get("files"), source / _MANIFEST)
-        for name in _read_by_name(manifest):
-            check_sealed(source, manifest["files"], source / _MANIFEST, only=name)
+        _check_seal(source, manifest)
         with parsed(source / _MANIFEST, _KIND):
             backend = backend_named(manifest["backend"])
             program = _checked_program(source, manifest)
@@ -146,6 +144,14 @@ class Engine:
                 ledger=read_ledger(source),
                 record=manifest.get("build") or {},
             )
+
+
+def _check_seal(source: Path, manifest: dict[str, Any]) -> None:
+    """Raise unless every file is the one that the manifest was written for: before a byte of it is parsed."""
+    check_sealed(source, manifest.get("files"), source / _MANIFEST)
+    unlisted = [name for name in _read_by_name(manifest) if name not in manifest["files"]]
+    if unlisted:
+        check_sealed(source, manifest["files"], source / _MANIFEST, only=unlisted[0])
 
 
 def _read_by_name(manifest: dict[str, Any]) -> list[str]:
@@ -183,6 +189,7 @@ def read_program(folder: str | os.PathLike[str]) -> tuple[ExportedProgram, Preci
     """
     source = Path(folder)
     manifest = read_manifest(source)
+    _check_seal(source, manifest)
     with parsed(source / _MANIFEST, _KIND):
         return _checked_program(source, manifest), _plan_in(source, manifest)
 

@@ -16,6 +16,7 @@ from calibcast.calib.artifacts import load_json, parsed
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import ArtifactError, BuildError
 from calibcast.calib.graph import dtype_name
+from calibcast.calib.sealed_files import check_plain_part
 from calibcast.calib.tensor_files import load_tensors
 from calibcast.engines.engine import read_manifest, read_program
 from calibcast.engines.io_names import flat_output_names, input_names, size_names
@@ -98,6 +99,7 @@ def _wired(folder: Path, manifest: Mapping[str, Any]) -> _Wired:
         if len(content["parts"]) != 1:
             raise BuildError(f"the program became {len(content['parts'])} networks ({', '.join(content['parts'])})")
         (name, part), steps = next(iter(content["parts"].items())), content["steps"]
+        check_plain_part(name, folder / WIRING)
         if part["requires_output_allocator"]:
             raise BuildError("the sizes of its outputs depend on the data: TensorRT alone needs more than addresses")
         return _Wired(name, *_bound(part, steps))

@@ -67,4 +67,6 @@ def ledger_text(ledger: pl.DataFrame, rows: int | None = None) -> str:
             f"{mark} {row['node'][:27]:<28}{row['planned_type']:<10}{'/'.join(row['actual_types'])[:19]:<20}"
             f"{row['match']:<9}{row['found_by'] or '':<12}{' + '.join(row['layers'])[:80]}"
         )
+    if shown.height < ledger.height:
+        lines.append(f"  and {ledger.height - shown.height} more; --rows 0 shows all")
     return "\n".join(lines)

@@ -11,12 +11,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from calibcast.calib.artifacts import load_json, parsed, save_json
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import ArtifactError, BuildError, known
 from calibcast.calib.execution import input_structure
+from calibcast.calib.pt2.check import check_program_file
+from calibcast.calib.pt2.refusal import RefusedError, allowed_by_owner, how_to_allow
 from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines.runtimes import BuildRequest, Built
 from calibcast.engines.tensorrt.ahead_of_time import is_rtx, require_ahead_of_time
@@ -114,6 +117,27 @@ def _sizes(values: Sequence[Any]) -> tuple[Any, ...] | None:
     return tuple([(value.shape, value.dtype, value.layout) for value in values])
 
 
+# How the owner names engines that Torch-TensorRT has saved itself, with pickled objects inside.
+_WHOLE_ENGINE = "torch_tensorrt.runtime.TorchTensorRTModule"
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ArtifactError for a program with TensorRT's objects inside, unless its owner has allowed it by name.
+
+    Torch-TensorRT loads it with pickle. What calibcast could take apart (`engine_files`) is never saved so.
+    """
+    path = folder / WHOLE
+    if (folder / WIRING).is_file() or not path.is_file() or _WHOLE_ENGINE in allowed_by_owner():
+        return
+    try:
+        check_program_file(path)
+    except (RefusedError, OSError, ValueError, BadZipFile) as error:
+        raise ArtifactError(
+            f"{path} is not loaded, since loading it could run code: {error}. It is an engine that calibcast could not "
+            f"take apart, or one that somebody has changed. {how_to_allow(_WHOLE_ENGINE)}"
+        ) from error
+
+
 def _loaded(folder: Path, device: torch.device) -> Any:
     if (folder / WIRING).is_file():
         return read_parts(folder, device)
@@ -185,6 +209,7 @@ class TensorrtBackend:
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> TensorrtRuntime:
         if adapter.installed_flavour() is None:
             raise BuildError(f"this engine needs a GPU and TensorRT: {self.unavailable()}")
+        check_whole(folder / _PARTS)
         check_compatible(
             manifest["built_with"], self.versions(), bool((manifest.get("build") or {}).get("ahead_of_time"))
         )

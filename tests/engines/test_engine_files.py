@@ -1,6 +1,8 @@
 """A compiled program as files: parts and their wiring, read back into something that computes the same."""
 
+import io
 import json
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from operator import getitem
 from pathlib import Path
@@ -148,3 +150,21 @@ def test_wiring_names_only_files_of_its_folder(tmp_path, monkeypatch, name, kind
     if kind == "engine":
         with pytest.raises(ArtifactError, match="only plain names inside its folder"):
             engine_paths(tmp_path)
+
+
+def test_an_engine_with_pickled_objects_is_allowed_by_name_only(tmp_path, monkeypatch):
+    stream = io.BytesIO()
+    torch.save((Evil(),), stream)
+    save_program(torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),)), tmp_path / "engine.pt2")
+    tensorrt.check_whole(tmp_path)
+    with zipfile.ZipFile(tmp_path / "engine.pt2", "a") as archive:
+        archive.writestr("archive/data/constants/custom_obj_0", stream.getvalue())
+    with pytest.raises(ArtifactError, match=r"could run code.*CALIBCAST_ALLOW=torch_tensorrt\.runtime"):
+        tensorrt.check_whole(tmp_path)
+    monkeypatch.setenv("CALIBCAST_ALLOW", "torch_tensorrt.runtime.TorchTensorRTModule")
+    tensorrt.check_whole(tmp_path)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("it ran",)
