@@ -232,6 +232,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
         raise BatchError(f"all {len(run.skipped)} batches had NaN or Inf and were skipped: nothing was measured")
     table = run.table()
     _warn_nonfinite(run, table)
+    _tell_gaps(table)
     if keeper is not None:
         keeper.path.unlink(missing_ok=True)
     _log.info("%s", table)
@@ -336,6 +337,16 @@ def _warn_nonfinite(run: Run, table: RangeTable) -> None:
             "on_nonfinite='skip'.",
             stacklevel=3,
         )
+
+
+def _tell_gaps(table: RangeTable) -> None:
+    gaps = table.rounding_gaps
+    if gaps.height:
+        first = gaps.row(0, named=True)
+        _log.warning(
+            "no evidence of rounding in %d of %d rows (see ranges.rounding_gaps); the first, %s as %s reads it: %s",
+            gaps.height, table.rounding.height, first["input"], first["node"], first["why_missing"],
+        )  # fmt: skip
 
 
 def _length(dataloader: Any, max_batches: int | None) -> int | None:

@@ -19,7 +19,7 @@ from calibcast.calib.file_kinds import told_kind
 from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.range_checks import check_values
 from calibcast.calib.range_scaling import NumberScale, Rescaled, true_table
-from calibcast.calib.rounding_table import empty_rounding, rounding_metadata, rounding_of
+from calibcast.calib.rounding_table import empty_rounding, rounding_gaps, rounding_metadata, rounding_of
 from calibcast.calib.seal import broken_seal, has_parquet_ends
 from calibcast.calib.statistic_names import HIDDEN
 
@@ -122,6 +122,11 @@ class RangeTable:
             f"{above} above 65504, {bad} with NaN or Inf"
             + ("" if self.calibration.rescaled is None else "; of a rescaled program: these are not the true values")
         )
+
+    @property
+    def rounding_gaps(self) -> pl.DataFrame:
+        """The rows of `rounding` without evidence, with `why_missing`; rules that judge by magnitude decide there."""
+        return rounding_gaps(self.rounding)
 
     @property
     def fingerprint(self) -> str:

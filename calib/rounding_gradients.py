@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from calibcast.calib.graph import base_op
@@ -76,22 +78,26 @@ class Gradients:
         wanted = call.differentiable
         if not columns or not wanted:
             return False
-        if not call.leaves:  # it refused a graph of all inputs at once
-            return any([self._alone(call, value, columns) for value in wanted])
-        try:
-            found = [self._backward(call, column, column != columns[-1]) for column in columns]
-        except RuntimeError:
-            return any([self._alone(call, value, columns) for value in wanted])
-        return not any(found) and _is_foreign(call)
+        found = self._backwards(call, columns) if call.leaves else None
+        if found is None:  # it refused a graph of all inputs at once
+            return any([not self._anew(call, [value], columns) for value in wanted])
+        return not found and _is_foreign(call)
 
-    def _alone(self, call: Call, value: Value, columns: Sequence[int]) -> bool:
-        """The gradient of one input. True where there is none."""
-        call.raw = call.with_gradients([value]) or ()
+    def _anew(self, call: Call, inputs: Sequence[Value], columns: Sequence[int]) -> bool:
+        """The gradients of some inputs, from a graph of their own. False where there are none.
+
+        Without cuDNN, whose recurrent layers have gradients in training only.
+        """
+        with _without_cudnn():
+            call.raw = call.with_gradients(inputs) or ()
+            return bool(call.raw and self._backwards(call, columns))
+
+    def _backwards(self, call: Call, columns: Sequence[int]) -> bool | None:
+        """All columns through a call. True where some input has a gradient; None where the operator refuses."""
         try:
-            found = [self._backward(call, column, column != columns[-1]) for column in columns] if call.raw else []
+            return any([self._backward(call, column, column != columns[-1]) for column in columns])
         except RuntimeError:
-            return True
-        return not any(found)
+            return None
 
     def _backward(self, call: Call, column: int, again: bool) -> bool:
         """One column through a call. True where some input has a gradient."""
@@ -121,6 +127,16 @@ def _sound(grad: torch.Tensor) -> torch.Tensor:
     """Without NaN and Inf: sqrt at 0 has an infinite slope, which would spoil all that comes before."""
     total = grad.sum()
     return grad if math.isfinite(abs(total.item())) else grad.nan_to_num(0.0, 0.0, 0.0)
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.enabled = cudnn.enabled, False
+    try:
+        yield
+    finally:
+        cudnn.enabled = before
 
 
 def _is_foreign(call: Call) -> bool:

@@ -210,9 +210,8 @@ class _Recorder:
         """Run a call for the first time, with its own autograd graph, and note what it gave."""
         if _is_random(call):
             call.random_state = random_state()
-        call.leaves = {v: v.tensor.detach().requires_grad_() for v in call.inputs if v.computed and v.differentiable}
-        with torch.enable_grad():
-            call.raw = call.perform(call.leaves)
+        given = call.with_gradients(call.differentiable)
+        call.raw = call.perform({}) if given is None else given
         plain = [r.detach() if isinstance(r, torch.Tensor) else r for r in call.raw]
         call.outputs = tuple(
             self._output(call, i, r) if isinstance(r, torch.Tensor) else None for i, r in enumerate(plain)

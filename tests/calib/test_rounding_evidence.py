@@ -235,6 +235,31 @@ def custom_operator() -> Callable[..., torch.Tensor]:
     return halved
 
 
+def test_a_norm_without_a_gradient_of_its_statistics() -> None:
+    """batch_norm refuses one where its statistics are computed; what comes before is known by that of its input."""
+    x = torch.randn(256, 8) * 3 + 1
+    program = exported(lambda x: F.batch_norm(x.sin(), x.mean(0) * 0.9, x.var(0) * 1.1), x)
+    assert_predicts(program, x)
+
+
+def test_a_recurrent_layer_and_a_cache() -> None:
+    """What several outputs of one call do; a write at an index that is data."""
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(4, 8, batch_first=True)
+            self.register_buffer("held", torch.zeros(2, 6, 8))
+
+        def forward(self, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+            self.held[:, place] = self.layer(x)[0]
+            return (self.held * 3).exp()
+
+    x, place = torch.randn(2, 1, 4), torch.tensor([2])
+    assert_predicts(export(Model().eval(), (x, place)), x, place, within=6.0)
+
+
 def test_evidence_that_cannot_be_had_fails_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges come all the same, each row says why, and random numbers and grad mode are put back."""
     from calibcast.calib import rounding_evidence
