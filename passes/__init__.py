@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from calibcast.passes.classification import classify
     from calibcast.passes.comparison import Comparison, compare
     from calibcast.passes.emulation import emulate
-    from calibcast.passes.facts import Cancelled, Hidden, Literal, NodeFacts, TensorFacts
+    from calibcast.passes.facts import Hidden, Literal, Lost, NodeFacts, TensorFacts
     from calibcast.passes.plan import Decision, PrecisionPlan
     from calibcast.passes.proof import Proof, RoundingSummary
     from calibcast.passes.rescaling.rescaling import Rescaling, rescale
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from calibcast.passes.verdict import Rule, Verdict
 
 __all__ = [
-    "Cancelled",
     "Comparison",
     "Decision",
     "Hidden",
     "Literal",
+    "Lost",
     "NodeFacts",
     "PrecisionPlan",
     "Proof",
@@ -43,7 +43,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        **dict.fromkeys(("Cancelled", "Hidden", "Literal", "NodeFacts", "TensorFacts"), "calibcast.passes.facts"),
+        **dict.fromkeys(("Hidden", "Literal", "Lost", "NodeFacts", "TensorFacts"), "calibcast.passes.facts"),
         **dict.fromkeys(("Decision", "PrecisionPlan"), "calibcast.passes.plan"),
         **dict.fromkeys(("Proof", "RoundingSummary"), "calibcast.passes.proof"),
         **dict.fromkeys(("Rescaling", "rescale"), "calibcast.passes.rescaling.rescaling"),

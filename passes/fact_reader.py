@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from calibcast.passes.evidence import Evidence, with_values
-from calibcast.passes.facts import Cancelled, NodeFacts, TensorFacts
+from calibcast.passes.facts import Lost, NodeFacts, TensorFacts
 from calibcast.passes.number_formats import NumberFormat, format_of
 from calibcast.passes.outlines import NodeOutline
 from calibcast.passes.rounding_evidence import RoundingEvidence
@@ -18,8 +18,8 @@ from calibcast.passes.rounding_evidence import RoundingEvidence
 class FactReader:
     """Makes `NodeFacts` of outlines, for one low type. kinds: of placeholders, by name; a table may lack them.
 
-    magnified, offset_free: what `passes.sensitivity` found of the graph's tensors and nodes; cancelled: what
-    `passes.cancellation` did. rounding: what was measured of it in that type, if it was.
+    magnified, offset_free: what `passes.sensitivity` found of the graph's tensors and nodes; lost: what
+    `passes.needs` did. rounding: what was measured of it in that type, if it was.
     """
 
     evidence: Evidence = field(repr=False)
@@ -27,7 +27,7 @@ class FactReader:
     low_type: torch.dtype
     magnified: frozenset[tuple[str, int]] = frozenset()
     offset_free: frozenset[str] = frozenset()
-    cancelled: Mapping[str, Cancelled] = field(default_factory=dict)
+    lost: Mapping[str, Lost] = field(default_factory=dict)
     rounding: RoundingEvidence | None = field(default=None, repr=False)
     _known: dict[tuple[str, int, str | None], TensorFacts] = field(default_factory=dict, repr=False, compare=False)
 
@@ -45,8 +45,8 @@ class FactReader:
             outputs=tuple([look_up((name, output, None)) for name, output, _ in outline.outputs]),
             low_type=self.low_type,
             low=self._low,
-            cancelled=self.cancelled.get(outline.name),
             rounding_known=self.rounding is not None and self.rounding.knows(outline.name),
+            lost=self.lost.get(outline.name),
         )
         return facts
 

@@ -87,15 +87,16 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class Cancelled:
-    """What a sum or difference leaves of operands that are nearly equal.
+class Lost:
+    """What rounding leaves of a result, where that is too little.
 
-    node: the one that adds them up. rms: of its result. decibels: that to the rounding of its operands.
+    node: whose result. decibels: what it keeps over the rounding of an argument of its own, or of a node before it.
+    least: what it is to keep.
     """
 
     node: str
-    rms: float
     decibels: float
+    least: float
 
 
 def _float16() -> torch.dtype:
@@ -111,7 +112,7 @@ class NodeFacts:
     inputs, outputs: its floating-point tensors. literals: numbers that become tensor values. epsilon: the op's own,
     if it has one. depth: how many products or terms are summed into one output element. hidden: bounds of values
     that the op hides. least_spread: the least variance (or mean square) that a norm divides by the root of.
-    cancelled: too little is left of what it adds up, or of what it makes where that is added up.
+    lost: rounding leaves too little of what it gives, or of what is made of that.
     moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given. rounding_known: what rounding
     there does to the outputs was measured, so that rules which guess it from magnitudes have nothing to say. low_type:
     what it is to run in; a NumberFormat only where tensors are judged without a program.
@@ -128,7 +129,7 @@ class NodeFacts:
     depth: int | None = None
     hidden: tuple[Hidden, ...] = ()
     least_spread: float | None = None
-    cancelled: Cancelled | None = None
+    lost: Lost | None = None
     moves: bool = False
     custom: bool = False
     has_ranges: bool = True

@@ -10,10 +10,12 @@ import torch
 from calibcast.calib.graph import input_kinds, size_hint, tensor_values
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_edges import is_mover, rounding_edges
-from calibcast.passes.cancellation import cancelled_nodes
+from calibcast.passes.channels import channels_of
 from calibcast.passes.evidence import HiddenEvidence, evidence_of
 from calibcast.passes.fact_reader import FactReader
+from calibcast.passes.facts import WEIGHT_KINDS
 from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.needs import lost_nodes
 from calibcast.passes.outlines import NodeOutline, Outliner
 from calibcast.passes.regions import Candidate, candidates
 from calibcast.passes.rounding_evidence import RoundingEvidence, rounding_evidence
@@ -44,9 +46,12 @@ class ProgramFacts:
         """Read a program, and the ranges that were measured of it, if any."""
         nodes = candidates(program)
         names, evidence, kinds = _names(nodes), evidence_of(ranges), input_kinds(program)
-        outliner = Outliner(names, evidence, HiddenEvidence.of(ranges), ranges is not None)
+        hidden, channels = HiddenEvidence.of(ranges), channels_of(program)
+        outliner = Outliner(names, evidence, hidden, ranges is not None)
         outlines = {candidate.name: outliner.of(candidate.node) for candidate in nodes if candidate.kept is None}
-        offset_free, rounding = offset_free_nodes(names), _rounding(program, ranges)
+        rounding = _rounding(program, ranges)
+        weights = {name for name, kind in kinds.items() if kind in WEIGHT_KINDS}
+        offset_free = offset_free_nodes(names, weights)
         readers = {
             low_type: FactReader(
                 evidence,
@@ -54,7 +59,7 @@ class ProgramFacts:
                 low_type,
                 magnified_tensors(names, evidence, low_type),
                 offset_free,
-                cancelled_nodes(names, evidence, low_type),
+                lost_nodes(names, evidence, hidden.least, channels, low_type),
                 rounding.get(low_type),
             )
             for low_type in LOW_TYPES.values()

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from operator import getitem
 
 import torch
 from calibcast.calib.graph import argument_at, base_op, producer_of
-from calibcast.calib.operators import CONVERTS, HANDS_ON, KEEPS_POLES, MOVES, TAKES_OFFSET, Pole, operator_of
+from calibcast.calib.operators import CONVERTS, HANDS_ON, KEEPS_POLES, MOVES, Pole, is_known, operator_of
+from calibcast.calib.operators.operator import ATTENTION, RECURRENT
 from calibcast.passes.evidence import Evidence
 from torch import fx
 
 
-def offset_free_nodes(names: Mapping[fx.Node, str]) -> frozenset[str]:
-    """Nodes of which nothing, through views, takes the mean away: a gate that is multiplied, weights of a mean."""
+def offset_free_nodes(names: Mapping[fx.Node, str], weights: Collection[str]) -> frozenset[str]:
+    """Nodes of which nothing, through views, takes the mean away: a gate that is multiplied, weights of a mean.
+
+    weights: names of placeholders. Of products, only one with weights takes an offset away, which were trained to do
+    so or made for it; of two activations, what is left is measured.
+    """
     movement = MOVES | CONVERTS
+
+    def takes_offset(reader: fx.Node, node: fx.Node) -> bool:
+        entry = operator_of(base_op(reader.target))
+        if entry.product and entry.product not in {RECURRENT, ATTENTION}:
+            others = [n for n in reader.all_input_nodes if n is not node]
+            return entry.takes_offset and any(_moved_from(n).name in weights for n in others)
+        known = isinstance(reader.target, torch._ops.OpOverload) and is_known(base_op(reader.target))
+        # The caller may do anything with an output, and so may a region, a custom op, or one that the table lacks.
+        return entry.takes_offset if known else reader.target is not getitem
+
     made = [node for node in names if node.op in {"call_function", "placeholder"} and node.target is not getitem]
-    return frozenset(names[node] for node in made if not _reaches(node, movement, _takes_offset))
+    return frozenset(names[node] for node in made if not _reaches(node, movement, takes_offset))
 
 
-def _takes_offset(reader: fx.Node, node: fx.Node) -> bool:
-    known = isinstance(reader.target, torch._ops.OpOverload) and base_op(reader.target) != ""
-    # The caller may do anything with an output, and so may a region or a custom op.
-    return base_op(reader.target) in TAKES_OFFSET if known else reader.target is not getitem
+def _moved_from(node: fx.Node) -> fx.Node:
+    while base_op(node.target) in MOVES and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def magnified_tensors(

@@ -102,18 +102,18 @@ class Storage:
                 verdict = self._lost(facts, tensor)
                 if verdict is not None:
                     return verdict
-        return self._cancelled(facts)
+        return self._needed(facts)
 
-    def _cancelled(self, facts: NodeFacts) -> Verdict | None:
-        left = facts.cancelled
-        if left is None or left.decibels >= self.limit:
+    def _needed(self, facts: NodeFacts) -> Verdict | None:
+        lost = facts.lost
+        if lost is None or self.limit == -math.inf:
             return None
-        what = "it adds up" if left.node == facts.name else f"it makes an operand of {left.node}, which adds up"
+        whose = "its result" if lost.node == facts.name else f"{lost.node}, which is made of it,"
         reason = (
-            f"{what} what is nearly equal: rms {left.rms:.4g} is left, {left.decibels:.3g} dB over the rounding of the "
-            f"operands in {facts.low.short}, below {self.limit:g} dB"
+            f"{whose} would keep {lost.decibels:.3g} dB over the rounding of what it is made of in {facts.low.short}, "
+            f"below {lost.least:g} dB"
         )
-        return Verdict("storage", reason, left.decibels, self.limit)
+        return Verdict("storage", reason, lost.decibels, lost.least)
 
     def _lost(self, facts: NodeFacts, tensor: TensorFacts) -> Verdict | None:
         tiny = facts.low.smallest_normal
@@ -175,9 +175,29 @@ def _signal(rms: float, mean: float, offset_counts: bool) -> float:
     return rms**2 - (mean**2 if offset_counts else 0.0)
 
 
-def rounding_noise(tensor: TensorFacts, low: NumberFormat) -> float:
-    """Mean squared error of storing a measured tensor: from its histogram, or without one the most that it can be."""
-    return most_noise(tensor.rms or 0.0, low) if tensor.histogram is None else _noise(tensor.histogram, low)
+def rounding_noise(tensor: TensorFacts, low: NumberFormat, most: float = math.inf) -> float:
+    """Mean squared error of storing a measured tensor: from its histogram, or without one the most that it can be.
+
+    most: elements of a larger magnitude are left out.
+    """
+    if tensor.histogram is None:
+        return most_noise(min(tensor.rms or 0.0, most), low)
+    if math.isinf(most):
+        return _noise(tensor.histogram, low)
+    last = min(254, max(1, math.frexp(most)[1] + 126))
+    return _noise([*tensor.histogram[: last + 1], *[0] * (255 - last)], low)
+
+
+def median_noise(tensor: TensorFacts, low: NumberFormat) -> float:
+    """Mean squared error of rounding the elements of middling magnitude: a few outliers are others' noise."""
+    if tensor.histogram is None:
+        return most_noise(tensor.rms or 0.0, low)
+    half, seen = sum(tensor.histogram[1:255]) / 2, 0
+    for exponent in range(1, 255):
+        seen += tensor.histogram[exponent]
+        if seen > half:
+            return _noise_by_bin(low)[exponent]
+    return 0.0
 
 
 def most_noise(rms: float, low: NumberFormat) -> float:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from calibcast.calib.operators import operator as terms
 from calibcast.calib.operators.arithmetic import ARITHMETIC
+from calibcast.calib.operators.functions import FUNCTIONS
 from calibcast.calib.operators.movement import MOVEMENT
 from calibcast.calib.operators.operator import Operator, Pole, Training
 from calibcast.calib.operators.sums import PRODUCTS, REDUCTIONS
-from calibcast.calib.operators.unsupported import ABLE, NEVER, NEVER_LOW_PREFIXES
+from calibcast.calib.operators.unsupported import NEVER, NEVER_LOW_PREFIXES
 
-OPERATORS = (*MOVEMENT, *ARITHMETIC, *REDUCTIONS, *PRODUCTS, *ABLE, *NEVER)
+OPERATORS = (*MOVEMENT, *ARITHMETIC, *FUNCTIONS, *REDUCTIONS, *PRODUCTS, *NEVER)
 _BY_NAME = {name: entry for entry in OPERATORS for name in (entry.name, *entry.aliases)}
 
 
 def operator_of(name: str) -> Operator:
     """The entry of an operator, named without overload and in-place mark; of one that has none, an empty entry."""
     return _BY_NAME.get(name) or Operator(name, never_low=name.startswith(NEVER_LOW_PREFIXES))
+
+
+def is_known(name: str) -> bool:
+    """Whether the table has an entry for an operator, or for all of its kind."""
+    return name in _BY_NAME or name.startswith(NEVER_LOW_PREFIXES)
 
 
 def canonical(name: str) -> str:
@@ -100,5 +106,6 @@ __all__ = [
     "Pole",
     "Training",
     "canonical",
+    "is_known",
     "operator_of",
 ]

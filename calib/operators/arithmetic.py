@@ -1,52 +1,66 @@
-"""Operators that compute element by element, and those that make tensors."""
+"""Operators of arithmetic, and those that make tensors."""
 
 from __future__ import annotations
 
-from calibcast.calib.operators.operator import CHOOSES, COMPUTES, Operator, Pole, alike, operator
+from calibcast.calib.operators.operator import (
+    CHOOSES,
+    COMPUTES,
+    SAME,
+    SHARE,
+    STEP,
+    Operator,
+    Pole,
+    alike,
+    operator,
+)
 
 _AT_FIRST, _AT_SECOND = (Pole(0),), (Pole(1),)
 
 ARITHMETIC: tuple[Operator, ...] = (
     operator("add", literals=("other", "alpha"), masks=COMPUTES, adds=True, hands_on=True, takes_offset=True),
-    operator("sub subtract", literals=("other", "alpha"), masks=COMPUTES, adds=True, hands_on=True, takes_offset=True),
-    operator("rsub", literals=("other", "alpha"), masks=COMPUTES, adds=True, takes_offset=True),
-    operator("mul multiply", literals=("other",), masks=COMPUTES, hands_on=True),
-    operator("div divide true_divide", literals=("other",), masks=COMPUTES, poles=_AT_SECOND, hands_on=True),
-    operator("floor_divide", literals=("other",), poles=_AT_SECOND, steps=True),
-    operator("remainder", literals=("other",), poles=_AT_SECOND, takes_offset=True, steps=True),
-    operator("fmod", literals=("other",), poles=_AT_SECOND, takes_offset=True, steps=True),
-    operator("maximum", masks=COMPUTES, hands_on=True),
-    operator("minimum", masks=COMPUTES, hands_on=True),
-    operator("clamp clip", literals=("min", "max"), masks=COMPUTES, checks_numbers=True, hands_on=True),
-    operator("clamp_min", literals=("min",), masks=COMPUTES, checks_numbers=True, hands_on=True),
-    operator("clamp_max", literals=("max",), checks_numbers=True),
-    operator("hardtanh", literals=("min_val", "max_val"), checks_numbers=True),
-    operator("threshold", literals=("threshold", "value"), checks_numbers=True),
-    operator("where", literals=("self", "other"), masks=CHOOSES),
-    operator("masked_fill", literals=("value",), masks=CHOOSES, checks_numbers=True),
+    operator(
+        "sub subtract",
+        subtracts=True,
+        literals=("other", "alpha"),
+        masks=COMPUTES,
+        adds=True,
+        hands_on=True,
+        takes_offset=True,
+    ),
+    operator("rsub", subtracts=True, literals=("other", "alpha"), masks=COMPUTES, adds=True, takes_offset=True),
+    operator("mul multiply", error=SHARE, literals=("other",), masks=COMPUTES, hands_on=True),
+    operator(
+        "div divide true_divide", error=SHARE, literals=("other",), masks=COMPUTES, poles=_AT_SECOND, hands_on=True
+    ),
+    operator("floor_divide", error=STEP, steps=True, literals=("other",), poles=_AT_SECOND),
+    operator("remainder", error=STEP, steps=True, literals=("other",), poles=_AT_SECOND, takes_offset=True),
+    operator("fmod", error=STEP, steps=True, literals=("other",), poles=_AT_SECOND, takes_offset=True),
+    operator("maximum", error=SAME, masks=COMPUTES, hands_on=True),
+    operator("minimum", error=SAME, masks=COMPUTES, hands_on=True),
+    operator("clamp clip", error=SAME, literals=("min", "max"), masks=COMPUTES, checks_numbers=True, hands_on=True),
+    operator("clamp_min", error=SAME, literals=("min",), masks=COMPUTES, checks_numbers=True, hands_on=True),
+    operator("clamp_max", error=SAME, literals=("max",), checks_numbers=True),
+    operator("hardtanh", error=SAME, literals=("min_val", "max_val"), checks_numbers=True),
+    operator("threshold", error=SAME, literals=("threshold", "value"), checks_numbers=True),
+    operator("where", error=SAME, literals=("self", "other"), masks=CHOOSES),
+    operator("masked_fill", error=SAME, literals=("value",), masks=CHOOSES, checks_numbers=True),
     operator("index_fill", literals=("value",), checks_numbers=True),
     operator("scatter", checks_numbers=True),
-    operator("constant_pad_nd", literals=("value",), checks_numbers=True),
-    operator("pad", literals=("value",), checks_numbers=True),
-    operator("nan_to_num", literals=("nan", "posinf", "neginf")),
+    operator("constant_pad_nd", error=SAME, literals=("value",), checks_numbers=True),
+    operator("pad", error=SAME, literals=("value",), checks_numbers=True),
+    operator("nan_to_num", error=SAME, literals=("nan", "posinf", "neginf")),
     operator("addcmul", literals=("value",), takes_offset=True),
     operator("addcdiv", literals=("value",), takes_offset=True),
     operator("lerp", takes_offset=True),
-    operator("diff", takes_offset=True),
-    operator("pow", checks_numbers=True, poles=(Pole(0, exponent=1),), hands_on=True),
-    operator("relu", keeps_rounded=True),
-    operator("abs absolute", keeps_rounded=True, hands_on=True),
-    operator("neg negative", keeps_rounded=True, hands_on=True),
-    operator("sqrt", keeps_poles=True, hands_on=True),
-    operator("square", hands_on=True),
-    *alike("reciprocal rsqrt log log2 log10", poles=_AT_FIRST),
-    # Steps, and functions of a period: they see nothing but the difference to the last step or period.
-    *alike("floor ceil round frac", takes_offset=True, steps=True),
-    *alike("trunc fix sign sgn heaviside", steps=True),
-    *alike("sin cos", takes_offset=True),
-    # Found by comparing 400 calls with the same in fp32, rounded (torch 2.14): NaN, or reads out of bounds, on images
-    # from 192 pixels on.
-    *alike("grid_sampler grid_sampler_2d grid_sampler_3d", wrong_on_host=True),
+    operator("diff", error=SAME, takes_offset=True),
+    operator("pow", powers=True, error=SHARE, checks_numbers=True, poles=(Pole(0, exponent=1),), hands_on=True),
+    operator("relu", error=SAME, hands_on=True, keeps_rounded=True),
+    operator("abs absolute", error=SHARE, keeps_rounded=True, hands_on=True),
+    operator("neg negative", error=SHARE, keeps_rounded=True, hands_on=True),
+    operator("sqrt", power=0.5, error=SHARE, keeps_poles=True, hands_on=True),
+    operator("square", power=2.0, error=SHARE, hands_on=True),
+    operator("reciprocal", error=SHARE, power=-1.0, poles=_AT_FIRST),
+    operator("rsqrt", error=SHARE, power=-0.5, poles=_AT_FIRST),
     # The number that they make a tensor of.
     operator("full", literals=("fill_value",), fills=True, checks_numbers=True),
     operator("full_like", literals=("fill_value",), fills=True, checks_numbers=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibcast.calib.operators.operator import Operator, Training, alike, operator
+from calibcast.calib.operators.operator import ORDER, SAME, Operator, Training, alike, operator
 
 _DROPS = Training(flag=2, share=1)
 
@@ -43,26 +43,24 @@ MOVEMENT: tuple[Operator, ...] = (
         training=_DROPS,
     ),
     operator("native_dropout", training=_DROPS),
-    operator("rrelu", training=Training(flag=3)),
     operator("sum_to_size", shares=0),
     operator("conj_physical", shares=0),
     operator("cartesian_prod", shares=0, fresh_of_several=True),
-    *alike("max_pool1d max_pool2d max_pool3d", keeps_rounded=True),
+    *alike("max_pool1d max_pool2d max_pool3d", error=SAME, hands_on=True, keeps_rounded=True),
     # A type that the user wrote down: `.to(dtype)` and what it becomes.
     *alike("to _to_copy convert_element_type", converts=True),
     operator("type_as", converts=True, shares=0),
     operator("_assert_tensor_metadata", asserts=True),
     # `eq` and `ne` see two values that a cast has made one, and so are not among those that see only order.
-    *alike("kthvalue msort amax amin", selects=True),
-    *alike("max min", selects=True),
-    *alike("topk sort", selects=True, takes_offset=True),
-    *alike(
-        "argmax argmin argsort _unique _unique2 unique_dim unique_consecutive searchsorted bucketize", takes_offset=True
-    ),
-    operator("lt less", compares=True, literals=("other",), takes_offset=True),
-    operator("le less_equal", compares=True, literals=("other",), takes_offset=True),
-    operator("gt greater", compares=True, literals=("other",), takes_offset=True),
-    operator("ge greater_equal", compares=True, literals=("other",), takes_offset=True),
-    operator("eq", literals=("other",), takes_offset=True),
-    operator("ne not_equal", literals=("other",), takes_offset=True),
+    *alike("kthvalue msort amax amin", error=SAME, selects=True),
+    *alike("max min", error=SAME, selects=True),
+    *alike("topk sort", error=ORDER, selects=True, takes_offset=True),
+    *alike("argmax argmin argsort searchsorted bucketize", error=ORDER, takes_offset=True),
+    *alike("_unique _unique2 unique_dim unique_consecutive", error=ORDER, takes_offset=True),
+    operator("lt less", error=ORDER, compares=True, literals=("other",), takes_offset=True),
+    operator("le less_equal", error=ORDER, compares=True, literals=("other",), takes_offset=True),
+    operator("gt greater", error=ORDER, compares=True, literals=("other",), takes_offset=True),
+    operator("ge greater_equal", error=ORDER, compares=True, literals=("other",), takes_offset=True),
+    operator("eq", error=ORDER, literals=("other",), takes_offset=True),
+    operator("ne not_equal", error=ORDER, literals=("other",), takes_offset=True),
 )

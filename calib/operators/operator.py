@@ -19,6 +19,10 @@ CONVOLUTION, TRANSPOSED, MATRIX, CONTRACTION, RECURRENT, ATTENTION = (
     "recurrent",
     "attention",
 )
+# What an error of an argument becomes. A share of the value stays a share (products, powers); it stays as large as it
+# was, or gets smaller (a slope of at most about 1); as it is, it becomes a share of the result (exponentials); a share
+# becomes an error as it is (logarithms); it tips elements over to the next step; it changes an order.
+SHARE, SAME, EXPONENT, LOGARITHM, STEP, ORDER = "share", "same", "exponent", "logarithm", "step", "order"
 # What it does to a mask: picks it or something else, or computes with it.
 CHOOSES, COMPUTES = "chooses", "computes"
 
@@ -27,10 +31,11 @@ CHOOSES, COMPUTES = "chooses", "computes"
 class Pole:
     """Where a result grows without bound, or with unbounded slope, as one argument comes near to a value.
 
-    argument: its position. exponent: position of a number that has to be negative for it, as of `pow`.
+    argument: its position. at: the value. exponent: position of a number that has to be negative for it, as of `pow`.
     """
 
     argument: int = 0
+    at: float = 0.0
     exponent: int | None = None
 
 
@@ -83,7 +88,8 @@ class Operator:
 
     Numbers:
         literals: arguments that become values of a tensor.
-        epsilon: the argument that it adds to a variance.
+        epsilon: the argument that it adds to a variance. variance_at: the argument that is this variance, where it is
+            given; the mean stands before it.
         fills: its result is such a number, everywhere.
         checks_numbers: its half-precision kernels raise where such a number is too large; others make inf of it.
 
@@ -92,10 +98,14 @@ class Operator:
             or set to zero.
         steps: its floating-point results change by steps, of which its gradient does not tell.
         bias_along: the dimension of its result along which its bias lies, which is added to it; counted from the end.
+        error: what an error of its first argument becomes; of products, sums and norms, what they are says it.
+        places: the argument with coordinates, from -1 to 1, by which it looks elements of the first up.
         poles: where a small difference of an argument makes a large one of its result.
         keeps_poles: it is small where its input is, so a pole of its reader is one of its input.
         hands_on: of a small input it makes a small result, and of one that is off by a share one off by such a share.
-        adds: it gives the sum or the difference of its first two arguments.
+        adds: it gives the sum or the difference of its first two arguments. subtracts: the difference.
+        powers: its first argument to the power of its second. power: to a power of its own.
+        averages: it divides its sum by the number of terms.
         takes_offset: it may take away what all elements have in common, and leave what tells them apart.
 
     wrong_on_host: its half-precision kernels for CPUs are there, and wrong.
@@ -131,15 +141,22 @@ class Operator:
     bitcasts: tuple[str, ...] = ()
     literals: tuple[str, ...] = ()
     epsilon: str = ""
+    variance_at: int | None = None
     fills: bool = False
     checks_numbers: bool = False
     keeps_rounded: bool = False
     steps: bool = False
     bias_along: int | None = None
+    error: str = ""
+    places: int | None = None
     poles: tuple[Pole, ...] = ()
     keeps_poles: bool = False
     hands_on: bool = False
     adds: bool = False
+    subtracts: bool = False
+    powers: bool = False
+    power: float = 1.0
+    averages: bool = False
     takes_offset: bool = False
     wrong_on_host: bool = False
     never_low: bool = False

@@ -6,12 +6,14 @@ from calibcast.calib.operators.operator import (
     ATTENTION,
     CONTRACTION,
     CONVOLUTION,
+    EXPONENT,
     EXPONENTIALS,
     GROUPS,
     LAST,
     LOGITS,
     MATRIX,
     RECURRENT,
+    SAME,
     SPATIAL,
     SQUARES,
     SUM,
@@ -26,8 +28,10 @@ from calibcast.calib.operators.operator import (
 _TRAINS = Training(flag=5, statistics=3)
 
 REDUCTIONS: tuple[Operator, ...] = (
-    *alike("sum mean", hides=SUM, hands_on=True),
-    *alike("cumsum nansum nanmean", hides=SUM),
+    operator("sum", hides=SUM, hands_on=True),
+    operator("mean", hides=SUM, averages=True, hands_on=True),
+    *alike("cumsum nansum", hides=SUM),
+    operator("nanmean", hides=SUM, averages=True),
     operator("avg_pool1d", hides=SUM, along=WINDOW, window=1),
     operator("adaptive_avg_pool1d", hides=SUM, along=WINDOW, window=1, adaptive=True),
     operator("avg_pool2d", hides=SUM, along=WINDOW, window=2),
@@ -45,12 +49,14 @@ REDUCTIONS: tuple[Operator, ...] = (
     operator(
         "instance_norm", hides=SQUARES, along=SPATIAL, centred=True, epsilon="eps", takes_offset=True, training=_TRAINS
     ),
-    operator("batch_norm", epsilon="eps", takes_offset=True, training=_TRAINS),
-    operator("_native_batch_norm_legit_no_training", epsilon="eps", takes_offset=True),
+    operator("batch_norm", epsilon="eps", variance_at=4, takes_offset=True, training=_TRAINS),
+    operator("_native_batch_norm_legit_no_training", epsilon="eps", variance_at=4, takes_offset=True),
     *alike("_native_batch_norm_legit native_batch_norm", training=_TRAINS),
     # exp(x - max x): an offset is taken away first, and what is summed is at most 1 each.
-    *alike("softmax _softmax _safe_softmax", hides=EXPONENTIALS, mask_at=0, takes_offset=True),
-    *alike("log_softmax _log_softmax logsumexp", hides=EXPONENTIALS, takes_offset=True),
+    operator("softmax special_softmax", error=EXPONENT, hides=EXPONENTIALS, mask_at=0, takes_offset=True),
+    *alike("_softmax _safe_softmax", error=EXPONENT, hides=EXPONENTIALS, mask_at=0, takes_offset=True),
+    operator("log_softmax special_log_softmax", error=SAME, hides=EXPONENTIALS, takes_offset=True),
+    *alike("_log_softmax logsumexp", error=SAME, hides=EXPONENTIALS, takes_offset=True),
     *alike("mse_loss l1_loss", takes_offset=True),
 )
 
@@ -64,13 +70,13 @@ PRODUCTS: tuple[Operator, ...] = (
     operator("conv_transpose2d", product=TRANSPOSED, takes_offset=True, bias_along=-3),
     operator("conv_transpose3d", product=TRANSPOSED, takes_offset=True, bias_along=-4),
     operator("linear", product=MATRIX, takes_offset=True, bias_along=-1),
-    *alike("matmul mm bmm mv dot", product=MATRIX),
+    *alike("matmul mm bmm mv dot", product=MATRIX, takes_offset=True),
     # beta input + alpha a b: the operands of the product stand at 1 and 2.
     operator("addmm", product=MATRIX, left=1, literals=("beta", "alpha"), takes_offset=True),
-    operator("baddbmm", product=MATRIX, left=1, literals=("beta", "alpha")),
-    *alike("addbmm addmv", product=MATRIX, left=1),
-    *alike("tensordot bilinear", product=CONTRACTION),
-    operator("einsum", product=CONTRACTION, shares=1, fresh_of_several=True),
+    operator("baddbmm", product=MATRIX, left=1, literals=("beta", "alpha"), takes_offset=True),
+    *alike("addbmm addmv", product=MATRIX, left=1, takes_offset=True),
+    *alike("tensordot bilinear", product=CONTRACTION, takes_offset=True),
+    operator("einsum", product=CONTRACTION, takes_offset=True, shares=1, fresh_of_several=True),
     operator("scaled_dot_product_attention", product=ATTENTION, hides=LOGITS, mask_at=3),
     *alike("lstm gru rnn_tanh rnn_relu", product=RECURRENT, takes_offset=True),
 )

@@ -1,7 +1,7 @@
 """Operators that no target runs in half precision: the same list everywhere, as a plan must not depend on a machine.
 
 Measured over 108 operators of 66 architectures. Factorisations, transforms and the special functions have no half
-kernels; `linalg_vector_norm` is an ordinary reduction, and some special functions are other names of usual ones.
+kernels; `linalg_vector_norm` is an ordinary reduction, and some special functions are aliases of usual ones.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from calibcast.calib.operators.operator import Operator, alike
 
 NEVER_LOW_PREFIXES = ("linalg_", "_linalg_", "fft_", "_fft_", "special_")
-# In spite of their prefix.
-ABLE: tuple[Operator, ...] = alike("special_softmax special_log_softmax special_expit")
 NEVER: tuple[Operator, ...] = alike(
     """
     cdist _cdist_forward pdist cholesky cholesky_solve cholesky_inverse ctc_loss _ctc_loss det logdet slogdet inverse

@@ -1,0 +1,74 @@
+"""Functions of one number, steps, and look-ups.
+
+A slope is bounded where it is at most about 1 (`gelu` reaches 1.13). Poles are at the values that the mathematics gives
+them, of a slope that is unbounded as well as of the result: acos is 0 at 1, and its slope infinite.
+"""
+
+from __future__ import annotations
+
+import math
+
+from calibcast.calib.operators.operator import (
+    EXPONENT,
+    LOGARITHM,
+    SAME,
+    STEP,
+    Operator,
+    Pole,
+    Training,
+    alike,
+    operator,
+)
+
+_AT_ONE = (Pole(0, -1.0), Pole(0, 1.0))
+
+FUNCTIONS: tuple[Operator, ...] = (
+    *alike(
+        """
+        tanh gelu silu elu celu selu leaky_relu prelu hardswish hardsigmoid relu6 mish softplus softshrink
+        hardshrink log_sigmoid log_sigmoid_forward erf erfc glu
+        """,
+        error=SAME,
+    ),
+    operator("sigmoid special_expit", error=SAME),
+    operator("rrelu", error=SAME, training=Training(flag=3)),
+    operator("atan arctan", error=SAME),
+    operator("asinh arcsinh", error=SAME),
+    # Of an argument of 500, they see what is left above a whole number of periods.
+    *alike("sin cos", error=SAME, takes_offset=True),
+    operator("tan", error=EXPONENT, poles=(Pole(0, math.pi / 2), Pole(0, -math.pi / 2)), takes_offset=True),
+    *alike("exp cosh sinh", error=EXPONENT),
+    operator("exp2 special_exp2", error=EXPONENT),
+    operator("expm1 special_expm1", error=EXPONENT),
+    # log x: d(log x) = dx / x. Far from its pole it takes a share for what it is.
+    *alike("log log2 log10", error=LOGARITHM, poles=(Pole(0),)),
+    operator("log1p special_log1p", poles=(Pole(0, -1.0),)),
+    operator("xlogy special_xlogy", poles=(Pole(1),)),
+    operator("logit special_logit", poles=(Pole(0), Pole(0, 1.0))),
+    operator("acos arccos", poles=_AT_ONE),
+    operator("asin arcsin", poles=_AT_ONE),
+    operator("atanh arctanh", poles=_AT_ONE),
+    operator("erfinv special_erfinv", poles=_AT_ONE),
+    operator("acosh arccosh", poles=(Pole(0, 1.0),)),
+    operator("lgamma special_gammaln", poles=(Pole(0), Pole(0, -1.0))),
+    operator("digamma special_psi special_digamma", poles=(Pole(0), Pole(0, -1.0))),
+    *alike("floor ceil round frac", error=STEP, steps=True, takes_offset=True),
+    operator("trunc fix", error=STEP, steps=True, takes_offset=True),
+    *alike("sign sgn heaviside", steps=True),
+    # Coordinates of an image: an error is one of so many pixels. The kernels were found to be wrong by comparing 400
+    # calls with the same in fp32, rounded (torch 2.14): NaN, or reads out of bounds, on images from 192 pixels on.
+    *alike("grid_sampler grid_sampler_2d grid_sampler_3d", places=1, wrong_on_host=True),
+    *alike(
+        "embedding embedding_bag _embedding_bag index_put index_add index_copy scatter_add scatter_reduce", error=SAME
+    ),
+    *alike(
+        """
+        upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
+        upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d
+        reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col col2im
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices
+        """,
+        error=SAME,
+    ),
+    *alike("cumprod prod cummax cummin"),
+)
