@@ -33,6 +33,7 @@ def decide(program: ProgramFacts, judge: Judge, work: Mapping[str, int]) -> list
                 precisions[candidate.name] = decision.precision
             decisions.append(decision)
         more = _forced_by_ties(program.ties, precisions, forced)
+        more |= _forced_by_readers(program, judge, precisions, forced)
         if not more:
             return decisions
         forced |= more
@@ -50,6 +51,22 @@ def _keep(candidate: Candidate, work: int) -> Decision:
         reason=reason.reason,
         work=work,
     )
+
+
+def _forced_by_readers(
+    program: ProgramFacts, judge: Judge, precisions: Mapping[str, str], forced: Mapping[str, Verdict]
+) -> dict[str, Verdict]:
+    """What only moves data from an fp32 source to a reader in fp32 does not round it on the way."""
+    more: dict[str, Verdict] = {}
+    reader = program.reader(judge.low_type)
+    for name, readers in program.leading.items():
+        high = next((other for other in readers if precisions.get(other, LOW) != LOW), None)
+        if high is None or precisions.get(name) != LOW or name in forced:
+            continue
+        facts = reader.read(program.outlines[name], precisions)
+        if not facts.rounding_known and not judge.included(facts):
+            more[name] = Verdict("follows", f"it only moves data from an fp32 source, and its reader {high} is high")
+    return more
 
 
 def _forced_by_ties(

@@ -66,7 +66,7 @@ def flips_of(program: ProgramFacts, judge: Judge) -> Flips:
     asks = [replace(rule, limit=0.0, given=True) for rule in judge.rules if isinstance(rule, DataMax)]
     others = replace(judge, rules=tuple(rule for rule in judge.rules if not isinstance(rule, (DataMax, Follows))))
     flips: Flips = {}
-    followed: dict[str, list[str]] = {}
+    followed: dict[str, Sequence[str]] = {}
     for name, outline in program.outlines.items():
         facts = reader.read(outline, as_if_low)
         included = judge.included(facts)
@@ -75,8 +75,9 @@ def flips_of(program: ProgramFacts, judge: Judge) -> Flips:
         else:
             flips[name] = 0.0 if included else max((_held(rule, facts) for rule in asks), default=0.0)
         if facts.moves and not included and not facts.rounding_known:
-            # By `follows`: each decided input keeps it high when it is high itself.
-            followed[name] = [tensor.name for tensor in facts.inputs if tensor.precision is not None]
+            # By `follows`: each decided input keeps it high when it is high itself, and so does a reader where none is.
+            made = [tensor.name for tensor in facts.inputs if tensor.precision is not None]
+            followed[name] = [*made, *program.leading.get(name, ())]
     return _settled(flips, followed, program.ties)
 
 
@@ -93,12 +94,13 @@ def _held(rule: DataMax, facts: NodeFacts) -> float:
     return math.inf if math.isnan(verdict.evidence) else verdict.evidence
 
 
-def _settled(flips: Flips, followed: Mapping[str, list[str]], ties: Sequence[NamedTie]) -> Flips:
+def _settled(flips: Flips, followed: Mapping[str, Sequence[str]], ties: Sequence[NamedTie]) -> Flips:
     """Hand thresholds on, in graph order, until ties no longer move any: each can only rise."""
     while True:
-        for name, others in followed.items():
-            flips[name] = _later([flips[name], *(flips[other] for other in others)])
         moved = False
+        for name, others in followed.items():
+            before, flips[name] = flips[name], _later([flips[name], *(flips[other] for other in others)])
+            moved |= flips[name] != before
         for tie, members in ties:
             decided = [name for name in members if name in flips]
             stays = tie.pinned is not None or len(decided) < len(members)

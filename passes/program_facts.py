@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import getitem
 
 import torch
 from calibcast.calib.graph import input_kinds, size_hint, tensor_values
@@ -30,8 +31,9 @@ class ProgramFacts:
     """What neither settings nor the low type change.
 
     nodes: in the order in which they run. outlines: of those that are decided, by name, in the same order. ties: of
-    nodes that share written storage. readers: by low type. Only `nodes` and `ties` refer to the graph. rounding: what
-    was measured of it, by low type, where it was. sizes: bytes that each node writes at the exported sizes, views none.
+    nodes that run in one type. readers: by low type. rounding: what was measured of it, by low type. sizes: bytes that
+    each node writes. leading: of nodes that only move data from what is never low, the nodes that read them. Only
+    `nodes` and `ties` refer to the graph.
     """
 
     nodes: Sequence[Candidate] = field(repr=False)
@@ -40,6 +42,7 @@ class ProgramFacts:
     readers: Mapping[torch.dtype, FactReader] = field(repr=False)
     rounding: Mapping[torch.dtype, RoundingEvidence] = field(default_factory=dict, repr=False)
     sizes: Mapping[str, int] = field(default_factory=dict, repr=False)
+    leading: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, program: ExportedProgram, ranges: RangeTable | None) -> ProgramFacts:
@@ -65,11 +68,26 @@ class ProgramFacts:
             for low_type in LOW_TYPES.values()
         }
         sizes = {candidate.name: _size(candidate.node) for candidate in nodes} if rounding else {}
-        return cls(nodes, outlines, named_ties(nodes), readers, rounding, sizes)
+        return cls(nodes, outlines, named_ties(nodes), readers, rounding, sizes, _leading(nodes, names, outlines))
 
     def reader(self, low_type: torch.dtype) -> FactReader:
         """Of the facts of outlines, in one low type."""
         return self.readers[low_type]
+
+
+def _leading(
+    nodes: Sequence[Candidate], names: Mapping[fx.Node, str], outlines: Mapping[str, NodeOutline]
+) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for candidate in nodes:
+        outline = outlines.get(candidate.name)
+        if outline is None or not outline.values["moves"]:
+            continue
+        makers = [maker for _, _, maker in outline.inputs]
+        if all(maker not in outlines or maker in found for maker in makers):
+            read = [user for n in candidate.node.users for user in ([n] if n.target is not getitem else n.users)]
+            found[candidate.name] = [names[user] for user in read if names.get(user) in outlines]
+    return found
 
 
 def _rounding(program: ExportedProgram, ranges: RangeTable | None) -> dict[torch.dtype, RoundingEvidence]:

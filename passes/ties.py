@@ -1,7 +1,8 @@
 """Nodes that must share one type.
 
 Because an in-place op writes into storage that more than one of them sees; or because they carry a mask's sentinel to
-a comparison of masks with masks, where a cast on the way to one side alone would change it on that side.
+a comparison of masks with masks, where a cast on the way to one side alone would change it on that side; or because
+they are two sides of one tensor that meet in a difference or a comparison.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from operator import getitem
 
 from calibcast.calib.aliasing import Roots, picks_fresh, shared_arguments, written_arguments
+from calibcast.calib.graph import base_op
+from calibcast.calib.operators import operator_of
+from calibcast.calib.operators.operator import STEP
 from calibcast.calib.sentinels import compared_chains
 from calibcast.passes.regions import Candidate
 from torch import fx
@@ -33,8 +37,46 @@ NamedTie = tuple[Tie, list[str]]
 
 
 def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
-    """All ties of a graph. No node is in two: a mask whose storage is written is not compared in the low type."""
-    return [*_written_together(graph_module), *_compared_together(graph_module)]
+    """All ties of a graph. No node is in two: those that share one become one."""
+    ties: list[Tie] = []
+    for tie in (*_written_together(graph_module), *_compared_together(graph_module), *_twins(graph_module)):
+        meeting = [other for other in ties if other.nodes & tie.nodes]
+        ties = [other for other in ties if not other.nodes & tie.nodes]
+        pinned = next((one.pinned for one in (*meeting, tie) if one.pinned is not None), None)
+        first = next(iter(meeting), tie)
+        ties.append(Tie(tie.nodes.union(*(one.nodes for one in meeting)), pinned, first.rule, first.why))
+    return ties
+
+
+def _twins(graph_module: fx.GraphModule) -> list[Tie]:
+    """Differences and comparisons of a tensor with itself: moved, or without its fraction.
+
+    Where one side is rounded and the other is not, `p[None] > p[:, None]` says that an element is above itself, and
+    `x - floor(x)` leaves [0, 1).
+    """
+    why = "it takes one of two sides of one tensor to where they are told apart, together with"
+    found = []
+    for node in graph_module.graph.nodes:
+        entry = operator_of(base_op(node.target)) if node.op == "call_function" else None
+        sides = [n for n in node.args[:2] if isinstance(n, fx.Node)] if entry is not None else []
+        if entry is None or len(sides) < 2 or not (entry.subtracts or entry.compares):
+            continue
+        (first, one), (second, other) = map(_followed, sides)
+        if first is second and one ^ other:
+            found.append(Tie(frozenset({node} | (one ^ other)), None, "storage", why))
+    return found
+
+
+def _followed(node: fx.Node) -> tuple[fx.Node, set[fx.Node]]:
+    """What a tensor was before it was moved or stepped, and the nodes that did that."""
+    passed: set[fx.Node] = set()
+    while node.op == "call_function" and node.all_input_nodes:
+        entry = operator_of(base_op(node.target))
+        if not (entry.moves or entry.error == STEP) or len(node.all_input_nodes) > 1 or written_arguments(node):
+            break
+        passed.add(node)
+        node = node.all_input_nodes[0]
+    return node, passed
 
 
 def _compared_together(graph_module: fx.GraphModule) -> list[Tie]:

@@ -139,7 +139,8 @@ def _near(
         return
     inside = facts.min < pole.at < facts.max
     distance = 0.0 if inside else min(abs(facts.min - pole.at), abs(facts.max - pole.at))
-    yield x, replace(need, noise=max(share * distance**2, _LEAST**2))
+    # Twice as far from zero as the pole, half the magnitude is a distance to it, and rounding is a share.
+    yield x, replace(need, noise=max(share * distance**2, _LEAST**2), most=2 * abs(pole.at))
 
 
 def _added(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:

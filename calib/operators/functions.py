@@ -26,7 +26,7 @@ FUNCTIONS: tuple[Operator, ...] = (
     *alike(
         """
         tanh gelu silu elu celu selu leaky_relu prelu hardswish hardsigmoid relu6 mish softplus softshrink
-        hardshrink log_sigmoid log_sigmoid_forward erf erfc glu
+        log_sigmoid log_sigmoid_forward erf erfc glu
         """,
         error=SAME,
     ),
@@ -70,5 +70,5 @@ FUNCTIONS: tuple[Operator, ...] = (
         """,
         error=SAME,
     ),
-    *alike("cumprod prod cummax cummin"),
+    *alike("hardshrink cumprod prod cummax cummin"),
 )

@@ -243,3 +243,175 @@ def test_names_follow_one_another() -> None:
     """Every entry has a name, and aliases that are other names."""
     assert all(entry.name and entry.name not in entry.aliases for entry in OPERATORS)
     assert all(one is not other for one, other in pairwise(OPERATORS))
+
+
+WIDE = torch.linspace(0.3, 0.7, 41, dtype=torch.float64)
+ERRORS = {
+    "clamp": (0.0, 1.0), "clamp_min": (0.0,), "clamp_max": (1.0,), "hardtanh": (0.0, 1.0), "threshold": (0.1, 0.0),
+    "pow": (2.0,), "mul": (3.0,), "div": (3.0,), "leaky_relu": (0.1,), "maximum": (WIDE / 2,), "minimum": (WIDE * 2,),
+    "nan_to_num": (0.0,), "constant_pad_nd": ([1, 1],), "pad": ([1, 1],), "masked_fill": (WIDE > 9, 0.0), "glu": (),
+    "softmax": (-1,), "_softmax": (-1, False), "_safe_softmax": (-1,), "log_softmax": (-1,),
+    "_log_softmax": (-1, False), "logsumexp": ([0],), "prelu": (torch.tensor([0.1], dtype=torch.float64),),
+    "floor_divide": (0.01,), "remainder": (0.01,), "fmod": (0.01,), "kthvalue": (3,), "topk": (3,),
+}  # fmt: skip
+
+
+def changed(name: str, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first results of an operator for two arguments."""
+    made = [run(name, value, *ERRORS.get(name, ())) for value in (x, y)]
+    return tuple(m[0] if isinstance(m, (tuple, list)) else m for m in made)  # type: ignore[return-value]
+
+
+def with_error(kind: str) -> list[str]:
+    """Operators of one number, or of others that stay, whose error is of a kind."""
+    several = {"where", "index_fill", "embedding", "embedding_bag", "_embedding_bag", "scatter_add", "scatter_reduce"}
+    several |= {"index_put", "index_add", "index_copy", "glu", "rrelu", "im2col", "col2im", "_unique", "unique_dim"}
+    pooled = ("pool", "upsample", "pad1d", "pad2d", "pad3d", "_aa")
+    entries = [entry.name for entry in OPERATORS if entry.error == kind]
+    return [name for name in entries if name not in several and not any(part in name for part in pooled)]
+
+
+@pytest.mark.parametrize("name", with_error("share"))
+def test_share_stays_a_share(name: str) -> None:
+    """A thousandth more makes at most two thousandths of the result."""
+    before, after = changed(name, WIDE, WIDE * 1.001)
+    assert ((after - before).abs() <= 2.01e-3 * before.abs()).all()
+
+
+@pytest.mark.parametrize("name", with_error("same"))
+def test_error_gets_no_larger(name: str) -> None:
+    """A slope is at most a little above 1."""
+    before, after = changed(name, WIDE, WIDE + 1e-3 * torch.cos(50 * WIDE))
+    assert (after - before).abs().max() <= 1.2e-3
+
+
+@pytest.mark.parametrize("name", [name for name in with_error("exponent") if name not in {"sinh", "expm1", "tan"}])
+def test_error_becomes_a_share(name: str) -> None:
+    """Of ten times as large a result, the same error of the argument makes the same share."""
+    shift = 0.0 if "softmax" in name else 3.0
+    before, after = changed(name, WIDE + shift, WIDE + shift + 1e-3 * torch.cos(50 * WIDE))
+    assert ((after - before).abs() <= 1.2e-3 * before.abs()).all()
+
+
+@pytest.mark.parametrize("name", ["sinh", "expm1", "tan"])
+def test_error_becomes_a_share_far_out(name: str) -> None:
+    """Where they are large, or steep, their error is one of the result or more."""
+    at = torch.tensor([1.5 if name == "tan" else 10.0], dtype=torch.float64)
+    before, after = changed(name, at, at + 1e-5)
+    assert (after - before).abs() >= 0.9e-5 * before.abs()
+
+
+@pytest.mark.parametrize("name", with_error("logarithm"))
+def test_share_becomes_an_error(name: str) -> None:
+    """A thousandth more adds the same to all results."""
+    before, after = changed(name, WIDE, WIDE * 1.001)
+    torch.testing.assert_close(after - before, (after - before)[:1].expand(41))
+
+
+@pytest.mark.parametrize("name", with_error("step"))
+def test_step_tips_over(name: str) -> None:
+    """A small error makes a difference of a step, or of a whole period, somewhere."""
+    scaled = WIDE if name in ERRORS else 103 * WIDE
+    before, after = changed(name, scaled, scaled + (1e-4 if name in ERRORS else 0.04))
+    assert (after - before).abs().max() > 5e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "pole"), [(e.name, pole) for e in OPERATORS for pole in e.poles if pole.exponent is None]
+)
+def test_result_is_steep_at_a_pole(name: str, pole: Any) -> None:
+    """Its slope is a hundred times as large next to the pole as a little away from it, from one side at least."""
+
+    def slope(distance: float) -> float:
+        near = torch.tensor([pole.at - distance, pole.at + distance], dtype=torch.float64)
+        other = torch.ones(2, dtype=torch.float64)
+        rise = near * (1 + 1e-6) if pole.at == 0 else near + (near - pole.at) * 1e-6
+        first, second = (run(name, *([other] * pole.argument), value) for value in (near, rise))
+        found = ((second - first) / (rise - near)).abs()
+        return float(found[found.isfinite()].max())
+
+    if name not in {"floor_divide", "remainder", "fmod"}:  # which have a step at every multiple there
+        assert slope(1e-6) > 100 * slope(1e-1)
+
+
+@pytest.mark.parametrize("name", [n for n in saying("adds")])
+def test_adder_adds(name: str) -> None:
+    """The sum, or the difference, of its first two arguments."""
+    sign = -1 if operator_of(name).subtracts else 1
+    assert torch.equal(run(name, X, Y).abs(), (X + sign * Y).abs())
+
+
+def test_powers_and_averages() -> None:
+    """Powers are what they are said to be, and means divide by the number of terms."""
+    for entry in (entry for entry in OPERATORS if entry.power != 1.0):
+        torch.testing.assert_close(run(entry.name, X), X**entry.power)
+    assert torch.equal(run("pow", X, 3.0), X**3.0)
+    assert set(saying("powers")) == {"pow"}
+    for name in saying("averages"):
+        torch.testing.assert_close(run(name, X) * X.numel(), X.sum())
+
+
+@pytest.mark.parametrize("name", [n for n in saying("product") if n not in {"lstm", "gru", "rnn_tanh", "rnn_relu"}])
+def test_product_is_counted_as_work(name: str) -> None:
+    """It is one of those that sum products: with its operands made three times as large, nine times as much."""
+    image, kernel = torch.randn(1, 2, 5, 5, 5), torch.randn(2, 2, 3, 3, 3)
+    rank = next((int(part) for part in name if part.isdigit()), 2)
+    first, second = image.flatten(1 + rank) if rank < 3 else image, kernel.flatten(1 + rank) if rank < 3 else kernel
+    if "conv" in name:
+        first = torch.randn(1, 2, *[5] * rank)
+        second = torch.randn(2, 2, *[3] * rank)
+    else:
+        first, second = PAIRS.get(name, (X, Y.mT))
+    once, thrice = (_product(name, first * k, second * k, rank) for k in (1, 3))
+    if name != "scaled_dot_product_attention":
+        torch.testing.assert_close(thrice, 9 * once, rtol=1e-4, atol=1e-4)
+
+
+V = torch.randn(5)
+PAIRS = {
+    "linear": (X, Y),
+    "bmm": (X[None], Y.mT[None]),
+    "baddbmm": (X[None], Y.mT[None]),
+    "addbmm": (X[None], Y.mT[None]),
+    "mv": (X, Y[0]),
+    "addmv": (X, Y[0]),
+    "dot": (V, V + 1),
+    "bilinear": (X, Y),
+    "scaled_dot_product_attention": (X[None], Y[None]),
+}
+
+
+def _product(name: str, a: torch.Tensor, b: torch.Tensor, rank: int) -> torch.Tensor:
+    ones = [1] * rank
+    plain = ([1] * rank, [0] * rank, ones)
+    calls: dict[str, Any] = {
+        "convolution": lambda: run(name, a, b, None, *plain, False, [0] * rank, 1),
+        "_convolution": lambda: run(name, a, b, None, *plain, False, [0] * rank, 1, False, False, False, False),
+        "einsum": lambda: torch.ops.aten.einsum("ij,jk->ik", [a, b]),
+        "tensordot": lambda: run(name, a, b, [1], [0]),
+        "bilinear": lambda: run(name, a, b, torch.ones(2, 6, 6), None),
+        "addmm": lambda: run(name, torch.zeros(4, 4), a, b),
+        "baddbmm": lambda: run(name, torch.zeros(1, 4, 4), a, b),
+        "addbmm": lambda: run(name, torch.zeros(4, 4), a, b),
+        "addmv": lambda: run(name, torch.zeros(4), a, b),
+        "scaled_dot_product_attention": lambda: run(name, a, b, b),
+    }
+    return calls.get(name, lambda: run(name, a, b))()
+
+
+NAMED = {"transposed_at": "transposed", "mask_at": "attn_mask", "variance_at": "running_var", "places": "grid"}
+
+
+@pytest.mark.parametrize(("place", "argument"), NAMED.items())
+def test_places_are_those_of_the_schema(place: str, argument: str) -> None:
+    """An argument that is named by its position is the one that is meant."""
+    for name in saying(place):
+        for schema in schemas(name):
+            position = getattr(operator_of(name), place)
+            assert "softmax" in name or schema.arguments[position].name == argument
+
+
+@pytest.mark.parametrize("name", [n for n in saying("never_low") if n not in GONE])
+def test_nothing_else_is_said_of_what_is_never_low(name: str) -> None:
+    """An operator that stays in fp32 moves, adds and reads nothing in another type."""
+    assert not any(operator_of(name).says(field) for field in ("moves", "adds", "converts", "product", "hides"))
