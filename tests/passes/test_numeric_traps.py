@@ -163,7 +163,7 @@ class _Network(nn.Module):
 
 def planned(trap: Trap, data: Tensors) -> tuple[Any, Any, Any]:
     program = torch.export.export(_Network(trap.network).eval(), data)
-    ranges = calibrate(program, [data], progress=False, rounding_batches=0)
+    ranges = calibrate(program, [data], progress=False)
     return program, ranges, classify(program, ranges)
 
 
@@ -302,7 +302,7 @@ def test_an_offset_matters_where_it_is_taken_away(compared: bool) -> None:
     """0.5001 against 0.4999 is noise to a product, and all there is to a difference."""
     x, g = noise(8, 16, 4), noise(8, 16, seed=1)
     program = torch.export.export(_Gate(compared).eval(), (x, g))
-    plan = classify(program, calibrate(program, [(x, g)], progress=False, rounding_batches=0), torch.bfloat16)
+    plan = classify(program, calibrate(program, [(x, g)], progress=False), torch.bfloat16)
     rule = plan["sigmoid"].rule
     assert rule == ("storage" if compared else None), plan.explain("sigmoid")
 
@@ -327,7 +327,7 @@ def test_what_a_region_gives_is_measured_inside_it() -> None:
     """Its readers find the numbers of the node in it, nested too: they are decided by ranges, not for want of them."""
     x = noise(8, 8)
     program = torch.export.export(_Region().eval(), (x,))
-    plan = classify(program, calibrate(program, [x], progress=False, rounding_batches=0))
+    plan = classify(program, calibrate(program, [x], progress=False))
     assert plan["linear_1"].precision == "low", plan.explain("linear_1")
-    huge = classify(program, calibrate(program, [1000 * x], progress=False, rounding_batches=0))
+    huge = classify(program, calibrate(program, [1000 * x], progress=False))
     assert huge["linear_1"].rule == "data_max"

@@ -387,7 +387,7 @@ class TestCancellation:
         self, export: Any, function: Any, operands: tuple[torch.Tensor, ...], expected: set[str]
     ) -> None:
         program = export(function, *operands)
-        ranges = calibrate(program, [operands], progress=False, rounding_batches=0)
+        ranges = calibrate(program, [operands], progress=False)
         plan = classify(program, ranges, data_max=math.inf)
         found = {d.node for d in plan.decisions if any(v.rule == "storage" for v in d.verdicts)}
         assert found == expected
