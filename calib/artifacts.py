@@ -20,7 +20,7 @@ from calibcast.calib.file_kinds import told_kind
 from calibcast.calib.seal import UNSEALED, sealed
 from calibcast.calib.sealed_files import followed
 
-# Functions that deal in programs import torch themselves: it takes seconds, and who reads a table needs none of it.
+# Functions that handle programs import torch themselves: it takes seconds, and reading a table does not need it.
 if TYPE_CHECKING:
     import polars as pl
     import torch

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from calibcast.calib.child_process import module_search_path
 
-_SECONDS = 120.0  # a reader that was led astray may not come back
+_SECONDS = 120.0  # damaged bytes can make a reader loop for ever
 
 
 def damage_report(source: Path) -> str | None:
@@ -38,7 +38,7 @@ def damage_report(source: Path) -> str | None:
     except subprocess.TimeoutExpired:
         how = f"does not come back within {_SECONDS:g} s"
     except (OSError, ValueError, TypeError):  # TypeError: a Python inside another program has no executable
-        return None  # nobody can be sent to look; the checksum has said enough
+        return None  # no child can be started; that the checksum is wrong has been said
     return f"{source} is not a readable Parquet file (truncated or foreign): a process that reads it {how}"
 
 

@@ -1,6 +1,6 @@
 """Public names of a package that are imported when they are asked for.
 
-Importing torch takes seconds, and who reads a range table, or asks the command line for help, needs none of it.
+Importing torch takes seconds. Reading a range table, or the help of a command, does not need it.
 """
 
 from __future__ import annotations

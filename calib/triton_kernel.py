@@ -41,9 +41,9 @@ def tally(
     HISTOGRAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Statistics of `size` elements. Each program takes every so manieth tile of four blocks, and of the blocks left.
+    """Statistics of `size` elements. Program `p` of `n` takes the tiles p, p + n, .. of four blocks, then single blocks.
 
-    Each has one of `PLACES` places, and writes all of it. A block has at most 4095 elements.
+    Each program writes the whole of its own place, one of `PLACES`. A block has at most 4095 elements.
     """
     tiles = 0 if MASKED else size // (4 * BLOCK)
     least, most, tiny, sum_x, sum_xx, zeros, common = _short_way(

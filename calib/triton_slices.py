@@ -27,7 +27,7 @@ def sum_slices(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # 1 where they are not adjacent, so that threads lie side by side in memory either way
 ):
-    """Each program takes every so manieth group of `ROWS` slices."""
+    """Program `p` of `n` takes the groups p, p + n, p + 2n, .. of `ROWS` slices each."""
     largest = tl.zeros([ROWS], tl.float64)
     least = tl.full([ROWS], float("inf"), tl.float64)
     columns = tl.arange(0, COLUMNS)
