@@ -41,7 +41,7 @@ def tally(
     HISTOGRAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Statistics of `size` elements. Program `p` of `n` takes the tiles p, p + n, .. of four blocks, then single blocks.
+    """Statistics of `size` elements. Program `p` of `n` takes tiles p, p + n, .. of four blocks, then single blocks.
 
     Each program writes the whole of its own place, one of `PLACES`. A block has at most 4095 elements.
     """
