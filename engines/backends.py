@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from calibcast.calib.errors import BuildError, known
 from calibcast.engines.eager import EagerBackend
+from calibcast.engines.inductor.backend import InductorBackend
 from calibcast.engines.runtimes import Backend
 from calibcast.engines.tensorrt.backend import TensorrtBackend
+from calibcast.engines.tensorrt.compatibility import gpu_warning
 
-BACKENDS: dict[str, Backend] = {"tensorrt": TensorrtBackend(), "eager": EagerBackend()}
+BACKENDS: dict[str, Backend] = {"tensorrt": TensorrtBackend(), "inductor": InductorBackend(), "eager": EagerBackend()}
 
 
 def backend_named(name: str) -> Backend:
@@ -18,12 +21,21 @@ def backend_named(name: str) -> Backend:
 
 
 def chosen(name: str, ahead_of_time: bool = False) -> tuple[Backend, str]:
-    """The backend for `name`, and why. `auto` takes TensorRT where it can run, or is only to be built, else eager."""
+    """The backend for `name`, and why.
+
+    `auto` takes TensorRT where it can run on a GPU that the installed flavour supports, or is only to be built; on
+    another GPU Inductor, where it can compile; else eager.
+    """
     if name != "auto":
         return backend_named(name), "as asked"
     if ahead_of_time:
         return BACKENDS["tensorrt"], "auto: only TensorRT is built ahead of time"
-    problem = BACKENDS["tensorrt"].unavailable()
+    problem = BACKENDS["tensorrt"].unavailable() or gpu_warning()
     if problem is None:
         return BACKENDS["tensorrt"], "auto: a GPU and Torch-TensorRT are present"
-    return BACKENDS["eager"], f"auto: {problem}"
+    if not torch.cuda.is_available():
+        return BACKENDS["eager"], f"auto: {problem}"
+    missing = BACKENDS["inductor"].unavailable()
+    if missing is None:
+        return BACKENDS["inductor"], f"auto: {problem}"
+    return BACKENDS["eager"], f"auto: {problem}; {missing}"

@@ -49,7 +49,8 @@ def build(  # noqa: PLR0913 - the public contract
         mixed: from `insert_casts`, or any exported program.
         plan, ranges: what decided the types; kept with the engine. Of dynamic inputs, `ranges` also gives the sizes
             that the engine is built for: smallest, most frequent, largest.
-        backend: "tensorrt", "eager", or "auto": TensorRT where a GPU and Torch-TensorRT are present, else eager.
+        backend: "tensorrt", "inductor", "eager", or "auto": TensorRT where the installed flavour supports the GPU, else
+            Inductor where it can compile for it, else eager.
         ahead_of_time: build without a GPU (TensorRT-RTX alone can); the engine is saved, and runs where one is.
         strict_precision: refuse an engine whose ledger contradicts the plan, or, unless `allow_unknown`, has nodes that
             could not be found in the engine.

@@ -18,7 +18,7 @@ def build(  # noqa: PLR0913 - a command line has options
     ranges: Annotated[
         Path | None, typer.Option(help="kept with the engine, and gives the sizes of dynamic inputs")
     ] = None,
-    backend: Annotated[str, typer.Option(metavar="auto|tensorrt|eager", help="what runs the engine")] = "auto",
+    backend: Annotated[str, typer.Option(metavar="auto|tensorrt|inductor|eager", help="what runs the engine")] = "auto",
     ahead_of_time: Annotated[
         bool, typer.Option("--ahead-of-time", help="build for a GPU elsewhere, without one here (TensorRT-RTX)")
     ] = False,

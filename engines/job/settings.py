@@ -149,8 +149,8 @@ class Plan(_Table):
 class Build(_Table):
     """The engine."""
 
-    backend: Literal["auto", "tensorrt", "eager"] = Field(
-        "auto", description="auto: TensorRT where a GPU and Torch-TensorRT are present, else eager"
+    backend: Literal["auto", "tensorrt", "inductor", "eager"] = Field(
+        "auto", description="auto: TensorRT where the flavour supports the GPU, else Inductor, else eager"
     )
     ahead_of_time: bool = Field(False, description="build where there is no GPU; verification then judges the cast "
                                 "program in PyTorch")  # fmt: skip

@@ -57,7 +57,7 @@ data_max = 512.0                   # inf: no limit
 # rules = ["functions.py:my_rule"]
 
 [build]
-backend = "auto"                   # tensorrt where a GPU and Torch-TensorRT are present, else eager
+backend = "auto"                   # tensorrt where it supports the GPU, else inductor, else eager
 
 [verification]
 # The gate: exit code 3 when a bound does not hold on the held-out data.

@@ -126,6 +126,17 @@ def eager_ledger(plan: PrecisionPlan, program: ExportedProgram) -> pl.DataFrame:
     return pl.DataFrame([asdict(row) for row in rows], schema=SCHEMA)
 
 
+def unknown_ledger(plan: PrecisionPlan) -> pl.DataFrame:
+    """The ledger of an engine that does not tell what its kernels are made from: every planned node is unknown."""
+    low = dtype_name(plan.low_precision_type)
+    rows = [
+        LedgerRow(d.node, d.op, d.module, d.precision, low if d.precision == LOW else "float32")
+        for d in plan.decisions
+        if d.precision != KEPT
+    ]
+    return pl.DataFrame([asdict(row) for row in rows], schema=SCHEMA)
+
+
 def _filled(
     row: LedgerRow,
     layers: Iterable[str],

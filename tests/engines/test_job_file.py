@@ -171,7 +171,7 @@ def test_init_overwrites_nothing(tmp_path, capsys):
         ({"build": 'backend = "eager"\nsettings = {workspace = 1}'}, 2, "takes no setting but device; got workspace"),
         ({"build": 'backend = "eager"\nsettings = {strict_precision = true}'}, 2, "is a key of [build] itself"),
         ({"build": 'backend = "eager"\nsettings = {progress = true}'}, 2, "the job gives it"),
-        ({"build": 'backend = "eagre"'}, 2, "should be 'auto', 'tensorrt' or 'eager'"),
+        ({"build": 'backend = "eagre"'}, 2, "should be 'auto', 'tensorrt', 'inductor' or 'eager'"),
         ({"build": 'backend = "eager"\nahead_of_time = true'}, 1, "nothing to build ahead of time"),
         ({"calibration": 'device = "cudda"'}, 2, "device 'cudda': give cpu, cuda"),
         ({"data": 'folder = "rows"\ncolumns = {input = "xx"}'}, 2, "no column 'xx' for the input input; near names: x"),

@@ -17,6 +17,8 @@ from torch.export import ExportedProgram
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]  # smallest, most frequent, largest
 
+# Who compiles.
+TENSORRT, INDUCTOR = "tensorrt", "inductor"
 PROGRAM, JOB, RESULT, BUILT = "program.pt2", "job.json", "result.json", "built"
 _KIND, _RESULT = "builder job", "builder result"
 
@@ -25,7 +27,7 @@ _KIND, _RESULT = "builder job", "builder result"
 class BuilderJob:
     """One build. profiles: of each flat input. device: where the engine is to run. settings: of Torch-TensorRT.
     imports: modules that register the program's custom operators. in_pytorch: nodes of the program that TensorRT is not
-    to take."""
+    to take. compiler: TENSORRT or INDUCTOR, whose settings they are then."""
 
     profiles: tuple[Profile, ...]
     settings: Mapping[str, Any]
@@ -34,6 +36,7 @@ class BuilderJob:
     weakly_typed: tuple[str, ...] | None = None
     imports: tuple[str, ...] = ()
     in_pytorch: tuple[str, ...] = ()
+    compiler: str = TENSORRT
 
     def save(self, folder: Path) -> None:
         """Write the job. Raises BuildError for a setting that cannot be told to another process."""
@@ -54,6 +57,7 @@ class BuilderJob:
                 weakly_typed=None if low is None else tuple(low),
                 imports=tuple(content["imports"]),
                 in_pytorch=tuple(content["in_pytorch"]),
+                compiler=content["compiler"],
             )
 
 

@@ -1,4 +1,4 @@
-"""The work of a builder process: programs compiled with Torch-TensorRT, one after another.
+"""The work of a builder process: programs compiled with Torch-TensorRT or Inductor, one after another.
 
     python -m calibcast.engines.tensorrt.builder.process
 
@@ -25,10 +25,11 @@ from typing import Any, NoReturn
 import torch
 from calibcast.calib.artifacts import load_program
 from calibcast.calib.errors import BuildError
+from calibcast.engines.inductor.compiling import compile_inductor
 from calibcast.engines.tensorrt.ahead_of_time import pretend_gpu
 from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.compiling import compile_job
-from calibcast.engines.tensorrt.builder.job import BUILT, PROGRAM, BuilderJob, BuilderResult
+from calibcast.engines.tensorrt.builder.job import BUILT, INDUCTOR, PROGRAM, BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import Event
 from calibcast.engines.tensorrt.builder.worker import ANSWERED, IDLE, LOG
 
@@ -40,7 +41,8 @@ def work(folder: Path, event: Event) -> None:
         event({"stage": "load"})
         for name in job.imports:
             importlib.import_module(name)
-        result = compile_job(job, load_program(folder / PROGRAM), folder / BUILT, event)
+        compiled = compile_inductor if job.compiler == INDUCTOR else compile_job
+        result = compiled(job, load_program(folder / PROGRAM), folder / BUILT, event)
     except Exception as error:  # the builder, its converters and the partitioner each raise their own
         result = BuilderResult(error=(type(error).__name__, str(error).strip()[:8000] or repr(error)))
     result.save(folder)

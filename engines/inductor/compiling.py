@@ -1,0 +1,87 @@
+"""Compiling a program with AOTInductor: what a builder process does for the backend `inductor`.
+
+model.pt2            the package; it loads in Python and in C++, without Torch-TensorRT
+inductor.json        which of its last inputs are state, which of its last outputs their new values; its kernels
+state.safetensors    that state at the start
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from calibcast.calib.artifacts import save_json
+from calibcast.calib.batches import signature_of
+from calibcast.calib.errors import BuildError
+from calibcast.calib.execution import input_structure
+from calibcast.calib.tensor_files import save_tensors
+from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
+from calibcast.engines.tensorrt.builder.state_lifting import Lifted, lifted, writes_buffers
+from calibcast.engines.tensorrt.program_device import copied, on_device
+from torch.export import ExportedProgram
+
+PACKAGE, FACTS, FACTS_KIND = "model.pt2", "inductor.json", "inductor"
+STATE, STATE_NOW = "state.safetensors", "state_now.safetensors"
+# A kernel for the host in the generated code, and a pointer among its arguments.
+_KERNEL = re.compile(r'extern "C"\s+void\s+(\w+)\(([^)]*)\)', re.DOTALL)
+_POINTER = re.compile(r"(?:const\s+)?(\w+(?:::\w+)*)\s*\*")
+_TYPES = {"half": "float16", "at::Half": "float16", "bfloat16": "bfloat16", "at::BFloat16": "bfloat16"}
+_TYPES |= {"float": "float32", "double": "float64"}
+
+
+def compile_inductor(
+    job: BuilderJob, program: ExportedProgram, folder: Path, event: Callable[[dict[str, Any]], None]
+) -> BuilderResult:
+    """Compile `program` into the files of `folder`. Raises what the compiler raises; `program` is not changed.
+
+    Buffers that it writes are lifted out of it: the package is a pure function, whose caller keeps its state.
+    """
+    start = time.perf_counter()
+    event({"stage": "lower"})
+    moved = copied(on_device(program, torch.device(job.device)))
+    source = lifted(moved) if writes_buffers(moved) else Lifted(moved)
+    source.program.example_inputs = _examples(job, program, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    event({"stage": "build"})
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(
+            source.program, package_path=str(folder / PACKAGE), inductor_configs=dict(job.settings)
+        )
+    event({"stage": "write"})
+    if source.held:
+        save_tensors(folder / STATE, source.held)
+    facts = {"held": list(source.held), "updated": list(source.updated), "kernels": kernel_types(folder / PACKAGE)}
+    save_json(folder / FACTS, FACTS_KIND, facts)
+    return BuilderResult(seconds=time.perf_counter() - start)
+
+
+def _examples(job: BuilderJob, program: ExportedProgram, source: Lifted) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs of the most frequent sizes, for the compiler to look at."""
+    flat: list[Any] = []
+    for leaf, (_, usual, _) in zip(signature_of(program).leaves, job.profiles, strict=True):
+        if leaf.dtype is None and leaf.sizes:
+            raise BuildError(f"AOTInductor compiles no open number as an input: {leaf.name}. Export it as a constant.")
+        tensor = leaf.dtype is not None
+        flat.append(torch.zeros(usual, dtype=leaf.dtype, device=job.device) if tensor else leaf.constant)
+    args, kwargs = input_structure(program, flat)
+    return (*args, *source.held.values()), kwargs
+
+
+def kernel_types(package: Path) -> Mapping[str, list[str]]:
+    """The floating types of the arguments of each kernel that was generated for a host; none for a GPU.
+
+    A GPU's kernels stand in the package as machine code, which does not tell.
+    """
+    found: dict[str, list[str]] = {}
+    with zipfile.ZipFile(package) as archive:
+        for name in archive.namelist():
+            if name.endswith(".kernel.cpp"):
+                for kernel, arguments in _KERNEL.findall(archive.read(name).decode(errors="replace")):
+                    types = {_TYPES[kind] for kind in _POINTER.findall(arguments) if kind in _TYPES}
+                    found[kernel] = sorted(types)
+    return found

@@ -1,0 +1,151 @@
+"""The backend `inductor`: who gets it, what it refuses, and, slowly, a package that it really compiles."""
+
+from __future__ import annotations
+
+import zipfile
+
+import pytest
+import torch
+from calibcast import Engine, build, calibrate, classify, insert_casts, verify
+from calibcast.calib.artifacts import save_json
+from calibcast.calib.errors import ArtifactError, BuildError, MismatchError
+from calibcast.calib.tensor_files import load_tensors, save_tensors
+from calibcast.engines import backends
+from calibcast.engines.inductor.backend import InductorRuntime, check_same_machine
+from calibcast.engines.inductor.compiling import FACTS, FACTS_KIND, PACKAGE, STATE, kernel_types
+from torch import nn
+from torch.export import Dim
+
+
+class Counting(nn.Module):
+    """Keeps a sum over its calls, and gives it as it is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 4)
+        self.register_buffer("total", torch.zeros(4))
+
+    def forward(self, image, more):
+        hidden = torch.relu(self.linear(image)) * more["scale"][0]
+        before = self.total.clone()
+        self.total.add_(hidden.mean(0))
+        return {"hidden": hidden, "total": before + hidden}
+
+
+def inputs(rows):
+    return torch.randn(rows, 8), {"scale": [torch.rand(rows, 1)]}
+
+
+@pytest.fixture(scope="module")
+def cast():
+    rows = {0: Dim("batch", min=1, max=16)}
+    shapes = {"image": rows, "more": {"scale": [rows]}}
+    program = torch.export.export(Counting().eval(), inputs(3), dynamic_shapes=shapes)
+    ranges = calibrate(program, [inputs(2), inputs(4)], progress=False)
+    plan = classify(program, ranges)
+    return program, insert_casts(program, plan), plan, ranges
+
+
+@pytest.mark.parametrize(
+    "case",  # is there a GPU; what is wrong with TensorRT, the GPU for it, Inductor; which backend, and why
+    [
+        (True, None, None, None, "tensorrt", "a GPU and Torch-TensorRT are present"),
+        (True, None, "H100 has compute capability 9.0", None, "inductor", "H100 has"),
+        (True, "Torch-TensorRT is not installed", None, None, "inductor", "not installed"),
+        (True, None, "H100 has compute capability 9.0", "no compiler", "eager", "9.0; no compiler"),
+        (False, "torch sees no CUDA GPU", None, None, "eager", "no CUDA GPU"),
+    ],
+)
+def test_auto_takes_what_supports_the_gpu_and_says_why(monkeypatch, case):
+    gpu, tensorrt, outside, inductor, found, says = case
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(backends.BACKENDS["tensorrt"], "unavailable", lambda: tensorrt, raising=False)
+    monkeypatch.setattr(backends.BACKENDS["inductor"], "unavailable", lambda: inductor, raising=False)
+    monkeypatch.setattr(backends, "gpu_warning", lambda: outside)
+    backend, why = backends.chosen("auto")
+    assert backend.name == found
+    assert says in why
+
+
+def test_another_torch_gpu_or_host_is_refused():
+    here = {"torch": "2.14.1", "gpu": "NVIDIA H100", "cpu": "x86_64 AVX512"}
+    check_same_machine(here, here, "cuda")
+    with pytest.raises(MismatchError, match=r"for torch 2\.11\.0, and here is 2\.14\.1.*Build it again here"):
+        check_same_machine({**here, "torch": "2.11.0"}, here, "cuda")
+    with pytest.raises(MismatchError, match="for gpu A100, and here is NVIDIA H100"):
+        check_same_machine({**here, "gpu": "A100"}, here, "cuda")
+    with pytest.raises(BuildError, match="compiled for a GPU, and torch sees none"):
+        check_same_machine(here, {"torch": "2.14.1"}, "cuda")
+    with pytest.raises(MismatchError, match="for cpu x86_64 AVX512, and here is x86_64 AVX2"):
+        check_same_machine(here, {**here, "cpu": "x86_64 AVX2"}, "cpu")
+
+
+def test_settings_are_those_of_inductor(cast):
+    with pytest.raises(BuildError, match=r"no setting 'max_autotunee'; near names: max_autotune"):
+        build(cast[1], backend="inductor", max_autotunee=True)
+    with pytest.raises(BuildError, match="without ahead_of_time"):
+        build(cast[1], backend="inductor", ahead_of_time=True)
+
+
+def test_types_are_read_from_the_generated_kernels(tmp_path):
+    """As torch 2.14 writes them for a host."""
+    source = """
+    extern "C"  void  cpp_fused_relu_0(const half* in_ptr0, const int64_t* in_ptr1, half* out_ptr0, const int64_t ks0)
+    {}
+    extern "C" void cpp_fused_div_1(const half* in_ptr0,
+                       float* out_ptr0) {}
+    """
+    with zipfile.ZipFile(tmp_path / PACKAGE, "w") as archive:
+        archive.writestr("model/data/aotinductor/model/abc.kernel.cpp", source)
+        archive.writestr("model/data/aotinductor/model/abc.wrapper.cpp", source.replace("relu", "wrapper"))
+    found = kernel_types(tmp_path / PACKAGE)
+    assert found == {"cpp_fused_relu_0": ["float16"], "cpp_fused_div_1": ["float16", "float32"]}
+
+
+def test_state_moves_is_reset_and_is_saved(cast, tmp_path, monkeypatch):
+    """The runtime keeps what the package, a pure function, takes and gives."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    save_json(folder / FACTS, FACTS_KIND, {"held": ["b_total"], "updated": ["b_total"], "kernels": {}})
+    save_tensors(folder / STATE, {"b_total": torch.zeros(4)})
+    with pytest.raises(ArtifactError, match=r"model\.pt2 is missing"):
+        InductorRuntime(folder, cast[1], torch.device("cpu"))
+    (folder / PACKAGE).touch()
+
+    def package(image, more, total):
+        return {"hidden": image[:, :4] * more["scale"][0], "total": total}, [total + 1]
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: package)
+    runtime = InductorRuntime(folder, cast[1], torch.device("cpu"))
+    first = runtime(*inputs(2))["total"]
+    assert runtime(*inputs(3))["total"].tolist() == [1.0] * 4
+    assert first.tolist() == [0.0] * 4  # what was given does not change with the next call
+    runtime.save(tmp_path)
+    assert load_tensors(tmp_path / "inductor" / "state_now.safetensors")["b_total"].tolist() == [2.0] * 4
+    again = InductorRuntime(tmp_path / "inductor", cast[1], torch.device("cpu"))
+    assert again(*inputs(2))["total"].tolist() == [2.0] * 4
+    again.reset()
+    assert again(*inputs(2))["total"].tolist() == [0.0] * 4
+
+
+@pytest.mark.slow
+def test_a_package_is_compiled_run_saved_and_loaded(cast, tmp_path):
+    """In the builder's process: two sizes, state, the caller's structure; saved and loaded; verified."""
+    program, mixed, plan, ranges = cast
+    engine = build(mixed, plan, ranges, backend="inductor", progress=False)
+    assert set(engine.ledger["match"]) == {"unknown"}
+    assert any("float16" in types for types in engine.record["kernel_types"].values())
+    module = mixed.module()
+    for rows in (2, 4):
+        given, wanted = inputs(rows), None
+        wanted = module(*given)
+        answer = engine(*given)
+        for name in wanted:
+            torch.testing.assert_close(answer[name], wanted[name], atol=2e-3, rtol=2e-3)
+    engine.save(tmp_path / "engine")
+    loaded = Engine.load(tmp_path / "engine")
+    given = inputs(3)
+    torch.testing.assert_close(loaded(*given)["total"], engine(*given)["total"])
+    loaded.runtime.reset()
+    assert verify(loaded, program, [inputs(2), inputs(5)], progress=False).require(min_sqnr_db=40).passed
