@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import io
+import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibcast.calib.artifacts import load_program
-from calibcast.calib.errors import CalibcastError, ProgramError, known
+from calibcast.calib.errors import CalibcastError, ProgramError, first_line, known
 from calibcast.engines.usage import LocationError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a wrong path is told at once
@@ -41,15 +44,37 @@ def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> Exp
     if isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module):
         module, args, kwargs, shapes = made + (None,) * (4 - len(made))
         try:
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+            with _quiet():
+                return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         except Exception as error:  # torch.export has no one base of its errors
             raise ProgramError(
-                f"torch.export cannot export what {location} returned: {type(error).__name__}: {error}"
+                f"torch.export cannot export what {location} returned: {type(error).__name__}: "
+                f"{first_line(error)}{_place(error)}"
             ) from error
     raise ProgramError(
         f"{location} returned a {type(made).__name__}; expected an ExportedProgram or "
         "(module, args[, kwargs[, dynamic_shapes]])"
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep out what torch logs and prints when it cannot export: the error that it raises says it. What a model prints
+    on the way is passed on where the export succeeds."""
+    said, before = io.StringIO(), logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(said), redirect_stdout(said):
+            yield
+    finally:
+        logging.disable(before)
+    sys.stderr.write(said.getvalue())
+
+
+def _place(error: Exception) -> str:
+    """The line of the user's model that torch names at the end of its message."""
+    places = re.findall(r'File "([^"\n]+)", line (\d+)', str(error))
+    return f" ({places[-1][0]}:{places[-1][1]})" if places else ""
 
 
 def check_model(location: str) -> None:

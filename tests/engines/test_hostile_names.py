@@ -178,3 +178,17 @@ def _fails_as_datasets_does():
 def test_the_cause_of_a_failed_image_folder_is_told():
     with pytest.raises(CalibcastError, match=r"it failed, from OSError: cannot identify image file a\.png"):
         _fails_as_datasets_does()
+
+
+def test_what_torch_logs_of_a_failed_export_is_kept_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.py").write_text(
+        "import torch\nclass N(torch.nn.Module):\n    def forward(self, x):\n        return x if x.sum() > 0 else 1\n"
+        "def net(): return N(), (torch.randn(2, 4),)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "calibcast", "plan", "bad.py:net"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "bad.py:4)" in done.stderr
