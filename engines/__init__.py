@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from calibcast.engines.building import build
     from calibcast.engines.compilation import compile
     from calibcast.engines.engine import Engine
-    from calibcast.engines.judging.verification import VerificationReport, verify
+    from calibcast.engines.judging.report import VerificationReport
+    from calibcast.engines.judging.verification import verify
     from calibcast.engines.onnx_export.exporting import export_onnx
     from calibcast.engines.review.report_table import report_frame
 
@@ -18,7 +19,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Engine": "calibcast.engines.engine",
-        "VerificationReport": "calibcast.engines.judging.verification",
+        "VerificationReport": "calibcast.engines.judging.report",
         "build": "calibcast.engines.building",
         "compile": "calibcast.engines.compilation",
         "export_onnx": "calibcast.engines.onnx_export.exporting",

@@ -17,7 +17,8 @@ from calibcast.calib.artifacts import save_program
 from calibcast.calib.calibration import calibrate
 from calibcast.engines.building import build
 from calibcast.engines.engine import Engine
-from calibcast.engines.judging.verification import VerificationReport, verify
+from calibcast.engines.judging.report import VerificationReport
+from calibcast.engines.judging.verification import verify
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.plan import PrecisionPlan

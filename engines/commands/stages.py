@@ -130,6 +130,17 @@ def verify(  # noqa: PLR0913
     transform: Transform = None,
     max_batches: MaxBatches = None,
     min_sqnr_db: Annotated[float | None, typer.Option(help="gate: least SQNR of each output, dB")] = None,
+    min_variation_db: Annotated[
+        float | None,
+        typer.Option(help="gate: the same, against each output's variation, its channels' means apart"),
+    ] = None,
+    min_channel_db: Annotated[float | None, typer.Option(help="gate: least SQNR of any channel, dB")] = None,
+    min_channel_variation_db: Annotated[
+        float | None, typer.Option(help="gate: the same, against the channel's variation")
+    ] = None,
+    min_equal: Annotated[
+        float | None, typer.Option(help="gate: least share of equal elements of each integer or boolean output")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the report to write, JSON")] = None,
 ) -> None:
     """Compare an engine with the fp32 MODEL on data that calibration did not see. Exit code 3 when the gate says no.
@@ -145,13 +156,18 @@ def verify(  # noqa: PLR0913
     program, batches, function = inputs(model, data, transform)
     if output is not None:
         check_folder(output)
-    report = run(Engine.load(folder), program, batches, transform=function, max_batches=max_batches)
+    bounds = {
+        "min_sqnr_db": min_sqnr_db, "min_variation_db": min_variation_db, "min_channel_db": min_channel_db,
+        "min_channel_variation_db": min_channel_variation_db, "min_equal": min_equal,
+    }  # fmt: skip
+    engine = Engine.load(folder)
+    report = run(engine, program, batches, transform=function, max_batches=max_batches, bounds=bounds)
     say(str(report))
     if output is not None:
         save_report(output, report)
         say(f"wrote {output}")
-    if min_sqnr_db is not None:
-        report.require(min_sqnr_db=min_sqnr_db)
+    if report.bounds.set():
+        report.require()
     elif not report.passed:
         raise CalibcastError("the engine fails: it is NaN or Inf where the fp32 model is finite")
 

@@ -41,13 +41,19 @@ def banner(ranges: RangeTable, plan: PrecisionPlan | None, verification: Mapping
         )
     if verification is None:
         return Banner("", "Not judged yet: no verification was given", tuple(lines))
-    passed = bool(verification.get("passed"))
-    return Banner("good" if passed else "bad", f"Accuracy gate: {verdict_words(verification)}", tuple(lines))
+    return Banner(verdict_level(verification), f"Accuracy gate: {verdict_words(verification)}", tuple(lines))
+
+
+def verdict_level(verification: Mapping[str, Any]) -> str:
+    """`good` where bounds were set and hold, `bad` where something does not; empty where nothing was asked."""
+    if not verification.get("passed"):
+        return "bad"
+    return "good" if verification.get("bounds") else ""
 
 
 def verdict_words(verification: Mapping[str, Any]) -> str:
-    """The verdict as the file words it: with its bounds, where bounds were set."""
-    return str(verification.get("verdict") or ("passed" if verification.get("passed") else "failed"))
+    """The verdict as the file words it: with its bounds, where bounds were set. Older files know of none."""
+    return str(verification.get("verdict") or ("no bounds were set" if verification.get("passed") else "failed"))
 
 
 def _worst(ranges: RangeTable, plan: PrecisionPlan | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from calibcast.calib.number_text import percent
 from calibcast.calib.ranges import RangeTable
-from calibcast.engines.html_report.banner import banner, low_label, verdict_words
+from calibcast.engines.html_report.banner import banner, low_label, verdict_level, verdict_words
 from calibcast.engines.html_report.payload import packed, payload
 from calibcast.passes.plan import Decision, PrecisionPlan
 from calibcast.passes.verdict import HIGH, KEPT, LOW
@@ -137,17 +137,20 @@ def _named(decision: Decision) -> str:
     return f"{decision.node} ({decision.module})" if decision.module else decision.node
 
 
+_OUTPUT_COLUMNS = (
+    "output", "sqnr_db", "variation_db", "worst_variation_db", "worst_channel", "rel_l2", "max_abs", "nonfinite",
+    "equal", "unlike",
+)  # fmt: skip
+
+
 def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "passed": bool(content.get("passed")),
+        "level": verdict_level(content),
         "words": verdict_words(content),
         "batches": content.get("batches"),
         "problems": list(content.get("problems") or ()),
         "metrics": {name: _number(value) for name, value in dict(content.get("metrics") or {}).items()},
-        "outputs": [
-            {name: _number(row.get(name)) for name in ("output", "sqnr_db", "rel_l2", "max_abs", "nonfinite")}
-            for row in content.get("outputs") or ()
-        ],
+        "outputs": [{name: _number(row.get(name)) for name in _OUTPUT_COLUMNS} for row in content.get("outputs") or ()],
     }
 
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -170,6 +171,12 @@ def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any
             tell(f"{stage.name}: {why}", event="stage", stage=stage.name, why=why)
             _clear_remains(run, manifest, stage)
             _do(run, manifest, stage)
+        elif changed := stage.restate():
+            record = manifest.stages[stage.name]
+            manifest.stages[stage.name] = replace(
+                record, files=_files_of(run, stage), result={**record.result, **changed}
+            )
+            manifest.save()
         summary = manifest.stages[stage.name].result["summary"]
         say(
             f"{stage.name:<12}{', '.join(stage.artifacts)}: {'made' if why else _unchanged(manifest, stage)}; {summary}"
@@ -238,15 +245,20 @@ def _clear_remains(run: JobRun, manifest: Manifest, stage: Stage) -> None:
 def _do(run: JobRun, manifest: Manifest, stage: Stage) -> None:
     inputs, began = _inputs(manifest, stage), time.monotonic()
     result = stage.work()
-    files: dict[str, str] = {}
-    for artifact in stage.artifacts:
-        files |= files_under(run.folder.path / artifact, run.folder.path)
+    files = _files_of(run, stage)
     seconds = round(time.monotonic() - began, 3)
     manifest.stages[stage.name] = Record(inputs, dict(stage.settings), files, result, seconds, _now())
     manifest.save()
     if stage.name == "calibrate":
         _drop_checkpoint(run)
         tell_all(run.ranks, _SAVED)
+
+
+def _files_of(run: JobRun, stage: Stage) -> dict[str, str]:
+    files: dict[str, str] = {}
+    for artifact in stage.artifacts:
+        files |= files_under(run.folder.path / artifact, run.folder.path)
+    return files
 
 
 def _finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status: str, reason: str) -> None:

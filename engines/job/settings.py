@@ -8,6 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, model_validator
 
 Names = Annotated[tuple[str, ...], Strict(False)]  # TOML has lists only
+BOUNDS = frozenset(
+    {"min_sqnr_db", "max_rel_l2", "min_cosine", "min_top1", "max_abs", "min_metrics"}
+    | {"min_variation_db", "min_channel_db", "min_channel_variation_db", "min_equal"}
+)
 SOURCES = ("folder", "parquet", "json_lines", "csv", "images", "hub", "loader", "recorded")
 
 
@@ -173,6 +177,11 @@ class Verification(_Table):
     min_cosine: float | None = Field(None, description="least cosine of each output with the reference")
     min_top1: float | None = Field(None, description="least share of rows whose largest element is the reference's")
     max_abs: float | None = Field(None, description="largest absolute error of each output")
+    min_variation_db: float | None = Field(None, description="least SQNR against the variation of each output, each "
+                                           "channel about its own mean, dB")  # fmt: skip
+    min_channel_db: float | None = Field(None, description="least SQNR of any channel of any output, dB")
+    min_channel_variation_db: float | None = Field(None, description="the same, against the channel's variation")
+    min_equal: float | None = Field(None, description="least share of equal elements of integer and boolean outputs")
     min_metrics: dict[str, float] = Field({}, description="least value of your metrics, by name")
 
     @model_validator(mode="after")
@@ -186,8 +195,7 @@ class Verification(_Table):
     @property
     def bounds(self) -> dict[str, Any]:
         """The arguments of `VerificationReport.require`."""
-        names = ("min_sqnr_db", "max_rel_l2", "min_cosine", "min_top1", "max_abs", "min_metrics")
-        return {name: value for name in names if (value := getattr(self, name)) not in (None, {})}
+        return {name: value for name, value in self if name in BOUNDS and value not in (None, {})}
 
 
 class Output(_Table):

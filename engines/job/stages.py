@@ -36,6 +36,8 @@ from calibcast.engines.job.shares import Share
 from calibcast.engines.job.signals import Signals
 from calibcast.engines.job.sources import Done
 from calibcast.engines.job.trust import DataReport, check_share
+from calibcast.engines.judging.bounds import Bounds
+from calibcast.engines.judging.report import VerificationReport
 from calibcast.engines.judging.report_file import load_report, save_report
 from calibcast.engines.judging.verification import verify
 from calibcast.engines.locations import load_function, load_model
@@ -49,7 +51,8 @@ from torch.export import ExportedProgram
 class Stage:
     """One stage. needs: stages whose files it reads. inputs: fingerprints of what else it is made of. settings: of
     the job file, by key. work: does it, and returns what the manifest should say of it. judge: raises GateError when
-    a gate of the user's says no to that; asked again when the stage is skipped."""
+    a gate of the user's says no to that; asked again when the stage is skipped. restate: where a gate is another than
+    the one that the stage's files tell of, writes them anew, and returns what then changes in the manifest."""
 
     name: str
     artifacts: tuple[str, ...]
@@ -58,6 +61,7 @@ class Stage:
     settings: Mapping[str, Any]
     work: Callable[[], dict[str, Any]]
     judge: Callable[[Mapping[str, Any]], None] = lambda result: None
+    restate: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True)
@@ -275,7 +279,9 @@ class JobRun:
         inputs = {**self.model_inputs, **fingerprints(self.file, source), **code}
         own = {**_plain(settings, "max_batches"), **_plain(self.file.job.limits, "on_nonfinite_inputs"),
                "held_out_share": share.held_out_share}  # fmt: skip
-        return Stage("verify", (VERIFICATION,), ("build",), inputs, own, self._compare, self._judge_engine)
+        return Stage(
+            "verify", (VERIFICATION,), ("build",), inputs, own, self._compare, self._judge_engine, self._restate_verdict
+        )
 
     def _compare(self) -> dict[str, Any]:
         assert self.held_out is not None
@@ -287,11 +293,11 @@ class JobRun:
         items = feed(data.batches.read(share, Done()), inputs, self.signature)
         feeding = Feeding(items, self.signature, self.file.job.limits, Progress("verify", total, bar=self.bar), total)
         engine, judged = self._judged_engine()
-        report = verify(engine, self.program, feeding, feeding.inputs, metrics=functions, progress=False)
+        bounds = self.file.job.verification.bounds
+        report = verify(engine, self.program, feeding, feeding.inputs, metrics=functions, progress=False, bounds=bounds)
         save_report(self.folder.path / VERIFICATION, report)
-        summary = f"{str(report).splitlines()[0]} ({judged})"
         data_report = feeding.report.to_json()
-        return {"summary": summary, "judged": judged, "metrics": dict(report.metrics), "report": data_report}
+        return {**_told(report, judged), "judged": judged, "metrics": dict(report.metrics), "report": data_report}
 
     def _judged_engine(self) -> tuple[Engine, str]:
         """The engine as it was saved; where it was built for a GPU that is not here, the cast program in PyTorch."""
@@ -301,10 +307,31 @@ class JobRun:
         engine = Engine.load(self.folder.path / ENGINE)
         return engine, f"the {engine.backend} engine"
 
+    def _restate_verdict(self) -> dict[str, Any]:
+        """The report holds its bounds: with others, its verdict is another, though nothing is verified again."""
+        path, bounds = self.folder.path / VERIFICATION, Bounds.of(self.file.job.verification.bounds)
+        report = load_report(path)
+        if report.bounds == bounds:
+            return {}
+        report.bounds = bounds
+        save_report(path, report)
+        return _told(report)
+
     def _judge_engine(self, result: Mapping[str, Any]) -> None:
         for line in DataReport.from_json(result["report"]).lines():
             tell(f"held-out data: {line}", 30, event="data")
         load_report(self.folder.path / VERIFICATION).require(**self.file.job.verification.bounds)
+
+
+def _told(report: VerificationReport, judged: str = "") -> dict[str, Any]:
+    """What the manifest says of a report. `judged`: what it is of."""
+    verdict = report.verdict
+    return {
+        "summary": f"{report.batches} batches, {verdict}{f' ({judged})' if judged else ''}",
+        "verdict": str(verdict),
+        "passed": verdict.passed,
+        "bounds": report.bounds.set(),
+    }
 
 
 def _plain(table: Any, *names: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Attribution:
         for plan, ours, mine, middle, theirs in zip(self._plan, self._engine, engine, cast, reference, strict=True):
             if isinstance(middle, torch.Tensor) and isinstance(theirs, torch.Tensor):
                 plan.update(middle, theirs, index)
-                ours.update(mine.to(middle.device), middle, index)
+                ours.update(mine.to(middle.device), middle, index)  # of another shape: counted, not compared
 
     def frame(self, compared: set[int]) -> pl.DataFrame:
         """One row per compared output, with the columns of `SCHEMA`.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from calibcast.engines.judging.channel_errors import ChannelErrors
 
 # Relative part of the tolerance under which `passing_atol` is the absolute one: the default of
 # torch.testing.assert_close for float16.
@@ -18,7 +19,7 @@ class OutputError:
     """Running comparison of one output with its reference.
 
     Differences are over elements that are finite in both; what is not finite is counted, and where both have the
-    same (both NaN, or the same infinity) it is not held against the engine.
+    same (both NaN, or the same infinity) it is not held against the engine. unlike: batches of another shape.
     """
 
     output: str
@@ -36,22 +37,42 @@ class OutputError:
     passing_atol: float = 0.0
     rows: int = 0
     agreeing: int = 0
+    equal: int = 0
+    all_elements: int = 0
+    unlike: int = 0
     problem: str = field(default="")
+    channels: ChannelErrors = field(default_factory=ChannelErrors)
 
     def update(self, engine: torch.Tensor, reference: torch.Tensor, batch: int) -> None:
-        """Take in one batch. Both have the same shape."""
+        """Take in one batch. One of another shape than the reference is counted, and not compared."""
+        if engine.shape != reference.shape:
+            self.unlike += 1
+            return
         self.floating = reference.dtype.is_floating_point or reference.dtype.is_complex
         self._count_rows(engine, reference)
         ours, theirs = _wide(engine), _wide(reference)
         finite_ours, finite_theirs = torch.isfinite(ours), torch.isfinite(theirs)
         self.nonfinite += int((~finite_ours).sum())
         self.nonfinite_reference += int((~finite_theirs).sum())
-        alone = int((~finite_ours & finite_theirs).sum())
-        if alone and not self.only_engine:
-            self.problem = f"{alone} NaN or Inf in batch {batch} where the reference is finite"
-        self.only_engine += alone
+        self._hold_nonfinite(ours, theirs, finite_ours, batch)
         both = finite_ours & finite_theirs
         self._accumulate(ours[both], theirs[both])
+        if self.floating and not reference.is_complex():
+            self.channels.update(engine, reference)
+        self.all_elements += reference.numel()
+        self.equal += 0 if self.floating else int((engine == reference).sum())
+
+    def _hold_nonfinite(self, ours: torch.Tensor, theirs: torch.Tensor, finite: torch.Tensor, batch: int) -> None:
+        """Count what is NaN or Inf where the reference is not, or is another: -inf for +inf, NaN for inf."""
+        same = (ours == theirs) | (torch.isnan(ours) & torch.isnan(theirs))
+        wrong = ~finite & ~same
+        count, alone = int(wrong.sum()), int((wrong & torch.isfinite(theirs)).sum())
+        if count and not self.only_engine:
+            problems = [f"{alone} NaN or Inf in batch {batch} where the reference is finite"] if alone else []
+            if count > alone:
+                problems.append(f"{count - alone} NaN or Inf in batch {batch} where the reference has another")
+            self.problem = ", ".join(problems)
+        self.only_engine += count
 
     def _accumulate(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
         self.elements += ours.numel()
@@ -72,7 +93,7 @@ class OutputError:
             self.rows += reference.numel() // reference.size(-1)
 
     def row(self) -> dict[str, Any]:
-        """The columns of `VerificationReport.frame`."""
+        """The columns of `VerificationReport.frame`, which says what they are."""
         return {
             "output": self.output,
             "max_abs": self.max_abs,
@@ -84,6 +105,20 @@ class OutputError:
             "nonfinite_reference": self.nonfinite_reference,
             "top1": self.agreeing / self.rows if self.rows else None,
             "passing_atol": self.passing_atol,
+            **self._by_channel(),
+            "equal": None if self.floating else self.equal / self.all_elements if self.all_elements else math.nan,
+            "unlike": self.unlike,
+        }
+
+    def _by_channel(self) -> dict[str, Any]:
+        if not self.floating:
+            return dict.fromkeys(("variation_db", "worst_channel_db", "worst_variation_db", "worst_channel"))
+        worst, channel = self.channels.worst_variation
+        return {
+            "variation_db": self.channels.variation_db,
+            "worst_channel_db": self.channels.worst_channel[0],
+            "worst_variation_db": worst,
+            "worst_channel": channel,
         }
 
     @property
@@ -105,10 +140,12 @@ class OutputError:
 
     @property
     def cosine(self) -> float:
-        """Cosine of the angle between the two, over all elements of all batches; 1 when both are zero."""
+        """Cosine of the angle between the two, over all elements of all batches; 1 when they are equal."""
+        if self.sum_squares == 0.0:
+            return 1.0
         norms = math.sqrt(self.engine_squares * self.reference_squares)
         if norms == 0.0:
-            return 1.0 if self.engine_squares == self.reference_squares else 0.0
+            return 0.0
         return min(1.0, max(-1.0, self.product / norms))
 
 

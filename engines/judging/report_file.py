@@ -9,7 +9,8 @@ from typing import Any
 import polars as pl
 from calibcast.calib.artifacts import load_json, parsed, save_json
 from calibcast.engines.judging.attribution import SCHEMA as ATTRIBUTION
-from calibcast.engines.judging.verification import SCHEMA, VerificationReport
+from calibcast.engines.judging.bounds import Bounds
+from calibcast.engines.judging.report import SCHEMA, VerificationReport
 
 _KIND = "verification"
 
@@ -18,6 +19,8 @@ def save_report(path: str | os.PathLike[str], report: VerificationReport) -> Non
     """Write a report as JSON, whole or not at all."""
     content = {
         "passed": report.passed,
+        "verdict": str(report.verdict),
+        "bounds": report.bounds.set(),
         "batches": report.batches,
         "problems": list(report.problems),
         "reference_problem": report.reference_problem,
@@ -42,6 +45,7 @@ def load_report(path: str | os.PathLike[str]) -> VerificationReport:
             reference_problem=content["reference_problem"],
             floating=tuple(content["floating"]),
             attribution=None if attribution is None else _frame(attribution, ATTRIBUTION),
+            bounds=Bounds.of(content.get("bounds", {})),
         )
 
 

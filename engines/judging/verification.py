@@ -7,13 +7,12 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import polars as pl
 import torch
 from calibcast.calib.batches import numbered, signature_of
-from calibcast.calib.errors import CalibcastError, GateError, MismatchError, require_kind
+from calibcast.calib.errors import CalibcastError, MismatchError, require_kind
 from calibcast.calib.execution import (
     ProgramRunner,
     input_structure,
@@ -25,113 +24,18 @@ from calibcast.calib.execution import (
 from calibcast.calib.fingerprint import inputs_hash
 from calibcast.calib.graph import where
 from calibcast.engines.judging.attribution import Attribution
+from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.judging.metrics import OutputError
+from calibcast.engines.judging.report import SCHEMA, VerificationReport
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind, TensorArgument
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 _log = logging.getLogger("calibcast")
 Metric = Callable[..., Any]
-SCHEMA: dict[str, Any] = {
-    "output": pl.String,
-    "max_abs": pl.Float64,
-    "mean_abs": pl.Float64,
-    "rel_l2": pl.Float64,
-    "sqnr_db": pl.Float64,
-    "cosine": pl.Float64,
-    "nonfinite": pl.Int64,
-    "nonfinite_reference": pl.Int64,
-    "top1": pl.Float64,
-    "passing_atol": pl.Float64,
-}
-
-
-@dataclass(frozen=True, eq=False)
-class VerificationReport:
-    """Evidence, not a bool: how far each output is from the reference, over all batches.
-
-    frame: one row per tensor output, with the columns of `SCHEMA`. metrics: the user's own, averaged over samples.
-    attribution: whose error it is, as in `engines.judging.attribution`; None where that was not asked.
-    problems: what makes the engine fail before any threshold. reference_problem: where fp32 itself is NaN or Inf.
-    """
-
-    frame: pl.DataFrame
-    batches: int
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-    reference_problem: str | None = None
-    floating: tuple[str, ...] = field(default=(), repr=False)
-    attribution: pl.DataFrame | None = field(default=None, repr=False)
-
-    @property
-    def passed(self) -> bool:
-        """Whether the engine is finite wherever the reference is."""
-        return not self.problems
-
-    def __bool__(self) -> bool:
-        return self.passed
-
-    def __str__(self) -> str:
-        title = f"VerificationReport: {self.batches} batches, {'passed' if self.passed else 'FAILED'}"
-        header = f"  {'output':<20}{'max_abs':>11}{'rel_l2':>11}{'sqnr_db':>9}{'cosine':>11}{'top1':>8}  nonfinite"
-        lines = [title, header]
-        for row in self.frame.iter_rows(named=True):
-            top1 = "" if row["top1"] is None else f"{row['top1']:.4f}"
-            lines.append(
-                f"  {row['output']:<20}{row['max_abs']:>11.3g}{row['rel_l2']:>11.3g}{row['sqnr_db']:>9.1f}"
-                f"{row['cosine']:>11.7f}{top1:>8}{row['nonfinite']:>11}"
-            )
-        for row in () if self.attribution is None else self.attribution.iter_rows(named=True):
-            lines.append(
-                f"  {row['output']}: the plan alone {row['plan_sqnr_db']:.1f} dB, the engine against the plan "
-                f"{row['engine_sqnr_db']:.1f} dB: to blame is {row['blame']}"
-            )
-        lines += [f"  {name}: {value:.6g}" for name, value in self.metrics.items()]
-        lines += [f"  problem: {problem}" for problem in self.problems]
-        return "\n".join(lines + ([f"  reference: {self.reference_problem}"] if self.reference_problem else []))
-
-    def require(
-        self,
-        min_sqnr_db: float | None = None,
-        max_rel_l2: float | None = None,
-        min_cosine: float | None = None,
-        min_top1: float | None = None,
-        max_abs: float | None = None,
-        min_metrics: Mapping[str, float] | None = None,
-    ) -> VerificationReport:
-        """The gate: this report, or GateError with every bound that does not hold, and the numbers.
-
-        An engine that is NaN or Inf where fp32 is finite never passes, nor does a reference that is NaN itself:
-        nothing can be judged against it. Thresholds apply to floating-point outputs; a NaN statistic fails.
-        """
-        failures = list(self.problems)
-        if self.reference_problem is not None:
-            failures.append(
-                f"the fp32 reference itself is not finite, so nothing can be judged: {self.reference_problem}"
-            )
-        bounds = (
-            ("sqnr_db", "at least", min_sqnr_db),
-            ("rel_l2", "at most", max_rel_l2),
-            ("cosine", "at least", min_cosine),
-            ("top1", "at least", min_top1),
-            ("max_abs", "at most", max_abs),
-        )
-        for row in self.frame.iter_rows(named=True):
-            for column, direction, bound in bounds:
-                seen = row[column]
-                if bound is None or seen is None or row["output"] not in self.floating:
-                    continue
-                if not (seen >= bound if direction == "at least" else seen <= bound):
-                    failures.append(f"{row['output']}: {column} {seen:.6g}, required {direction} {bound:g}")
-        for name, bound in (min_metrics or {}).items():
-            if name not in self.metrics:
-                raise CalibcastError(f"no metric {name!r} was given to verify; there are {sorted(self.metrics)}")
-            if not self.metrics[name] >= bound:
-                failures.append(f"metric {name} {self.metrics[name]:.6g}, required at least {bound:g}")
-        if failures:
-            raise GateError("the gate says no: " + "; ".join(failures), self)
-        return self
 
 
 def verify(  # noqa: PLR0913 - the public contract
@@ -144,6 +48,7 @@ def verify(  # noqa: PLR0913 - the public contract
     progress: bool = True,
     attribute: bool | None = None,
     carry_state: bool = False,
+    bounds: Mapping[str, Any] | None = None,
 ) -> VerificationReport:
     """Run `engine` and the fp32 `program` on the same batches and compare every output, streaming.
 
@@ -160,13 +65,17 @@ def verify(  # noqa: PLR0913 - the public contract
         carry_state: run the batches as a sequence: engine and program go on from what each of them has left in the
             buffers that it writes to, so that errors add up, until a batch is a `NewSequence`. Without, both begin
             anew with each batch. Either way the engine's own state is put back (`engine.reset()`).
+        bounds: what the report is to be held against, by the names that `VerificationReport.require` takes:
+            {"min_sqnr_db": 40}. The report keeps them, and says whether it passes; nothing is raised.
 
     Raises:
-        MismatchError: the engine's outputs have another structure or shape. BatchError: as in `calibrate`.
+        MismatchError: the engine's outputs have another structure or shape; not where a size depends on the data, as
+            of detections: such an output is compared where the sizes are the same. BatchError: as in `calibrate`.
         CalibcastError: a metric raised.
     """
     require_program(program)
     require_kind(metrics or {}, Mapping, "metrics", "Give {name: function(output, reference)}.", CalibcastError)
+    wanted = Bounds.of(bounds or {})
     signature = signature_of(program)
     runner = ProgramRunner(program, getattr(engine, "device", None), carry_state=carry_state)
     comparison = _Comparison(engine, runner, dict(metrics or {}), _attribution(engine, runner, attribute))
@@ -178,7 +87,7 @@ def verify(  # noqa: PLR0913 - the public contract
                 comparison.reset()
             comparison.update(index, batch, flat)
     comparison.reset()
-    return comparison.report()
+    return comparison.report(wanted)
 
 
 def _attribution(engine: Callable[..., Any], runner: ProgramRunner, asked: bool | None) -> Attribution | None:
@@ -206,6 +115,7 @@ class _Comparison:
         self._engine, self._runner, self._metrics, self._attribution = engine, runner, metrics, attribution
         self._program = runner.program
         self._errors = [OutputError(name) for name in output_names(runner.program)]
+        self._by_data = _sizes_by_data(runner.program)
         self._compared: set[int] = set()
         self._sums = dict.fromkeys(metrics, 0.0)
         self._samples = 0
@@ -231,7 +141,7 @@ class _Comparison:
         ours = self._flat_output(output, index)
         for position, (error, mine, theirs) in enumerate(zip(self._errors, ours, reference, strict=True)):
             if isinstance(theirs, torch.Tensor):
-                self._compare(error, mine, theirs, index)
+                self._compare(position, error, mine, theirs, index)
                 self._compared.add(position)
         if self._attribution is not None:
             self._attribution.update(flat, ours, reference, index)
@@ -252,13 +162,19 @@ class _Comparison:
             )
         return leaves
 
-    def _compare(self, error: OutputError, mine: Any, theirs: torch.Tensor, index: int) -> None:
-        if not isinstance(mine, torch.Tensor) or mine.shape != theirs.shape:
+    def _compare(self, position: int, error: OutputError, mine: Any, theirs: torch.Tensor, index: int) -> None:
+        if not isinstance(mine, torch.Tensor) or not self._may_be(position, mine.shape, theirs.shape):
             came = list(mine.shape) if isinstance(mine, torch.Tensor) else type(mine).__name__
             raise MismatchError(
                 f"batch {index}: {error.output} of the engine is {came}, of the program {list(theirs.shape)}"
             )
         error.update(mine.to(theirs.device), theirs, index)
+
+    def _may_be(self, position: int, ours: torch.Size, theirs: torch.Size) -> bool:
+        """Whether an output may have this shape: equal to the program's but for sizes that depend on the data."""
+        depends = self._by_data[position]
+        same = all(a == b or i in depends for i, (a, b) in enumerate(zip(ours, theirs, strict=False)))
+        return len(ours) == len(theirs) and same
 
     def _measure(self, index: int, output: Any, reference: Any, batch: Any, flat: list[Any]) -> None:
         if not self._metrics:
@@ -277,7 +193,7 @@ class _Comparison:
                 ) from error
         self._samples += samples
 
-    def report(self) -> VerificationReport:
+    def report(self, bounds: Bounds) -> VerificationReport:
         if self._reused:
             warnings.warn(
                 f"{self._reused} of {self._batches} batches were also calibrated on: the report says how well the "
@@ -295,9 +211,23 @@ class _Comparison:
             reference_problem=self._reference_problem,
             floating=tuple(error.output for error in errors if error.floating),
             attribution=None if self._attribution is None else self._attribution.frame(self._compared),
+            bounds=bounds,
         )
         _log.info("%s", report)
         return report
+
+
+def _sizes_by_data(program: ExportedProgram) -> list[set[int]]:
+    """Of each flat user output, the dimensions whose size depends on the data, not on the inputs' sizes alone."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    outputs = [s.arg for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
+    values = [nodes[arg.name].meta.get("val") if isinstance(arg, TensorArgument) else None for arg in outputs]
+    return [
+        {i for i, size in enumerate(value.shape) if free_unbacked_symbols(size)}
+        if isinstance(value, torch.Tensor)
+        else set()
+        for value in values
+    ]
 
 
 def _has_nan(value: Any) -> bool:

@@ -176,9 +176,22 @@ def test_a_gate_that_says_no_is_exit_code_3_and_stays_no(job, capsys):
         assert "Traceback" not in err
         assert manifest(job)["status"] == "rejected"
         assert made(out)[0] == []
+        assert_verdict(job, "failed: output: ", "< 300 dB", passed=False)
     edit(job, "min_sqnr_db = 300.0", "min_sqnr_db = 30.0")
     assert run(job, capsys)[0] == 0
     assert manifest(job)["status"] == "done"
+    assert_verdict(job, "passed 30 dB with ", "", passed=True)
+    assert made(run(job, capsys)[1])[0] == []  # the report that was written anew is the one that the manifest knows
+
+
+def assert_verdict(job, begins, ends, passed):
+    """What the manifest says of the engine is what its report says."""
+    told = manifest(job)["stages"]["verify"]["result"]
+    report = json.loads((job.parent / "out" / "verification.json").read_text())
+    assert told["verdict"].startswith(begins)
+    assert told["verdict"].endswith(ends)
+    assert told["verdict"] in told["summary"]
+    assert (told["verdict"], told["passed"]) == (report["verdict"], report["passed"]) == (report["verdict"], passed)
 
 
 def test_a_verification_that_is_switched_off_does_not_stay_in_the_manifest(job, capsys):

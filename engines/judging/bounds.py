@@ -1,0 +1,163 @@
+"""Bounds and the verdict on a report: what was set, what was seen, and whether it holds. Said in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from calibcast.calib.errors import CalibcastError
+
+# bound -> the column of the report that it is held against, and what it is called in a verdict.
+_COLUMNS = {
+    "min_sqnr_db": ("sqnr_db", " dB"),
+    "min_variation_db": ("variation_db", " dB of the variation"),
+    "min_channel_db": ("worst_channel_db", " dB in the worst channel"),
+    "min_channel_variation_db": ("worst_variation_db", " dB of the variation of the worst channel"),
+    "max_rel_l2": ("rel_l2", " relative L2"),
+    "min_cosine": ("cosine", " cosine"),
+    "min_top1": ("top1", " top1"),
+    "max_abs": ("max_abs", " absolute"),
+    "min_equal": ("equal", " equal"),
+}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a user asks of a report. None: not asked.
+
+    min_sqnr_db: of each output, against its power. min_variation_db: against its variation, each channel about its own
+    mean. min_channel_db, min_channel_variation_db: the same two of the worst channel alone. max_rel_l2, min_cosine,
+    max_abs: of each floating-point output. min_top1: share of rows whose largest element is the reference's.
+    min_equal: share of equal elements of each integer or boolean output. min_metrics: of the user's own metrics.
+    """
+
+    min_sqnr_db: float | None = None
+    max_rel_l2: float | None = None
+    min_cosine: float | None = None
+    min_top1: float | None = None
+    max_abs: float | None = None
+    min_metrics: Mapping[str, float] = field(default_factory=dict)
+    min_variation_db: float | None = None
+    min_channel_db: float | None = None
+    min_channel_variation_db: float | None = None
+    min_equal: float | None = None
+
+    @classmethod
+    def of(cls, bounds: Mapping[str, Any]) -> Bounds:
+        """From names and numbers; None is no bound. Raises CalibcastError for a name that there is not, and for NaN."""
+        known = {entry.name for entry in fields(cls)}
+        for name, value in bounds.items():
+            if name not in known:
+                raise CalibcastError(f"there is no bound {name!r}; known are {', '.join(sorted(known))}")
+            numbers = value.values() if isinstance(value, Mapping) else [value]
+            if any(isinstance(number, float) and math.isnan(number) for number in numbers):
+                raise CalibcastError(f"{name}: nan is no bound; give a number, or leave it out")
+        return cls(**{name: value for name, value in bounds.items() if value is not None})
+
+    def set(self) -> dict[str, Any]:
+        """The bounds that were set, by name."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+
+    def and_also(self, others: Bounds) -> Bounds:
+        """These and `others`, which count where both set one."""
+        metrics = {**self.min_metrics, **others.min_metrics}
+        return Bounds(**{**self.set(), **others.set(), "min_metrics": metrics})
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a bound was held against: the worst there was, where, and whether it holds."""
+
+    name: str
+    bound: float
+    value: float
+    place: str
+    holds: bool
+
+    @property
+    def at_least(self) -> bool:
+        return self.name.startswith("min_")
+
+    def __str__(self) -> str:
+        unit = _COLUMNS[self.name][1] if self.name in _COLUMNS else f" {self.name.removeprefix('min_metrics.')}"
+        seen = f"{self.value:.1f}" if unit.startswith(" dB") else f"{self.value:.4g}"
+        if self.holds:
+            return f"{self.bound:g}{unit} with {seen}"
+        sign = "<" if self.at_least else ">"
+        value = "nothing to compare" if math.isnan(self.value) else f"{seen} {sign} {self.bound:g}{unit}"
+        return f"{self.place}: {value}" if self.place else value
+
+    @property
+    def failure(self) -> str:
+        """A sentence of a GateError."""
+        column = _COLUMNS[self.name][0] if self.name in _COLUMNS else self.name.replace("min_metrics.", "metric ")
+        words = f"{column} {self.value:.6g}, required at {'least' if self.at_least else 'most'} {self.bound:g}"
+        return f"{self.place}: {words}" if self.place else words
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a report passes. problems: what makes it fail whatever the bounds. seen: every bound that was set."""
+
+    problems: tuple[str, ...]
+    seen: tuple[Seen, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems and all(one.holds for one in self.seen)
+
+    @property
+    def failures(self) -> list[str]:
+        """Everything that does not hold, with numbers."""
+        return [*self.problems, *(one.failure for one in self.seen if not one.holds)]
+
+    def __str__(self) -> str:
+        if not self.passed:
+            return "failed: " + "; ".join([*self.problems, *(str(one) for one in self.seen if not one.holds)])
+        if not self.seen:
+            return "no bounds were set"
+        return "passed " + ", ".join(map(str, self.seen))
+
+
+def judged(
+    bounds: Bounds, rows: Sequence[Mapping[str, Any]], floating: Iterable[str], metrics: Mapping[str, float],
+    problems: Sequence[str],
+) -> Verdict:  # fmt: skip
+    """Hold the rows of a report, and its metrics, against bounds.
+
+    A bound on outputs counts for floating-point ones, `min_equal` for the others. One that no output can be held
+    against does not hold: nothing was compared. Raises CalibcastError for a bound of a metric that was not given.
+    """
+    found = [*_of_outputs(bounds, rows, set(floating)), *_of_metrics(bounds.min_metrics, metrics)]
+    return Verdict(tuple(problems), tuple(found))
+
+
+def _of_outputs(bounds: Bounds, rows: Sequence[Mapping[str, Any]], floating: set[str]) -> Iterator[Seen]:
+    for name, (column, _) in _COLUMNS.items():
+        bound = getattr(bounds, name)
+        if bound is None:
+            continue
+        wanted = [row for row in rows if (row["output"] in floating) != (name == "min_equal")]
+        held = [_held(name, bound, row, column) for row in wanted if row[column] is not None]
+        failed = [one for one in held if not one.holds]
+        if not held:
+            yield Seen(name, bound, math.nan, "no output has one", False)
+        elif failed:
+            yield from failed
+        else:
+            yield min(held, key=lambda one: one.value if one.at_least else -one.value)
+
+
+def _held(name: str, bound: float, row: Mapping[str, Any], column: str) -> Seen:
+    seen = row[column]
+    holds = bool(seen >= bound if name.startswith("min_") else seen <= bound)  # NaN never holds
+    return Seen(name, bound, seen, row["output"], holds)
+
+
+def _of_metrics(bounds: Mapping[str, float], metrics: Mapping[str, float]) -> Iterator[Seen]:
+    for name, bound in bounds.items():
+        if name not in metrics:
+            raise CalibcastError(f"no metric {name!r} was given to verify; there are {sorted(metrics)}")
+        yield Seen(f"min_metrics.{name}", bound, metrics[name], "", bool(metrics[name] >= bound))
