@@ -135,7 +135,7 @@ OPERATOR_TABLES = ("calib/operators/", "calib/pt2/", "engines/tensorrt/quirks.py
 # where they are not compared with an operator.
 WORDS = set(
     """
-    alias any complex data diagonal dim dropout flip gradient histogram index inner item log max mean min normal
+    alias any complex data diagonal dim dropout equal flip gradient histogram index inner item log max mean min normal
     quantile set size sort split sum to unique zeros
     """.split()  # noqa: SIM905
 )
