@@ -36,6 +36,8 @@ def first_screen():
 def test_the_first_python_block_prints_what_the_readme_shows(first_screen):
     _, printed = first_screen
     shown = blocks("text")[0]
+    # Which edge costs most is a matter of a tenth of a decibel, and of how many threads have trained the network.
+    printed, shown = (re.sub(r"; most of it: .*", "", text) for text in (printed, shown))
     assert without_numbers(printed) == without_numbers(shown)
     assert printed.splitlines()[:6] == shown.splitlines()[:6]  # the plan itself, number by number
     assert len(blocks("python")[0].strip().splitlines()) <= 12

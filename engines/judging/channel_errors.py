@@ -28,7 +28,7 @@ class ChannelErrors:
         """Take in one batch of a real output; what is not finite in both is left out."""
         if not theirs.numel():
             return
-        ours, theirs = _by_channel(ours).double(), _by_channel(theirs).double()
+        ours, theirs = (_by_channel(t.detach()).double() for t in (ours, theirs))
         if self._sums is not None and not self._whole and len(theirs) != self._sums.shape[1]:
             self._merge()
         if self._whole:
