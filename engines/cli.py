@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from calibcast.calib.errors import CalibcastError, GateError, SettingError
 from calibcast.calib.printable import printable_lines
-from calibcast.engines.commands import diagnosis, engine, export, job, review, stages
+from calibcast.engines.commands import diagnosis, engine, export, job, rescaling, review, stages
 from calibcast.engines.commands.options import in_flags, note, say
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.streams import give_up_stdout
@@ -40,6 +40,7 @@ app = typer.Typer(
 for command in (
     stages.calibrate,
     stages.plan,
+    rescaling.rescale,
     diagnosis.diagnose,
     engine.build,
     engine.inspect,

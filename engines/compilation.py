@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.calibration import calibrate
-from calibcast.calib.errors import BuildError, ProgramError
+from calibcast.calib.errors import BuildError, ProgramError, SettingError
 from calibcast.calib.training_mode import refuse_training
 from calibcast.engines.backends import chosen
 from calibcast.engines.building import build
@@ -16,6 +16,7 @@ from calibcast.engines.engine import Engine
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.rescaling.rescaling import rescale as rescale_program
 from calibcast.passes.settings import low_type_of
 from torch.export import ExportedProgram
 
@@ -41,6 +42,7 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
     calibration_dataloader: Iterable[Any] | None = None,
     transform: Callable[[Any], Any] | None = None,
     backend: str = "auto",
+    rescale: str = "off",
     **settings: Any,
 ) -> Engine:
     """Export, calibrate, classify, cast and build.
@@ -52,6 +54,8 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
     Args:
         model: a module in eval mode, or a program exported already (then `inputs` is not used).
         inputs: positional example inputs for the export; `kwargs=`, `dynamic_shapes=`, `strict=` go there, too.
+        rescale: "auto" stores tensors as powers of two of themselves where that lets more run in the low type; see
+            `passes.rescale`. It needs calibration data. "off" leaves the program as it is.
         settings: further arguments of `torch.export.export`, `calibrate`, `classify`, `insert_casts` and `build` by
             their names, each to every stage that has it, and those of the backend.
 
@@ -64,6 +68,8 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
             "enable_autocast=True needs use_explicit_typing=True: autocast writes types into the graph, and only an "
             "explicitly typed network keeps to them"
         )
+    if rescale not in {"auto", "off"}:
+        raise SettingError(f"rescale={rescale!r}: known are 'auto' and 'off'")
     low_type = low_type_of(low_precision_type)
     stages = (torch.export.export, calibrate, classify, insert_casts)
     to_export, to_calibrate, to_classify, to_cast = (_taken(settings, stage) for stage in stages)
@@ -79,20 +85,22 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
     if calibration_dataloader is not None:
         device = settings.get("device")
         ranges = calibrate(program, calibration_dataloader, transform=transform, device=device, **to_calibrate)
-    plan = classify(
-        program,
-        ranges,
-        low_precision_type=low_type,
-        data_max=data_max,
-        max_depth_of_reduction=max_depth_of_reduction,
-        nodes_to_exclude=nodes_to_exclude,
-        targets_to_exclude=targets_to_exclude,
-        **to_classify,
-    )
+    to_classify |= {
+        "low_precision_type": low_type,
+        "data_max": data_max,
+        "max_depth_of_reduction": max_depth_of_reduction,
+        "nodes_to_exclude": nodes_to_exclude,
+        "targets_to_exclude": targets_to_exclude,
+    }
+    original = program
+    if rescale == "auto" and ranges is not None:
+        fitted = rescale_program(program, ranges, **to_classify)
+        program, ranges = fitted.program, fitted.ranges
+    plan = classify(program, ranges, **to_classify)
     # An iterator was used up; a loader can be asked again.
     used_up = calibration_dataloader is None or isinstance(calibration_dataloader, Iterator)
     again = () if used_up else calibration_dataloader
-    to_try: dict[str, Any] = {"batches": again, "transform": transform, "reference": program}
+    to_try: dict[str, Any] = {"batches": again, "transform": transform, "reference": original}
     return build(insert_casts(program, plan, **to_cast), plan, ranges, backend=backend, **to_try, **settings)
 
 

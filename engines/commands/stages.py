@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from calibcast.calib.errors import BatchError, CalibcastError
@@ -21,6 +21,8 @@ from calibcast.engines.commands.options import (
     note,
     say,
 )
+from calibcast.engines.commands.rescaling import write_rescaled
+from calibcast.engines.usage import UsageError
 
 
 def calibrate(  # noqa: PLR0913 - a command line has options
@@ -89,6 +91,10 @@ def plan(  # noqa: PLR0913
         list[str] | None,
         typer.Option(help="operator that the backend sums up in fp32 anyway, such as layer_norm; repeatable"),
     ] = None,
+    rescale: Annotated[
+        bool,
+        typer.Option("--rescale", help="make it fit by powers of two first; program and ranges go beside -o"),
+    ] = False,
 ) -> None:
     """Decide the type of every node of MODEL from its ranges, and say why.
 
@@ -101,9 +107,12 @@ def plan(  # noqa: PLR0913
 
     if output is not None:
         check_folder(output)
-    decided = classify(
-        load_model(model),
-        None if ranges is None else RangeTable.load(ranges),
+    if rescale and (ranges is None or output is None):
+        raise UsageError(
+            "--rescale needs ranges, and -o: the plan is of the rescaled program, which is written beside it"
+        )
+    program, table = load_model(model), None if ranges is None else RangeTable.load(ranges)
+    settings: dict[str, Any] = dict(
         low_precision_type=low_precision_type,
         data_max=data_max,
         init_max=init_max,
@@ -115,6 +124,9 @@ def plan(  # noqa: PLR0913
         range_quantile=range_quantile,
         wide_accumulation=wide_accumulation or (),
     )
+    if rescale and table is not None and output is not None:
+        program, table = write_rescaled(program, table, output.with_suffix(".pt2"), settings)
+    decided = classify(program, table, **settings)
     say(str(decided))
     for name in decided.high_precision_nodes:
         say(f"  {printable(decided.explain(name))}")

@@ -21,8 +21,9 @@ from calibcast.calib.sealed_files import check_plain
 from calibcast.engines.job.job_file import JobFile
 
 MANIFEST = "manifest.json"
-RANGES, EARLY, PLAN, MIXED, ENGINE, VERIFICATION = ARTIFACTS = (
-    "ranges.parquet", "ranges-early.parquet", "plan.json", "mixed.pt2", "engine", "verification.json"
+RANGES, EARLY, PLAN, FITTED, FITTED_RANGES, MIXED, ENGINE, VERIFICATION = ARTIFACTS = (
+    "ranges.parquet", "ranges-early.parquet", "plan.json", "rescaled.pt2", "rescaled.parquet", "mixed.pt2", "engine",
+    "verification.json",
 )  # fmt: skip
 _LOCK, _OWNER = ".lock", ".lock-owner"
 

@@ -147,6 +147,9 @@ class Plan(_Table):
     range_quantile: float = Field(1.0, gt=0, le=1, description="judge `data_max` by this share of the magnitudes")
     wide_accumulation: Names = Field((), description="operators that the backend sums up in fp32 whatever their type, "
                                      "such as `layer_norm`")  # fmt: skip
+    rescale: Literal["off", "auto"] = Field(
+        "off", description="auto: store tensors as powers of two of themselves where more then runs in the low type"
+    )
     rules: Names = Field((), description="your own: `file.py:function` from NodeFacts to a Verdict or None")
 
 

@@ -22,7 +22,18 @@ from calibcast.engines.engine import Engine
 from calibcast.engines.job import ranks as ranks_module
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.feed import Feeding, feed
-from calibcast.engines.job.folder import EARLY, ENGINE, MIXED, PLAN, RANGES, VERIFICATION, JobFolder, Store
+from calibcast.engines.job.folder import (
+    EARLY,
+    ENGINE,
+    FITTED,
+    FITTED_RANGES,
+    MIXED,
+    PLAN,
+    RANGES,
+    VERIFICATION,
+    JobFolder,
+    Store,
+)
 from calibcast.engines.job.inputs import Inputs, inputs_of
 from calibcast.engines.job.job_file import JobFile
 from calibcast.engines.job.logs import tell
@@ -44,6 +55,7 @@ from calibcast.engines.locations import load_function, load_model
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.rescaling.rescaling import rescale
 from torch.export import ExportedProgram
 
 
@@ -206,24 +218,46 @@ class JobRun:
         settings = _plain(self.file.job.plan)
         code = {f"rule {rule}": code_digest(self.file, rule) for rule in self.file.job.plan.rules}
         inputs = {**self.model_inputs, **code}
-        return Stage("plan", (PLAN,), ("calibrate",), inputs, settings, self._decide, self._judge_settling)
+        made = (PLAN, *((FITTED, FITTED_RANGES) if self.file.job.plan.rescale == "auto" else ()))
+        return Stage("plan", made, ("calibrate",), inputs, settings, self._decide, self._judge_settling)
 
     def _decide(self) -> dict[str, Any]:
         table = RangeTable.load(self.folder.path / RANGES)
         plan = self._classified(table)
-        plan.save(self.folder.path / PLAN)
-        result: dict[str, Any] = {"summary": str(plan).splitlines()[0], "settling": None}
+        used, told = (plan, None) if self.file.job.plan.rescale == "off" else self._fitted(table)
+        used.save(self.folder.path / PLAN)
+        result: dict[str, Any] = {"summary": str(used).splitlines()[0], "settling": None, "rescaling": told}
         if (self.folder.path / EARLY).exists():
             early = RangeTable.load(self.folder.path / EARLY)
             found = settling(early, table, self._classified(early), plan)
             result |= {"settling": found.to_json(), "settled": str(found)}
         return result
 
+    def _fitted(self, table: RangeTable) -> tuple[PrecisionPlan, str]:
+        """The plan of the rescaled program, which is written with its ranges, and what was done."""
+        fitted = rescale(self.program, table, **self._arguments)
+        save_program(fitted.program, self.folder.path / FITTED)
+        fitted.ranges.save(self.folder.path / FITTED_RANGES)
+        tell(str(fitted), event="rescaling", changed=fitted.changed)
+        return classify(fitted.program, fitted.ranges, **self._arguments), str(fitted)
+
     def _classified(self, table: RangeTable) -> PrecisionPlan:
+        return classify(self.program, table, **self._arguments)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
         settings = self.file.job.plan
-        arguments = settings.model_dump(exclude={"rules"})
         rules = [load_function(self.file.function(rule)) for rule in settings.rules]
-        return classify(self.program, table, rules=rules, **arguments)
+        return {**settings.model_dump(exclude={"rules", "rescale"}), "rules": rules}
+
+    @property
+    def _planned(self) -> ExportedProgram:
+        """The program that the plan is of."""
+        return self.program if self.file.job.plan.rescale == "off" else load_program(self.folder.path / FITTED)
+
+    @property
+    def _planned_ranges(self) -> RangeTable:
+        return RangeTable.load(self.folder.path / (RANGES if self.file.job.plan.rescale == "off" else FITTED_RANGES))
 
     def _judge_settling(self, result: Mapping[str, Any]) -> None:
         found, limits = result["settling"], self.file.job.limits
@@ -250,7 +284,7 @@ class JobRun:
 
     def _insert(self) -> dict[str, Any]:
         plan = PrecisionPlan.load(self.folder.path / PLAN)
-        mixed = insert_casts(self.program, plan, keep_io_types=self.file.job.build.keep_io_types)
+        mixed = insert_casts(self._planned, plan, keep_io_types=self.file.job.build.keep_io_types)
         save_program(mixed, self.folder.path / MIXED)
         casts = len(node_digests(mixed)) - len(node_digests(self.program))
         return {"summary": f"{casts} nodes more than the exported program", "program": fingerprint(node_digests(mixed))}
@@ -266,7 +300,7 @@ class JobRun:
         settings, folder = self.file.job.build, self.folder.path
         options = settings.model_dump(exclude={"keep_io_types", "backend", "settings"})
         engine = build(
-            load_program(folder / MIXED), PrecisionPlan.load(folder / PLAN), RangeTable.load(folder / RANGES),
+            load_program(folder / MIXED), PrecisionPlan.load(folder / PLAN), self._planned_ranges,
             settings.backend, progress=self.bar, **options, **settings.settings,
         )  # fmt: skip
         engine.save(folder / ENGINE)

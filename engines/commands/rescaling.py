@@ -1,0 +1,45 @@
+"""`calibcast rescale`: a program that fits, and its ranges, as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from calibcast.engines.commands.options import Model, check_folder, say
+
+if TYPE_CHECKING:
+    from calibcast.calib.ranges import RangeTable
+    from torch.export import ExportedProgram
+
+
+def rescale(
+    model: Model,
+    ranges: Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the program to write, .pt2; its ranges go beside it")],
+    data_max: Annotated[float | None, typer.Option(help="largest magnitude of inputs and activations")] = None,
+) -> None:
+    """Make MODEL fit fp16 by powers of two: its fp32 results keep their bits. Plan and build what is written.
+
+    Example: calibcast rescale net.pt2 ranges.parquet -o fitted.pt2
+    """
+    from calibcast.calib.ranges import RangeTable
+    from calibcast.engines.locations import load_model
+
+    check_folder(output)
+    write_rescaled(load_model(model), RangeTable.load(ranges), output, {"data_max": data_max})
+
+
+def write_rescaled(
+    program: ExportedProgram, table: RangeTable, output: Path, settings: dict[str, Any]
+) -> tuple[ExportedProgram, RangeTable]:
+    """Rescale, say what was done, and write the program to `output` and its ranges beside it."""
+    from calibcast.calib.artifacts import save_program
+    from calibcast.passes.rescaling.rescaling import rescale as run
+
+    fitted = run(program, table, **settings)
+    beside = output.with_suffix(".parquet")
+    save_program(fitted.program, output)
+    fitted.ranges.save(beside)
+    say(f"{fitted}\nwrote {output} and {beside}")
+    return fitted.program, fitted.ranges
