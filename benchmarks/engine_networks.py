@@ -234,6 +234,15 @@ def underflowing(device: str, batch: int = 32) -> Subject:
     return _subject("underflows", model, lambda seed: (_images(batch, 128, seed),), device)
 
 
+def digits(device: str, batch: int = 100) -> Subject:
+    """The demo's classifier, trained on real handwritten digits, batch 100; calibrated and judged on other images."""
+    from calibcast.engines.demo import load_digits, train
+
+    training, *others = load_digits()
+    images = [pixels for part in others for pixels, _ in part]
+    return _subject("digits", train(training), lambda seed: (images[seed % len(images)],), device)
+
+
 SUBJECTS: dict[str, Callable[[str], Subject]] = {
     "resnet50": resnet50,
     "vit_b_16": vit,
@@ -243,6 +252,7 @@ SUBJECTS: dict[str, Callable[[str], Subject]] = {
     "lstm_tagger": tagger,
     "overflows": overflowing,
     "underflows": underflowing,
+    "digits": digits,
 }
 
 

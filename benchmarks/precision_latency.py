@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import machine
 from benchmarks.precision_variants import VARIANTS
 
-NETWORKS = ("resnet50", "vit_b_16", "bert_base", "minilm", "nafnet", "lstm_tagger", "overflows", "underflows")
+NETWORKS = ("resnet50", "vit_b_16", "bert_base", "minilm", "nafnet", "lstm_tagger", "overflows", "underflows", "digits")
 _HEADER = (
     "| variant | ms median (min to max) | rel. L2 | SQNR dB | NaN or Inf | build s | layers in half | notes |",
     "|---|---|---|---|---|---|---|---|",

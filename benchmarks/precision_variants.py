@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ VARIANTS = (
     "peer autocast fp16",
     "calibcast fp16",
     "calibcast bf16",
+    "calibcast fp16 by rules",
 )
-ENGINES = ("TensorRT fp32", "TensorRT whole-half", "calibcast fp16", "calibcast bf16")
+# "by rules": the plan without evidence from rounding (data_max 512); else what `tune` proves for the default budget.
+ENGINES = ("TensorRT fp32", "TensorRT whole-half", "calibcast fp16", "calibcast bf16", "calibcast fp16 by rules")
 _BURST = 0.04  # seconds of calls in one turn, about
 Run = Callable[..., Any]
 
@@ -107,7 +109,8 @@ class Network:
 
     def _cast(self, variant: str) -> tuple[Any, Any, float]:
         """The program that an engine variant is built from, its plan or None, and the seconds that it took."""
-        from calibcast.passes import classify, insert_casts
+        from calibcast.calib.rounding_table import empty_rounding
+        from calibcast.passes import classify, insert_casts, tune
 
         start, plan, program = time.perf_counter(), None, self.program
         if variant == "TensorRT whole-half":
@@ -115,7 +118,11 @@ class Network:
                 program = torch.export.export(copy.deepcopy(self.subject.model).half(), _halved(self.inputs))
         elif variant != "TensorRT fp32":
             low_type = torch.float16 if "fp16" in variant else torch.bfloat16
-            plan = classify(self.program, self.ranges, low_precision_type=low_type)
+            if "by rules" in variant:
+                plan = classify(self.program, replace(self.ranges, rounding=empty_rounding()), low_type)
+            else:
+                with tf32(False):
+                    plan = tune(self.program, self.ranges, self.subject.calibration, low_precision_type=low_type)
             program = insert_casts(self.program, plan)
         return program, plan, time.perf_counter() - start
 
@@ -166,6 +173,8 @@ def _note(engine: Any, planned: bool) -> str:
     parts = []
     if planned:
         parts.append(f"{len(engine.plan.low_precision_nodes)} low, {len(engine.plan.high_precision_nodes)} high")
+        if engine.plan.proof is not None:
+            parts.append(f"proven {engine.plan.proof.sqnr_db:.1f} dB")
         parts.append(f"{100 * unknown_share(engine.ledger):.0f}% unknown")
         parts.append(f"{contradictions(engine.ledger).height} contradict")
     parts += [f"remedy: {remedy.split(', as ')[0]}" for remedy in engine.record["remedies"]]
