@@ -18,6 +18,7 @@ from calibcast.calib.fingerprint import node_digests
 from calibcast.calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
 from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.number_text import percent
+from calibcast.passes.autocast_replay import ran_low
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.proof import Proof, RoundingSummary, as_rows
 from calibcast.passes.regions import Candidate, candidates
@@ -222,6 +223,31 @@ class PrecisionPlan:
         low_type = types.most_common(1)[0][0] if types else torch.float16
         decisions = tuple(_as_typed(candidate, low_type) for candidate in nodes)
         return cls(decisions, low_type, node_digests(program), {"from_types": True})
+
+    @classmethod
+    def from_autocast(
+        cls, program: ExportedProgram, low_precision_type: torch.dtype = torch.float16, device_type: str = "cuda"
+    ) -> PrecisionPlan:
+        """The plan that `torch.autocast(device_type, low_precision_type)` would have run: for who trained so.
+
+        Found by running the program's operators under it, on fake tensors: no data and no GPU are needed. What is kept
+        in any plan (integers, regions, stated types) is kept in this one.
+        """
+        require_program(program)
+        low = ran_low(program, low_precision_type, device_type)
+        decisions = tuple(_as_autocast(candidate, candidate.name in low) for candidate in candidates(program))
+        settings = {"from_autocast": device_type}
+        return cls(decisions, low_precision_type, node_digests(program), settings)
+
+
+def _as_autocast(candidate: Candidate, is_low: bool) -> Decision:
+    node, kept = candidate.node, candidate.kept
+    place: dict[str, Any] = {"node": candidate.name, "op": op_name(node.target), "module": module_path(node)}
+    if kept is not None:
+        return Decision(**place, work=work_of(node), precision=KEPT, rule=kept.rule, reason=kept.reason)
+    precision, rule = (LOW, None) if is_low else (HIGH, "autocast")
+    reason = f"torch.autocast runs it in {'the low type' if is_low else 'float32'}"
+    return Decision(**place, work=work_of(node), precision=precision, rule=rule, reason=reason)
 
 
 def _as_typed(candidate: Candidate, low_type: torch.dtype) -> Decision:
