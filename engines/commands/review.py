@@ -136,10 +136,13 @@ def diff(  # noqa: PLR0913
     Tables of another export of the model are matched by module path and structure. --format json, csv and parquet have
     all rows. Example: calibcast diff monday.parquet friday.parquet --fail-on flip --fail-on headroom=2
     """
+    from calibcast.calib.errors import GateError, MismatchError
     from calibcast.engines.review.diff_report import (
+        compared_tensors,
         diff_frame,
         diff_text,
         plan_diff_text,
+        require_compared,
         require_headroom,
         require_no_flip,
     )
@@ -153,10 +156,18 @@ def diff(  # noqa: PLR0913
         if any(gate is not None for gate in gates):
             raise typer.BadParameter("headroom is of ranges, and these are plans", param_hint="--fail-on")
         if gates:
+            require_compared(_shared_nodes(old, new), "node")
             require_no_flip(flips)
         return
-    changes, flips, by = _ranges_diff(old, new, program, data_max, low_precision_type)
+    try:
+        changes, flips, by = _ranges_diff(old, new, program, data_max, low_precision_type)
+    except MismatchError as error:
+        if not gates:
+            raise
+        raise GateError(f"the alarm cannot compare: {error}") from error
     write_frame(diff_frame(changes, flips), lambda: diff_text(changes, flips, by, rows or None), form, output)
+    if gates:
+        require_compared(compared_tensors(changes), "computed tensor")
     for gate in gates:
         if gate is None:
             require_no_flip(flips)
@@ -178,6 +189,13 @@ def _ranges_diff(old: Path, new: Path, program: str | None, data_max: float, low
 
     flips = decision_diff(changes, load_model(program), low_precision_type=low_type, data_max=data_max)
     return changes, flips, f"data_max {data_max:g}, all rules"
+
+
+def _shared_nodes(old: Path, new: Path) -> int:
+    from calibcast.passes.plan import PrecisionPlan
+
+    places = [{(d.op, d.module) for d in PrecisionPlan.load(path).decisions} for path in (old, new)]
+    return len(places[0] & places[1])
 
 
 def _plans_diff(old: Path, new: Path) -> Any:

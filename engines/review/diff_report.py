@@ -47,7 +47,7 @@ def diff_text(diff: RangeDiff, flips: pl.DataFrame, by: str, rows: int | None = 
         if names:
             lines.append(f"{change}: {listed(names, 6)}")
     lines += _headroom_lines(diff)
-    lines += _flip_lines(flips, by)
+    lines += _flip_lines(flips, by, compared_tensors(diff))
     shown = frame if rows is None else frame.head(rows)
     if len(shown):
         lines += ["", *text_table(shown.iter_rows(named=True), _COLUMNS)]
@@ -63,6 +63,20 @@ def plan_diff_text(flips: pl.DataFrame) -> str:
     counts = dict(flips["change"].value_counts(sort=True).iter_rows())
     lines = [", ".join(f"{number} {change}" for change, number in counts.items())]
     return "\n".join(lines + [f"  {_flip_line(row)}" for row in flips.iter_rows(named=True)])
+
+
+def compared_tensors(diff: RangeDiff) -> int:
+    """How many computed tensors are in both tables."""
+    both = pl.col("change").is_in(["grew", "shrank", "same"]) & (pl.col("kind") == "activation")
+    return diff.frame.filter(both).height
+
+
+def require_compared(count: int, what: str) -> None:
+    """Raise GateError where nothing was compared: then nothing can have flipped, and that says nothing."""
+    if not count:
+        raise GateError(
+            f"the alarm cannot compare: the two files have no {what} in common. Give files of the same model.", None
+        )
 
 
 def require_no_flip(flips: pl.DataFrame) -> None:
@@ -91,10 +105,10 @@ def _headroom_lines(diff: RangeDiff, most: int = 5) -> list[str]:
     return ["headroom lost:", *lines, *more] if lines else []
 
 
-def _flip_lines(flips: pl.DataFrame, by: str, most: int = 10) -> list[str]:
+def _flip_lines(flips: pl.DataFrame, by: str, compared: int, most: int = 10) -> list[str]:
     flipped = flips.filter(pl.col("change").is_in(_FLIPS))
     if flipped.is_empty():
-        return [f"no decision would flip ({by})"]
+        return [f"no decision would flip ({by})" if compared else "nothing could be compared, so no flip can be seen"]
     lines = [f"{flipped.height} decisions would flip ({by}):"]
     lines += [f"  {_flip_line(row)}" for row in flipped.head(most).iter_rows(named=True)]
     return lines + ([f"  and {flipped.height - most} more"] if flipped.height > most else [])

@@ -11,6 +11,7 @@ from calibcast.engines.cli import _run
 from calibcast.engines.locations import load_model
 from calibcast.passes import classify, what_if
 from calibcast.passes.plan_diff import plan_diff
+from torch import nn
 
 USER_FILE = """
 import torch
@@ -189,3 +190,21 @@ def test_what_if_takes_another_base_and_refuses_bad_numbers(here, capsys):
     assert "+0 -0" in out
     assert run(capsys, *arguments, "--data-max", "many")[0] == 2
     assert run(capsys, *arguments, "--data-max", "0")[0] == 2
+
+
+def test_an_alarm_that_cannot_compare_says_so(here, capsys):
+    """Tables, and plans, of two models: without an alarm an error; with one the alarm goes off, exit code 3."""
+    ranges = {}
+    for name, module in (
+        ("a", nn.Sequential(nn.Linear(4, 4), nn.Tanh())),
+        ("b", nn.Sequential(nn.Sequential(nn.GELU()))),
+    ):
+        program = torch.export.export(module.eval(), (torch.randn(2, 4),))
+        ranges[name] = calibrate(program, [torch.randn(2, 4)], progress=False, rounding_batches=0)
+        ranges[name].save(f"{name}.parquet")
+        classify(program, ranges[name]).save(f"{name}.json")
+    for kind in ("parquet", "json"):
+        assert _run(["diff", f"a.{kind}", f"b.{kind}", "--fail-on", "flip"]) == 3
+        assert "the alarm cannot compare" in capsys.readouterr().err
+        assert _run(["diff", f"a.{kind}", f"a.{kind}", "--fail-on", "flip"]) == 0
+    assert _run(["diff", "a.parquet", "b.parquet"]) == 1
