@@ -8,6 +8,7 @@ from calibcast.engines.eager import EagerBackend
 from calibcast.engines.inductor.backend import InductorBackend
 from calibcast.engines.runtimes import Backend
 from calibcast.engines.tensorrt.backend import TensorrtBackend
+from calibcast.engines.tensorrt.builder.isolation import prepare_builder
 from calibcast.engines.tensorrt.compatibility import gpu_warning
 
 BACKENDS: dict[str, Backend] = {"tensorrt": TensorrtBackend(), "inductor": InductorBackend(), "eager": EagerBackend()}
@@ -39,3 +40,14 @@ def chosen(name: str, ahead_of_time: bool = False) -> tuple[Backend, str]:
     if missing is None:
         return BACKENDS["inductor"], f"auto: {problem}"
     return BACKENDS["eager"], f"auto: {problem}; {missing}"
+
+
+def start_early(name: str, ahead_of_time: bool = False, isolate: bool = True) -> None:
+    """Have the builder process start now, for a build that is sure to come: its imports take seconds."""
+    try:
+        found, _ = chosen(name, ahead_of_time)
+        found.require(ahead_of_time)
+    except BuildError:  # told when the build is asked for
+        return
+    if found.name == "tensorrt" and isolate:
+        prepare_builder()

@@ -10,7 +10,7 @@ import torch
 from calibcast.calib.calibration import calibrate
 from calibcast.calib.errors import BuildError, ProgramError, SettingError
 from calibcast.calib.training_mode import refuse_training
-from calibcast.engines.backends import chosen
+from calibcast.engines.backends import chosen, start_early
 from calibcast.engines.building import build
 from calibcast.engines.engine import Engine
 from calibcast.passes.cast_insertion import insert_casts
@@ -74,6 +74,7 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
     stages = (torch.export.export, calibrate, classify, insert_casts)
     to_export, to_calibrate, to_classify, to_cast = (_taken(settings, stage) for stage in stages)
     settings = {name: value for name, value in settings.items() if name in _names(build) or not _taken_by(name, stages)}
+    start_early(backend, bool(settings.get("ahead_of_time")), bool(settings.get("isolate", True)))
     program = _exported(model, inputs, to_export)
     refuse_training(program)
     if not enable_autocast:

@@ -48,6 +48,7 @@ def build(  # noqa: PLR0913 - a command line has options
 
     check_choice("--backend", backend, ("auto", *BACKENDS))
     from calibcast.calib.ranges import RangeTable
+    from calibcast.engines.backends import start_early
     from calibcast.engines.building import build as run
     from calibcast.engines.ledger.ledger_text import summary
     from calibcast.engines.locations import load_model
@@ -57,6 +58,7 @@ def build(  # noqa: PLR0913 - a command line has options
     settings = dict(_setting(text) for text in setting or ())
     check_folder(output)
     program, decided = load_model(model), PrecisionPlan.load(plan_file)
+    start_early(backend, ahead_of_time)
     table = None if ranges is None else RangeTable.load(ranges)
     if table is not None:
         table.check(program)

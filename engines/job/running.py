@@ -20,6 +20,7 @@ from calibcast.calib.artifacts import versions
 from calibcast.calib.checkpoint import Checkpoint
 from calibcast.calib.errors import ArtifactError, CalibcastError, GateError
 from calibcast.calib.sealed_files import files_under
+from calibcast.engines.backends import start_early
 from calibcast.engines.job.checks import check_job
 from calibcast.engines.job.errors import Stopped
 from calibcast.engines.job.folder import MANIFEST, JobFolder, Store
@@ -161,6 +162,9 @@ def _lead(run: JobRun, say: Say, redo: bool) -> None:
 
 def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any]) -> None:
     stages = run.stages()
+    if "build" not in manifest.stages:
+        asked = run.file.job.build
+        start_early(asked.backend, asked.ahead_of_time, bool(asked.settings.get("isolate", True)))
     _drop_others(run, manifest, {stage.name for stage in stages}, job)
     for stage in stages:
         why = _why(manifest, stage, set())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph_digests import fingerprint
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.backends import chosen
-from calibcast.engines.building import build
+from calibcast.engines.building import MOST_TRIED, build
 from calibcast.engines.engine import Engine
 from calibcast.engines.job import ranks as ranks_module
 from calibcast.engines.job.errors import JobError
@@ -301,10 +302,20 @@ class JobRun:
         options = settings.model_dump(exclude={"keep_io_types", "backend", "settings"})
         engine = build(
             load_program(folder / MIXED), PrecisionPlan.load(folder / PLAN), self._planned_ranges,
-            settings.backend, progress=self.bar, **options, **settings.settings,
+            settings.backend, progress=self.bar, reference=self.program, batches=self._to_try(), **options,
+            **settings.settings,
         )  # fmt: skip
         engine.save(folder / ENGINE)
         return {"summary": f"backend {engine.backend} ({engine.why})", "backend": engine.backend}
+
+    def _to_try(self) -> list[Any]:
+        """Calibration batches for the run after the build, where there is one: on a GPU."""
+        if self.file.job.build.ahead_of_time or not torch.cuda.is_available():
+            return []
+        data, inputs = self.opened(self.file.job.data, Ranks())
+        share = replace(self.calibration_share, rank=0, world=1)
+        items = feed(data.batches.read(share, Done()), inputs, self.signature)
+        return [item.inputs for item in islice(items, MOST_TRIED) if item.error is None]
 
     def _verify(self, held: tuple[Source, Share]) -> Stage:
         source, share = held
