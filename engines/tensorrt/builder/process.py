@@ -31,7 +31,7 @@ from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.compiling import compile_job
 from calibcast.engines.tensorrt.builder.job import BUILT, INDUCTOR, PROGRAM, BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import Event
-from calibcast.engines.tensorrt.builder.worker import ANSWERED, IDLE, LOG
+from calibcast.engines.tensorrt.builder.worker import ANSWERED, EARLY, IDLE, LOG
 
 
 def work(folder: Path, event: Event) -> None:
@@ -56,7 +56,7 @@ def main() -> NoReturn:
     def event(content: dict[str, Any]) -> None:
         telling.write(json.dumps(content) + "\n")
 
-    _warm_up()
+    _warm_up(EARLY in sys.argv)
     for folder in _asked():
         _print_to(folder / LOG)
         work(folder, event)
@@ -68,14 +68,17 @@ def main() -> NoReturn:
     os._exit(0)
 
 
-def _warm_up() -> None:
-    """Import what every build needs, before the first is asked for."""
+def _warm_up(early: bool) -> None:
+    """Import what every build needs, before the first is asked for. early: lower a program once, too, for what torch
+    does at its first."""
     pretend_gpu()
     importlib.import_module("torch._export.serde.serialize")
     try:
         adapter.load_package()
     except BuildError as error:  # told again, to whom it concerns, by the first job
         print(error, file=sys.stderr)
+    if early:
+        torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)).run_decompositions().module()
 
 
 def _asked() -> Iterator[Path]:

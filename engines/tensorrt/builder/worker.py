@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 PROCESS = "calibcast.engines.tensorrt.builder.process"
-LOG, ANSWERED = "builder.log", "answered"
+LOG, ANSWERED, EARLY = "builder.log", "answered", "--early"
 # Seconds after which a builder that nobody asks ends by itself. The parent takes none that is about to.
 IDLE = 60.0
 _LATE = IDLE - 10.0
@@ -69,11 +69,12 @@ class Worker:
         return self.process.wait()
 
 
-def started(search_path: str, imports: tuple[str, ...] = ()) -> Worker:
-    """A new builder. search_path: where it imports from. imports: modules that its job will have it import."""
+def started(search_path: str, imports: tuple[str, ...] = (), early: bool = False) -> Worker:
+    """A new builder. search_path: where it imports from. imports: modules that its job will have it import. early:
+    there is time to get ready before the first job."""
     log = tempfile.TemporaryFile(prefix="calibcast-builder-")  # noqa: SIM115 - it lives as long as the worker
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", PROCESS],
+        [sys.executable, "-P", "-m", PROCESS, *([EARLY] if early else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -105,15 +106,15 @@ class _Shelf:
         self._lock = threading.Lock()
         self._kept: Worker | None = None
 
-    def take(self, search_path: str, imports: tuple[str, ...]) -> Worker:
+    def take(self, search_path: str, imports: tuple[str, ...], early: bool = False) -> Worker:
         with self._lock:
             kept, self._kept = self._kept, None
         if kept is None or kept.owner != os.getpid():  # a fork has its parent's, which is not its own to use
-            return started(search_path, imports)
+            return started(search_path, imports, early)
         late = time.monotonic() - kept.since > _LATE
         if late or kept.process.poll() is not None or kept.key != _key(search_path, imports):
             kept.end()
-            return started(search_path, imports)
+            return started(search_path, imports, early)
         return kept
 
     def keep(self, worker: Worker) -> None:
@@ -124,7 +125,7 @@ class _Shelf:
             before.end()
 
     def prepare(self, search_path: str, imports: tuple[str, ...]) -> None:
-        self.keep(self.take(search_path, imports))
+        self.keep(self.take(search_path, imports, early=True))
 
     def clear(self) -> None:
         """End the worker that is kept, if there is one."""
