@@ -21,6 +21,7 @@ from torch.export.graph_signature import OutputKind
 from benchmarks.fuzz.case import Case, fresh, run_checked, snapshot
 from benchmarks.fuzz.count_laws import casts_are_counted_without_a_graph, what_if_is_classify_and_insert
 from benchmarks.fuzz.oracle import CastingInterpreter, placeholder_values
+from benchmarks.fuzz.rescaling_law import rescaling_keeps_every_bit
 
 
 def float_types(node: fx.Node) -> list[torch.dtype]:
@@ -229,4 +230,5 @@ LAWS = (
     all_high_is_the_program,
     casts_are_counted_without_a_graph,
     what_if_is_classify_and_insert,
+    rescaling_keeps_every_bit,
 )

@@ -32,8 +32,8 @@ def solve(system: System, weights: Iterable[int] = (), held: Iterable[int] = ())
     a free one is a place in the network, and what adapts to it is near.
     """
     roots = _union(system, held)
-    zero = roots(-1)
-    elimination = _Elimination({roots(v): _rank(system, v, set(weights)) for v in range(len(system.kinds))})
+    zero, of_weights = roots(-1), set(weights)
+    elimination = _Elimination({roots(v): _rank(system, v, of_weights) for v in range(len(system.kinds))})
     rows = (_reduced(row, roots, zero) for row in system.rows)
     for row in sorted((row for row in rows if row), key=elimination.order):
         elimination.add(row)

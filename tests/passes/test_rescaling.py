@@ -320,3 +320,20 @@ def test_without_its_row_a_law_fails(name: str) -> None:
     want = program.module()(x)
     made = [rewritten(program, random_exponents(program, table, seed, wrong)) for seed in range(6)]
     assert not all(torch.equal(other.module()(x), want) for other in made)
+
+
+def test_evidence_of_rounding_is_a_new_calibration_s_or_none() -> None:
+    """Noise is the same at any power of two where the low type holds all values in full, before and after."""
+    program, data = growing(gain=3e2)
+    ranges = calibrate(program, data, rounding_batches=2, progress=False)
+    exponents = random_exponents(program, ranges, 5)
+    made = rewritten(program, exponents)
+    scaled = ranges.scaled(exponents.tensors, made).rounding
+    again = calibrate(made, data, rounding_batches=2, progress=False).rounding
+    key = ["node", "input", "output", "low_precision_type"]
+    assert scaled.select(key).equals(again.select(key))
+    known = scaled["noise"].is_not_null()
+    assert known.sum() > len(scaled) / 2
+    for name in ("noise", "noise_worst", "local_sqnr_db"):
+        mine, theirs = scaled.filter(known)[name].to_list(), again.filter(known)[name].to_list()
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-12)
