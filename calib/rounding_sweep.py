@@ -187,8 +187,9 @@ class Sweep:
             try:
                 noise, elements = run_alone(self._tape, call, results)
             except Exception as error:
-                noise, elements = [math.inf] * len(self._tape.outputs), 0
-                found.nonfinite += 1 if not first_line(error) else 0
+                reason = f"the program cannot be run with it rounded: {first_line(error)}"
+                self._found |= {(edge, low): reason for edge in group.edges}
+                continue
             paid -= elements
             self._note_run(found, noise)
             self._share_out(group, low, found)
