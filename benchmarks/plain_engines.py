@@ -27,7 +27,7 @@ from calibcast.engines.runtime import PlainEngine, read_tensors
 
 from benchmarks import machine
 
-NETWORKS = ("vit", "bert", "unet", "convnext", "efficientnet", "swin", "restoration", "gpt2")
+NETWORKS = ("vit", "unet", "convnext", "efficientnet", "swin", "restoration", "mixer", "diffusion_unet")
 VARIANTS = ("fp32", "half", "plan fp16", "plan bf16")
 MOST_BYTES = 40_000_000
 HEADINGS = ("network", "variant", "ms median (min to max)", "dB to fp32", "dB of the cast graph", "MB", "note")
