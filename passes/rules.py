@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.operators import MASK_ARITHMETIC, operator_of
-from calibcast.passes.facts import NodeFacts
+from calibcast.passes.facts import Literal, NodeFacts
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.number_formats import NumberFormat, format_of
 from calibcast.passes.verdict import Verdict
@@ -125,6 +125,8 @@ class LiteralRange:
         for literal in () if facts.rounding_known else facts.literals:
             if literal.name == "min" and _never_reached(facts, literal.value):
                 continue
+            if _is_absorbed(facts, literal):
+                continue
             if not holds(literal.value, facts.low):
                 stored = rounded(literal.value, facts.low)
                 reason = f"its literal {literal.name}={literal.value:g} becomes {stored:g} in {facts.low.short}"
@@ -205,6 +207,16 @@ def _never_reached(facts: NodeFacts, bound: float) -> bool:
     """Whether a small positive lower bound, such as the 1e-12 of a normalisation, is below all that was measured."""
     lows = [t.min for t in facts.inputs]
     return 0 < bound < 1 and bool(lows) and all(low is not None and low > 100 * bound for low in lows)
+
+
+def _is_absorbed(facts: NodeFacts, literal: Literal) -> bool:
+    """Whether what a number loses is less than the rounding of what it is added to: the eps of an RMS norm is, where
+    min(x) >= 2^11 eps in fp16, even if nothing is left of it."""
+    entry, lows = operator_of(facts.base), [t.min for t in facts.inputs]
+    if not (entry.adds and not entry.subtracts) or literal.name != "other" or len(lows) != 1 or lows[0] is None:
+        return False
+    lost = abs(rounded(literal.value, facts.low) - literal.value)
+    return lost <= facts.low.eps / 2 * (lows[0] + min(literal.value, 0.0))
 
 
 def _least(facts: NodeFacts) -> float:

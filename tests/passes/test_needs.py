@@ -182,3 +182,13 @@ def test_answer_is_the_same_after_decomposition() -> None:
         for p in (program, program.run_decompositions()):
             ranges = calibrate(p, [(OFFSET,)], progress=False, rounding_batches=0)
             assert classify(p, ranges, data_max=float("inf")).high_precision_nodes
+
+
+def test_eps_that_is_absorbed_keeps_nothing() -> None:
+    """1e-6 is less than half a step of what an RMS norm adds it to; of rows of zeros it is all that there is."""
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-7)
+
+    assert judged(norm, N, torch.float16)[1] == set()
+    assert "add" in judged(norm, torch.cat([N, 0 * N]), torch.float16)[1]
