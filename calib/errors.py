@@ -62,17 +62,6 @@ class SettingError(PlanError):
     """What a plan was asked for is out of range, or names nothing."""
 
 
-class BudgetError(PlanError):
-    """No plan meets the user's budget of rounding noise.
-
-    `proof` is what the best plan has shown; `edges` those that cost most under it.
-    """
-
-    def __init__(self, message: str, proof: Any = None, edges: Iterable[Any] = ()) -> None:
-        super().__init__(message)
-        self.proof, self.edges = proof, tuple(edges)
-
-
 class BuildError(CalibcastError):
     """An engine cannot be built as asked."""
 
@@ -83,6 +72,17 @@ class GateError(CalibcastError):
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class BudgetError(PlanError, GateError):
+    """No plan meets the user's budget of rounding noise.
+
+    `report` is the proof of the best plan, also in `proof`; `edges` are those that cost most under it.
+    """
+
+    def __init__(self, message: str, proof: Any = None, edges: Iterable[Any] = ()) -> None:
+        super().__init__(message, proof)
+        self.proof, self.edges = proof, tuple(edges)
 
 
 def known(name: str, names: Iterable[str], most: int = 8) -> str:

@@ -14,7 +14,7 @@ from importlib import metadata
 from typing import Annotated, Any
 
 import typer
-from calibcast.calib.errors import CalibcastError, GateError, SettingError
+from calibcast.calib.errors import BudgetError, CalibcastError, GateError, SettingError
 from calibcast.calib.printable import printable_lines
 from calibcast.engines.commands import diagnosis, engine, export, job, rescaling, review, stages
 from calibcast.engines.commands.options import in_flags, note, say
@@ -109,7 +109,14 @@ def _run(arguments: list[str] | None) -> int:
         return int(error.exit_code)
 
 
-_EXIT_CODES: dict[type[Exception], int] = {LocationError: 2, UsageError: 2, JobError: 2, SettingError: 2, GateError: 3}
+_EXIT_CODES: dict[type[Exception], int] = {
+    LocationError: 2,
+    UsageError: 2,
+    JobError: 2,
+    SettingError: 2,
+    GateError: 3,
+    BudgetError: 3,
+}
 
 
 def _flushed(code: int) -> int:

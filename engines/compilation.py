@@ -18,6 +18,7 @@ from calibcast.passes.classification import classify
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.rescaling.rescaling import rescale as rescale_program
 from calibcast.passes.settings import low_type_of
+from calibcast.passes.tuning import tune
 from torch.export import ExportedProgram
 
 # What `compile` gives each stage itself. Of all its other arguments, a stage takes those that its signature names.
@@ -37,15 +38,16 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
     low_precision_type: torch.dtype | str = torch.float16,
     nodes_to_exclude: Iterable[str] = (),
     targets_to_exclude: Iterable[Any] = (),
-    data_max: float = 512.0,
+    data_max: float | None = None,
     max_depth_of_reduction: int | None = None,
     calibration_dataloader: Iterable[Any] | None = None,
     transform: Callable[[Any], Any] | None = None,
     backend: str = "auto",
     rescale: str = "off",
+    prove_batches: int = 8,
     **settings: Any,
 ) -> Engine:
-    """Export, calibrate, classify, cast and build.
+    """Export, calibrate, classify, prove, cast and build.
 
     use_explicit_typing and enable_autocast: (True, True) calibrates and inserts casts; (True, False) builds the
     graph's own types; (False, False) is weak typing, where the installed TensorRT still has it; (False, True) is an
@@ -56,11 +58,14 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
         inputs: positional example inputs for the export; `kwargs=`, `dynamic_shapes=`, `strict=` go there, too.
         rescale: "auto" stores tensors as powers of two of themselves where that lets more run in the low type; see
             `passes.rescale`. It needs calibration data. "off" leaves the program as it is.
+        prove_batches: where rounding was measured, the plan is run on so many of the first calibration batches, and
+            mended until it meets `min_sqnr_db`: see `tune`. 0: it is not run.
         settings: further arguments of `torch.export.export`, `calibrate`, `classify`, `insert_casts` and `build` by
             their names, each to every stage that has it, and those of the backend.
 
     Raises:
         ProgramError: the model cannot be exported. BuildError: a mode that there is not, or the builder said no.
+        BudgetError: no plan meets the budget.
         And whatever the stages raise.
     """
     if enable_autocast and not use_explicit_typing:
@@ -82,10 +87,10 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
             _require_tensorrt(backend)
             settings["weakly_typed"] = frozenset({torch.float32, low_type})
         return build(program, PrecisionPlan.from_types(program), backend=backend, **settings)
-    ranges = None
+    ranges, first = None, First(() if calibration_dataloader is None else calibration_dataloader, max(prove_batches, 2))
     if calibration_dataloader is not None:
         device = settings.get("device")
-        ranges = calibrate(program, calibration_dataloader, transform=transform, device=device, **to_calibrate)
+        ranges = calibrate(program, first, transform=transform, device=device, **to_calibrate)
     to_classify |= {
         "low_precision_type": low_type,
         "data_max": data_max,
@@ -97,12 +102,31 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
     if rescale == "auto" and ranges is not None:
         fitted = rescale_program(program, ranges, **to_classify)
         program, ranges = fitted.program, fitted.ranges
-    plan = classify(program, ranges, **to_classify)
-    # An iterator was used up; a loader can be asked again.
-    used_up = calibration_dataloader is None or isinstance(calibration_dataloader, Iterator)
-    again = () if used_up else calibration_dataloader
-    to_try: dict[str, Any] = {"batches": again, "transform": transform, "reference": original}
+    if ranges is not None and ranges.rounding.height and prove_batches > 0:
+        plan = tune(
+            program, ranges, first.kept[:prove_batches], transform=transform, device=settings.get("device"),
+            **to_classify,
+        )  # fmt: skip
+    else:
+        plan = classify(program, ranges, **to_classify)
+    # An iterator was used up; the batches that were kept can be run again.
+    to_try: dict[str, Any] = {"batches": first.kept, "transform": transform, "reference": original}
     return build(insert_casts(program, plan, **to_cast), plan, ranges, backend=backend, **to_try, **settings)
+
+
+class First:
+    """Batches as they come, the first of them kept: an iterator gives them only once."""
+
+    def __init__(self, batches: Iterable[Any], most: int) -> None:
+        self._batches, self._most = batches, most
+        self.kept: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        self.kept = []
+        for batch in self._batches:
+            if len(self.kept) < self._most:
+                self.kept.append(batch)
+            yield batch
 
 
 def _names(stage: Callable[..., Any]) -> frozenset[str]:

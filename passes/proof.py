@@ -75,9 +75,10 @@ class Proof:
         place = "" if self.worst_output is None else f" (batch {self.worst_batch}, output {self.worst_output}"
         place += "" if not place else "" if self.worst_channel is None else f", channel {self.worst_channel}"
         place += ")" if place else ""
+        runs = f"{self.runs} run{'' if self.runs == 1 else 's'}"
         return (
             f"proven on {self.batches} batches: at least {self.sqnr_db:.1f} dB{place}, {self.doubled_sqnr_db:.1f} dB "
-            f"with inputs times two; the budget is {self.min_sqnr_db:g} dB; {self.runs} runs"
+            f"with inputs times two; the budget is {self.min_sqnr_db:g} dB; {runs}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,11 +69,18 @@ def report(  # noqa: PLR0913 - a command line has options
 def what_if(  # noqa: PLR0913
     ranges: Ranges,
     program: Annotated[str, typer.Option("--program", metavar="MODEL", help="a .pt2 file, or file.py:function")],
-    data_max: Annotated[str, typer.Option(help="limits to try, such as 256,512,inf")] = "256,512,1024,inf",
+    data_max: Annotated[
+        str | None,
+        typer.Option(help="limits to try, such as 256,512,inf; default: 256,512,1024,inf without rounding evidence"),
+    ] = None,
+    min_sqnr_db: Annotated[
+        str | None, typer.Option(help="budgets to try, dB; default: 30,40,50 where rounding was measured")
+    ] = None,
     low_precision_type: Annotated[str, typer.Option(help="types to try: fp16, bf16, or fp16,bf16")] = "fp16",
     range_quantile: Annotated[str, typer.Option(help="judge by these shares of the magnitudes: 1,0.9999")] = "1",
     base: Annotated[
-        Path | None, typer.Option("--plan", metavar="P.json", help="show flips against this plan; default: 512, fp16")
+        Path | None,
+        typer.Option("--plan", metavar="P.json", help="show flips against this plan; default: the defaults"),
     ] = None,
     init_max: Annotated[float | None, typer.Option(help="as of calibcast plan")] = None,
     max_depth_of_reduction: Annotated[int | None, typer.Option(help="as of calibcast plan")] = None,
@@ -98,16 +106,17 @@ def what_if(  # noqa: PLR0913
     from calibcast.passes.plan import PrecisionPlan
 
     check_format(form, output)
-    limits, quantiles = _numbers("--data-max", data_max), _numbers("--range-quantile", range_quantile)
     table = RangeTable.load(ranges)
+    limits, budgets = _questions(data_max, min_sqnr_db, table.rounding.height > 0)
+    quantiles = _numbers("--range-quantile", range_quantile)
     plan = None if base is None else PrecisionPlan.load(base)
     frame = ask(
-        load_model(program), table, limits, _words(low_precision_type), quantiles, base=plan, init_max=init_max,
-        max_depth_of_reduction=max_depth_of_reduction, nodes_to_exclude=nodes_to_exclude or (),
+        load_model(program), table, limits, _words(low_precision_type), quantiles, budgets, base=plan,
+        init_max=init_max, max_depth_of_reduction=max_depth_of_reduction, nodes_to_exclude=nodes_to_exclude or (),
         targets_to_exclude=targets_to_exclude or (), nodes_to_include=nodes_to_include or (),
         targets_to_include=targets_to_include or (),
     )  # fmt: skip
-    against = "data_max 512, fp16" if base is None else str(base)
+    against = "the defaults, fp16" if base is None else str(base)
     write_frame(frame, lambda: what_if_table(frame, against), form, output)
 
 
@@ -240,6 +249,18 @@ def _gate(text: str) -> float | None:
     if not least > 0:
         raise typer.BadParameter(f"{text!r}: known are flip and headroom=NUMBER", param_hint="--fail-on")
     return least
+
+
+def _questions(
+    data_max: str | None, min_sqnr_db: str | None, measured: bool
+) -> tuple[list[float | None], list[float | None]]:
+    """The limits and budgets to try: where rounding was measured, budgets are what is asked about."""
+    limits: list[float | None] = [None] if measured else [256.0, 512.0, 1024.0, math.inf]
+    budgets: list[float | None] = [30.0, 40.0, 50.0] if measured and data_max is None else [None]
+    return (
+        limits if data_max is None else [*_numbers("--data-max", data_max)],
+        budgets if min_sqnr_db is None else [*_numbers("--min-sqnr-db", min_sqnr_db)],
+    )
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -72,7 +72,23 @@ def plan(  # noqa: PLR0913
     ranges: Annotated[Path | None, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the plan to write, JSON")] = None,
     low_precision_type: Annotated[str, typer.Option(metavar="fp16|bf16", help="what runs low")] = "fp16",
-    data_max: Annotated[float, typer.Option(help="largest magnitude of inputs and activations; inf: no limit")] = 512.0,
+    min_sqnr_db: Annotated[
+        float | None,
+        typer.Option(help="budget: least SQNR of each output channel, dB; default: 40 in fp16, 26 in bf16"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="LOC", help="run the plan on the first batches, and mend it until it meets the budget"),
+    ] = None,
+    transform: Transform = None,
+    max_batches: Annotated[int, typer.Option(min=1, help="batches of --data to run")] = 8,
+    data_max: Annotated[
+        float | None,
+        typer.Option(
+            help="largest magnitude of inputs and activations; inf: no limit; default: 512 where rounding was not "
+            "measured, else none"
+        ),
+    ] = None,
     init_max: Annotated[
         float | None, typer.Option(help="largest magnitude of weights; default: the type's largest")
     ] = None,
@@ -98,12 +114,14 @@ def plan(  # noqa: PLR0913
 ) -> None:
     """Decide the type of every node of MODEL from its ranges, and say why.
 
-    Without ranges only the rules that need none apply. Example: calibcast plan net.pt2 ranges.parquet -o plan.json
+    Without ranges only the rules that need none apply. With --data the plan is run, and exit code 3 says that none
+    meets the budget. Example: calibcast plan net.pt2 ranges.parquet --data loaders.py:calibration -o plan.json
     """
     check_inputs(model)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.locations import load_model
     from calibcast.passes.classification import classify
+    from calibcast.passes.tuning import tune
 
     if output is not None:
         check_folder(output)
@@ -111,9 +129,12 @@ def plan(  # noqa: PLR0913
         raise UsageError(
             "--rescale needs ranges, and -o: the plan is of the rescaled program, which is written beside it"
         )
+    if data is not None and ranges is None:
+        raise typer.BadParameter("the plan is mended by what calibration measured: give R.parquet", param_hint="--data")
     program, table = load_model(model), None if ranges is None else RangeTable.load(ranges)
     settings: dict[str, Any] = dict(
         low_precision_type=low_precision_type,
+        min_sqnr_db=min_sqnr_db,
         data_max=data_max,
         init_max=init_max,
         max_depth_of_reduction=max_depth_of_reduction,
@@ -126,7 +147,11 @@ def plan(  # noqa: PLR0913
     )
     if rescale and table is not None and output is not None:
         program, table = write_rescaled(program, table, output.with_suffix(".pt2"), settings)
-    decided = classify(program, table, **settings)
+    if data is None or table is None:
+        decided = classify(program, table, **settings)
+    else:
+        _, batches, function = inputs(model, data, transform)
+        decided = tune(program, table, batches, transform=function, max_batches=max_batches, **settings)
     say(str(decided))
     for name in decided.high_precision_nodes:
         say(f"  {printable(decided.explain(name))}")

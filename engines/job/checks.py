@@ -29,7 +29,8 @@ def check_job(file: JobFile, program: ExportedProgram) -> None:
     for location in job.verification.metrics.values():
         load_function(file.function(location))
     rules = [load_function(file.function(location)) for location in job.plan.rules]
-    arguments = job.plan.model_dump(exclude={"rules", "low_precision_type", "rescale"})
+    apart = {"rules", "low_precision_type", "rescale", "min_sqnr_db", "prove_batches"}
+    arguments = job.plan.model_dump(exclude=apart)
     try:
         low_type = low_type_of(job.plan.low_precision_type)
         Settings(rules=rules, **arguments).judge(candidates(program), None, low_type)

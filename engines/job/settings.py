@@ -137,7 +137,12 @@ class Plan(_Table):
     """Rules and thresholds: the arguments of `classify`."""
 
     low_precision_type: Literal["fp16", "bf16"] = Field("fp16", description="the low type")
-    data_max: float = Field(512.0, gt=0, description="largest magnitude of inputs and activations; inf: no limit")
+    min_sqnr_db: float | None = Field(None, gt=0, description="the budget: least SQNR of each output "
+                                      "channel, dB; default: 40 in fp16, 26 in bf16")  # fmt: skip
+    prove_batches: int = Field(8, ge=0, description="run the plan on so many calibration batches, and mend it until it "
+                               "meets the budget; 0: do not")  # fmt: skip
+    data_max: float | None = Field(None, gt=0, description="largest magnitude of inputs and activations; inf: none; "
+                                   "default: 512, none where rounding was measured")  # fmt: skip
     init_max: float | None = Field(None, gt=0, description="largest magnitude of weights; default: the type's largest")
     max_depth_of_reduction: int | None = Field(None, ge=1, description="most terms summed into one element")
     nodes_to_exclude: Names = Field((), description="regexes on node name or module path: these stay high")

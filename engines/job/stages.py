@@ -57,6 +57,7 @@ from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.rescaling.rescaling import rescale
+from calibcast.passes.tuning import tune
 from torch.export import ExportedProgram
 
 
@@ -224,13 +225,18 @@ class JobRun:
 
     def _decide(self) -> dict[str, Any]:
         table = RangeTable.load(self.folder.path / RANGES)
-        plan = self._classified(table)
-        used, told = (plan, None) if self.file.job.plan.rescale == "off" else self._fitted(table)
-        used.save(self.folder.path / PLAN)
-        result: dict[str, Any] = {"summary": str(used).splitlines()[0], "settling": None, "rescaling": told}
+        classified = self._classified(table)
+        if self.file.job.plan.rescale == "off":
+            plan, told = self._proven(self.program, table) or classified, None
+        else:
+            plan, told = self._fitted(table)
+        plan.save(self.folder.path / PLAN)
+        proof = "" if plan.proof is None else f"; {plan.proof}"
+        summary = f"{str(plan).splitlines()[0]}{proof}"
+        result: dict[str, Any] = {"summary": summary, "settling": None, "rescaling": told}
         if (self.folder.path / EARLY).exists():
             early = RangeTable.load(self.folder.path / EARLY)
-            found = settling(early, table, self._classified(early), plan)
+            found = settling(early, table, self._classified(early), classified)
             result |= {"settling": found.to_json(), "settled": str(found)}
         return result
 
@@ -240,7 +246,8 @@ class JobRun:
         save_program(fitted.program, self.folder.path / FITTED)
         fitted.ranges.save(self.folder.path / FITTED_RANGES)
         tell(str(fitted), event="rescaling", changed=fitted.changed)
-        return classify(fitted.program, fitted.ranges, **self._arguments), str(fitted)
+        plan = self._proven(fitted.program, fitted.ranges)
+        return plan or classify(fitted.program, fitted.ranges, **self._arguments), str(fitted)
 
     def _classified(self, table: RangeTable) -> PrecisionPlan:
         return classify(self.program, table, **self._arguments)
@@ -249,7 +256,7 @@ class JobRun:
     def _arguments(self) -> dict[str, Any]:
         settings = self.file.job.plan
         rules = [load_function(self.file.function(rule)) for rule in settings.rules]
-        return {**settings.model_dump(exclude={"rules", "rescale"}), "rules": rules}
+        return {**settings.model_dump(exclude={"rules", "rescale", "prove_batches"}), "rules": rules}
 
     @property
     def _planned(self) -> ExportedProgram:
@@ -259,6 +266,22 @@ class JobRun:
     @property
     def _planned_ranges(self) -> RangeTable:
         return RangeTable.load(self.folder.path / (RANGES if self.file.job.plan.rescale == "off" else FITTED_RANGES))
+
+    def _proven(self, program: ExportedProgram, table: RangeTable) -> PrecisionPlan | None:
+        """The plan that has been run on calibration batches; None where that was not asked for, or cannot be mended.
+
+        Raises BudgetError, a GateError, where no plan meets the budget.
+        """
+        job, most = self.file.job, self.file.job.plan.prove_batches
+        if not table.rounding.height or not most:
+            return None
+        data, inputs = self.opened(job.data, Ranks())
+        share = replace(self.calibration_share, most=min(most, job.data.max_batches or most), rank=0, world=1)
+        total = counts(data.batches.length, share)[0]
+        items = feed(data.batches.read(share, Done()), inputs, self.signature)
+        feeding = Feeding(items, self.signature, job.limits, Progress("prove", total, bar=self.bar), total)
+        device = f"cuda:{self.ranks.local}" if job.calibration.device == "cuda" else job.calibration.device
+        return tune(program, table, feeding, transform=feeding.inputs, device=device, **self._arguments)
 
     def _judge_settling(self, result: Mapping[str, Any]) -> None:
         found, limits = result["settling"], self.file.job.limits

@@ -52,7 +52,8 @@ max_bad_share = 0.0                # share of the batches that may raise
 
 [plan]
 low_precision_type = "fp16"        # or "bf16"
-data_max = 512.0                   # inf: no limit
+# min_sqnr_db = 40.0               # the budget; default: 40 in fp16, 26 in bf16
+# data_max = 512.0                 # a limit of magnitude on top; inf: none
 # nodes_to_exclude = ["^head"]     # regexes on node name or module path
 # rules = ["functions.py:my_rule"]
 

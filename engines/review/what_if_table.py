@@ -10,8 +10,9 @@ from calibcast.engines.review.text_table import Column, listed, text_table
 
 _COLUMNS = (
     Column("low_precision_type", "type", 8),
-    Column("data_max", "data_max", 8, number=True),
+    Column("limit", "limit", 8, number=True),
     Column("range_quantile", "quantile", 8, number=True),
+    Column("predicted", "pred. dB", 8, number=True),
     Column("nodes", "nodes low", 13, number=True),
     Column("work", "work", 6, number=True),
     Column("activations", "activ.", 6, number=True),
@@ -26,20 +27,31 @@ _COLUMNS = (
 def what_if_table(frame: pl.DataFrame, base: str) -> str:
     """One line per setting, then which nodes flip against `base`."""
     rows = list(frame.iter_rows(named=True))
-    lines = text_table([_cells(row) for row in rows], _COLUMNS)
+    # Of the two only one is asked about, and the table is 100 wide.
+    hidden = "range_quantile" if any(row["predicted_sqnr_db"] is not None for row in rows) else "predicted"
+    lines = text_table([_cells(row) for row in rows], [column for column in _COLUMNS if column.name != hidden])
     lines.append(f"shares are of all decided nodes; flips (+low, -low) are against {base}")
     for row in rows:
-        title = f"{row['low_precision_type']}, data_max {row['data_max']:g}, quantile {row['range_quantile']:g}"
+        title = f"{row['low_precision_type']}, {_limit(row, long=True)}, quantile {row['range_quantile']:g}"
         for name, sign in (("to_low", "+"), ("to_high", "-")):
             if row[name]:
                 lines.append(f"  {title}: {sign}{len(row[name])} {listed(row[name], 6)}")
     return "\n".join(lines)
 
 
+def _limit(row: dict[str, Any], long: bool = False) -> str:
+    """The budget, data_max, or both."""
+    budget = [] if row["min_sqnr_db"] is None else [f"{'budget ' if long else ''}{row['min_sqnr_db']:g} dB"]
+    limit = [] if row["data_max"] is None else [f"{'data_max ' if long else ''}{row['data_max']:g}"]
+    return ", ".join(budget + limit)
+
+
 def _cells(row: dict[str, Any]) -> dict[str, Any]:
     decided = row["nodes_low"] + row["nodes_high"]
     return {
         **row,
+        "limit": _limit(row),
+        "predicted": "" if row["predicted_sqnr_db"] is None else f"{row['predicted_sqnr_db']:.1f}",
         "nodes": f"{row['nodes_low']} of {decided}",
         "work": percent(row["work_share"]),
         "activations": percent(row["activation_share"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from calibcast.calib import BuildError, MismatchError, calibrate
+from calibcast.calib import BuildError, MismatchError
 from calibcast.engines import Engine, build
 from calibcast.engines.cli import _run
 from calibcast.engines.demo import EnergyClassifier
@@ -18,6 +18,7 @@ from torch import nn
 from torch.export import Dim
 
 from benchmarks.rtx_builder import has_builder
+from tests.unmeasured import calibrate
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibcast.calib import BuildError, calibrate
+from calibcast.calib import BuildError
 from calibcast.engines import build
 from calibcast.engines.tensorrt.builder import isolation as builder_isolation
 from calibcast.engines.tensorrt.builder.isolation import BUILDING, CONVERTING, BuilderError, build_isolated, failure_of
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
 from benchmarks.rtx_builder import has_builder
+from tests.unmeasured import calibrate
 
 
 class Attention(nn.Module):

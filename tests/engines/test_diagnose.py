@@ -5,12 +5,13 @@ import shlex
 
 import pytest
 import torch
-from calibcast.calib.calibration import calibrate
 from calibcast.engines.cli import _run
 from calibcast.engines.demo import load_digits, pixels_of, train
 from calibcast.engines.review.diagnosis import remedies, report
 from calibcast.passes import classify, compare, insert_casts
 from torch import nn
+
+from tests.unmeasured import calibrate
 
 USER_FILE = """
 import torch

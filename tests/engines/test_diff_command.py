@@ -6,12 +6,13 @@ import json
 import polars as pl
 import pytest
 import torch
-from calibcast.calib import calibrate
 from calibcast.engines.cli import _run
 from calibcast.engines.locations import load_model
 from calibcast.passes import classify, what_if
 from calibcast.passes.plan_diff import plan_diff
 from torch import nn
+
+from tests.unmeasured import calibrate
 
 USER_FILE = """
 import torch

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibcast.calib import ArtifactError, calibrate
+from calibcast.calib import ArtifactError
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt.builder.job import BuilderJob
 from calibcast.engines.tensorrt.building import _key
 from calibcast.engines.tensorrt.cache import EngineCache, cache_key, default_folder
 from calibcast.passes import classify, insert_casts
 from torch import nn
+
+from tests.unmeasured import calibrate
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,12 +10,14 @@ import polars as pl
 import pytest
 import torch
 from calibcast import engines
-from calibcast.calib import BatchError, BuildError, MismatchError, calibrate
+from calibcast.calib import BatchError, BuildError, MismatchError
 from calibcast.engines import Engine, build, verify
 from calibcast.engines.ledger.ledger_text import ledger_text, unknown_share
 from calibcast.passes import classify, insert_casts
 from torch import nn
 from torch.export import Dim
+
+from tests.unmeasured import calibrate
 
 pytestmark = pytest.mark.gpu
 

@@ -9,12 +9,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from calibcast import BuildError, calibrate, classify, export_onnx, insert_casts
+from calibcast import BuildError, classify, export_onnx, insert_casts
 from calibcast.calib.errors import ArtifactError
 from calibcast.engines.cli import main
 from calibcast.engines.io_names import flat_output_names, input_names, size_names
 from torch import nn
 from torch.export import Dim, export
+
+from tests.unmeasured import calibrate
 
 
 class Faint(nn.Module):

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from calibcast import Engine, build, calibrate, classify, insert_casts
+from calibcast import Engine, build, classify, insert_casts
 from calibcast.calib.artifacts import load_json, save_json
 from calibcast.calib.errors import ArtifactError, BatchError, BuildError, MismatchError
 from calibcast.engines.cli import main
@@ -28,6 +28,8 @@ from calibcast.engines.runtime import PlainEngine, read_tensors
 from calibcast.engines.triton_config import triton_config
 from torch import nn
 from torch.export import Dim
+
+from tests.unmeasured import calibrate
 
 if importlib.util.find_spec("torch_tensorrt") is None:
     pytest.skip("needs Torch-TensorRT-RTX to build with", allow_module_level=True)

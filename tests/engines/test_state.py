@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
-from calibcast.calib import ArtifactError, CalibcastError, NewSequence, calibrate
+from calibcast.calib import ArtifactError, CalibcastError, NewSequence
 from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines import Engine, build, verify
 from calibcast.passes import classify, insert_casts
 from torch import nn
+
+from tests.unmeasured import calibrate
 
 
 class Mean(nn.Module):

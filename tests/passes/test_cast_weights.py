@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from calibcast.calib import calibrate
 from calibcast.passes import PrecisionPlan, classify, insert_casts
 from torch import nn
 from torch.export import ExportedProgram
+
+from tests.unmeasured import calibrate
 
 X = torch.linspace(-2, 2, 12).reshape(3, 4)
 LOW, HIGH = torch.float16, torch.float32

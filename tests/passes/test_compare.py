@@ -8,13 +8,14 @@ import weakref
 import polars as pl
 import pytest
 import torch
-from calibcast.calib.calibration import calibrate
 from calibcast.calib.errors import BatchError, MismatchError
 from calibcast.calib.graph import tensor_specs
 from calibcast.engines.demo import load_digits, pixels_of, train
 from calibcast.passes import classify, compare, insert_casts
 from torch import fx, nn
 from torch.export import Dim
+
+from tests.unmeasured import calibrate
 
 
 def batches(count=3, size=4, width=8):

