@@ -104,7 +104,7 @@ def _sqnr(want: list[torch.Tensor], got: list[torch.Tensor]) -> float:
     return worst
 
 
-def gpu_rows(name: str, case: Case, rounds: int) -> list[str]:
+def gpu_rows(name: str, case: Case, rounds: int, backend: str) -> list[str]:
     """fp32, whole-half, the plan before and after: interleaved latency, SQNR on unseen data, and equal bits in fp32."""
     from calibcast.engines.building import build
 
@@ -127,7 +127,9 @@ def gpu_rows(name: str, case: Case, rounds: int) -> list[str]:
     engines, lines = {}, []
     for variant, (source, table, plan) in plans.items():
         try:
-            engines[variant] = build(insert_casts(source, plan), plan, table, device="cuda")
+            engines[variant] = build(
+                insert_casts(source, plan), plan, table, backend=backend, on_failure="fallback", progress=False
+            )
         except Exception as error:  # a row says so, and the others go on
             lines.append(f"| {name} | {variant} | | | | {type(error).__name__}: {str(error)[:160]} |")
     times: dict[str, list[float]] = {variant: [] for variant in engines}
@@ -170,6 +172,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=None, choices=list(CASES), metavar="NETWORK")
     parser.add_argument("--gpu", action="store_true", help="build engines and time them")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--backend", default="auto", help="of the engines: auto, tensorrt, inductor")
     options = parser.parse_args()
     header = GPU_HEADER if options.gpu else HEADER
     lines = [f"# Rescaling{' on a GPU' if options.gpu else ''}\n", machine.header(), *header]
@@ -177,7 +180,11 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.networks or (ON_GPU if options.gpu else CASES):
         try:
-            lines += gpu_rows(name, CASES[name], options.rounds) if options.gpu else [row(name, CASES[name])]
+            lines += (
+                gpu_rows(name, CASES[name], options.rounds, options.backend)
+                if options.gpu
+                else [row(name, CASES[name])]
+            )
         except Exception as error:
             lines.append(f"| {name} | failed: {type(error).__name__}: {str(error)[:200]} |")
         print(lines[-1], flush=True)
