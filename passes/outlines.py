@@ -13,6 +13,7 @@ from typing import Any
 from calibcast.calib.aliasing import operands
 from calibcast.calib.graph import (
     REGION_CHILD,
+    argument_at,
     argument_of,
     base_op,
     child_of,
@@ -68,12 +69,21 @@ class Outliner:
             "epsilon": _number(argument_of(node, epsilon)) if epsilon else None,
             "depth": depth,
             "hidden": () if depth is None else self._hidden_values(node, base, depth),
-            "least_spread": self._hidden.least.get(name),
+            "least_spread": self._least_spread(node, base),
             "moves": base in MOVES and bool(inputs),
             "custom": not base,
             "has_ranges": self._has_ranges,
         }
         return NodeOutline(name, inputs, outputs, values)
+
+    def _least_spread(self, node: fx.Node, base: str) -> float | None:
+        """The least variance that a norm divides by: measured, or of a batch norm the least of its statistics."""
+        place = operator_of(base).variance_at
+        variance = None if place is None else argument_at(node, place)
+        if not isinstance(variance, fx.Node):
+            return self._hidden.least.get(self._names[node])
+        facts = self._evidence.get((self._names.get(variance, variance.name), 0))
+        return None if facts is None else facts.min
 
     def _hidden_values(self, node: fx.Node, base: str, depth: int) -> tuple[Hidden, ...]:
         # By position: `attention(x, x, x)` has one input node, and three operands.
