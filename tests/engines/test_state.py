@@ -82,9 +82,11 @@ def test_state_of_another_program_is_refused(program, tmp_path):
     engine.save(tmp_path / "engine")
     save_tensors(tmp_path / "engine" / "state_now.safetensors", {"other": torch.zeros(3)})
     with pytest.raises(ArtifactError, match="has other, which the program has not"):
+        engine.runtime.restore({"other": torch.zeros(3)})
+    with pytest.raises(ArtifactError, match="is not the state_now that"):
         Engine.load(tmp_path / "engine")
     (tmp_path / "engine" / "state_now.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(ArtifactError, match="not a readable file of tensors"):
+    with pytest.raises(ArtifactError, match="is not the state_now that"):
         Engine.load(tmp_path / "engine")
 
 
