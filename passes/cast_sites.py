@@ -222,7 +222,8 @@ def _undone(value: Value, dtype: torch.dtype) -> Value | None:
     narrow, wide = value.before.types[0], value.types[0]
     assert narrow is not None
     assert wide is not None
-    lossless = narrow == dtype and torch.promote_types(narrow, wide) != narrow
+    # Of fp16 and bf16 neither holds the other: both promote to fp32.
+    lossless = narrow == dtype != wide and torch.promote_types(narrow, wide) == wide
     return value.before if lossless else None
 
 
