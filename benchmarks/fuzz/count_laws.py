@@ -50,7 +50,7 @@ def what_if_is_classify_and_insert(case: Case) -> None:
     own = {node.name for node in case.source.graph.nodes}
     for row in frame.iter_rows(named=True):
         limit, quantile = row["data_max"], row["range_quantile"]
-        plan = classify(case.program, ranges, low_type, limit, range_quantile=quantile, **settings)
+        plan = classify(case.program, ranges, low_type, data_max=limit, range_quantile=quantile, **settings)
         low = plan.low_precision_nodes
         assert (row["nodes_low"], row["nodes_high"]) == (len(low), len(plan.high_precision_nodes))
         assert set(row["to_low"]) == set(low) - base
