@@ -156,6 +156,8 @@ class _Tuning:
         if first is None:
             return False
         low, grown = set(outcome.plan.low_precision_nodes), {first}
+        while len(self.tried) == MOST_RUNS - 1 and grown < (further := grown | self.planning.makers(grown)):
+            grown = further  # the last run: all that leads there
         while not (ring := self.planning.ring(grown, low)):
             further = grown | self.planning.makers(grown)
             if further == grown:
