@@ -239,8 +239,10 @@ def digits(device: str, batch: int = 100) -> Subject:
     from calibcast.engines.demo import load_digits, train
 
     training, *others = load_digits()
+    with torch.enable_grad():
+        model = train(training)
     images = [pixels for part in others for pixels, _ in part]
-    return _subject("digits", train(training), lambda seed: (images[seed % len(images)],), device)
+    return _subject("digits", model, lambda seed: (images[seed % len(images)],), device)
 
 
 SUBJECTS: dict[str, Callable[[str], Subject]] = {

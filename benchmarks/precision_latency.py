@@ -59,9 +59,9 @@ def run_network(name: str, options: argparse.Namespace, rows: Path, deadline: fl
         if not ended:
             return
         _append(rows, {"network": name, "variant": culprit, "note": f"the process {ended}"})
-        skipped.append(culprit)
-        if not culprit or ended.startswith("ran past"):
+        if not culprit or culprit in skipped or ended.startswith("ran past"):
             return
+        skipped.append(culprit)
 
 
 def _ending(code: int) -> str:
