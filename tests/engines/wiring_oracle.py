@@ -23,6 +23,7 @@ from calibcast.engines.tensorrt import engine_files
 from calibcast.engines.tensorrt.ahead_of_time import pretend_gpu
 from calibcast.engines.tensorrt.builder import compiling
 from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
+from calibcast.engines.tensorrt.builder import torch_tensorrt_internals as internals
 from calibcast.engines.tensorrt.builder.job import BuilderJob
 from calibcast.engines.tensorrt.profiles import profiles
 from torch import nn
@@ -32,16 +33,16 @@ from torch.export import Dim
 class Engine(nn.Module):
     """An engine's graph in PyTorch: outputs by the names that the builder gave, updates in place as TensorRT does."""
 
-    def __init__(self, graph, part):
+    def __init__(self, graph, names, part):
         super().__init__()
-        self.graph, self.part = graph, part
+        self.graph, self.names, self.part = graph, names, part
 
     def forward(self, *inputs):
         results = self.graph(*(value.clone() for value in inputs))
         results = results if isinstance(results, (tuple, list)) else (results,)
         given, aliased = [], self.part.get("aliased_io", {})
         for name in self.part["outputs"]:
-            index = int(name.removeprefix("output"))
+            index = self.names.index(name) if self.names else int(name.removeprefix("output"))
             if name in aliased:
                 bound = inputs[self.part["inputs"].index(aliased[name][0])]
                 bound.copy_(self.written(inputs, aliased[name][0]) if index >= len(results) else results[index])
@@ -194,24 +195,29 @@ def checked(name, by_hand):
     names = signature.positional
     ranges = calibrate(program, [dict(zip(names, call, strict=True)) for call in calls], progress=False)
     job = BuilderJob(tuple(profiles(signature, ranges)), {"min_block_size": 1}, ahead_of_time=True)
-    graphs, seen = [], []
+    graphs, named, seen = [], [], []
     compiler = sys.modules["torch_tensorrt.dynamo._compiler"]
-    convert, check = compiler.convert_module, compiling._check_profiles
+    convert, check, names_of = compiler.convert_module, compiling._check_profiles, internals._output_names
+
+    def naming(*args):
+        named.append(names_of(*args))
+        return named[-1]
 
     def converting(module, *args, **kwargs):
         graphs.append(copy.deepcopy(module))  # its weights are freed when it has been built
         return convert(module, *args, **kwargs)
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(compiler, "convert_module", converting), \
+            mock.patch.object(internals, "_output_names", naming), \
             mock.patch.object(adapter, "lifts_buffers", return_value=not by_hand), \
             mock.patch.object(compiling, "_check_profiles", lambda a, b: (seen.append(b), check(a, b))):  # fmt: skip
         compiling.compile_job(job, program, Path(folder), lambda event: None)
-        engines = iter(graphs)
+        engines = zip(graphs, named, strict=True)
         loaded = engine_files._loaded
         with mock.patch.object(
             engine_files,
             "_loaded",
-            lambda n, part, *more: Engine(next(engines), part) if part["kind"] == "engine" else loaded(n, part, *more),
+            lambda n, part, *more: Engine(*next(engines), part) if part["kind"] == "engine" else loaded(n, part, *more),
         ):
             module = engine_files.read_parts(Path(folder), torch.device("cpu"))
     reference = program.module()
