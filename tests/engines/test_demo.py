@@ -33,7 +33,7 @@ def test_the_three_way_outcome(tmp_path):
     assert abs(outcome.mixed - outcome.fp32) <= 0.002 + 1e-9
     assert outcome.report.passed
     rules = {verdict.rule for d in outcome.plan.decisions for verdict in d.verdicts}
-    assert {"data_max", "literal"} <= rules
+    assert {"headroom", "rounding"} <= rules
     assert len(outcome.plan.low_precision_nodes) > len(outcome.plan.high_precision_nodes) > 0
     text = "\n".join(said)
     for name in outcome.plan.high_precision_nodes:

@@ -127,7 +127,7 @@ def test_the_table_of_keys_has_every_key_once():
         assert f"`[{name}" in table
     assert table.count("`[data] parquet`") == 1
     assert "| `[data] json` | string or list of strings |" in table  # spelt as in the file
-    assert "`[plan] data_max` | number | `512.0` |" in table
+    assert "`[plan] prove_batches` | integer | `8` |" in table
     assert "json_lines" not in table
     assert type_words(str | Names | None) == "string or list of strings"
 

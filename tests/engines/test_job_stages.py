@@ -76,7 +76,7 @@ def test_a_second_run_does_nothing_and_says_why(job, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "redone", "said"),
     [
-        ("", "\n[plan]\ndata_max = 5.0", STAGES[1:], "plan: data_max changed from 512.0 to 5.0"),
+        ("", "\n[plan]\ndata_max = 5.0", STAGES[1:], "plan: data_max changed from None to 5.0"),
         ('backend = "eager"', 'backend = "eager"\nkeep_io_types = false', STAGES[2:], "cast: keep_io_types changed"),
         ("batch_size = 2", "batch_size = 4", STAGES, "calibrate: how the data are read changed"),
         ('functions.py:model"', 'functions.py:model"\narguments = {seed = 3}', STAGES, "calibrate: weights changed"),
@@ -156,7 +156,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(job, capsys):
     assert "data        folder rows, 28 rows in 14 batches; 10 batches to calibrate on" in out
     assert "4 batches to verify with" in out
     assert "calibrate   ranges.parquet, ranges-early.parquet: skipped, as nothing changed" in out
-    assert "plan        plan.json: would be made: data_max changed from 512.0 to 5.0" in out
+    assert "plan        plan.json: would be made: data_max changed from None to 5.0" in out
     assert "verify      verification.json: would be made: build is made anew" in out
     assert {k: v for k, v in snapshot(job.parent).items() if "__pycache__" not in k} == {
         k: v for k, v in before.items() if "__pycache__" not in k
