@@ -81,10 +81,14 @@ class RoundingPlan:
 
     def verdict(self, node: str) -> Verdict | None:
         """Why the budget keeps `node` in fp32, or None. What is only tied to a raised node is not judged here."""
-        if self.course.thresholds.get(node) in (None, math.inf) or not self.course.is_high(node, self.allowance):
+        moves = node in self.course.follows  # of such a node `math.inf` says that it goes with what others keep high
+        threshold = self.course.thresholds.get(node)
+        if threshold is None or (threshold == math.inf and not moves):
+            return None
+        if not self.course.is_high(node, self.allowance):
             return None
         number = self.course.steps_of.get(node)
-        if node in self.course.follows and (number is None or not self._taken(number)):
+        if moves and (threshold == math.inf or number is None or not self._taken(number)):
             return Verdict("rounding", f"it follows {_quoted(self.course.follows[node])}", None, self.min_sqnr_db)
         assert number is not None
         reason = self._reason(node, self.course.steps[number])

@@ -65,7 +65,8 @@ class Headroom:
         if not facts.rounding_known:
             return None
         limit = facts.low.max / self.factor
-        return _above("headroom", facts, [t for t in facts.judged if not t.is_weight], limit)
+        # All that it reads and gives, also of a node that only moves data: low, it would round what it moves.
+        return _above("headroom", facts, [t for t in facts.tensors if not t.is_weight], limit)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibcast import CalibcastError, PrecisionPlan, classify, what_if
+from calibcast import CalibcastError, PrecisionPlan, calibrate, classify, insert_casts, what_if
 
 from tests.passes.measured import exported, with_noise
 
@@ -114,3 +114,19 @@ def test_a_budget_without_evidence_is_an_error() -> None:
     """It would be missed in silence."""
     with pytest.raises(CalibcastError, match="needs ranges in which rounding was measured"):
         classify(PROGRAM, None, min_sqnr_db=40)
+
+
+def test_what_moves_data_between_nodes_that_other_rules_keep_is_not_rounded() -> None:
+    """Squared distances by a Gram matrix: all but the transposition are kept for headroom, and it goes with them."""
+
+    class Gram(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            squares = (x * x).sum(-1)
+            return squares[:, None] + squares[None] - 2 * (x @ x.t())
+
+    points = torch.rand(64, 3, generator=torch.Generator().manual_seed(0)) * 20 + 300
+    program = torch.export.export(Gram(), (points,))
+    plan = classify(program, calibrate(program, [points], progress=False))
+    assert plan.low_precision_nodes == ()
+    assert plan["t"].reason == "it follows `matmul`"
+    torch.testing.assert_close(insert_casts(program, plan).module()(points), Gram()(points), rtol=0, atol=0)
