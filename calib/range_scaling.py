@@ -5,11 +5,10 @@ Without torch: a scaled table is read, and turned back, where two tables are com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 from calibcast.calib.errors import MismatchError
 from calibcast.calib.rounding_table import LITERAL
@@ -71,7 +70,7 @@ def scaled_table(
     table behind which each stands, or -1.
     """
     frame = table.frame if identity is None else _with_added(table.frame, record, identity)
-    k = np.array([record.exponents.get(tensor_key(n, o), 0) for n, o in frame.select("node", "output").iter_rows()])
+    k = [record.exponents.get(tensor_key(n, o), 0) for n, o in frame.select("node", "output").iter_rows()]
     hidden = _hidden(table.hidden, record.hidden)
     return replace(table, frame=_scaled(frame, k), hidden=hidden, rounding=_rounding(table, record, numbers))
 
@@ -82,25 +81,29 @@ def true_table(table: RangeTable) -> RangeTable:
     if record is None:
         return table
     frame = table.frame.filter(~pl.col("node").is_in(list(record.added)))
-    k = np.array([record.exponents.get(tensor_key(n, o), 0) for n, o in frame.select("node", "output").iter_rows()])
+    k = [record.exponents.get(tensor_key(n, o), 0) for n, o in frame.select("node", "output").iter_rows()]
     back = {node: (-one, -other) for node, (one, other) in record.hidden.items()}
     calibration = replace(table.calibration, digests=record.digests, weights=record.weights, rescaled=None)
     hidden = _hidden(table.hidden.filter(~pl.col("node").is_in(list(record.added))), back)
     return replace(
-        table, frame=_scaled(frame, -k), hidden=hidden, calibration=calibration, rounding=table.rounding.clear()
+        table,
+        frame=_scaled(frame, [-exponent for exponent in k]),
+        hidden=hidden,
+        calibration=calibration,
+        rounding=table.rounding.clear(),
     )
 
 
-def _scaled(frame: pl.DataFrame, k: np.ndarray[Any, Any]) -> pl.DataFrame:
-    rows = np.flatnonzero(k)
-    if not rows.size:
+def _scaled(frame: pl.DataFrame, k: Sequence[int]) -> pl.DataFrame:
+    rows = [row for row, exponent in enumerate(k) if exponent]
+    if not rows:
         return frame
-    factor = pl.Series(np.exp2(-k.astype(np.float64)))
+    factor = pl.Series([2.0**-exponent for exponent in k], dtype=pl.Float64)
     changed = frame.with_columns((pl.col(name) * factor).alias(name) for name in _LINEAR)
     if frame["histogram"].null_count() == frame.height:
         return changed
     bins = frame["histogram"][rows].to_list()
-    moved = pl.Series([_moved(row, int(k[i])) for row, i in zip(bins, rows, strict=True)], dtype=pl.List(pl.Int64))
+    moved = pl.Series([_moved(row, k[i]) for row, i in zip(bins, rows, strict=True)], dtype=pl.List(pl.Int64))
     histograms = frame["histogram"].to_frame().with_row_index("row")
     found = pl.DataFrame({"row": pl.Series(rows, dtype=pl.UInt32), "moved": moved})
     joined = histograms.join(found, on="row", how="left", maintain_order="left")

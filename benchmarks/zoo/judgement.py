@@ -73,9 +73,12 @@ class Trial:
 
     @classmethod
     def of(cls, architecture: Architecture) -> Trial:
-        """Export and calibrate."""
+        """Export and calibrate. The plans judged here are those of the rules: no evidence from rounding.
+
+        With it a plan keeps what the error budget asks for: on these random weights that can be much of the work.
+        """
         program, batches = architecture.program(), architecture.batches()
-        ranges = calibrate(program, batches, architecture.transform, progress=False)
+        ranges = calibrate(program, batches, architecture.transform, progress=False, rounding_batches=0)
         flat = flat_inputs(architecture, program)
         return cls(program, ranges, flat, outputs_of(program, flat))
 

@@ -217,7 +217,7 @@ def test_the_command_line_builds_ahead_of_time_and_looks_inside(tmp_path, capsys
     assert "tensorrt-rtx 1.6" in told
     assert _run([*command, "--setting", "optimization_level"]) == 2
     shutil.rmtree(tmp_path / "engine")
-    assert _run(["inspect", out]) == 1
+    assert _run(["inspect", out]) == 2
 
 
 def test_the_gate_on_the_ledger_is_exit_code_3(tmp_path, capsys):

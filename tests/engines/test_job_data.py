@@ -338,7 +338,7 @@ def test_what_others_say_is_json_too_and_never_among_the_results(folder, make_jo
 
 def test_a_bug_is_a_line_of_json(folder, make_job, capsys, monkeypatch):
     job = make_job(folder)
-    monkeypatch.setattr("calibcast.engines.job.running.load_job", lambda path: 1 // 0)
+    monkeypatch.setattr("calibcast.engines.job.running.load_jobs", lambda path: 1 // 0)
     assert _run(["run", str(job), "--log-format", "json"]) == 1
     (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert line["message"].startswith("ZeroDivisionError")

@@ -44,7 +44,6 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "metrics in a list": (lambda m: verify(m.engine, m.program, DATA, metrics=[max]), r"metrics is a list"),
     "merge a path": (lambda m: RangeTable.merge([m.ranges, "b.parquet"]), r"table 1 is a str.*RangeTable\.load"),
     "data_max in words": (lambda m: classify(m.program, m.ranges, data_max="512"), r"data_max='512'.*number"),
-    "no data_max": (lambda m: classify(m.program, m.ranges, data_max=None), r"data_max=None.*number"),
     "init_max in words": (lambda m: classify(m.program, m.ranges, init_max="1"), r"init_max='1'.*number"),
     "a quantile in words": (lambda m: classify(m.program, m.ranges, range_quantile="p99"), r"range_quantile='p99'"),
     "one number for rules": (lambda m: classify(m.program, m.ranges, rules=5), r"rules=5"),

@@ -87,14 +87,12 @@ TRAPS = {
         (WITH_EMPTY_ROWS,),
         (torch.cat([ROWS, ROWS[:2]]),),
         {"add": "literal", "sqrt": "storage"},
-        always=frozenset({"add"}),
     ),
     "an epsilon of 1e-12 in a divisor": Trap(
         lambda x: x / (x.norm(dim=-1, keepdim=True) + 1e-12),
         (WITH_EMPTY_ROWS,),
         (torch.cat([ROWS, ROWS[:2]]),),
         {"add": "literal", "div": "storage"},
-        always=frozenset({"add"}),
     ),
     "signals around 1e-5, squared": Trap(
         lambda x: x / x.pow(2).mean(-1, keepdim=True).sqrt(),
