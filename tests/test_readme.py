@@ -42,7 +42,7 @@ def without_numbers(text):
 
 
 def told(text):
-    """The lines, in no order: how many nodes a rule keeps, and which edge costs most, depends on the trained weights."""
+    """The lines, in no order: what a rule keeps, and which edge costs most, depend on the trained weights."""
     lines = (re.sub(r"most of it: .*", "most of it", line) for line in text.splitlines())
     return sorted(without_numbers(line) for line in lines)
 
