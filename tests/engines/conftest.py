@@ -122,7 +122,7 @@ def run_forked() -> Callable[..., list[dict[str, Any]]]:
             input=json.dumps(scenarios),
             capture_output=True,
             text=True,
-            timeout=500,
+            timeout=1500,  # it only stops what hangs: the jobs take as long as the machine is busy
             env={
                 **os.environ,
                 "PYTHONPATH": str(ROOT / ".package"),

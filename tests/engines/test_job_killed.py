@@ -38,7 +38,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, make_job: Any) -> Path:
 def scenario(make_job: Any, folder: Path, **more: Any) -> dict[str, Any]:
     if not folder.exists():
         (folder / "rows").mkdir(parents=True)  # not needed: the data are one folder up
-        make_job(folder, model=MODEL, calibration=CALIBRATION, data=DATA)
+        # No proof of the plan: it would read calibration batches again, and here every reading is counted.
+        make_job(folder, model=MODEL, calibration=CALIBRATION, data=DATA, plan="prove_batches = 0")
     return {"job": str(folder / "job.toml"), "environment": {"NOTES": str(folder / "notes")}, **more}
 
 
