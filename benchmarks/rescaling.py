@@ -108,8 +108,7 @@ def gpu_rows(name: str, case: Case, rounds: int, backend: str) -> list[str]:
     """fp32, whole-half, the plan before and after: interleaved latency, SQNR on unseen data, and equal bits in fp32."""
     from calibcast.engines.building import build
 
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # of convolutions and RNNs alike
     program = case.program()
     ranges = calibrate(program, [case.batch(i) for i in range(3)], rounding_batches=0, progress=False, device="cuda")
     fitted = rescale(program, ranges)

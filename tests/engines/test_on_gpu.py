@@ -13,6 +13,8 @@ from calibcast import engines
 from calibcast.calib import BatchError, BuildError, MismatchError
 from calibcast.engines import Engine, build, verify
 from calibcast.engines.ledger.ledger_text import ledger_text, unknown_share
+from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import installed_flavour
+from calibcast.engines.tensorrt.compatibility import supported_gpu
 from calibcast.passes import classify, insert_casts
 from torch import nn
 from torch.export import Dim
@@ -77,9 +79,13 @@ def test_a_size_that_calibration_never_saw_is_refused_by_name(engine):
         engine(torch.randn(16, 3, 16, 16).cuda())
 
 
-def test_auto_takes_tensorrt(program, batches):
+def test_auto_takes_tensorrt_where_the_flavour_supports_the_gpu(program, batches):
+    """Else Inductor: on a Hopper GPU under TensorRT-RTX."""
+    name, _ = installed_flavour()
     built = engines.build(program, ranges=calibrate(program, batches, progress=False))
-    assert built.backend == "tensorrt"
+    assert built.backend == ("tensorrt" if supported_gpu(name, torch.cuda.get_device_capability()) else "inductor"), (
+        built.why
+    )
 
 
 def test_calibration_on_the_gpu_measures_what_the_cpu_measures(batches):
