@@ -18,14 +18,22 @@ def channel_dimension(tensor: torch.Tensor) -> int | None:
     """
     if tensor.ndim <= 1:
         return None
-    dimension = 1 if tensor.ndim > 3 else tensor.ndim - 1
+    dimension = _place_of_channels(tensor)
     return dimension if tensor.numel() >= FEWEST * tensor.shape[dimension] else None
 
 
 def by_channel(tensor: torch.Tensor) -> torch.Tensor:
-    """An output as [channels, elements]."""
-    dimension = channel_dimension(tensor)
-    return tensor.reshape(1, -1) if dimension is None else tensor.movedim(dimension, 0).flatten(1)
+    """An output as [channels, elements]; [1, elements] where channels have too few to say what their power is."""
+    return tensor.reshape(1, -1) if channel_dimension(tensor) is None else every_channel(tensor)
+
+
+def every_channel(tensor: torch.Tensor) -> torch.Tensor:
+    """An output as [channels, elements], however few elements there are: later batches may bring more."""
+    return tensor.reshape(1, -1) if tensor.ndim <= 1 else tensor.movedim(_place_of_channels(tensor), 0).flatten(1)
+
+
+def _place_of_channels(tensor: torch.Tensor) -> int:
+    return 1 if tensor.ndim > 3 else tensor.ndim - 1
 
 
 def channel_power(reference: torch.Tensor) -> torch.Tensor:

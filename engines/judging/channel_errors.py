@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from calibcast.calib.output_noise import FEWEST, SILENT
+from calibcast.calib.output_noise import FEWEST, SILENT, every_channel
 
 
 class ChannelErrors:
@@ -28,7 +28,7 @@ class ChannelErrors:
         """Take in one batch of a real output; what is not finite in both is left out."""
         if not theirs.numel():
             return
-        ours, theirs = (_by_channel(t.detach()).double() for t in (ours, theirs))
+        ours, theirs = (every_channel(t.detach()).double() for t in (ours, theirs))
         if self._sums is not None and not self._whole and len(theirs) != self._sums.shape[1]:
             self._merge()
         if self._whole:
@@ -82,11 +82,6 @@ class ChannelErrors:
         """Of each channel, sums of squares."""
         count, total, squares, error, _ = self._settled()
         return (squares - total**2 / count.clamp(min=1)).clamp(min=0), error
-
-
-def _by_channel(tensor: torch.Tensor) -> torch.Tensor:
-    """[channels, elements], whatever the number of elements: later batches bring more."""
-    return tensor.reshape(1, -1) if tensor.ndim <= 1 else tensor.movedim(1 if tensor.ndim > 3 else -1, 0).flatten(1)
 
 
 def _summed(ours: torch.Tensor, theirs: torch.Tensor, finite: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
