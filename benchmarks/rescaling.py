@@ -27,7 +27,8 @@ from calibcast.passes.classification import classify
 from calibcast.passes.emulation import emulated
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.rescaling.judging import judged
-from calibcast.passes.rescaling.rescaling import Rescaling, rescale
+from calibcast.passes.rescaling.rescaling import rescale
+from calibcast.passes.rescaling.result import Rescaling
 from calibcast.passes.settings import Settings, low_type_of
 from torch.export import ExportedProgram
 

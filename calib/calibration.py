@@ -24,11 +24,12 @@ from calibcast.calib.errors import BatchError, CalibcastError, MismatchError, Pr
 from calibcast.calib.execution import ProgramRunner, require_program
 from calibcast.calib.fingerprint import begin_inputs_hash, node_digests, weights_hash
 from calibcast.calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
+from calibcast.calib.input_sizes import count_size
 from calibcast.calib.loader_order import batch_hash, refuse_unseeded, resumed, rewind
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.observer import Observer
-from calibcast.calib.range_statistics import table_of
-from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, count_size
+from calibcast.calib.range_schema import MAX_HASHES, Calibration
+from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_evidence import RoundingEvidence
 from calibcast.calib.sequences import FlatInputs
 from calibcast.calib.training_mode import refuse_training
@@ -130,8 +131,8 @@ class Run:
 
     def table(self) -> RangeTable:
         """What was measured, brought to the host."""
-        table = table_of(self.specs, self.observer.total.to("cpu"), self.calibration())
-        return replace(table, rounding=self.evidence.record.frame())
+        statistics, rounding = self.observer.total.to("cpu"), self.evidence.record.frame()
+        return RangeTable.measured(self.specs, statistics, self.calibration(), rounding)
 
     def checkpoint(self, position: int, made_of: Mapping[str, str], last: str = "", **more: Any) -> Checkpoint:
         """What was measured after `position` batches; write or copy it before the next one, which changes it."""

@@ -17,9 +17,10 @@ from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, writ
 from calibcast.calib.errors import ArtifactError, MismatchError
 from calibcast.calib.graph import TensorSpec
 from calibcast.calib.graph_digests import first_difference
+from calibcast.calib.input_sizes import merge_sizes
 from calibcast.calib.plain_npz import read_npz
-from calibcast.calib.range_statistics import table_of
-from calibcast.calib.ranges import MAX_HASHES, Calibration, RangeTable, merge_sizes
+from calibcast.calib.range_schema import MAX_HASHES, Calibration
+from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
 from calibcast.calib.statistics import Statistics
@@ -119,7 +120,7 @@ class Checkpoint:
 
     def table(self) -> RangeTable:
         """The ranges measured so far."""
-        return replace(table_of(self.specs, self.statistics, self.calibration), rounding=self.rounding.frame())
+        return RangeTable.measured(self.specs, self.statistics, self.calibration, self.rounding.frame())
 
     def difference(self, made_of: Mapping[str, str]) -> str | None:
         """The first thing in which a run made of `made_of` differs from the one that wrote this; None if nothing."""

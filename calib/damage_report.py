@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 
 from calibcast.calib.child_process import module_search_path
+from calibcast.calib.errors import ArtifactError
+from calibcast.calib.range_file import read_ranges
 
 _SECONDS = 120.0  # damaged bytes can make a reader loop for ever
 
@@ -44,12 +46,9 @@ def damage_report(source: Path) -> str | None:
 
 def main(path: str) -> None:
     """Look, and say on stdout what was found."""
-    from calibcast.calib.errors import ArtifactError
-    from calibcast.calib.ranges import read_table
-
     source = Path(path)
     try:
-        read_table(source.read_bytes(), source)
+        read_ranges(source.read_bytes(), source)
     except ArtifactError as error:
         json.dump(str(error), sys.stdout)
     else:

@@ -17,10 +17,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from calibcast.calib.ranges import RangeTable
+from typing import Any
 
 
 class CalibcastError(Exception):
@@ -34,10 +31,10 @@ class ProgramError(CalibcastError):
 class BatchError(CalibcastError):
     """A batch does not fit the program, or the dataloader failed.
 
-    `ranges` is the table of the batches before the failing one, or None when there were none.
+    `ranges` is the RangeTable of the batches before the failing one, or None when there were none.
     """
 
-    def __init__(self, message: str, ranges: RangeTable | None = None) -> None:
+    def __init__(self, message: str, ranges: Any = None) -> None:
         super().__init__(message)
         self.ranges = ranges
 

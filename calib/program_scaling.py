@@ -10,21 +10,21 @@ from calibcast.calib.errors import MismatchError
 from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph import tensor_specs
 from calibcast.calib.hidden_exponents import hidden_exponents
-from calibcast.calib.range_scaling import NumberScale, Rescaled, scaled_table, tensor_key
-from calibcast.calib.ranges import SCHEMA, RangeTable
+from calibcast.calib.range_scaling import NumberScale, Table, scaled_table, tensor_key
+from calibcast.calib.range_schema import SCHEMA, RangeData, Rescaled
 from torch.export import ExportedProgram
 
 _IDENTITY = ("node", "output", "op", "module", "source", "kind", "dtype", "shape")
 
 
 def scaled_to(
-    table: RangeTable,
+    table: Table,
     exponents: Mapping[tuple[str, int], int],
     program: ExportedProgram,
     added: Mapping[str, str],
     numbers: Mapping[tuple[str, str], NumberScale],
     weights: str | None,
-) -> RangeTable:
+) -> Table:
     """See `RangeTable.scaled`."""
     before = table.calibration
     if before.rescaled is not None:
@@ -41,7 +41,7 @@ def scaled_to(
     return replace(found, calibration=calibration)
 
 
-def _identity(table: RangeTable, program: ExportedProgram, added: Mapping[str, str]) -> pl.DataFrame | None:
+def _identity(table: RangeData, program: ExportedProgram, added: Mapping[str, str]) -> pl.DataFrame | None:
     """The rows of added nodes, each with the row of the table behind which it stands in the graph."""
     if not added:
         return None

@@ -6,46 +6,20 @@ Without torch: a scaled table is read, and turned back, where two tables are com
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import polars as pl
 from calibcast.calib.errors import MismatchError
+from calibcast.calib.range_schema import RangeData, Rescaled
 from calibcast.calib.rounding_table import LITERAL
 from calibcast.calib.statistic_names import BINS
 
-if TYPE_CHECKING:
-    from calibcast.calib.ranges import RangeTable
-
+Table = TypeVar("Table", bound=RangeData)
 _LINEAR = ("min", "max", "absmax", "smallest", "mean", "rms")
 # Largest and smallest normal value of each low type.
 _NORMAL = {"float16": (65504.0, 2.0**-14), "bfloat16": (3.3895313892515355e38, 2.0**-126)}
 _KEY_SEPARATOR = ":"
-
-
-@dataclass(frozen=True)
-class Rescaled:
-    """How a table differs from that of the network itself: each tensor is stored as 2^-k times its true value.
-
-    exponents: k by `node:output`, 0 left out. hidden: by node, of the sums that it forms inside, and of its mean
-    squares. added: nodes that the network does not have, which multiply the one that they name. digests, weights: of
-    the network, as in `Calibration`.
-    """
-
-    exponents: dict[str, int]
-    hidden: dict[str, tuple[int, int]]
-    added: dict[str, str] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
-    weights: str = ""
-
-    @classmethod
-    def parsed(cls, fields: Mapping[str, Any] | None) -> Rescaled | None:
-        """From the header of a file; None where the table is the network's own."""
-        if fields is None:
-            return None
-        hidden = {name: (int(one), int(other)) for name, (one, other) in fields["hidden"].items()}
-        exponents = {name: int(k) for name, k in fields["exponents"].items()}
-        return cls(exponents, hidden, dict(fields["added"]), dict(fields["digests"]), str(fields["weights"]))
 
 
 @dataclass(frozen=True)
@@ -62,8 +36,8 @@ def tensor_key(node: str, output: int) -> str:
 
 
 def scaled_table(
-    table: RangeTable, record: Rescaled, identity: pl.DataFrame | None, numbers: Mapping[tuple[str, str], NumberScale]
-) -> RangeTable:
+    table: Table, record: Rescaled, identity: pl.DataFrame | None, numbers: Mapping[tuple[str, str], NumberScale]
+) -> Table:
     """Every statistic as calibration would have found it in the rescaled program.
 
     identity: rows of the nodes that were added, in the columns that say what a tensor is, with `after`: the row of the
@@ -75,7 +49,7 @@ def scaled_table(
     return replace(table, frame=_scaled(frame, k), hidden=hidden, rounding=_rounding(table, record, numbers))
 
 
-def true_table(table: RangeTable) -> RangeTable:
+def true_table(table: Table) -> Table:
     """The table of the network itself, out of a scaled one: every number as it was. Rounding evidence is left out."""
     record = table.calibration.rescaled
     if record is None:
@@ -146,7 +120,7 @@ def _with_added(frame: pl.DataFrame, record: Rescaled, identity: pl.DataFrame) -
     return placed.sort("place", "second", maintain_order=True).select(frame.columns)
 
 
-def _rounding(table: RangeTable, record: Rescaled, numbers: Mapping[tuple[str, str], NumberScale]) -> pl.DataFrame:
+def _rounding(table: RangeData, record: Rescaled, numbers: Mapping[tuple[str, str], NumberScale]) -> pl.DataFrame:
     """Evidence of rounding. A relative error is the same at any power of two, as long as the low type holds all values
     in full, before and after; where it does not, there is no evidence until rounding is measured anew."""
     if not table.rounding.height:

@@ -5,34 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import polars as pl
 import torch
 from calibcast.calib.errors import MismatchError
 from calibcast.calib.graph import TensorSpec
 from calibcast.calib.graph_digests import first_difference
-from calibcast.calib.ranges import (
-    HIDDEN_SCHEMA,
-    MAX_HASHES,
-    SCHEMA,
-    Calibration,
-    RangeTable,
-    hidden_rows,
-    merge_sizes,
-    require_table,
-)
+from calibcast.calib.input_sizes import merge_sizes
+from calibcast.calib.range_schema import HIDDEN_SCHEMA, MAX_HASHES, SCHEMA, RangeData, hidden_rows
 from calibcast.calib.rounding_statistics import merged_rounding
 from calibcast.calib.statistic_names import BINS, HIDDEN, NO_BATCH, NO_HIDDEN
 from calibcast.calib.statistics import Statistics
 
+Table = TypeVar("Table", bound=RangeData)
 
-def merged(tables: Sequence[RangeTable]) -> RangeTable:
+
+def merged(tables: Sequence[Table]) -> Table:
     """See `RangeTable.merge`."""
-    if not tables:
-        raise MismatchError("nothing to merge: give at least one RangeTable")
-    for number, table in enumerate(tables):
-        require_table(table, f"table {number}")
     first = total = tables[0]
     for number, table in enumerate(tables[1:], 1):
         difference = first_difference(first.calibration.digests, table.calibration.digests)
@@ -44,7 +34,7 @@ def merged(tables: Sequence[RangeTable]) -> RangeTable:
     return total
 
 
-def statistics_of(table: RangeTable) -> Statistics:
+def statistics_of(table: RangeData) -> Statistics:
     """See `RangeTable.statistics`."""
     frame = table.frame
     counts = torch.tensor(
@@ -81,8 +71,8 @@ def statistics_of(table: RangeTable) -> Statistics:
     return Statistics(values, counts, histograms, batches, batch("absmax_batch"), batch("nonfinite_batch"), hidden)
 
 
-def table_of(specs: Sequence[TensorSpec], statistics: Statistics, calibration: Calibration) -> RangeTable:
-    """A table from specs and statistics of the same order. `statistics` must be on the host."""
+def frames_of(specs: Sequence[TensorSpec], statistics: Statistics) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """`frame` and `hidden` of a table, from specs and statistics of the same order, which must be on the host."""
     finite = statistics.finite().double()
     some = statistics.values[:, 0] <= statistics.values[:, 1]
 
@@ -120,7 +110,7 @@ def table_of(specs: Sequence[TensorSpec], statistics: Statistics, calibration: C
     }
     names = {"node": data["node"], "output": data["output"]}
     beside = pl.DataFrame({**names, **hidden}, schema=HIDDEN_SCHEMA)
-    return RangeTable(pl.DataFrame(data, schema=SCHEMA), calibration, hidden_rows(beside))
+    return pl.DataFrame(data, schema=SCHEMA), hidden_rows(beside)
 
 
 def specs_of(frame: pl.DataFrame) -> list[TensorSpec]:
@@ -129,10 +119,10 @@ def specs_of(frame: pl.DataFrame) -> list[TensorSpec]:
     return [TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in frame.select(names).to_dicts()]
 
 
-def _merge_two(first: RangeTable, second: RangeTable) -> RangeTable:
+def _merge_two(first: Table, second: Table) -> Table:
     if not first.frame.select("node", "output").equals(second.frame.select("node", "output")):
         raise MismatchError("the tables have other rows: one was filtered or changed by hand")
-    total, other = first.statistics(), second.statistics()
+    total, other = statistics_of(first), statistics_of(second)
     if (total.histograms is None) != (other.histograms is None):
         total, other = replace(total, histograms=None), replace(other, histograms=None)
         warnings.warn("one table has no histograms, so the merged table has none", stacklevel=4)
@@ -155,4 +145,5 @@ def _merge_two(first: RangeTable, second: RangeTable) -> RangeTable:
         input_hashes=tuple(dict.fromkeys(mine.input_hashes + theirs.input_hashes))[:MAX_HASHES],
     )
     rounding = merged_rounding(first.rounding, second.rounding, offset)
-    return replace(table_of(specs_of(first.frame), total, calibration), rounding=rounding)
+    frame, hidden = frames_of(specs_of(first.frame), total)
+    return replace(first, frame=frame, calibration=calibration, hidden=hidden, rounding=rounding)

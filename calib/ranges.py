@@ -2,95 +2,34 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, save_frame, versions
 from calibcast.calib.damage_report import damage_report
 from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
 from calibcast.calib.file_kinds import told_kind
-from calibcast.calib.graph_digests import fingerprint, first_difference
-from calibcast.calib.range_checks import check_values
-from calibcast.calib.range_scaling import NumberScale, Rescaled, true_table
-from calibcast.calib.rounding_table import empty_rounding, rounding_gaps, rounding_metadata, rounding_of
+from calibcast.calib.graph_digests import first_difference
+from calibcast.calib.range_file import read_ranges, save_ranges
+from calibcast.calib.range_scaling import NumberScale, true_table
+from calibcast.calib.range_schema import Calibration, RangeData
+from calibcast.calib.rounding_table import rounding_gaps
 from calibcast.calib.seal import broken_seal, has_parquet_ends
-from calibcast.calib.statistic_names import HIDDEN
 
 # A table is read, filtered and compared without torch, which takes seconds to import; methods that deal in programs
 # and in arrays import it, or what needs it, themselves.
 if TYPE_CHECKING:
+    from calibcast.calib.graph import TensorSpec
     from calibcast.calib.statistics import Statistics
     from torch.export import ExportedProgram
 
-SCHEMA: dict[str, Any] = {
-    "node": pl.String,
-    "output": pl.Int64,
-    "op": pl.String,
-    "module": pl.String,
-    "source": pl.String,
-    "kind": pl.String,
-    "dtype": pl.String,
-    "shape": pl.List(pl.String),
-    "batches": pl.Int64,
-    "elements": pl.Int64,
-    "min": pl.Float64,
-    "max": pl.Float64,
-    "absmax": pl.Float64,
-    "smallest": pl.Float64,
-    "mean": pl.Float64,
-    "rms": pl.Float64,
-    "nan": pl.Int64,
-    "posinf": pl.Int64,
-    "neginf": pl.Int64,
-    "zeros": pl.Int64,
-    "masked": pl.Int64,
-    "absmax_batch": pl.Int64,
-    "nonfinite_batch": pl.Int64,
-    "histogram": pl.List(pl.Int64),
-}
-# Beside the frame, for those rows that have them: see `calib.hidden` and `calib.masks`.
-HIDDEN_SCHEMA: dict[str, Any] = {"node": pl.String, "output": pl.Int64, **dict.fromkeys(HIDDEN, pl.Float64)}
-_KIND = "ranges"
-_HEADER_KEY = "calibcast"
-# Sizes kept per dimension of an input, and hashes of batches: enough to choose profiles and to notice reuse.
-MAX_SIZES = 64
-MAX_HASHES = 4096
-
 
 @dataclass(frozen=True)
-class Calibration:
-    """What a table was measured on.
-
-    digests: of each node, by name. weights: hash of the weights. batches: how many were measured. skipped:
-    indices of batches left out as non-finite. input_sizes: per input and dimension, how often each size came.
-    input_hashes: of the batches, at most 4096. versions: of calibcast and torch. rescaled: how the table was
-    scaled, see `RangeTable.scaled`; None for what was measured of a network itself.
-    """
-
-    digests: dict[str, str]
-    weights: str
-    batches: int
-    skipped: tuple[int, ...] = ()
-    input_sizes: dict[str, list[dict[str, int]]] = field(default_factory=dict)
-    input_hashes: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=versions)
-    rescaled: Rescaled | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """One digest of the whole graph."""
-        return fingerprint(self.digests)
-
-
-@dataclass(frozen=True)
-class RangeTable:
+class RangeTable(RangeData):
     """Ranges of every floating-point tensor of a program on the user's data.
 
     `frame` has the columns of `SCHEMA`, one row per tensor, unique by (node, output), in graph order. `hidden` has
@@ -99,11 +38,6 @@ class RangeTable:
     `rounding` has one row per edge and low type: what rounding there does to the outputs; see `calib.rounding_table`.
     It is empty where that was not measured.
     """
-
-    frame: pl.DataFrame
-    calibration: Calibration
-    hidden: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=HIDDEN_SCHEMA))
-    rounding: pl.DataFrame = field(default_factory=empty_rounding)
 
     def __len__(self) -> int:
         return len(self.frame)
@@ -135,9 +69,7 @@ class RangeTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as Parquet, whole or not at all. Raises ArtifactError when it cannot be written."""
-        header = {_HEADER_KEY: _KIND, "schema": SCHEMA_VERSION, "calibration": asdict(self.calibration)}
-        whole = self.frame.join(self.hidden, on=["node", "output"], how="left", maintain_order="left")
-        save_frame(path, whole, {_HEADER_KEY: json.dumps(header), **rounding_metadata(self.rounding)})
+        save_ranges(path, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RangeTable:
@@ -164,7 +96,7 @@ class RangeTable:
                 or f"{source} is not as calibcast wrote it: {broken}. Another program wrote it anew, it was changed by "
                 "hand, or it is damaged: calibrate again, or take a copy that is whole."
             )
-        return read_table(content, source)
+        return cls(**vars(read_ranges(content, source)))
 
     @classmethod
     def merge(cls, tables: Sequence[RangeTable]) -> RangeTable:
@@ -176,7 +108,21 @@ class RangeTable:
         """
         from calibcast.calib.range_statistics import merged
 
+        if not tables:
+            raise MismatchError("nothing to merge: give at least one RangeTable")
+        for number, table in enumerate(tables):
+            require_table(table, f"table {number}")
         return merged(tables)
+
+    @classmethod
+    def measured(
+        cls, specs: Sequence[TensorSpec], statistics: Statistics, calibration: Calibration, rounding: pl.DataFrame
+    ) -> RangeTable:
+        """A table from specs and statistics of the same order. `statistics` must be on the host."""
+        from calibcast.calib.range_statistics import frames_of
+
+        frame, hidden = frames_of(specs, statistics)
+        return cls(frame, calibration, hidden, rounding)
 
     def check(self, program: ExportedProgram, weights: str = "warn") -> None:
         """Raise MismatchError unless this table is of `program`; other weights warn, or raise with "refuse"."""
@@ -237,68 +183,3 @@ def require_table(value: Any, argument: str = "ranges") -> None:
     """Raise MismatchError for anything but a RangeTable, such as the path of one."""
     remedy = "Give what calibrate returns, or RangeTable.load(path)."
     require_kind(value, RangeTable, argument, remedy, MismatchError)
-
-
-def hidden_rows(frame: pl.DataFrame) -> pl.DataFrame:
-    return frame.select(list(HIDDEN_SCHEMA)).filter(pl.any_horizontal(pl.col(HIDDEN).is_not_null()))
-
-
-def read_table(content: bytes, source: Path) -> RangeTable:
-    """The table in the bytes of a Parquet file. Raises ArtifactError, naming `source`, when it is none.
-
-    To be called with bytes whose checksum is right: others can end the process.
-    """
-    try:
-        metadata = pl.read_parquet_metadata(io.BytesIO(content))
-        header = json.loads(metadata.get(_HEADER_KEY, "{}"))
-        frame = pl.read_parquet(io.BytesIO(content))
-    except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
-        raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
-    check_header(header if isinstance(header, dict) else {}, _KIND, source)
-    with parsed(source, _KIND):
-        fields = header["calibration"]
-        fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
-        fields = {**fields, "rescaled": Rescaled.parsed(fields.get("rescaled"))}
-        fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
-        checked = _checked(frame, source)
-        rounding = rounding_of(metadata, source)
-        return RangeTable(checked.select(list(SCHEMA)), Calibration(**fields), hidden_rows(checked), rounding)
-
-
-Sizes = dict[str, list[dict[str, int]]]
-
-
-def merge_sizes(first: Sizes, second: Sizes) -> Sizes:
-    """Add up how often each size came, per input and dimension."""
-    merged: Sizes = {name: [dict(counts) for counts in dimensions] for name, dimensions in first.items()}
-    for name, dimensions in second.items():
-        mine = merged.setdefault(name, [{} for _ in dimensions])
-        for counts, more in zip(mine, dimensions, strict=True):
-            for size, count in more.items():
-                count_size(counts, size, count)
-    return merged
-
-
-def count_size(counts: dict[str, int], size: str, count: int = 1) -> None:
-    """Count a size. Of more than 64, the smallest and largest stay and the rarest other goes."""
-    counts[size] = counts.get(size, 0) + count
-    if len(counts) > MAX_SIZES:
-        ends = {min(counts, key=int), max(counts, key=int)}
-        del counts[min((key for key in counts if key not in ends), key=lambda key: counts[key])]
-
-
-def _checked(frame: pl.DataFrame, source: Path) -> pl.DataFrame:
-    missing = [name for name in SCHEMA if name not in frame.columns]
-    if missing:
-        raise ArtifactError(f"{source} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-    # Without the columns of `hidden` nothing was measured inside; rules then bound it from the peaks.
-    frame = frame.with_columns(pl.lit(None, pl.Float64).alias(name) for name in HIDDEN if name not in frame.columns)
-    expected = SCHEMA | HIDDEN_SCHEMA
-    wrong = [name for name, dtype in expected.items() if frame.schema[name] != dtype]
-    if wrong:
-        name = wrong[0]
-        raise ArtifactError(f"{source}: column {name} is {frame.schema[name]}, expected {expected[name]}")
-    check_values(frame, source)
-    if frame.select("node", "output").is_duplicated().any():
-        raise ArtifactError(f"{source} has two rows for one tensor: it was changed by hand or merged by another tool")
-    return frame

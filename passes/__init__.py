@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from calibcast.passes.facts import Hidden, Literal, Lost, NodeFacts, TensorFacts
     from calibcast.passes.plan import Decision, PrecisionPlan
     from calibcast.passes.proof import Proof, RoundingSummary
-    from calibcast.passes.rescaling.rescaling import Rescaling, rescale
+    from calibcast.passes.rescaling.rescaling import rescale
+    from calibcast.passes.rescaling.result import Rescaling
     from calibcast.passes.tuning import tune
     from calibcast.passes.verdict import Rule, Verdict
 
@@ -46,12 +47,13 @@ __getattr__, __dir__ = lazy_names(
         **dict.fromkeys(("Hidden", "Literal", "Lost", "NodeFacts", "TensorFacts"), "calibcast.passes.facts"),
         **dict.fromkeys(("Decision", "PrecisionPlan"), "calibcast.passes.plan"),
         **dict.fromkeys(("Proof", "RoundingSummary"), "calibcast.passes.proof"),
-        **dict.fromkeys(("Rescaling", "rescale"), "calibcast.passes.rescaling.rescaling"),
         **dict.fromkeys(("Rule", "Verdict"), "calibcast.passes.verdict"),
         **dict.fromkeys(("Comparison", "compare"), "calibcast.passes.comparison"),
         "classify": "calibcast.passes.classification",
         "emulate": "calibcast.passes.emulation",
         "insert_casts": "calibcast.passes.cast_insertion",
+        "rescale": "calibcast.passes.rescaling.rescaling",
+        "Rescaling": "calibcast.passes.rescaling.result",
         "tune": "calibcast.passes.tuning",
         "what_if": "calibcast.passes.alternatives",
     },

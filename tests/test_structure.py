@@ -6,8 +6,9 @@ import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,54 @@ def test_imports_are_absolute(path: Path) -> None:
     """Every import says from which package it is, so that the two tests above see it."""
     relative = [node for node in ast.walk(parse(path)) if isinstance(node, ast.ImportFrom) and node.level]
     assert relative == []
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file; of an `__init__.py`, that of its folder."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("calibcast", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def modules_imported(tree: ast.AST, modules: Set[str]) -> set[str]:
+    """Those of `modules` that a tree imports: at once, inside a function, and for type checkers only."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & modules or {str(node.module)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & modules
+
+
+def first_circle(imports: Mapping[str, Set[str]]) -> list[str]:
+    """The modules of one circle, or nothing."""
+    try:
+        tuple(TopologicalSorter(imports).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_imports_make_no_circle() -> None:
+    """Each file can be read after those that it imports. A deferred import counts: it only hides a circle.
+
+    Left out are the packages' own `__init__` files, which give names lazily.
+    """
+    files = {module_name(path): path for path in FILES if path.parent.parent != ROOT or path.name != "__init__.py"}
+    circle = first_circle({name: modules_imported(parse(path), files.keys()) for name, path in files.items()})
+    assert circle == [], f"a circle of imports: {' <- '.join(circle)}"
+
+
+def test_circle_walk_sees_what_it_should() -> None:
+    """The walk itself: circles through a function, a type checker's import, and a module imported from its package."""
+    names = {"p.a", "p.b", "p.c"}
+    at_once, deferred = "from p.b import x", "def f():\n    from p import c, other"
+    typed = "if TYPE_CHECKING:\n    import p.a"
+    imports = {n: modules_imported(ast.parse(t), names) for n, t in zip("abc", (at_once, deferred, typed), strict=True)}
+    assert imports == {"a": {"p.b"}, "b": {"p.c"}, "c": {"p.a"}}
+    assert set(first_circle({f"p.{name}": found for name, found in imports.items()})) == names
+    assert first_circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_import_walk_sees_what_it_should() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from calibcast.passes.rescaling.exactness import Refusal, refusals
 from calibcast.passes.rescaling.judging import Judgement, judged
 from calibcast.passes.rescaling.measures import Measures
 from calibcast.passes.rescaling.proposals import cheapest
+from calibcast.passes.rescaling.result import Rescaling
 from calibcast.passes.rescaling.rewriting import SUFFIX, Exponents, rewritten
 from calibcast.passes.rescaling.solving import Solutions, solve
 from calibcast.passes.rescaling.system import System, Tensor, system_of
-from calibcast.passes.rescaling.text import described
 from calibcast.passes.settings import Settings, low_type_of
 from torch.export import ExportedProgram
 
@@ -33,30 +33,6 @@ _WEIGHINGS = ((1.0, 0.3), (0.125, 0.3), (1 / 64, 0.1), (1.0, 2.0))
 _ROUNDS = 4  # of proposing again without what was not shown to be exact
 _HEADROOM = 4.0  # as plans from measured rounding have it
 _DEFAULT_LIMIT = 512.0
-
-
-@dataclass(frozen=True)
-class Rescaling:
-    """A program, rescaled where that is a gain, and its range table.
-
-    program: its fp32 outputs have the bits of the original's. ranges: of `program`; `ranges.true_values()` are the
-    network's own. exponents: k by (node, output) of each tensor that is stored as 2^-k times itself. changed: False
-    where the program is the caller's own. reason: why it is, or what was gained. before, after: what plans make of the
-    two. refused: where exactness could not be shown. rewrite: the exponents with those of numbers and added nodes.
-    """
-
-    program: ExportedProgram = field(repr=False)
-    ranges: RangeTable = field(repr=False)
-    exponents: Mapping[tuple[str, int], int] = field(repr=False)
-    changed: bool
-    reason: str
-    before: Judgement | None = None
-    after: Judgement | None = None
-    refused: tuple[Refusal, ...] = ()
-    rewrite: Exponents = field(default_factory=Exponents, repr=False)
-
-    def __str__(self) -> str:
-        return described(self)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import polars as pl
 import pytest
 import torch
 from calibcast.calib import MismatchError, RangeTable, calibrate
+from calibcast.calib.input_sizes import MAX_SIZES, count_size, merge_sizes
 from calibcast.calib.kernel import HostKernel
-from calibcast.calib.ranges import MAX_HASHES, MAX_SIZES, count_size, merge_sizes
+from calibcast.calib.range_schema import MAX_HASHES
 from calibcast.calib.statistic_names import COUNTS, VALUES
 from calibcast.calib.statistics import Statistics
 from hypothesis import given, settings

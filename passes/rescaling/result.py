@@ -1,14 +1,42 @@
-"""A rescaling in words, for a reviewer."""
+"""What `rescale` gives: the rescaled program with its ranges, and what was done in words."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-if TYPE_CHECKING:
-    from calibcast.passes.rescaling.rescaling import Rescaling
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.rescaling.exactness import Refusal
+from calibcast.passes.rescaling.judging import Judgement
+from calibcast.passes.rescaling.rewriting import Exponents
+from torch.export import ExportedProgram
 
 _MOST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """A program, rescaled where that is a gain, and its range table.
+
+    program: its fp32 outputs have the bits of the original's. ranges: of `program`; `ranges.true_values()` are the
+    network's own. exponents: k by (node, output) of each tensor that is stored as 2^-k times itself. changed: False
+    where the program is the caller's own. reason: why it is, or what was gained. before, after: what plans make of the
+    two. refused: where exactness could not be shown. rewrite: the exponents with those of numbers and added nodes.
+    """
+
+    program: ExportedProgram = field(repr=False)
+    ranges: RangeTable = field(repr=False)
+    exponents: Mapping[tuple[str, int], int] = field(repr=False)
+    changed: bool
+    reason: str
+    before: Judgement | None = None
+    after: Judgement | None = None
+    refused: tuple[Refusal, ...] = ()
+    rewrite: Exponents = field(default_factory=Exponents, repr=False)
+
+    def __str__(self) -> str:
+        return described(self)
 
 
 def described(rescaling: Rescaling) -> str:
