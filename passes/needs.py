@@ -1,8 +1,8 @@
 """Tensors that rounding leaves less of than their readers need: 400.05 - 400.10, the angles of a sine, 1 - p.
 
-`storage` looks at one tensor by itself. Here the graph is read from its end to its beginning. Every node is to be right
-to the default budget of the type, which says how much noise its arguments may have; an argument that rounding makes
-noisier than that stays high with the nodes that make and read it, and they need more of their own arguments in turn.
+`storage` looks at one tensor by itself. Here the graph is read from its end to its beginning. Every node must be right
+to `LEAST_DB`, which says how much noise its arguments may have. An argument that rounding makes noisier than that stays
+high with the nodes that make and read it, and they need more of their own arguments in turn.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from calibcast.passes.evidence import Evidence
 from calibcast.passes.facts import Lost, TensorFacts
 from calibcast.passes.number_formats import NumberFormat, format_of
 from calibcast.passes.rules import rounded
-from calibcast.passes.tensor_rules import median_noise, most_noise, rounding_noise
+from calibcast.passes.tensor_rules import LEAST_SQNR_DB, median_noise, most_noise, rounding_noise
 from calibcast.passes.transmission import Need, Seen, asked_of_arguments
 from torch import fx
 
-# What a result is to keep over the rounding of its arguments, dB: the budget that a plan has by default.
-BUDGET_DB = {"float16": 40.0, "bfloat16": 26.0}
+# What a result must keep over the rounding of its arguments, dB. In float16 the budget that a plan has by default. In
+# bfloat16 what `storage` asks of every tensor: its budget, 26 dB, would keep angles high for an error of 6%.
+LEAST_DB = {"float16": 40.0, "bfloat16": LEAST_SQNR_DB}
 
 
 def lost_nodes(
@@ -49,8 +50,8 @@ class _Walk:
 
     def __init__(self, names: Mapping[fx.Node, str], seen: Seen, low: NumberFormat) -> None:
         self._names, self._seen, self._low = names, seen, low
-        self._budget = BUDGET_DB[low.name]
-        self._share = 10 ** (-self._budget / 10)
+        self._least = LEAST_DB[low.name]
+        self._share = 10 ** (-self._least / 10)
         self._asked: dict[fx.Node, Need] = {}
         self._found: dict[str, Lost] = {}
 
@@ -103,8 +104,8 @@ class _Walk:
 
     def _lose(self, node: fx.Node, need: Need, excess: float) -> None:
         if node in self._names:
-            decibels = self._budget - 10 * math.log10(excess) if excess > 0 else self._budget
-            self._found.setdefault(self._names[node], Lost(need.asked, decibels, self._budget))
+            decibels = self._least - 10 * math.log10(excess) if excess > 0 else self._least
+            self._found.setdefault(self._names[node], Lost(need.asked, decibels, self._least))
 
     def _ask(self, x: fx.Node, need: Need) -> None:
         known = self._asked.get(x)

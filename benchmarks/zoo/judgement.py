@@ -27,8 +27,10 @@ from benchmarks.zoo.architecture import Architecture
 TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.05}
 SLACK = 1.5
 LEAST_WORK, LEAST_BYTES = 0.95, 0.90
-# High not by a number but because it cannot be otherwise: no half kernels, or storage shared with fp32.
+# High not by a number but because it cannot be otherwise: no half kernels, or storage shared with fp32. What only moves
+# the data of such nodes, by `FOLLOWS`, is high with them.
 UNAVOIDABLE = frozenset({"legality", "alias"})
+FOLLOWS = "follows"
 Outputs = list[list[Any]]  # by batch, by output
 
 
@@ -91,7 +93,7 @@ class Trial:
         outputs = outputs_of(mixed, self.inputs)
         outcome = Outcome(
             shares=shares_of(self.program, plan, mixed),
-            avoidable=shares_of(self.program, plan, mixed, UNAVOIDABLE),
+            avoidable=shares_of(self.program, plan, mixed, unavoidable(self.program, plan)),
             error=worst_error(outputs, self.reference),
             half_error=self.half_error(plan.low_precision_type),
             misses=(),
@@ -184,8 +186,8 @@ def misses_of(outcome: Outcome, tolerance: float) -> list[str]:
 def shares_of(
     program: ExportedProgram, plan: PrecisionPlan, mixed: ExportedProgram, without: frozenset[str] = frozenset()
 ) -> Shares:
-    """Shares of what a plan decides on, `without` the nodes that these rules keep high; read off the cast graph."""
-    counted = {d.node: d.work for d in plan.decisions if d.precision != KEPT and d.rule not in without}
+    """Shares of what a plan decides on, but for the nodes `without`; read off the cast graph."""
+    counted = {d.node: d.work for d in plan.decisions if d.precision != KEPT and d.node not in without}
     nodes = {c.name: c.node for c in candidates(program) if c.name in counted and not c.inside}
     made = {node.name: node for node in mixed.graph.nodes}
     # Nodes inlined from a `no_grad` region have their dots written as underscores.
@@ -198,6 +200,20 @@ def shares_of(
         bytes=_share(sum(sizes[name] for name in low), sum(sizes.values())),
         casts=count_casts(program, mixed),
     )
+
+
+def unavoidable(program: ExportedProgram, plan: PrecisionPlan) -> frozenset[str]:
+    """The nodes that cannot be low whatever the data, and those that only move data to them or from them."""
+    rules = {d.node: d.rule for d in plan.decisions if d.precision == HIGH}
+    found = {name for name, rule in rules.items() if rule in UNAVOIDABLE}
+    movers = [c for c in candidates(program) if rules.get(c.name) == FOLLOWS]
+    while reached := {c.name for c in movers if c.name not in found and _touches(c.node, found)}:
+        found |= reached
+    return frozenset(found)
+
+
+def _touches(node: torch.fx.Node, names: set[str]) -> bool:
+    return any(other.name in names for other in (*node.all_input_nodes, *node.users))
 
 
 def _is_low(node: torch.fx.Node, copy: torch.fx.Node, low_type: torch.dtype) -> bool:
