@@ -22,17 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from calibcast.calib.calibration import calibrate
 from calibcast.calib.ranges import RangeTable
-from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.emulation import emulated
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.rescaling.judging import judged
 from calibcast.passes.rescaling.rescaling import rescale
 from calibcast.passes.rescaling.result import Rescaling
-from calibcast.passes.settings import Settings, low_type_of
+from calibcast.passes.settings import Settings
 from torch.export import ExportedProgram
 
-from benchmarks import machine
+from benchmarks import machine, rescaling_on_gpu
 from benchmarks.rescaling_laws import run
 from benchmarks.rescaling_networks import CASES, Case
 
@@ -40,11 +39,6 @@ HEADER = (
     "| network | fp32 nodes | work low | bytes low | casts | plan dB | half dB | same bits | added | s |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
-GPU_HEADER = (
-    "| network | variant | ms median (min to max) | SQNR dB | same bits | note |",
-    "|---|---|---|---|---|---|",
-)
-ON_GPU = ("latent decoder", "ViT, growth", "characters, trained, massive channels", "raw audio")
 
 
 def row(name: str, case: Case) -> str:
@@ -105,86 +99,24 @@ def _sqnr(want: list[torch.Tensor], got: list[torch.Tensor]) -> float:
     return worst
 
 
-def gpu_rows(name: str, case: Case, rounds: int, backend: str) -> list[str]:
-    """fp32, whole-half, the plan before and after: interleaved latency, SQNR on unseen data, and equal bits in fp32."""
-    from calibcast.engines.building import build
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # of convolutions and RNNs alike
-    program = case.program()
-    ranges = calibrate(program, [case.batch(i) for i in range(3)], rounding_batches=0, progress=False, device="cuda")
-    fitted = rescale(program, ranges)
-    unseen = [tuple(t.cuda() for t in case.batch(10 + i)) for i in range(2)]
-    want = _on_gpu(program, unseen)
-    same = all(map(torch.equal, want, _on_gpu(fitted.program, unseen)))
-    low = low_type_of("fp16")
-    plans = {
-        "fp32": (program, ranges, PrecisionPlan.from_types(program)),
-        "whole-half": (program, ranges, whole_half(program, ranges, low)),
-        "plan": (program, ranges, classify(program, ranges)),
-        "whole-half, rescaled": (fitted.program, fitted.ranges, whole_half(fitted.program, fitted.ranges, low)),
-        "plan, rescaled": (fitted.program, fitted.ranges, classify(fitted.program, fitted.ranges)),
-    }
-    engines, lines = {}, []
-    for variant, (source, table, plan) in plans.items():
-        try:
-            engines[variant] = build(
-                insert_casts(source, plan), plan, table, backend=backend, on_failure="fallback", progress=False
-            )
-        except Exception as error:  # a row says so, and the others go on
-            lines.append(f"| {name} | {variant} | | | | {type(error).__name__}: {str(error)[:160]} |")
-    times: dict[str, list[float]] = {variant: [] for variant in engines}
-    for _ in range(rounds):
-        for variant, engine in engines.items():
-            times[variant].append(_milliseconds(engine, unseen[0]))
-    for variant, engine in engines.items():
-        taken = sorted(times[variant])
-        got = [t for batch in unseen for t in _tensors(engine(*batch))]
-        cells = f"{taken[len(taken) // 2]:.3f} ({taken[0]:.3f} to {taken[-1]:.3f}) | {_sqnr(want, got):.1f}"
-        lines.append(f"| {name} | {variant} | {cells} | {'yes' if same else 'NO'} | {engine.backend} |")
-    return lines
-
-
-def _on_gpu(program: ExportedProgram, batches: Any) -> list[torch.Tensor]:
-    from calibcast.calib.execution import ProgramRunner
-
-    runner = ProgramRunner(program, "cuda")
-    return [t for batch in batches for t in runner.run(list(batch))]
-
-
-def _tensors(result: Any) -> list[torch.Tensor]:
-    return [result] if isinstance(result, torch.Tensor) else list(result)
-
-
-def _milliseconds(engine: Any, inputs: Any, calls: int = 20) -> float:
-    for _ in range(3):
-        engine(*inputs)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(calls):
-        engine(*inputs)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / calls * 1e3
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="benchmarks/results/rescaling.md")
     parser.add_argument("--networks", nargs="*", default=None, choices=list(CASES), metavar="NETWORK")
     parser.add_argument("--gpu", action="store_true", help="build engines and time them")
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--backend", default="auto", help="of the engines: auto, tensorrt, inductor")
+    parser.add_argument("--backend", default="tensorrt", help="of the engines: tensorrt, inductor, eager")
+    parser.add_argument("--seconds", type=float, default=140.0, help="after which what is not done is given up")
     options = parser.parse_args()
-    header = GPU_HEADER if options.gpu else HEADER
-    lines = [f"# Rescaling{' on a GPU' if options.gpu else ''}\n", machine.header(), *header]
+    if options.gpu:
+        rescaling_on_gpu.run(options.networks or rescaling_on_gpu.DEFAULT, options)
+        return
+    lines = ["# Rescaling\n", machine.header(), *HEADER]
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    for name in options.networks or (ON_GPU if options.gpu else CASES):
+    for name in options.networks or CASES:
         try:
-            lines += (
-                gpu_rows(name, CASES[name], options.rounds, options.backend)
-                if options.gpu
-                else [row(name, CASES[name])]
-            )
+            lines.append(row(name, CASES[name]))
         except Exception as error:
             lines.append(f"| {name} | failed: {type(error).__name__}: {str(error)[:200]} |")
         print(lines[-1], flush=True)

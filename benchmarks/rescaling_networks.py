@@ -39,8 +39,8 @@ def _draw(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + seed)
 
 
-def _ids(vocabulary: int, length: int) -> Callable[[int], Batch]:
-    return lambda seed: (torch.randint(0, vocabulary, (2, length), generator=_draw(seed)),)
+def _ids(vocabulary: int, length: int, rows: int = 2) -> Callable[[int], Batch]:
+    return lambda seed: (torch.randint(0, vocabulary, (rows, length), generator=_draw(seed)),)
 
 
 def _normal(*shape: int, scale: float = 1.0, offset: float = 0.0) -> Callable[[int], Batch]:
@@ -70,12 +70,15 @@ _SIZES: dict[str, Any] = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "attn_implementation": "sdpa",
 }  # fmt: skip
+_LARGE_SIZES: dict[str, Any] = {
+    **_SIZES, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8,
+}  # fmt: skip
 
 
-def _llama() -> nn.Module:
+def _llama(sizes: dict[str, Any] = _SIZES) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = _grown(LlamaForCausalLM(LlamaConfig(**_SIZES)), ("o_proj.weight", "down_proj.weight"), 3e4)
+    model = _grown(LlamaForCausalLM(LlamaConfig(**sizes)), ("o_proj.weight", "down_proj.weight"), 3e4)
     return _Logits(_grown(model, ("embed_tokens.weight",), 1e3))
 
 
@@ -91,11 +94,12 @@ def _gemma() -> nn.Module:
 
 
 class _T5(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 64, heads: int = 4) -> None:
         super().__init__()
         from transformers import T5Config, T5EncoderModel
 
-        config = T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=160, num_layers=4, num_heads=4)
+        sizes = {"d_model": width, "d_kv": width // heads, "d_ff": 5 * width // 2, "num_heads": heads}
+        config = T5Config(vocab_size=256, num_layers=4, **sizes)
         self.encoder = _grown(T5EncoderModel(config), ("SelfAttention.o.weight", "wo.weight"), 2e3)
         _grown(self.encoder, ("shared.weight",), 1e2)
 
@@ -124,11 +128,11 @@ class _Block(nn.Module):
 
 
 class _ViT(nn.Module):
-    def __init__(self, gain: float = 1.0, massive: bool = False) -> None:
+    def __init__(self, gain: float = 1.0, massive: bool = False, width: int = 64, heads: int = 4) -> None:
         super().__init__()
-        self.patch, self.place = nn.Conv2d(3, 64, 4, 4), nn.Parameter(torch.randn(1, 64, 64))
-        self.blocks = nn.Sequential(*[_Block(64, 4) for _ in range(4)])
-        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 10)
+        self.patch, self.place = nn.Conv2d(3, width, 4, 4), nn.Parameter(torch.randn(1, 64, width))
+        self.blocks = nn.Sequential(*[_Block(width, heads) for _ in range(4)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
         with torch.no_grad():
             for block in self.blocks:
                 for linear in (block.out, block.down):
@@ -159,14 +163,15 @@ class _Residual(nn.Module):
 class _LatentDecoder(nn.Module):
     """As a latent diffusion's: residual blocks, upsampling, and activations that pass 65504."""
 
-    def __init__(self, gain: float = 2e5) -> None:
+    def __init__(self, gain: float = 2e5, widths: tuple[int, int] = (64, 32)) -> None:
         super().__init__()
-        self.first = nn.Conv2d(4, 64, 3, padding=1)
+        wide, narrow = widths
+        self.first = nn.Conv2d(4, wide, 3, padding=1)
         self.blocks = nn.Sequential(
-            _Residual(64, 64, gain), nn.Upsample(scale_factor=2), _Residual(64, 32, gain), nn.Upsample(scale_factor=2),
-            _Residual(32, 32, gain), nn.GroupNorm(8, 32), nn.SiLU(),
+            _Residual(wide, wide, gain), nn.Upsample(scale_factor=2), _Residual(wide, narrow, gain),
+            nn.Upsample(scale_factor=2), _Residual(narrow, narrow, gain), nn.GroupNorm(8, narrow), nn.SiLU(),
         )  # fmt: skip
-        self.last = nn.Conv2d(32, 3, 3, padding=1)
+        self.last = nn.Conv2d(narrow, 3, 3, padding=1)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.last(self.blocks(self.first(latent)))
@@ -349,4 +354,11 @@ CASES: dict[str, Case] = {
     "GELU on large values": Case(_LargeGelu, _normal(8, 64), helps=False),
     "ViT that fits": Case(_ViT, _normal(4, 3, 32, 32), helps=False),
     "latent decoder in bf16": Case(_LatentDecoder, _normal(2, 4, 16, 16), helps=False),
+}
+# As large as a GPU needs for its time to be that of the arithmetic: the kinds are the same.
+LARGE: dict[str, Case] = {
+    "T5 encoder (transformers)": Case(lambda: _T5(1024, 16), _ids(256, 256, rows=8)),
+    "Llama (transformers)": Case(lambda: _llama(_LARGE_SIZES), _ids(256, 256, rows=8)),
+    "latent decoder": Case(lambda: _LatentDecoder(widths=(128, 128)), _normal(4, 4, 64, 64)),
+    "ViT, growth": Case(lambda: _ViT(gain=3e4, width=768, heads=12), _normal(64, 3, 32, 32)),
 }
