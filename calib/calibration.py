@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -27,6 +27,7 @@ from calibcast.calib.graph import TensorSpec, input_targets, state_tensor, tenso
 from calibcast.calib.input_sizes import count_size
 from calibcast.calib.loader_order import batch_hash, refuse_unseeded, resumed, rewind
 from calibcast.calib.masks import mask_tensors
+from calibcast.calib.measured import Measured
 from calibcast.calib.observer import Observer
 from calibcast.calib.range_schema import MAX_HASHES, Calibration
 from calibcast.calib.ranges import RangeTable
@@ -129,17 +130,18 @@ class Run:
             input_hashes=tuple(dict.fromkeys(self.hashes)),
         )
 
+    def measured(self) -> Measured:
+        """What was measured, on the host; where it runs on the host, the next batch changes it."""
+        total = self.observer.total.to("cpu")
+        return Measured(tuple(self.specs), total, self.calibration(), self.evidence.record)
+
     def table(self) -> RangeTable:
         """What was measured, brought to the host."""
-        statistics, rounding = self.observer.total.to("cpu"), self.evidence.record.frame()
-        return RangeTable.measured(self.specs, statistics, self.calibration(), rounding)
+        return RangeTable(**vars(self.measured().data()))
 
     def checkpoint(self, position: int, made_of: Mapping[str, str], last: str = "", **more: Any) -> Checkpoint:
         """What was measured after `position` batches; write or copy it before the next one, which changes it."""
-        total = self.observer.total.to("cpu")
-        rounding = self.evidence.record
-        made = Checkpoint(tuple(self.specs), total, self.calibration(), position, made_of, last, **more)
-        return replace(made, rounding=rounding)
+        return Checkpoint(**vars(self.measured()), position=position, made_of=made_of, last=last, **more)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, in place of the weights' measurement and of its batches.

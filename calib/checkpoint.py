@@ -16,10 +16,9 @@ import torch
 from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, written_whole
 from calibcast.calib.errors import ArtifactError, MismatchError
 from calibcast.calib.graph import TensorSpec
-from calibcast.calib.graph_digests import first_difference
-from calibcast.calib.input_sizes import merge_sizes
+from calibcast.calib.measured import Measured, merge_measured
 from calibcast.calib.plain_npz import read_npz
-from calibcast.calib.range_schema import MAX_HASHES, Calibration
+from calibcast.calib.range_schema import Calibration
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
@@ -27,29 +26,22 @@ from calibcast.calib.statistics import Statistics
 
 _KIND = "checkpoint"
 _HEADER, _TOTAL, _ROUNDING = "header", "total", "rounding"
-# Measured on every batch; the others are weights, measured once, and equal in every shard.
-MOVING = frozenset({"input", "activation"})
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Measured):
     """What a calibration has seen after `position` batches of its loader, left-out ones included.
 
-    specs: of the rows. statistics: on the host. calibration: as in a `RangeTable`. made_of: fingerprints of what is
-    calibrated, and how; a run with others must not go on from here. last: a hash of the last batch, to notice a
-    loader whose order does not repeat. early: statistics at earlier positions. notes: of the caller, for JSON.
-    rounding: the evidence so far.
+    made_of: fingerprints of what is calibrated, and how; a run with others must not go on from here. last: a hash of
+    the last batch, to notice a loader whose order does not repeat. early: statistics at earlier positions. notes: of
+    the caller, for JSON.
     """
 
-    specs: tuple[TensorSpec, ...]
-    statistics: Statistics
-    calibration: Calibration
     position: int
     made_of: Mapping[str, str] = field(default_factory=dict)
     last: str = ""
     early: Mapping[int, Statistics] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
-    rounding: RoundingRecord = field(default_factory=RoundingRecord)
 
     def to_bytes(self) -> bytes:
         """A NumPy `.npz` archive: a JSON header, and every array of the statistics under its field's name."""
@@ -120,7 +112,7 @@ class Checkpoint:
 
     def table(self) -> RangeTable:
         """The ranges measured so far."""
-        return RangeTable.measured(self.specs, self.statistics, self.calibration, self.rounding.frame())
+        return RangeTable(**vars(self.data()))
 
     def difference(self, made_of: Mapping[str, str]) -> str | None:
         """The first thing in which a run made of `made_of` differs from the one that wrote this; None if nothing."""
@@ -139,54 +131,21 @@ def merge_checkpoints(parts: Sequence[Checkpoint]) -> Checkpoint:
     if not parts:
         raise MismatchError("nothing to merge: give at least one checkpoint")
     first = parts[0]
-    statistics, calibration, rounding = _copied(first.statistics), first.calibration, first.rounding
-    moving = torch.tensor([spec.kind in MOVING for spec in first.specs], dtype=torch.bool)
     for number, part in enumerate(parts[1:], 1):
-        difference = first_difference(calibration.digests, part.calibration.digests)
-        if difference is None and part.calibration.weights != calibration.weights:
-            difference = "the weights are others"
-        if difference is None and (named := first.difference(part.made_of)) is not None:
-            difference = f"{named} is not the same"
-        if difference is not None:
-            raise MismatchError(f"shard {number} belongs to another run than shard 0: {difference}")
-        merge_moving(statistics, part.statistics, moving)
-        calibration, rounding = _added(calibration, part.calibration), rounding.merged(part.rounding)
-    position = sum(part.position for part in parts)
-    merged = replace(first, statistics=statistics, calibration=calibration, rounding=rounding)
-    return replace(merged, position=position, last="", early={}, notes={})
-
-
-def merge_moving(total: Statistics, other: Statistics, moving: torch.Tensor) -> None:
-    """Take the rows `moving` (bool [R]) of `other` into `total`, and leave the others: weights count once."""
-    part = total.at(moving)
-    part.merge(other.at(moving))
-    for name, array in _tensors(total):
-        array[moving] = getattr(part, name)
+        if (named := first.difference(part.made_of)) is not None:
+            raise MismatchError(f"shard {number} belongs to another run than shard 0: {named} is not the same")
+    whole = merge_measured(parts, "shard")
+    return Checkpoint(**vars(whole), position=sum(part.position for part in parts), made_of=first.made_of)
 
 
 def copy_into(total: Statistics, other: Statistics) -> None:
     """Make `total` equal to `other` bit for bit, in its own memory and on its own device."""
-    for name, array in _tensors(total):
+    for name, array in total.arrays():
         array.copy_(getattr(other, name))
 
 
-def _copied(statistics: Statistics) -> Statistics:
-    return replace(statistics, **{name: array.clone() for name, array in _tensors(statistics)})
-
-
-def host_copy(statistics: Statistics) -> Statistics:
-    """A copy on the host that later batches do not change."""
-    return replace(statistics, **{name: array.to("cpu", copy=True) for name, array in _tensors(statistics)})
-
-
-def _tensors(statistics: Statistics) -> list[tuple[str, torch.Tensor]]:
-    """The arrays of statistics by field: all there is to them, whatever fields there are."""
-    found = [(item.name, getattr(statistics, item.name)) for item in fields(statistics)]
-    return [(name, array) for name, array in found if array is not None]
-
-
 def _arrays(prefix: str, statistics: Statistics) -> dict[str, Any]:
-    return {f"{prefix}.{name}": array.detach().cpu().numpy() for name, array in _tensors(statistics)}
+    return {f"{prefix}.{name}": array.detach().cpu().numpy() for name, array in statistics.arrays()}
 
 
 def _statistics(prefix: str, arrays: Mapping[str, Any], rows: int) -> Statistics:
@@ -195,7 +154,7 @@ def _statistics(prefix: str, arrays: Mapping[str, Any], rows: int) -> Statistics
     # Without histograms there is no such array; anything else that is missing was written by another version.
     if set(own) | {"histograms"} != names | {"histograms"}:
         raise ValueError(f"arrays {sorted(own)}, expected {sorted(names)}")
-    empty = dict(_tensors(Statistics.empty(0, histogram=True)))
+    empty = dict(Statistics.empty(0, histogram=True).arrays())
     for name, array in own.items():
         if array.shape != (rows, *empty[name].shape[1:]):
             raise ValueError(f"{name} has the shape {array.shape}, and there are {rows} tensors")
@@ -219,16 +178,6 @@ def _rounding(header: Mapping[str, Any] | None, arrays: Mapping[str, Any]) -> Ro
     missing = {int(row): str(reason) for row, reason in header["missing"].items()}
     statistics = replace(found, missing=missing, **own)
     return RoundingRecord(edges, bool(header["apart"]), statistics, int(header["seen"]))
-
-
-def _added(mine: Calibration, theirs: Calibration) -> Calibration:
-    return replace(
-        mine,
-        batches=mine.batches + theirs.batches,
-        skipped=tuple(sorted(mine.skipped + theirs.skipped)),
-        input_sizes=merge_sizes(mine.input_sizes, theirs.input_sizes),
-        input_hashes=tuple(dict.fromkeys(mine.input_hashes + theirs.input_hashes))[:MAX_HASHES],
-    )
 
 
 class Pace:

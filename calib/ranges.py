@@ -16,14 +16,13 @@ from calibcast.calib.file_kinds import told_kind
 from calibcast.calib.graph_digests import first_difference
 from calibcast.calib.range_file import read_ranges, save_ranges
 from calibcast.calib.range_scaling import NumberScale, true_table
-from calibcast.calib.range_schema import Calibration, RangeData
+from calibcast.calib.range_schema import RangeData
 from calibcast.calib.rounding_table import rounding_gaps
 from calibcast.calib.seal import broken_seal, has_parquet_ends
 
 # A table is read, filtered and compared without torch, which takes seconds to import; methods that deal in programs
 # and in arrays import it, or what needs it, themselves.
 if TYPE_CHECKING:
-    from calibcast.calib.graph import TensorSpec
     from calibcast.calib.statistics import Statistics
     from torch.export import ExportedProgram
 
@@ -106,23 +105,15 @@ class RangeTable(RangeData):
         of later tables are counted on from the earlier ones. Raises MismatchError for tables of other graphs or
         weights.
         """
-        from calibcast.calib.range_statistics import merged
-
         if not tables:
             raise MismatchError("nothing to merge: give at least one RangeTable")
         for number, table in enumerate(tables):
             require_table(table, f"table {number}")
-        return merged(tables)
+        if len(tables) == 1:
+            return tables[0]
+        from calibcast.calib.measured import merge_tables
 
-    @classmethod
-    def measured(
-        cls, specs: Sequence[TensorSpec], statistics: Statistics, calibration: Calibration, rounding: pl.DataFrame
-    ) -> RangeTable:
-        """A table from specs and statistics of the same order. `statistics` must be on the host."""
-        from calibcast.calib.range_statistics import frames_of
-
-        frame, hidden = frames_of(specs, statistics)
-        return cls(frame, calibration, hidden, rounding)
+        return cls(**vars(merge_tables(tables)))
 
     def check(self, program: ExportedProgram, weights: str = "warn") -> None:
         """Raise MismatchError unless this table is of `program`; other weights warn, or raise with "refuse"."""

@@ -74,9 +74,9 @@ class RoundingStatistics:
                 mine.copy_(torch.where(worse, getattr(other, item.name), mine))
         self.missing = {**other.missing, **self.missing}
 
-    def counted_on(self, batches: int) -> RoundingStatistics:
-        """The same with its batches numbered from `batches` on."""
-        moved = torch.where(self.worst_batch < _NO_BATCH, self.worst_batch + batches, self.worst_batch)
+    def numbered_from(self, first: int) -> RoundingStatistics:
+        """The same of batches that are numbered from `first` on, in place of 0."""
+        moved = torch.where(self.worst_batch < _NO_BATCH, self.worst_batch + first, self.worst_batch)
         return replace(self, worst_batch=moved)
 
     def widened(self, columns: int) -> RoundingStatistics:
@@ -118,15 +118,23 @@ class RoundingRecord:
         """A copy that later batches do not change."""
         return replace(self, statistics=self.statistics.copy())
 
+    def numbered_from(self, first: int) -> RoundingRecord:
+        """The same of batches that are numbered from `first` on, in place of 0."""
+        return replace(self, statistics=self.statistics.numbered_from(first))
+
     def merged(self, other: RoundingRecord) -> RoundingRecord:
-        """Of two shards whose batches have numbers of their own. Raises MismatchError for other edges."""
+        """Of two sets of batches with numbers of their own. One without edges leaves the other as it is.
+
+        Raises MismatchError for other edges.
+        """
         if not self.edges or not other.edges:
             return (self if self.edges else other).copy()
         if not self.has_edges_of(other):
-            raise MismatchError("the shards have other edges of rounding: one was made by another version")
-        made = replace(self.copy(), seen=self.seen + other.seen)
-        made.statistics.merge(other.statistics)
-        return made
+            raise MismatchError("they have other edges of rounding: one was changed, or made by another version")
+        columns = max(record.statistics.noise.shape[1] for record in (self, other))
+        total = self.statistics.copy().widened(columns)
+        total.merge(other.statistics.widened(columns))
+        return RoundingRecord(self.edges, self.apart and other.apart, total, self.seen + other.seen)
 
     def frame(self) -> pl.DataFrame:
         """The evidence as `ranges.rounding`; see `calib.rounding_table`."""
@@ -160,7 +168,7 @@ def _measured(found: RoundingStatistics, row: int, noise: list[float], local: fl
     }
 
 
-def rounding_statistics(frame: pl.DataFrame) -> RoundingStatistics:
+def _statistics_of(frame: pl.DataFrame) -> RoundingStatistics:
     """The statistics that a frame was made from, sums restored from means in float64."""
     by_output = frame["noise_by_output"].drop_nulls()
     columns = max(by_output.list.len().to_list(), default=1)
@@ -179,21 +187,9 @@ def rounding_statistics(frame: pl.DataFrame) -> RoundingStatistics:
     return found
 
 
-def merged_rounding(first: pl.DataFrame, second: pl.DataFrame, offset: int) -> pl.DataFrame:
-    """One frame from those of two sets of batches, those of the second numbered from `offset` on.
-
-    One without rows leaves the other as it is. Raises MismatchError for frames of other edges.
-    """
-    if not len(first) or not len(second):
-        moved = second.with_columns(pl.col("worst_batch") + offset)
-        return first if len(first) else moved
-    keys = first.select(ROUNDING_KEY)
-    apart = [frame["noise_by_output"].is_not_null().any() or not frame["batches"].sum() for frame in (first, second)]
-    if not keys.equals(second.select(ROUNDING_KEY)):
-        raise MismatchError("the tables have other edges of rounding: one was changed, or made by another version")
-    total, other = rounding_statistics(first), rounding_statistics(second).counted_on(offset)
-    columns = max(total.noise.shape[1], other.noise.shape[1])
-    total, other = total.widened(columns), other.widened(columns)
-    total.merge(other)
-    edges = tuple(Edge(node, name, output) for node, name, output, _ in keys.rows()[:: len(LOW_TYPE_NAMES)])
-    return RoundingRecord(edges, all(apart), total).frame()
+def record_of(frame: pl.DataFrame) -> RoundingRecord:
+    """What `ranges.rounding` was made from. How many batches were shown is not in it."""
+    rows = frame.select(ROUNDING_KEY).rows()[:: len(LOW_TYPE_NAMES)]
+    edges = tuple(Edge(node, name, output) for node, name, output, _ in rows)
+    apart = bool(frame["noise_by_output"].is_not_null().any() or not frame["batches"].sum())
+    return RoundingRecord(edges, apart, _statistics_of(frame))

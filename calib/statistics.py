@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import torch
-from calibcast.calib.statistic_names import BINS, COUNTS, HIDDEN, NO_BATCH, NO_HIDDEN, NOTHING, VALUES
+from calibcast.calib.statistic_names import (
+    BINS,
+    COUNTS,
+    HIDDEN,
+    HIDDEN_MERGES,
+    NO_BATCH,
+    NO_HIDDEN,
+    NOTHING,
+    VALUE_MERGES,
+    VALUES,
+)
+
+_MERGES: Mapping[str, Callable[..., torch.Tensor]] = {
+    "sum": torch.add,
+    "least": torch.minimum,
+    "largest": torch.maximum,
+}
+# How the array of a field merges: all of it by one name, or column by column.
+_SUM, _EARLIEST = {"merge": "sum", "nothing": 0}, {"merge": "least", "nothing": NO_BATCH}
+_OF_PEAK = {"merge": "of the larger peak", "nothing": NO_BATCH}
 
 
 @dataclass(frozen=True)
@@ -16,13 +36,13 @@ class Statistics:
     batches, absmax_batch, nonfinite_batch: int64 [R]; hidden: float64 [R, 3] as in `HIDDEN`.
     """
 
-    values: torch.Tensor
-    counts: torch.Tensor
-    histograms: torch.Tensor | None
-    batches: torch.Tensor
-    absmax_batch: torch.Tensor
-    nonfinite_batch: torch.Tensor
-    hidden: torch.Tensor
+    values: torch.Tensor = field(metadata={"columns": VALUE_MERGES})
+    counts: torch.Tensor = field(metadata=_SUM)
+    histograms: torch.Tensor | None = field(metadata=_SUM)
+    batches: torch.Tensor = field(metadata=_SUM)
+    absmax_batch: torch.Tensor = field(metadata=_OF_PEAK)
+    nonfinite_batch: torch.Tensor = field(metadata=_EARLIEST)
+    hidden: torch.Tensor = field(metadata={"columns": HIDDEN_MERGES})
 
     @classmethod
     def empty(cls, rows: int, histogram: bool, device: torch.device | str = "cpu") -> Statistics:
@@ -41,78 +61,82 @@ class Statistics:
             hidden=torch.tensor(NO_HIDDEN, dtype=torch.float64, device=device).repeat(rows, 1),
         )
 
+    def column(self, name: str) -> torch.Tensor:
+        """The column of `values`, `counts` or `hidden` that has this name: a view, [R]."""
+        for array, names in ((self.values, VALUES), (self.counts, COUNTS), (self.hidden, HIDDEN)):
+            if name in names:
+                return array[:, names.index(name)]
+        raise KeyError(name)
+
     def clear(self) -> None:
         """Back to `empty`, without a new allocation."""
-        for column, nothing in enumerate(NOTHING):
-            self.values[:, column].fill_(nothing)  # a copy from the host would wait for the device
-        for column, nothing in enumerate(NO_HIDDEN):
-            self.hidden[:, column].fill_(nothing)
-        for array in (self.counts, self.histograms, self.batches):
-            if array is not None:
-                array.zero_()
-        self.absmax_batch.fill_(NO_BATCH)
-        self.nonfinite_batch.fill_(NO_BATCH)
+        for array, nothing in ((self.values, NOTHING), (self.hidden, NO_HIDDEN)):
+            for column, number in enumerate(nothing):
+                array[:, column].fill_(number)  # a copy from the host would wait for the device
+        for item in fields(self):
+            array = getattr(self, item.name)
+            if array is not None and "merge" in item.metadata:
+                array.fill_(item.metadata["nothing"])
 
-    def merge(self, other: Statistics, rows: slice | torch.Tensor | None = None) -> None:
-        """Take in `other`: counts and histograms add, min and max extend, sums add in float64.
+    def merge(self, other: Statistics) -> None:
+        """Take in `other`, each statistic by the merge that it names.
 
         Of two batches with the same peak, and of two that are not finite, the earlier counts, in any order of merging.
         """
-        if rows is not None:
-            other = other.at(rows)
+        self._merge_peak_batches(other)
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if mine is None or theirs is None:
+                continue
+            for column, merge in enumerate(item.metadata.get("columns", {}).values()):
+                _MERGES[merge](mine[:, column], theirs[:, column], out=mine[:, column])
+            if item.metadata.get("merge") in _MERGES:
+                _MERGES[item.metadata["merge"]](mine, theirs, out=mine)
+
+    def _merge_peak_batches(self, other: Statistics) -> None:
+        """The batch of the larger peak. To be done before the peaks themselves are merged."""
         peak, new = self.absmax(), other.absmax()
         taken = torch.where(new == peak, other.absmax_batch < self.absmax_batch, new > peak)
         self.absmax_batch.copy_(torch.where(taken, other.absmax_batch, self.absmax_batch))
-        torch.minimum(self.nonfinite_batch, other.nonfinite_batch, out=self.nonfinite_batch)
-        mine, theirs = self.values, other.values
-        mine[:, 0] = torch.minimum(mine[:, 0], theirs[:, 0])
-        mine[:, 1] = torch.maximum(mine[:, 1], theirs[:, 1])
-        mine[:, 2] = torch.minimum(mine[:, 2], theirs[:, 2])
-        mine[:, 3:] += theirs[:, 3:]
-        self.hidden[:, 0] = torch.maximum(self.hidden[:, 0], other.hidden[:, 0])
-        self.hidden[:, 1:] = torch.minimum(self.hidden[:, 1:], other.hidden[:, 1:])
-        self.counts.add_(other.counts)
-        self.batches.add_(other.batches)
-        if self.histograms is not None and other.histograms is not None:
-            self.histograms.add_(other.histograms)
+
+    def merge_rows(self, other: Statistics, rows: torch.Tensor) -> None:
+        """Take in the rows (bool [R]) of `other`, and leave the others as they are."""
+        part = self.at(rows)
+        part.merge(other.at(rows))
+        for name, array in self.arrays():
+            array[rows] = getattr(part, name)
+
+    def numbered_from(self, first: int) -> Statistics:
+        """The same of batches that are numbered from `first` on, in place of 0."""
+
+        def moved(batches: torch.Tensor) -> torch.Tensor:
+            return torch.where(batches < NO_BATCH, batches + first, batches)
+
+        return replace(self, absmax_batch=moved(self.absmax_batch), nonfinite_batch=moved(self.nonfinite_batch))
+
+    def arrays(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The arrays by field: all there is to them. Without histograms there is none of those."""
+        for item in fields(self):
+            array = getattr(self, item.name)
+            if array is not None:
+                yield item.name, array
 
     def at(self, rows: slice | torch.Tensor) -> Statistics:
         """The chosen rows, as a copy or a view."""
-        return Statistics(
-            self.values[rows],
-            self.counts[rows],
-            None if self.histograms is None else self.histograms[rows],
-            self.batches[rows],
-            self.absmax_batch[rows],
-            self.nonfinite_batch[rows],
-            self.hidden[rows],
-        )
+        return replace(self, **{name: array[rows] for name, array in self.arrays()})
+
+    def to(self, device: torch.device | str, copy: bool = False) -> Statistics:
+        """The same statistics on another device. copy: also where they are there already."""
+        return replace(self, **{name: array.to(device, copy=copy) for name, array in self.arrays()})
 
     def absmax(self) -> torch.Tensor:
         """Largest finite magnitude of each row, float64 [R]; -inf where nothing was finite."""
-        return torch.maximum(self.values[:, 1], -self.values[:, 0])
+        return torch.maximum(self.column("max"), -self.column("min"))
 
     def nonfinite(self) -> torch.Tensor:
         """How many NaN and Inf each row has seen, int64 [R]."""
-        first = COUNTS.index("nan")
-        return self.counts[:, first : first + 3].sum(1)
+        return self.column("nan") + self.column("posinf") + self.column("neginf")
 
     def finite(self) -> torch.Tensor:
         """How many finite, unmasked elements each row has seen, int64 [R]."""
-        return self.counts[:, 0] - self.counts[:, 1:4].sum(1) - self.counts[:, COUNTS.index("masked")]
-
-    def to(self, device: torch.device | str) -> Statistics:
-        """The same statistics on another device."""
-        return Statistics(
-            self.values.to(device),
-            self.counts.to(device),
-            None if self.histograms is None else self.histograms.to(device),
-            self.batches.to(device),
-            self.absmax_batch.to(device),
-            self.nonfinite_batch.to(device),
-            self.hidden.to(device),
-        )
-
-
-assert HIDDEN[0] == "hidden_max", "merge takes the largest of column 0, and the least of the others"
-assert VALUES[3:] == ("sum", "sum_of_squares"), "merge adds the columns from 3 on"
+        return self.column("elements") - self.nonfinite() - self.column("masked")

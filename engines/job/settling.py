@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
-from calibcast.calib.checkpoint import Checkpoint, host_copy
+from calibcast.calib.checkpoint import Checkpoint
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.statistics import Statistics
 from calibcast.passes.plan import PrecisionPlan
@@ -29,7 +29,7 @@ class Early:
         """`position` batches are finished: keep a copy where one is due, and drop what is too old by now."""
         newest = max(self.copies, default=0)
         if position >= newest * _GROWTH:
-            self.copies[position] = host_copy(total)
+            self.copies[position] = total.to("cpu", copy=True)
         for old in [p for p in self.copies if p < before_tail(position, self.copies)]:
             del self.copies[old]
 

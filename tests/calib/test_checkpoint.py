@@ -16,7 +16,7 @@ import pytest
 import torch
 from calibcast.calib import ArtifactError, BatchError, MismatchError, RangeTable, calibrate
 from calibcast.calib.calibration import measure_weights, prepare
-from calibcast.calib.checkpoint import Checkpoint, Pace, copy_into, host_copy, merge_checkpoints
+from calibcast.calib.checkpoint import Checkpoint, Pace, copy_into, merge_checkpoints
 from calibcast.calib.statistics import Statistics
 from torch import nn
 from torch.export import Dim, ExportedProgram
@@ -82,7 +82,7 @@ def test_a_checkpoint_is_the_same_after_saving_and_loading(program: ExportedProg
     for index, batch in enumerate(batches(5)):
         run.measure(index, [batch])
         if index == 2:
-            early = {3: host_copy(run.observer.total)}
+            early = {3: run.observer.total.to("cpu", copy=True)}
     saved = run.checkpoint(5, {"data": "abc"}, "hash", early=early, notes={"seen": [1, 2]})
     saved.save(tmp_path / "c.npz")
     loaded = Checkpoint.load(tmp_path / "c.npz")
@@ -235,7 +235,7 @@ def test_merging_changes_no_shard_and_refuses_another_run(program: ExportedProgr
     run = prepare(program, None, True, "warn")
     run.measure(0, [batches()[0]])
     one = run.checkpoint(1, {"data": "a"})
-    before = host_copy(one.statistics)
+    before = one.statistics
     merge_checkpoints([one, one])
     assert torch.equal(before.counts, one.statistics.counts)
     with pytest.raises(MismatchError, match="data is not the same"):

@@ -16,7 +16,7 @@ from calibcast.calib import MismatchError, RangeTable, calibrate
 from calibcast.calib.input_sizes import MAX_SIZES, count_size, merge_sizes
 from calibcast.calib.kernel import HostKernel
 from calibcast.calib.range_schema import MAX_HASHES
-from calibcast.calib.statistic_names import COUNTS, VALUES
+from calibcast.calib.statistic_names import COUNTS, HIDDEN_MERGES, NEUTRAL, VALUE_MERGES, VALUES
 from calibcast.calib.statistics import Statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -347,3 +347,16 @@ def test_equal_tables_are_equal(program: ExportedProgram, tmp_path: Path) -> Non
     assert RangeTable.load(tmp_path / "r.parquet") == first
     assert first != other
     assert first != "r.parquet"
+
+
+@pytest.mark.parametrize("name", [*VALUE_MERGES, *HIDDEN_MERGES, *COUNTS])
+def test_each_statistic_merges_as_its_name_says(name: str) -> None:
+    """2 and 3 become what the declared merge makes of them, and nothing seen changes no number."""
+    merge = {**VALUE_MERGES, **HIDDEN_MERGES}.get(name, "sum")
+    assert merge in NEUTRAL
+    one, other = Statistics.empty(1, False), Statistics.empty(1, False)
+    one.column(name).fill_(2)
+    other.column(name).fill_(3)
+    one.merge(other)
+    one.merge(Statistics.empty(1, False))
+    assert one.column(name).item() == {"sum": 5, "least": 2, "largest": 3}[merge]
