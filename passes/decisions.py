@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from calibcast.calib.graph import module_path, op_name
 from calibcast.passes.judge import Judge
 from calibcast.passes.plan import Decision
 from calibcast.passes.program_facts import ProgramFacts
 from calibcast.passes.regions import Candidate
-from calibcast.passes.ties import NamedTie
+from calibcast.passes.ties import forced_by_ties
 from calibcast.passes.verdict import KEPT, LOW, Verdict
 
 
@@ -32,7 +32,7 @@ def decide(program: ProgramFacts, judge: Judge, work: Mapping[str, int]) -> list
                 decision = judge.decide(facts, work[candidate.name], forced.get(candidate.name))
                 precisions[candidate.name] = decision.precision
             decisions.append(decision)
-        more = _forced_by_ties(program.ties, precisions, forced)
+        more = forced_by_ties(program.ties, precisions, forced)
         more |= _forced_by_readers(program, judge, precisions, forced)
         if not more:
             return decisions
@@ -66,20 +66,4 @@ def _forced_by_readers(
         facts = reader.read(program.outlines[name], precisions)
         if not facts.rounding_known and not judge.included(facts):
             more[name] = Verdict("follows", f"it only moves data from an fp32 source, and its reader {high} is high")
-    return more
-
-
-def _forced_by_ties(
-    ties: Sequence[NamedTie], precisions: Mapping[str, str], forced: Mapping[str, Verdict]
-) -> dict[str, Verdict]:
-    more: dict[str, Verdict] = {}
-    for tie, members in ties:
-        other = next((name for name in members if precisions.get(name) != LOW), None)
-        if tie.pinned is None and other is None:
-            continue
-        stays = "is high" if other in precisions else "keeps its type"
-        reason = tie.pinned or f"{tie.why} {other}, which {stays}"
-        for name in members:
-            if precisions.get(name) == LOW and name not in forced:
-                more[name] = Verdict(tie.rule, reason)
     return more

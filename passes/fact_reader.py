@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,7 +19,8 @@ class FactReader:
     """Makes `NodeFacts` of outlines, for one low type. kinds: of placeholders, by name; a table may lack them.
 
     magnified, offset_free: what `passes.sensitivity` found of the graph's tensors and nodes; lost: what
-    `passes.needs` did. rounding: what was measured of it in that type, if it was.
+    `passes.needs` did. rounding: what was measured of it in that type, if it was. refused: by name, why a node cannot
+    run in that type.
     """
 
     evidence: Evidence = field(repr=False)
@@ -29,6 +30,7 @@ class FactReader:
     offset_free: frozenset[str] = frozenset()
     lost: Mapping[str, Lost] = field(default_factory=dict)
     rounding: RoundingEvidence | None = field(default=None, repr=False)
+    refused: Callable[[str], str | None] = field(default=lambda name: None, repr=False, compare=False)
     _known: dict[tuple[str, int, str | None], TensorFacts] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -47,6 +49,7 @@ class FactReader:
             low=self._low,
             rounding_known=self.rounding is not None and self.rounding.knows(outline.name),
             lost=self.lost.get(outline.name),
+            refused=self.refused(outline.name),
         )
         return facts
 

@@ -112,7 +112,8 @@ class NodeFacts:
     inputs, outputs: its floating-point tensors. literals: numbers that become tensor values. epsilon: the op's own,
     if it has one. depth: how many products or terms are summed into one output element. hidden: bounds of values
     that the op hides. least_spread: the least variance (or mean square) that a norm divides by the root of.
-    lost: rounding leaves too little of what it gives, or of what is made of that.
+    lost: rounding leaves too little of what it gives, or of what is made of that. refused: why the operator cannot run
+    in the low type at all, or None.
     moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given. rounding_known: what rounding
     there does to the outputs was measured, so that rules which guess it from magnitudes have nothing to say. low_type:
     what it is to run in; a NumberFormat only where tensors are judged without a program.
@@ -130,6 +131,7 @@ class NodeFacts:
     hidden: tuple[Hidden, ...] = ()
     least_spread: float | None = None
     lost: Lost | None = None
+    refused: str | None = None
     moves: bool = False
     custom: bool = False
     has_ranges: bool = True

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from calibcast.calib.errors import PlanError
 from calibcast.passes.facts import NodeFacts
+from calibcast.passes.node_types import refused_verdict
 from calibcast.passes.plan import Decision
 from calibcast.passes.rounding_plan import DEFAULT_BUDGETS, RoundingPlan
 from calibcast.passes.rules import Legality, matched, rule_id
@@ -64,10 +65,11 @@ class Judge:
     def decide(self, facts: NodeFacts, work: int, tied: Verdict | None) -> Decision:
         included = self.included(facts)
         legality = Legality(allow_custom=included)(facts)
+        refused = None if facts.refused is None else refused_verdict(facts.refused, facts.low.name)
         rounding = None if self.rounding is None else self.rounding.verdict(facts.name)
         asked = (_verdict(rule, facts) for rule in self.rules)
-        verdicts = [v for v in (legality, tied, *asked, rounding) if v is not None]
-        binding = [v for v in (legality, tied) if v is not None] if included else verdicts
+        verdicts = [v for v in (legality, tied, *asked, rounding, refused) if v is not None]
+        binding = [v for v in (legality, tied, refused) if v is not None] if included else verdicts
         place: dict[str, Any] = {"node": facts.name, "op": facts.op, "module": facts.module, "work": work}
         if binding:
             first = binding[0]
@@ -85,7 +87,7 @@ class Judge:
     def keeps_high(self, facts: NodeFacts) -> bool:
         """Whether `decide` would say high of a node that is not tied: the same, without the reasons."""
         included = self.included(facts)
-        if Legality(allow_custom=included)(facts) is not None:
+        if facts.refused is not None or Legality(allow_custom=included)(facts) is not None:
             return True
         if included:
             return False

@@ -71,14 +71,14 @@ class LowTypes:
             return first_line(error)
 
     def _run_symbolic(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        with self.mode, torch.no_grad(), _quiet(self.mode.shape_env), _unlogged():
+        with self.mode, torch.no_grad(), _quiet(self.mode.shape_env), unlogged():
             # Copies, as an in-place op would change a fake tensor that nodes share.
             args, kwargs = fx.map_arg((args, kwargs), lambda n: pytree.tree_map(self._lowered, n.meta["val"]))
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _run_concrete(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """At the sizes of the export: some half-precision kernels take no symbols, such as those of lstm."""
-        with FakeTensorMode(), torch.no_grad(), _unlogged():
+        with FakeTensorMode(), torch.no_grad(), unlogged():
             args, kwargs = fx.map_arg((args, kwargs), lambda n: pytree.tree_map(self._stand_in, n.meta["val"]))
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -152,7 +152,7 @@ class _OtherThreads(logging.Filter):
 
 
 @contextmanager
-def _unlogged() -> Iterator[None]:
+def unlogged() -> Iterator[None]:
     """torch logs a stack trace when a fake kernel raises; here that is expected, and tried again.
 
     For this thread alone, and without a switch that two threads could leave in the wrong position.

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import getitem
+from typing import Protocol
 
 import torch
-from calibcast.calib.graph import base_op, is_bitcast, is_measurable, tensor_values, where
+from calibcast.calib.errors import PlanError
+from calibcast.calib.graph import base_op, dtype_name, is_bitcast, is_measurable, tensor_values, where
 from calibcast.calib.operators import CHECKS_NUMBERS, CONVERTS
-from calibcast.passes.low_types import LowTypes, Types
-from calibcast.passes.plan import PrecisionPlan
-from calibcast.passes.regions import qualified_name
-from calibcast.passes.ties import Tie, ties_of
+from calibcast.passes.low_types import LowTypes, Types, types_of
+from calibcast.passes.regions import Candidate, qualified_name
+from calibcast.passes.ties import Tie, forced_by_ties, named_ties, ties_of
+from calibcast.passes.verdict import HIGH, LOW, Verdict
 from torch import fx
 from torch.utils import _pytree as pytree
 
 _log = logging.getLogger("calibcast")
+
+
+class LowNodes(Protocol):
+    """What is needed of a `PrecisionPlan` here, which itself asks what a graph refuses."""
+
+    @property
+    def low_precision_nodes(self) -> tuple[str, ...]: ...
+
+    @property
+    def low_precision_type(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class NodeTypes:
     outputs: Mapping[fx.Node, Types] = field(repr=False)
 
     @classmethod
-    def of(cls, graph_module: fx.GraphModule, plan: PrecisionPlan) -> NodeTypes:
+    def of(cls, graph_module: fx.GraphModule, plan: LowNodes) -> NodeTypes:
         """Settle `plan` on a graph: all nodes that share written storage are low only if all are planned so."""
         planned = set(plan.low_precision_nodes)
         nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
@@ -42,9 +55,8 @@ class NodeTypes:
             return cls(frozenset(), plan.low_precision_type, {})
         types = LowTypes(graph_module, plan.low_precision_type)
         able = {node: outputs for node in wanted if (outputs := able_types(node, types)) is not None}
-        for node in wanted - able.keys():
-            _warn_of_refusal(node, types)
         low = settled(set(able), ties_of(graph_module))
+        _warn_of_refusals([node for node in wanted if node not in low], types)
         return cls(low, plan.low_precision_type, able)
 
 
@@ -59,37 +71,104 @@ def settled(low: set[fx.Node], ties: list[Tie]) -> frozenset[fx.Node]:
 
 def able_types(node: fx.Node, types: LowTypes) -> Types | None:
     """What `node` gives when it runs in the low type; None where it cannot."""
-    return types.of(node) if can_be_low(node, types.low_type) else None
+    return types.of(node) if refusal_of(node, types) is None else None
 
 
-def _warn_of_refusal(node: fx.Node, types: LowTypes) -> None:
-    refusal = types.refusal(node) if can_be_low(node, types.low_type) else None
-    if refusal is not None:
-        _log.warning(
-            "%s cannot run in %s and stays in its exported type: %s",
-            where(node, qualified_name(node)), types.low_type, refusal,
-        )  # fmt: skip
+def refusal_of(node: fx.Node, types: LowTypes) -> str | None:
+    """Why `node` stays in its exported type whatever a plan says, or None where it can run in the low type."""
+    return _refused_by_kind(node, types.low_type) or types.refusal(node) or _refused_by_result(node, types)
 
 
-def can_be_low(node: fx.Node, low_type: torch.dtype) -> bool:
-    """Not what states its own type or reads bits, nor what has a third type, whatever a hand-made plan says.
+class Refusals:
+    """Why the nodes of a graph stay in their exported type, by name, for one low type; found when asked for."""
 
-    Nor what would be given a number that its kernel refuses, which on fake tensors it does not.
+    def __init__(self, nodes: Mapping[str, fx.Node], low_type: torch.dtype) -> None:
+        self._nodes, self._low_type = nodes, low_type
+        self._found: dict[str, str | None] = {}
+
+    def __call__(self, name: str) -> str | None:
+        if name not in self._found:
+            self._found[name] = self._refusal(name)
+        return self._found[name]
+
+    @cached_property
+    def _types(self) -> LowTypes | None:
+        owner = next((node.graph.owning_module for node in self._nodes.values()), None)
+        try:
+            return None if owner is None else LowTypes(owner, self._low_type)
+        except PlanError:  # no fake tensors: nothing can be asked, and insertion will say so
+            return None
+
+    def _refusal(self, name: str) -> str | None:
+        node = self._nodes.get(name)
+        return None if node is None or self._types is None else refusal_of(node, self._types)
+
+
+def kept_by_graph(nodes: Sequence[Candidate], low: Collection[str], low_type: torch.dtype) -> dict[str, Verdict]:
+    """Of the nodes that are to be low, those that stay in their exported type: refused, or tied to one that does."""
+    decided = {candidate.name: candidate.node for candidate in nodes if candidate.kept is None}
+    refusals, ties = Refusals(decided, low_type), named_ties(nodes)
+    reasons = {name: refusals(name) for name in decided if name in low}
+    found = {name: refused_verdict(reason, dtype_name(low_type)) for name, reason in reasons.items() if reason}
+    while True:
+        precisions = {name: LOW if name in low and name not in found else HIGH for name in decided}
+        more = forced_by_ties(ties, precisions, found)
+        if not more:
+            return found
+        found |= more
+
+
+def refused_verdict(reason: str, low_name: str) -> Verdict:
+    """The verdict on a node that cannot run in the low type."""
+    return Verdict("legality", f"it cannot run in {low_name}: {reason}")
+
+
+def _warn_of_refusals(nodes: Iterable[fx.Node], types: LowTypes) -> None:
+    """Of a plan that was made by hand, or for another version of torch: those of today know it beforehand."""
+    for node in nodes:
+        if any(torch.float32 in types_of(n.meta.get("val")) for n in (node, *node.all_input_nodes)):
+            _log.warning(
+                "%s cannot run in %s and stays in its exported type: %s", where(node, qualified_name(node)),
+                types.low_type, refusal_of(node, types) or "it shares storage, written in place, with what does",
+            )  # fmt: skip
+
+
+def _refused_by_kind(node: fx.Node, low_type: torch.dtype) -> str | None:
+    """What states its own type, reads bits or has a third type stays, whatever a hand-made plan says.
+
+    So does what would be given a number that its kernel refuses, which on fake tensors it does not.
     """
-    if not isinstance(node.target, torch._ops.OpOverload) or states_type(node) or is_bitcast(node.target):
-        return False
-    if refuses_number(node, low_type):
-        return False
-    return {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} <= {torch.float32, low_type}
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return "it is no tensor operator that can be typed"
+    if states_type(node):
+        return "it is a conversion, which keeps the type that it states"
+    if is_bitcast(node.target):
+        return "it reads the bits of its input as another type"
+    others = {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} - {torch.float32, low_type}
+    if others:
+        return f"it gives {dtype_name(next(iter(others)))}"
+    number = refused_number(node, low_type)
+    return None if number is None else f"its kernel refuses {number:g}, which {dtype_name(low_type)} does not hold"
 
 
-def refuses_number(node: fx.Node, low_type: torch.dtype) -> bool:
-    """Whether a kernel raises because a finite number in the call is beyond `low_type`: masked_fill(-1e9) in fp16."""
+def _refused_by_result(node: fx.Node, types: LowTypes) -> str | None:
+    """What makes fp32 of integers: a division of them gives fp32 whatever type it is asked for."""
+    reads_floats = any(is_measurable(v.dtype) for n in node.all_input_nodes for _, v in tensor_values(n))
+    if reads_floats or torch.float32 not in (types.of(node) or ()):
+        return None
+    return "it reads no floating-point tensor, and gives float32 of itself"
+
+
+def refused_number(node: fx.Node, low_type: torch.dtype) -> float | None:
+    """The finite number in the call that is beyond `low_type`, for which its kernel raises: masked_fill(-1e9) in fp16.
+
+    None where there is none, or the kernel takes it.
+    """
     if base_op(node.target) not in CHECKS_NUMBERS:
-        return False
+        return None
     most = torch.finfo(low_type).max
-    numbers = pytree.tree_leaves((node.args, node.kwargs))
-    return any(isinstance(n, (int, float)) and math.isfinite(n) and abs(n) > most for n in numbers)
+    numbers = [n for n in pytree.tree_leaves((node.args, node.kwargs)) if isinstance(n, (int, float))]
+    return next((float(n) for n in numbers if math.isfinite(n) and abs(n) > most), None)
 
 
 def states_type(node: fx.Node) -> bool:

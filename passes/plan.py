@@ -20,6 +20,7 @@ from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.number_text import percent
 from calibcast.passes.autocast_replay import ran_low
 from calibcast.passes.low_types import LOW_TYPES
+from calibcast.passes.node_types import kept_by_graph
 from calibcast.passes.proof import Proof, RoundingSummary, as_rows
 from calibcast.passes.regions import Candidate, candidates
 from calibcast.passes.verdict import HIGH, KEPT, LOW, Verdict
@@ -231,20 +232,28 @@ class PrecisionPlan:
         """The plan that `torch.autocast(device_type, low_precision_type)` would have run: for who trained so.
 
         Found by running the program's operators under it, on fake tensors: no data and no GPU are needed. What is kept
-        in any plan (integers, regions, stated types) is kept in this one.
+        in any plan (integers, regions, stated types) is kept in this one, and what cannot run low in a graph of casts
+        (it shares storage with what does not, or its kernel refuses) is high.
         """
         require_program(program)
         low = ran_low(program, low_precision_type, device_type)
-        decisions = tuple(_as_autocast(candidate, candidate.name in low) for candidate in candidates(program))
+        nodes = candidates(program)
+        stays = kept_by_graph(nodes, low, low_precision_type)
+        decisions = tuple(_as_autocast(candidate, candidate.name in low, stays) for candidate in nodes)
         settings = {"from_autocast": device_type}
         return cls(decisions, low_precision_type, node_digests(program), settings)
 
 
-def _as_autocast(candidate: Candidate, is_low: bool) -> Decision:
-    node, kept = candidate.node, candidate.kept
+def _as_autocast(candidate: Candidate, is_low: bool, stays: Mapping[str, Verdict]) -> Decision:
+    node, kept, stay = candidate.node, candidate.kept, stays.get(candidate.name)
     place: dict[str, Any] = {"node": candidate.name, "op": op_name(node.target), "module": module_path(node)}
     if kept is not None:
         return Decision(**place, work=work_of(node), precision=KEPT, rule=kept.rule, reason=kept.reason)
+    if stay is not None:
+        reason = f"torch.autocast runs it in the low type, but {stay.reason}"
+        return Decision(
+            **place, work=work_of(node), precision=HIGH, rule=stay.rule, reason=reason, verdicts=(stay,)
+        )  # fmt: skip
     precision, rule = (LOW, None) if is_low else (HIGH, "autocast")
     reason = f"torch.autocast runs it in {'the low type' if is_low else 'float32'}"
     return Decision(**place, work=work_of(node), precision=precision, rule=rule, reason=reason)

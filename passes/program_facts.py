@@ -17,6 +17,7 @@ from calibcast.passes.fact_reader import FactReader
 from calibcast.passes.facts import WEIGHT_KINDS
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.needs import lost_nodes
+from calibcast.passes.node_types import Refusals
 from calibcast.passes.outlines import NodeOutline, Outliner
 from calibcast.passes.regions import Candidate, candidates
 from calibcast.passes.rounding_evidence import RoundingEvidence, rounding_evidence
@@ -33,7 +34,7 @@ class ProgramFacts:
     nodes: in the order in which they run. outlines: of those that are decided, by name, in the same order. ties: of
     nodes that run in one type. readers: by low type. rounding: what was measured of it, by low type. sizes: bytes that
     each node writes. leading: of nodes that only move data from what is never low, the nodes that read them. Only
-    `nodes` and `ties` refer to the graph.
+    `nodes`, `ties` and what readers know of refusals refer to the graph.
     """
 
     nodes: Sequence[Candidate] = field(repr=False)
@@ -52,6 +53,7 @@ class ProgramFacts:
         hidden, channels = HiddenEvidence.of(ranges), channels_of(program)
         outliner = Outliner(names, evidence, hidden, ranges is not None)
         outlines = {candidate.name: outliner.of(candidate.node) for candidate in nodes if candidate.kept is None}
+        decided = {candidate.name: candidate.node for candidate in nodes if candidate.kept is None}
         rounding = _rounding(program, ranges)
         weights = {name for name, kind in kinds.items() if kind in WEIGHT_KINDS}
         offset_free = offset_free_nodes(names, weights)
@@ -64,6 +66,7 @@ class ProgramFacts:
                 offset_free,
                 lost_nodes(names, evidence, hidden.least, channels, low_type),
                 rounding.get(low_type),
+                Refusals(decided, low_type),
             )
             for low_type in LOW_TYPES.values()
         }

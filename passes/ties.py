@@ -7,7 +7,7 @@ they are two sides of one tensor that meet in a difference or a comparison.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 
@@ -17,6 +17,7 @@ from calibcast.calib.operators import operator_of
 from calibcast.calib.operators.operator import STEP
 from calibcast.calib.sentinels import compared_chains
 from calibcast.passes.regions import Candidate
+from calibcast.passes.verdict import LOW, Verdict
 from torch import fx
 
 
@@ -118,6 +119,26 @@ def named_ties(nodes: Sequence[Candidate]) -> list[NamedTie]:
     owner = next((candidate.node.graph.owning_module for candidate in nodes if not candidate.inside), None)
     ties = [] if owner is None else ties_of(owner)
     return [(tie, [names[n] for n in names if n in tie.nodes and n.target is not getitem]) for tie in ties]
+
+
+def forced_by_ties(
+    ties: Sequence[NamedTie], precisions: Mapping[str, str], forced: Mapping[str, Verdict]
+) -> dict[str, Verdict]:
+    """The verdicts on nodes that are low and tied to one that is not. precisions: of what is decided, by name.
+
+    forced: what was found before, which is not given again.
+    """
+    more: dict[str, Verdict] = {}
+    for tie, members in ties:
+        other = next((name for name in members if precisions.get(name) != LOW), None)
+        if tie.pinned is None and other is None:
+            continue
+        stays = "is high" if other in precisions else "keeps its type"
+        reason = tie.pinned or f"{tie.why} {other}, which {stays}"
+        for name in members:
+            if precisions.get(name) == LOW and name not in forced:
+                more[name] = Verdict(tie.rule, reason)
+    return more
 
 
 def _is_visible(

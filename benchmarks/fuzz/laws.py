@@ -11,7 +11,7 @@ from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.graph import REGION_CHILD, is_measurable, tensor_values
 from calibcast.passes import PrecisionPlan, insert_casts
 from calibcast.passes.dtype_arguments import dtype_position
-from calibcast.passes.node_types import NodeTypes, refuses_number
+from calibcast.passes.node_types import NodeTypes, refused_number
 from calibcast.passes.regions import qualified_name
 from calibcast.passes.ties import ties_of
 from calibcast.passes.verdict import HIGH, LOW
@@ -40,7 +40,12 @@ def types_follow_the_plan(case: Case) -> None:
     low_type, low = case.plan.low_precision_type, NodeTypes.of(case.source, case.plan).low
     tied = {node for tie in ties_of(case.source) for node in tie.nodes}
     planned = set(case.plan.low_precision_nodes)
-    refused = {node for node in case.source.graph.nodes if refuses_number(node, low_type)}
+    refused = {
+        node
+        for node in case.source.graph.nodes
+        if refused_number(node, low_type) is not None
+        or not (any(map(float_types, arguments(node))) or dtype_position(node))
+    }
     assert {n for n in case.source.graph.nodes if qualified_name(n) in planned} - low <= tied | refused
     decided = planned | set(case.plan.high_precision_nodes)
     for source, made in case.pairs():

@@ -11,7 +11,7 @@ from calibcast.calib.graph import base_op, is_measurable, state_tensor
 from calibcast.calib.host_kernels import call_anywhere
 from calibcast.passes import PrecisionPlan
 from calibcast.passes.dtype_arguments import dtype_position, needs_dtype
-from calibcast.passes.node_types import refuses_number, states_type
+from calibcast.passes.node_types import refused_number, states_type
 from calibcast.passes.regions import qualified_name
 from calibcast.passes.ties import ties_of
 from torch import fx
@@ -30,7 +30,7 @@ class CastingInterpreter(fx.Interpreter):
         self._low_type = plan.low_precision_type
         planned = set(plan.low_precision_nodes)
         nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
-        self._low = {n for n in nodes if qualified_name(n) in planned and not refuses_number(n, self._low_type)}
+        self._low = {n for n in nodes if qualified_name(n) in planned and refused_number(n, self._low_type) is None}
         for tie in ties_of(graph_module):  # without writes, of comparisons of masks
             if not {node for node in tie.nodes if node.target is not getitem} <= self._low:
                 self._low -= tie.nodes
