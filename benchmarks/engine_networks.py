@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torchvision
@@ -18,6 +19,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
 from benchmarks.networks import Encoder, Restoration
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -124,30 +128,34 @@ def _sentences(count: int, seed: int) -> list[str]:
     return [" ".join(words[i] for i in pick) for pick in picks]
 
 
-def minilm(device: str, batch: int = 32) -> Subject:
-    """all-MiniLM-L6-v2 with its own weights, batch 32 of 128 tokens, padded sentences of 5 to 90 words."""
+def minilm_parts(length: int) -> tuple[nn.Module, Tokenizer]:
+    """all-MiniLM-L6-v2 with its own weights, on a CPU, and its tokenizer, which pads and cuts to `length` tokens."""
+    from safetensors.torch import load_file
     from tokenizers import Tokenizer
     from transformers import BertConfig, BertModel
 
     folder = minilm_folder()
-    config = BertConfig.from_json_file(str(folder / "config.json"))
-    model = BertModel(config, add_pooling_layer=True)
-    from safetensors.torch import load_file
-
+    model = BertModel(BertConfig.from_json_file(str(folder / "config.json")), add_pooling_layer=True)
     state = {name.removeprefix("bert."): value for name, value in load_file(folder / "model.safetensors").items()}
     missing, _ = model.load_state_dict(state, strict=False)
     left = [name for name in missing if not name.endswith("position_ids")]
     if left:
         raise RuntimeError(f"MiniLM's weights lack {left[:4]}")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(128)
-    tokenizer.enable_padding(length=128)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
+    return SentenceEncoder(model), tokenizer
+
+
+def minilm(device: str, batch: int = 32) -> Subject:
+    """all-MiniLM-L6-v2 with its own weights, batch 32 of 128 tokens, padded sentences of 5 to 90 words."""
+    model, tokenizer = minilm_parts(128)
 
     def tokens(seed: int) -> Batch:
         encoded = tokenizer.encode_batch(_sentences(batch, seed))
         return torch.tensor([e.ids for e in encoded]), torch.tensor([e.attention_mask for e in encoded])
 
-    return _subject("minilm", SentenceEncoder(model), tokens, device)
+    return _subject("minilm", model, tokens, device)
 
 
 def nafnet(device: str, batch: int = 8, size: int = 256) -> Subject:

@@ -1,0 +1,86 @@
+"""Whether tuned plans are what they should be, over all rows of the benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from calibcast.calib.errors import BudgetError
+from calibcast.calib.ranges import RangeTable
+from calibcast.passes.judge import default_budget
+from calibcast.passes.tuning import tune
+
+from benchmarks.trained.judgement import Judge, Judged
+from benchmarks.trained.subject import Batch
+
+GRACE_DB = 2.0  # of the budget, on data that the plan was not tuned on
+_SAME_DB = 0.5  # what is not better than this is equal
+
+
+def at_equal_sqnr(
+    rows: Mapping[str, Judged], judge: Judge, ranges: RangeTable, calibration: list[Batch], low_type: torch.dtype
+) -> dict[str, Judged]:
+    """The rows; where rules have fewer bytes in fp32 and lower SQNR, `tune` is asked again for just that SQNR."""
+    rules, tuned = rows["rules"], rows["tune"]
+    if tuned.refused or tuned.bytes_high <= rules.bytes_high or not rules.calibration.worst > 0:
+        return dict(rows)
+    budget = min(rules.calibration.worst, default_budget(low_type))
+    try:
+        plan = tune(judge.program, ranges, calibration, budget, low_precision_type=low_type)
+    except BudgetError:
+        return dict(rows)
+    counted = judge.counter.count(plan.low_precision_nodes, plan.low_precision_type)
+    left = judge.counter.activation_bytes - counted.activation_bytes_low
+    return {**rows, "tune": replace(tuned, equal_bytes=left)}
+
+
+def laws(found: Iterable[Judged]) -> Iterator[str]:
+    """Lines of Markdown: each law, in how many cases it holds, and where it does not."""
+    groups: dict[tuple[str, str], dict[str, Judged]] = {}
+    for row in found:
+        groups.setdefault((row.network, row.type_name), {})[row.plan] = row
+    asked = {key: rows for key, rows in groups.items() if any(_within(row) for row in rows.values())}
+    missed = [f"{_name(key)}: {_why(rows)}" for key, rows in asked.items() if not _within(rows["tune"])]
+    yield "\n## Laws\n"
+    yield from _law("`tune` is within the budget on held-out data (2 dB of grace) wherever any plan is", asked, missed)
+    tuned = {key: rows for key, rows in groups.items() if rows["tune"].refused is None}
+    wasted = [
+        f"{_name(key)}: {rows['tune'].bytes_high} bytes in fp32, by rules {rows['rules'].bytes_high}"
+        for key, rows in tuned.items()
+        if _wastes(rows["tune"], rows["rules"])
+    ]
+    yield from _law("at equal SQNR `tune` has no more bytes in fp32 than the rules", tuned, wasted)
+
+
+def _law(text: str, cases: Mapping[tuple[str, str], object], failures: list[str]) -> Iterator[str]:
+    yield f"- {text}: holds in {len(cases) - len(failures)} of {len(cases)}{':' if failures else '.'}"
+    yield from (f"    - not in {failure}" for failure in failures)
+
+
+def _name(key: tuple[str, str]) -> str:
+    return f"{key[0]}, {key[1]}"
+
+
+def _within(row: Judged) -> bool:
+    """Within the budget on held-out data; a plan that is all fp32 shows nothing."""
+    if row.refused is not None or not row.bytes_low > 0:
+        return False
+    budget = default_budget({"fp16": torch.float16, "bf16": torch.bfloat16}[row.type_name])
+    return row.held_out.worst >= budget - GRACE_DB
+
+
+def _why(rows: Mapping[str, Judged]) -> str:
+    others = ", ".join(name for name, row in rows.items() if _within(row))
+    tuned = rows["tune"]
+    seen = "refused" if tuned.refused is not None else f"{tuned.held_out.worst:.1f} dB"
+    return f"{seen}, but within it are {others}"
+
+
+def _wastes(tuned: Judged, rules: Judged) -> bool:
+    """Whether `tune` keeps more than the rules, and not for what it gains by it."""
+    if tuned.bytes_high <= rules.bytes_high:
+        return False
+    if tuned.held_out.worst <= rules.held_out.worst + _SAME_DB:
+        return True
+    return tuned.equal_bytes is not None and tuned.equal_bytes > rules.bytes_high
