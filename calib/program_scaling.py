@@ -10,8 +10,10 @@ from calibcast.calib.errors import MismatchError
 from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph import tensor_specs
 from calibcast.calib.hidden_exponents import hidden_exponents
-from calibcast.calib.range_scaling import NumberScale, Table, scaled_table, tensor_key
+from calibcast.calib.range_scaling import Table, scaled_table, tensor_key
 from calibcast.calib.range_schema import SCHEMA, RangeData, Rescaled
+from calibcast.calib.rounding_edges import rounding_edges
+from calibcast.calib.rounding_scaling import NumberScale
 from torch.export import ExportedProgram
 
 _IDENTITY = ("node", "output", "op", "module", "source", "kind", "dtype", "shape")
@@ -31,7 +33,8 @@ def scaled_to(
         raise MismatchError("these ranges are of a rescaled program already: scale its `true_values()`")
     by_key = {tensor_key(*place): k for place, k in exponents.items() if k}
     record = Rescaled(by_key, hidden_exponents(program, exponents), dict(added), dict(before.digests), before.weights)
-    found = scaled_table(table, record, _identity(table, program, added), numbers)
+    edges = [edge.key for edge in rounding_edges(program)] if table.rounding.height else []
+    found = scaled_table(table, record, _identity(table, program, added), numbers, edges)
     calibration = replace(
         before,
         digests=node_digests(program),

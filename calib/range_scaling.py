@@ -5,29 +5,19 @@ Without torch: a scaled table is read, and turned back, where two tables are com
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import polars as pl
 from calibcast.calib.errors import MismatchError
 from calibcast.calib.range_schema import RangeData, Rescaled
-from calibcast.calib.rounding_table import LITERAL
+from calibcast.calib.rounding_scaling import Key, NumberScale, scaled_rounding
 from calibcast.calib.statistic_names import BINS
 
 Table = TypeVar("Table", bound=RangeData)
 _LINEAR = ("min", "max", "absmax", "smallest", "mean", "rms")
-# Largest and smallest normal value of each low type.
-_NORMAL = {"float16": (65504.0, 2.0**-14), "bfloat16": (3.3895313892515355e38, 2.0**-126)}
 _KEY_SEPARATOR = ":"
-
-
-@dataclass(frozen=True)
-class NumberScale:
-    """A number in a call: its value before, and its exponent."""
-
-    value: float
-    exponent: int
 
 
 def tensor_key(node: str, output: int) -> str:
@@ -36,17 +26,23 @@ def tensor_key(node: str, output: int) -> str:
 
 
 def scaled_table(
-    table: Table, record: Rescaled, identity: pl.DataFrame | None, numbers: Mapping[tuple[str, str], NumberScale]
+    table: Table,
+    record: Rescaled,
+    identity: pl.DataFrame | None,
+    numbers: Mapping[tuple[str, str], NumberScale],
+    edges: Iterable[Key],
 ) -> Table:
     """Every statistic as calibration would have found it in the rescaled program.
 
     identity: rows of the nodes that were added, in the columns that say what a tensor is, with `after`: the row of the
-    table behind which each stands, or -1.
+    table behind which each stands, or -1. edges: of the rescaled program, where rounding was measured.
     """
     frame = table.frame if identity is None else _with_added(table.frame, record, identity)
     k = [record.exponents.get(tensor_key(n, o), 0) for n, o in frame.select("node", "output").iter_rows()]
     hidden = _hidden(table.hidden, record.hidden)
-    return replace(table, frame=_scaled(frame, k), hidden=hidden, rounding=_rounding(table, record, numbers))
+    return replace(
+        table, frame=_scaled(frame, k), hidden=hidden, rounding=scaled_rounding(table, record, numbers, edges)
+    )
 
 
 def true_table(table: Table) -> Table:
@@ -118,48 +114,3 @@ def _with_added(frame: pl.DataFrame, record: Rescaled, identity: pl.DataFrame) -
         ]
     )  # fmt: skip
     return placed.sort("place", "second", maintain_order=True).select(frame.columns)
-
-
-def _rounding(table: RangeData, record: Rescaled, numbers: Mapping[tuple[str, str], NumberScale]) -> pl.DataFrame:
-    """Evidence of rounding. A relative error is the same at any power of two, as long as the low type holds all values
-    in full, before and after; where it does not, there is no evidence until rounding is measured anew."""
-    if not table.rounding.height:
-        return table.rounding
-    reach = {(n, o): (most, least) for n, o, most, least in
-             table.frame.select("node", "output", "absmax", "smallest").iter_rows()}  # fmt: skip
-    behind = {was: made for made, was in record.added.items()}
-    kept, inputs = [], []
-    for node, maker, output, low in table.rounding.select("node", "input", "output", "low_precision_type").iter_rows():
-        made = behind.get(maker, maker)
-        inputs.append(made)
-        if maker.startswith(LITERAL):
-            number = numbers.get((node, maker.removeprefix(LITERAL)))
-            kept.append(number is None or _holds(abs(number.value), abs(number.value), number.exponent, low))
-            continue
-        k = record.exponents.get(tensor_key(made, output), 0)
-        most, least = reach.get((maker, output), (None, None))
-        kept.append(k == 0 or _holds(most or 0.0, least or 0.0, k, low))
-    valid = pl.Series(kept, dtype=pl.Boolean)
-    unknown = (
-        "noise",
-        "noise_worst",
-        "worst_batch",
-        "noise_by_output",
-        "nonfinite",
-        "steps",
-        "local_sqnr_db",
-        "method",
-    )
-    why = pl.lit("rescaled, and the low type does not hold all values in full before and after: calibrate again")
-    return table.rounding.with_columns(
-        pl.Series("input", inputs),
-        *(pl.when(valid).then(pl.col(name)).otherwise(None).alias(name) for name in unknown),
-        batches=pl.when(valid).then(pl.col("batches")).otherwise(0),
-        why_missing=pl.when(valid).then(pl.col("why_missing")).otherwise(why),
-    )  # fmt: skip
-
-
-def _holds(most: float, least: float, k: int, low: str) -> bool:
-    largest, smallest = _NORMAL[low]
-    scale = 2.0**-k
-    return most == 0.0 or (max(most, most * scale) <= largest and min(least, least * scale) >= smallest)

@@ -15,7 +15,7 @@ from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
 from calibcast.calib.file_kinds import told_kind
 from calibcast.calib.graph_digests import first_difference
 from calibcast.calib.range_file import read_ranges, save_ranges
-from calibcast.calib.range_scaling import NumberScale, true_table
+from calibcast.calib.range_scaling import true_table
 from calibcast.calib.range_schema import RangeData
 from calibcast.calib.rounding_table import rounding_gaps
 from calibcast.calib.seal import broken_seal, has_parquet_ends
@@ -23,6 +23,7 @@ from calibcast.calib.seal import broken_seal, has_parquet_ends
 # A table is read, filtered and compared without torch, which takes seconds to import; methods that deal in programs
 # and in arrays import it, or what needs it, themselves.
 if TYPE_CHECKING:
+    from calibcast.calib.rounding_scaling import NumberScale
     from calibcast.calib.statistics import Statistics
     from torch.export import ExportedProgram
 

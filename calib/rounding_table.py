@@ -22,7 +22,8 @@ Columns:
     local_sqnr_db: signal to noise at the reader's own results, in dB; inf where nothing changed.
     batches: how many batches were measured; 0 where none was.
     method: "gradient": the error at the reader's results was taken through the gradient. "run": in at least one
-        batch the program was run with only this edge rounded. Null where there is no evidence.
+        batch the program was run with only this edge rounded. "scaled": of a rescaled program, estimated from what was
+        measured of the original; see `calib.rounding_scaling`. Null where there is no evidence.
     why_missing: why there is none; null where there is.
 """
 
@@ -43,6 +44,7 @@ LITERAL = "literal:"
 # Each output costs a backward pass; of more than these only the sum is known.
 MOST_OUTPUTS = 4
 METHODS = ("gradient", "run")
+SCALED = "scaled"  # a method of its own: estimated, not measured
 
 ROUNDING_SCHEMA: dict[str, Any] = {
     "node": pl.String,

@@ -28,43 +28,9 @@ from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.rescaling_laws import random_exponents, run
 from benchmarks.zoo import ZOO
+from tests.passes.rescaling_models import growing, measured, sqnr
 
 ZOO_SAMPLE = ("mixer", "deit_distilled", "restoration")
-
-
-def measured(program: ExportedProgram, data: list[Any]) -> RangeTable:
-    return calibrate(program, data, rounding_batches=0, progress=False)
-
-
-class Growing(nn.Module):
-    """Two residual blocks with RMS norms written by hand, whose branches are `gain` times too large."""
-
-    def __init__(self, gain: float = 3e4, width: int = 32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner = nn.ModuleList([nn.Linear(width, 2 * width) for _ in range(2)])
-        self.outer = nn.ModuleList([nn.Linear(2 * width, width) for _ in range(2)])
-        self.first, self.last = nn.Linear(width, width), nn.Linear(width, 8)
-        self.scale = nn.Parameter(torch.rand(width) + 0.5)
-        with torch.no_grad():
-            for linear in (self.first, *self.outer):
-                linear.weight.mul_(gain)
-                linear.bias.mul_(gain)
-
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        for inner, outer in zip(self.inner, self.outer, strict=True):
-            x = x + outer(F.silu(inner(self.norm(x))))
-        return self.last(self.norm(x))
-
-
-def growing(gain: float = 3e4) -> tuple[ExportedProgram, list[Any]]:
-    model = Growing(gain).eval()
-    data = [(torch.randn(4, 32, generator=torch.Generator().manual_seed(i)),) for i in range(3)]
-    return torch.export.export(model, data[0]), data
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO_SAMPLE if name in ZOO] or list(ZOO)[:4])
@@ -127,10 +93,6 @@ def test_overflowing_network_fits() -> None:
     assert sqnr(want, mixed.module()(x)) > 45
     assert "stored as 2^-" in str(fitted)
     assert "fp32 nodes" in str(fitted)
-
-
-def sqnr(want: torch.Tensor, got: torch.Tensor) -> float:
-    return float(10 * torch.log10(want.square().sum() / (want - got).square().sum()).detach())
 
 
 def test_rescaling_twice_changes_nothing() -> None:
@@ -320,20 +282,3 @@ def test_without_its_row_a_law_fails(name: str) -> None:
     want = program.module()(x)
     made = [rewritten(program, random_exponents(program, table, seed, wrong)) for seed in range(6)]
     assert not all(torch.equal(other.module()(x), want) for other in made)
-
-
-def test_evidence_of_rounding_is_a_new_calibration_s_or_none() -> None:
-    """Noise is the same at any power of two where the low type holds all values in full, before and after."""
-    program, data = growing(gain=3e2)
-    ranges = calibrate(program, data, rounding_batches=2, progress=False)
-    exponents = random_exponents(program, ranges, 5)
-    made = rewritten(program, exponents)
-    scaled = ranges.scaled(exponents.tensors, made).rounding
-    again = calibrate(made, data, rounding_batches=2, progress=False).rounding
-    key = ["node", "input", "output", "low_precision_type"]
-    assert scaled.select(key).equals(again.select(key))
-    known = scaled["noise"].is_not_null()
-    assert known.sum() > len(scaled) / 2
-    for name in ("noise", "noise_worst", "local_sqnr_db"):
-        mine, theirs = scaled.filter(known)[name].to_list(), again.filter(known)[name].to_list()
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-12)
