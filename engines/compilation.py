@@ -100,7 +100,9 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
     }
     original = program
     if rescale == "auto" and ranges is not None:
-        fitted = rescale_program(program, ranges, **to_classify)
+        fitted = rescale_program(
+            program, ranges, dataloader=first.kept, transform=transform, device=settings.get("device"), **to_classify
+        )
         program, ranges = fitted.program, fitted.ranges
     if ranges is not None and ranges.rounding.height and prove_batches > 0:
         plan = tune(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from calibcast.engines.commands.options import Model, check_folder, say
+from calibcast.engines.commands.options import Model, Transform, check_folder, check_inputs, inputs, say
 
 if TYPE_CHECKING:
     from calibcast.calib.ranges import RangeTable
@@ -17,6 +17,11 @@ def rescale(
     model: Model,
     ranges: Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")],
     output: Annotated[Path, typer.Option("-o", "--output", help="the program to write, .pt2; its ranges go beside it")],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="LOC", help="run both programs on its first batches, as file.py:name"),
+    ] = None,
+    transform: Transform = None,
     data_max: Annotated[float | None, typer.Option(help="largest magnitude of inputs and activations")] = None,
 ) -> None:
     """Make MODEL fit fp16 by powers of two: its fp32 results keep their bits. Plan and build what is written.
@@ -27,7 +32,13 @@ def rescale(
     from calibcast.engines.locations import load_model
 
     check_folder(output)
-    write_rescaled(load_model(model), RangeTable.load(ranges), output, {"data_max": data_max})
+    settings: dict[str, Any] = {"data_max": data_max}
+    if data is None:
+        program = load_model(model)
+    else:
+        check_inputs(model, data, transform)
+        program, settings["dataloader"], settings["transform"] = inputs(model, data, transform)
+    write_rescaled(program, RangeTable.load(ranges), output, settings)
 
 
 def write_rescaled(

@@ -146,7 +146,10 @@ def plan(  # noqa: PLR0913
         wide_accumulation=wide_accumulation or (),
     )
     if rescale and table is not None and output is not None:
-        program, table = write_rescaled(program, table, output.with_suffix(".pt2"), settings)
+        more: dict[str, Any] = {}
+        if data is not None:
+            _, more["dataloader"], more["transform"] = inputs(model, data, transform)
+        program, table = write_rescaled(program, table, output.with_suffix(".pt2"), settings | more)
     if data is None or table is None:
         decided = classify(program, table, **settings)
     else:

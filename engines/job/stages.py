@@ -56,6 +56,7 @@ from calibcast.engines.locations import load_function, load_model
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.rescaling.checking import MOST_CHECKED
 from calibcast.passes.rescaling.rescaling import rescale
 from calibcast.passes.tuning import tune
 from torch.export import ExportedProgram
@@ -242,7 +243,10 @@ class JobRun:
 
     def _fitted(self, table: RangeTable) -> tuple[PrecisionPlan, str]:
         """The plan of the rescaled program, which is written with its ranges, and what was done."""
-        fitted = rescale(self.program, table, **self._arguments)
+        feeding, device = self._calibration_batches(MOST_CHECKED, "rescale")
+        fitted = rescale(
+            self.program, table, dataloader=feeding, transform=feeding.inputs, device=device, **self._arguments
+        )
         save_program(fitted.program, self.folder.path / FITTED)
         fitted.ranges.save(self.folder.path / FITTED_RANGES)
         tell(str(fitted), event="rescaling", changed=fitted.changed)
@@ -272,16 +276,21 @@ class JobRun:
 
         Raises BudgetError, a GateError, where no plan meets the budget.
         """
-        job, most = self.file.job, self.file.job.plan.prove_batches
+        most = self.file.job.plan.prove_batches
         if not table.rounding.height or not most:
             return None
+        feeding, device = self._calibration_batches(most, "prove")
+        return tune(program, table, feeding, transform=feeding.inputs, device=device, **self._arguments)
+
+    def _calibration_batches(self, most: int, name: str) -> tuple[Feeding, str | None]:
+        """The first of the batches that were calibrated on, and the device to run them on."""
+        job = self.file.job
         data, inputs = self.opened(job.data, Ranks())
         share = replace(self.calibration_share, most=min(most, job.data.max_batches or most), rank=0, world=1)
         total = counts(data.batches.length, share)[0]
         items = feed(data.batches.read(share, Done()), inputs, self.signature)
-        feeding = Feeding(items, self.signature, job.limits, Progress("prove", total, bar=self.bar), total)
-        device = f"cuda:{self.ranks.local}" if job.calibration.device == "cuda" else job.calibration.device
-        return tune(program, table, feeding, transform=feeding.inputs, device=device, **self._arguments)
+        feeding = Feeding(items, self.signature, job.limits, Progress(name, total, bar=self.bar), total)
+        return feeding, f"cuda:{self.ranks.local}" if job.calibration.device == "cuda" else job.calibration.device
 
     def _judge_settling(self, result: Mapping[str, Any]) -> None:
         found, limits = result["settling"], self.file.job.limits

@@ -1,4 +1,7 @@
-"""Where a multiplication by a power of two may stand: behind an input, and where a sum outgrows what it began as."""
+"""Where a multiplication by a power of two may stand: behind an input, and where a sum outgrows what it began as.
+
+In a growing sum only the sum reads the product: what else reads that tensor, such as a norm, gets it as it is, and
+loses none of its digits. A kernel that adds multiplies as well, so that it costs little."""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from collections import defaultdict
 
 from calibcast.calib.aliasing import storage_roots, written_arguments
 from calibcast.calib.graph import base_op, input_kinds
-from calibcast.calib.operators import CONVERTS, MOVES
+from calibcast.calib.operators import ADDS, CONVERTS, MOVES
 from calibcast.passes.rescaling.measures import Measures
 from calibcast.passes.rescaling.solving import Solutions
-from calibcast.passes.rescaling.system import Tensor
+from calibcast.passes.rescaling.system import Breaks, Tensor
 from torch import fx
 
 # How much a sum may grow before its next part has a factor of its own: half of the bits of float16's exponent.
@@ -17,20 +20,22 @@ _GROWTH = 2.0**8
 MOST_BREAKS = 16
 
 
-def input_breaks(measures: Measures, limit: float) -> tuple[str, ...]:
+def input_breaks(measures: Measures, limit: float) -> Breaks:
     """Inputs of the program above `limit`."""
     kinds = input_kinds(measures.program)
     rows = {node: row for (node, output), row in measures.rows.items() if kinds.get(node) == "input"}
     found = [node for node, row in rows.items() if measures.absmax[row] > limit]
-    return tuple(name for name in found if name in _free_standing(measures))[:MOST_BREAKS]
+    allowed, nodes = _free_standing(measures), _nodes(measures)
+    names = [name for name in found if name in allowed][:MOST_BREAKS]
+    return {name: frozenset(user.name for user in nodes[name].users) for name in names}
 
 
-def segment_breaks(measures: Measures, solutions: Solutions, limit: float) -> tuple[str, ...]:
+def segment_breaks(measures: Measures, solutions: Solutions, limit: float) -> Breaks:
     """Before each growth by 2^8 since the last such place, among tensors that share an exponent.
 
     Branches, which only sums read, are left out: they are stored like the sum that they go into.
     """
-    nodes = {n.name: n for n in measures.program.graph.nodes}
+    nodes = _nodes(measures)
     classes: dict[object, list[tuple[str, float]]] = defaultdict(list)
     order = {name: place for place, name in enumerate(nodes)}
     trunk = {n.name for n in nodes.values() if n.op == "call_function" and base_op(n.target) not in MOVES | CONVERTS}
@@ -44,7 +49,17 @@ def segment_breaks(measures: Measures, solutions: Solutions, limit: float) -> tu
         if max(peak for _, peak in members) > limit:
             members.sort(key=lambda member: order[member[0]])
             found.extend(name for name in _before_growth(members) if name in allowed)
-    return tuple(found)[:MOST_BREAKS]
+    return {name: _sums_of(nodes[name]) for name in found[:MOST_BREAKS]}
+
+
+def _sums_of(node: fx.Node) -> frozenset[str]:
+    """The sums among its readers; all readers where there is none."""
+    sums = frozenset(user.name for user in node.users if base_op(user.target) in ADDS)
+    return sums or frozenset(user.name for user in node.users)
+
+
+def _nodes(measures: Measures) -> dict[str, fx.Node]:
+    return {n.name: n for n in measures.program.graph.nodes}
 
 
 def _before_growth(members: list[tuple[str, float]]) -> list[str]:

@@ -11,8 +11,9 @@ from calibcast.calib.graph import argument_at, base_op, input_kinds
 from calibcast.calib.operators import ADDS, SQUARES, SUMS, operator_of
 from calibcast.passes.number_formats import NumberFormat
 from calibcast.passes.rescaling.measures import Array, Measures
+from calibcast.passes.rescaling.rewriting import SUFFIX, Exponents
 from calibcast.passes.rescaling.solving import Form, Solutions
-from calibcast.passes.rescaling.system import Number, Tensor
+from calibcast.passes.rescaling.system import Number, System, Tensor
 from torch import fx
 
 REACH = 64  # exponents from -64 to 64
@@ -20,6 +21,7 @@ EXPONENTS: Array = np.arange(-REACH, REACH + 1)
 IMPOSSIBLE = 1e6
 # fp32 itself: room above for data that calibration has not seen, and normal numbers below.
 _MOST, _LEAST = 2.0**120, 2.0**-126
+WHOLE_LOSS = 20.0  # dB: a tensor that is rounded so much louder costs as much as one in fp32
 ABSORBED = 2.0**11  # an eps is lost in float16 beside what is that many times larger
 
 
@@ -38,6 +40,15 @@ class CostTable:
 
     forms: list[Form]
     costs: Array
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor where it is read: who made it, and by whom it is read. summed: only sums do."""
+
+    name: str
+    readers: frozenset[str]
+    summed: bool
 
 
 class CostReader:
@@ -62,13 +73,45 @@ class CostReader:
             if isinstance(kind, Number):
                 found[form] += self._number(kind, kind.node in solutions.system.breaks)
             else:
-                found[form] += self._tensor(kind, costs, solutions.system.breaks.get(kind.node))
+                found[form] += self._tensor(kind, costs, self._place(kind, solutions.system))
         forms = list(found)
         rows = np.stack([found[form] for form in forms]) if forms else np.zeros((0, len(EXPONENTS)))
         return CostTable(forms, rows + 1e-9 * np.abs(EXPONENTS))
 
-    def _tensor(self, kind: Tensor, costs: Costs, behind: str | None) -> Array:
-        measures, name = self._measures, behind or kind.node
+    def _place(self, kind: Tensor, system: System) -> _Place:
+        name = system.breaks.get(kind.node)
+        if name is not None:
+            readers = system.readers[name]
+            return _Place(name, readers, self._only_sums(readers))
+        readers = frozenset(self._readers.get(kind.node, ())) - system.readers.get(kind.node, frozenset())
+        return _Place(kind.node, readers, kind.node in self._measures.summed)
+
+    def loss_db(self, exponents: Exponents, low: frozenset[str]) -> float:
+        """How much louder rounding gets, at the tensor at which it does most, by what falls below the normal numbers.
+
+        low: nodes that run in the low type. Addends do not count, as of them only what they do to the sum counts.
+        """
+        worst = 0.0
+        for (node, output), k in exponents.tensors.items():
+            name = node.removesuffix(SUFFIX) if node not in self._nodes else node
+            place = self._place_after(name, exponents, node != name)
+            row = self._measures.rows.get((name, output))
+            if row is not None and abs(k) <= REACH and (name in low or place.readers & low):
+                lost = self._lost(place, row, name in self._weights)
+                worst = max(worst, float(lost[k + REACH] - lost[REACH]) * WHOLE_LOSS)
+        return worst
+
+    def _place_after(self, name: str, exponents: Exponents, product: bool) -> _Place:
+        of_product = exponents.readers.get(name, frozenset())
+        if product:
+            return _Place(name, of_product, self._only_sums(of_product))
+        return _Place(name, frozenset(self._readers.get(name, ())) - of_product, name in self._measures.summed)
+
+    def _only_sums(self, readers: frozenset[str]) -> bool:
+        return all(base_op(self._nodes[n].target) in ADDS for n in readers)
+
+    def _tensor(self, kind: Tensor, costs: Costs, place: _Place) -> Array:
+        measures, name = self._measures, place.name
         row = measures.rows.get((name, kind.output))
         impossible = np.where(EXPONENTS == 0, 0.0, IMPOSSIBLE)
         if row is None or math.isnan(measures.absmax[row]) or measures.bin_zero[row] > 0:
@@ -78,17 +121,17 @@ class CostReader:
             return np.zeros(len(EXPONENTS))
         scale = np.exp2(-EXPONENTS.astype(np.float64))
         result = np.where((most * scale <= _MOST) & (least * scale >= _LEAST) | (EXPONENTS == 0), 0.0, IMPOSSIBLE)
-        weight = sum(measures.importance[n] for n in self._readers.get(name, ())) + measures.importance[name]
+        weight = sum(measures.importance[n] for n in place.readers) + measures.importance[name]
         is_weight = name in self._weights
         limit = self._low.max if is_weight else costs.limit
         result = result + weight * (most * scale > limit)
-        found: Array = result + costs.floor * weight * self._lost(name, row, is_weight) + self._inside(name, scale)
+        found: Array = result + costs.floor * weight * self._lost(place, row, is_weight) + self._inside(place, scale)
         return found
 
-    def _lost(self, name: str, row: int, is_weight: bool) -> Array:
-        """How much louder rounding is than that of normal numbers: 0 at none, 1 from 20 dB on."""
-        measures = self._measures
-        if name in self._vectors or name in measures.summed:
+    def _lost(self, place: _Place, row: int, is_weight: bool) -> Array:
+        """How much louder rounding is than that of normal numbers: 0 at none, 1 at 20 dB, at most 2."""
+        measures, name = self._measures, place.name
+        if name in self._vectors or place.summed:
             return np.zeros(len(EXPONENTS))
         if is_weight:
             faintest = float(measures.weights[name].min()) if measures.weights[name].size else 0.0
@@ -99,13 +142,13 @@ class CostReader:
             return np.zeros(len(EXPONENTS))
         else:
             ratio = self._excess[row]
-        lost: Array = np.clip(10 * np.log10(np.maximum(ratio, 1.0)) / 20, 0.0, 2.0)
+        lost: Array = np.clip(10 * np.log10(np.maximum(ratio, 1.0)) / WHOLE_LOSS, 0.0, 2.0)
         return lost
 
-    def _inside(self, name: str, scale: Array) -> Array:
+    def _inside(self, place: _Place, scale: Array) -> Array:
         """What readers form inside of this tensor alone: sums, and sums of squares."""
         found = np.zeros(len(EXPONENTS))
-        for reader in self._readers.get(name, ()):
+        for reader in place.readers:
             largest, base = self._measures.largest.get(reader), base_op(self._nodes[reader].target)
             if largest is None or base not in SUMS | SQUARES:
                 continue

@@ -35,6 +35,9 @@ class Refusal:
     node: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason}"
+
 
 def refusals(measures: Measures, exponents: Exponents) -> list[Refusal]:
     """The nodes at which these exponents are not shown to be exact."""
@@ -48,7 +51,7 @@ def refusals(measures: Measures, exponents: Exponents) -> list[Refusal]:
 def _reasons(node: fx.Node, measures: Measures, exponents: Exponents) -> Iterator[str]:
     base = base_op(node.target)
     out = exponents.tensors.get((node.name, 0), 0)
-    k = [_exponent(n, exponents) for n in node.all_input_nodes]
+    k = [_exponent(n, node, exponents) for n in node.all_input_nodes]
     if not out and not any(k):
         return
     if base in WORKS:
@@ -91,9 +94,9 @@ def _source(node: fx.Node) -> tuple[fx.Node, int]:
     return maker, output or 0
 
 
-def _exponent(node: fx.Node, exponents: Exponents) -> int:
+def _exponent(node: fx.Node, reader: fx.Node, exponents: Exponents) -> int:
     maker, output = _source(node)
-    if maker.name in exponents.multiplied:
+    if reader.name in exponents.readers.get(maker.name, ()):
         return exponents.tensors.get((f"{maker.name}_rescaled", 0), 0)
     return exponents.tensors.get((maker.name, output), 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from calibcast.calib.ranges import RangeTable
@@ -12,13 +13,20 @@ from torch.export import ExportedProgram
 
 # A gain below these shares of the whole is none: more work in the low type, or more bytes of activations.
 LEAST_WORK, LEAST_BYTES = 0.001, 0.05
+# Of two gains the one is to be preferred that moves so much less, casts and added multiplications counted.
+LEAST_MOVED = 0.02
+# dB by which a tensor may be rounded louder than as it was: what is within the first is as good as none, and nothing is
+# taken beyond the second.
+QUIET_DB, LOUDEST_DB = 6.0, 20.0
 
 
 @dataclass(frozen=True)
 class Judgement:
     """high: nodes in fp32. work_low, bytes_low: in the low type, as shares of all work and of all activation bytes.
 
-    casts, bytes_cast: of the plan. added: bytes that added multiplications read and write, as a share of the latter.
+    casts, bytes_cast: of the plan. cast, added: bytes of casts, and bytes that added multiplications read and write, as
+    shares of the latter.
+    loss_db: by how much rounding got louder at the tensor that lost most, as parts of it are too small for the type.
     """
 
     high: int
@@ -26,7 +34,22 @@ class Judgement:
     bytes_low: float
     casts: int
     bytes_cast: int
+    cast: float = 0.0
     added: float = 0.0
+    loss_db: float = 0.0
+
+    def improves(self, other: Judgement) -> bool:
+        """Whether it is to be taken in place of another gain: what is quiet before what is not, then the larger."""
+        if self.quiet != other.quiet:
+            return self.quiet
+        if abs(self.work_low - other.work_low) >= LEAST_WORK:
+            return self.work_low > other.work_low
+        return self.net_bytes - self.cast >= other.net_bytes - other.cast + LEAST_MOVED
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no tensor is rounded much louder than it was."""
+        return self.loss_db <= QUIET_DB
 
     def beats(self, other: Judgement) -> bool:
         """Whether it is a real gain, and nowhere a loss."""
@@ -43,8 +66,17 @@ class Judgement:
         return f"{self.high} fp32 nodes, {self.work_low:.1%} of the work low, {self.bytes_cast} bytes cast"
 
 
-def judged(program: ExportedProgram, ranges: RangeTable, low_type: object, settings: Settings) -> Judgement:
-    """By `classify` on these ranges, and the casts that `insert_casts` would make of it."""
+def judged(
+    program: ExportedProgram,
+    ranges: RangeTable,
+    low_type: object,
+    settings: Settings,
+    loss_db: Callable[[frozenset[str]], float] | None = None,
+) -> Judgement:
+    """By `classify` on these ranges, and the casts that `insert_casts` would make of it.
+
+    loss_db: of the nodes that run low, by how much rounding got louder.
+    """
     options = vars(settings)
     plan = classify(program, ranges, low_type, weights="ignore", **options)  # type: ignore[arg-type]
     counter = CastCounter(program, masks=masked_nodes(ranges))
@@ -52,7 +84,13 @@ def judged(program: ExportedProgram, ranges: RangeTable, low_type: object, setti
     work = {row.node: row.work for row in plan.decisions if row.precision != "kept"}
     low = sum(work[name] for name in plan.low_precision_nodes)
     whole = sum(work.values())
-    bytes_low = counted.activation_bytes_low / counter.activation_bytes if counter.activation_bytes else 0.0
+    size = counter.activation_bytes or 1
     return Judgement(
-        len(plan.high_precision_nodes), low / whole if whole else 0.0, bytes_low, counted.casts, counted.bytes_cast
+        high=len(plan.high_precision_nodes),
+        work_low=low / whole if whole else 0.0,
+        bytes_low=counted.activation_bytes_low / size,
+        casts=counted.casts,
+        bytes_cast=counted.bytes_cast,
+        cast=counted.bytes_cast / size,
+        loss_db=0.0 if loss_db is None else loss_db(frozenset(plan.low_precision_nodes)),
     )

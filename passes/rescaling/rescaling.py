@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,23 +13,25 @@ from calibcast.calib.execution import require_program
 from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import argument_of, dtype_name, input_targets
 from calibcast.calib.masks import mask_tensors
-from calibcast.calib.range_scaling import NumberScale
 from calibcast.calib.ranges import RangeTable, require_table
+from calibcast.calib.rounding_scaling import NumberScale
 from calibcast.passes.number_formats import format_of
 from calibcast.passes.rescaling.breaks import input_breaks, segment_breaks
+from calibcast.passes.rescaling.checking import Check
 from calibcast.passes.rescaling.costs import CostReader, Costs
 from calibcast.passes.rescaling.equations import implied
 from calibcast.passes.rescaling.exactness import Refusal, refusals
-from calibcast.passes.rescaling.judging import Judgement, judged
+from calibcast.passes.rescaling.judging import LOUDEST_DB, Judgement, judged
 from calibcast.passes.rescaling.measures import Measures
 from calibcast.passes.rescaling.proposals import cheapest
 from calibcast.passes.rescaling.result import Rescaling
 from calibcast.passes.rescaling.rewriting import SUFFIX, Exponents, rewritten
 from calibcast.passes.rescaling.solving import Solutions, solve
-from calibcast.passes.rescaling.system import System, Tensor, system_of
+from calibcast.passes.rescaling.system import Breaks, System, Tensor, system_of
 from calibcast.passes.settings import Settings, low_type_of
 from torch.export import ExportedProgram
 
+_log = logging.getLogger("calibcast")
 # Limits as shares of the plan's own, and weights of what is lost below the smallest normal number.
 _WEIGHINGS = ((1.0, 0.3), (0.125, 0.3), (1 / 64, 0.1), (1.0, 2.0))
 _ROUNDS = 4  # of proposing again without what was not shown to be exact
@@ -37,19 +41,23 @@ _DEFAULT_LIMIT = 512.0
 
 @dataclass(frozen=True)
 class Proposal:
-    """Exponents, and the program and ranges that they make."""
+    """Exponents, and the program and ranges that they make. loss_db: see `CostReader.loss_db`, of low nodes."""
 
     exponents: Exponents
     program: ExportedProgram
     ranges: RangeTable
     refused: tuple[Refusal, ...]
+    loss_db: Callable[[frozenset[str]], float]
 
 
-def rescale(
+def rescale(  # noqa: PLR0913 - the public contract
     program: ExportedProgram,
     ranges: RangeTable,
     low_precision_type: torch.dtype | str = torch.float16,
     weights: str = "warn",
+    dataloader: Iterable[Any] | None = None,
+    transform: Callable[[Any], Any] | None = None,
+    device: torch.device | str | None = None,
     **settings: Any,
 ) -> Rescaling:
     """Store tensors as powers of two of themselves where that lets more of the network run in the low type.
@@ -64,10 +72,15 @@ def rescale(
         ranges: from `calibrate`, of this program.
         low_precision_type: torch.float16; bfloat16 has the range of fp32, and nothing is changed.
         weights: what to do when the ranges were measured with other weights: "warn", "refuse" or "ignore".
+        dataloader: batches as `calibrate` takes them. Both programs are run on the first two in fp32: where a result
+            has other bits, the part to blame is left as it is, and `refused` says so. Without data the range table
+            alone shows that all is exact, for what calibration has seen.
+        transform, device: as in `calibrate`.
         settings: further arguments of `classify`.
 
     Raises:
-        SettingError: a setting is out of range. MismatchError: the ranges are of another program.
+        SettingError: a setting is out of range. MismatchError: the ranges are of another program. BatchError: as in
+        `calibrate`.
     """
     low_type, checked = low_type_of(low_precision_type), Settings(**settings)
     require_program(program)
@@ -76,8 +89,9 @@ def rescale(
     why = _nothing_to_do(ranges, low_type)
     if why is not None:
         return Rescaling(program, ranges, {}, False, why)
+    check = None if dataloader is None else Check.of(program, dataloader, transform, device)
     with paused():
-        return _best(program, ranges, low_type, checked)
+        return _checked(_Search(program, ranges, low_type, checked), check)
 
 
 def _nothing_to_do(ranges: RangeTable, low_type: torch.dtype) -> str | None:
@@ -88,49 +102,83 @@ def _nothing_to_do(ranges: RangeTable, low_type: torch.dtype) -> str | None:
     return None
 
 
-def _best(program: ExportedProgram, ranges: RangeTable, low_type: torch.dtype, settings: Settings) -> Rescaling:
+@dataclass(frozen=True)
+class _Search:
+    """What proposals are made for. held: nodes around which nothing is rescaled, as running both programs has shown."""
+
+    program: ExportedProgram
+    ranges: RangeTable
+    low_type: torch.dtype
+    settings: Settings
+    held: tuple[Refusal, ...] = ()
+
+
+def _checked(search: _Search, check: Check | None) -> Rescaling:
+    """The best, run beside the original where there is data, and found anew without what gave other bits."""
+    for _ in range(_ROUNDS):
+        found = _best(search)
+        if check is None or not found.changed:
+            return found
+        wrong = check.difference(found.program, found.rewrite)
+        if wrong is None:
+            return found
+        _log.warning("rescaling leaves %s as it is: %s", wrong.node, wrong.reason)
+        search = replace(search, held=(*search.held, wrong))
+    why = f"fp32 results were not the same bits: {'; '.join(str(refusal) for refusal in search.held)}"
+    return Rescaling(search.program, search.ranges, {}, False, why, found.before, found.before, search.held)
+
+
+def _best(search: _Search) -> Rescaling:
+    program, ranges, low_type, settings = search.program, search.ranges, search.low_type, search.settings
     before = judged(program, ranges, low_type, settings)
-    best: tuple[Proposal, Judgement] | None = None
-    refused: tuple[Refusal, ...] = ()
     if before.work_low == before.bytes_low == 1.0:
         return Rescaling(program, ranges, {}, False, "all of it runs in the low type as it is", before, before)
-    for proposal in proposals(program, ranges, low_type, settings):
-        refused = refused or proposal.refused
-        after = judged(proposal.program, proposal.ranges, low_type, settings)
+    best: tuple[Proposal, Judgement] | None = None
+    refused = search.held
+    for proposal in proposals(search):
+        refused = (*search.held, *proposal.refused) if len(refused) == len(search.held) else refused
+        after = judged(proposal.program, proposal.ranges, low_type, settings, proposal.loss_db)
         after = replace(after, added=_added_share(proposal))
-        if after.beats(before if best is None else best[1]):
-            best = proposal, after
-        if best is not None and best[1].work_low == 1.0 and best[1].bytes_low == 1.0:
+        measured = ranges.rounding.height > 0  # then the budget says what is too loud
+        if after.beats(before) and (measured or after.loss_db <= LOUDEST_DB):
+            best = (proposal, after) if best is None or after.improves(best[1]) else best
+        if best is not None and best[1].work_low == best[1].bytes_low == 1.0 and best[1].quiet:
             break
     if best is None:
         why = "no powers of two let more of it run in the low type"
         return Rescaling(program, ranges, {}, False, why, before, before, refused)
     found, after = best
-    why = f"{before} -> {after}"
     final = rewritten(program, found.exponents)
     scaled = _scaled_ranges(program, ranges, found.exponents, final, None)
-    return Rescaling(final, scaled, found.exponents.tensors, True, why, before, after, found.refused, found.exponents)
+    shown = (*search.held, *found.refused)
+    return Rescaling(
+        final, scaled, found.exponents.tensors, True, f"{before} -> {after}", before, after, shown, found.exponents
+    )
 
 
-def proposals(
-    program: ExportedProgram, ranges: RangeTable, low_type: torch.dtype, settings: Settings
-) -> Iterator[Proposal]:
+def proposals(search: _Search) -> Iterator[Proposal]:
     """Programs worth a look, the cautious ones first: without added multiplications, then with."""
-    limit = _limit(settings, ranges, low_type)
+    program, ranges = search.program, search.ranges
+    limit = _limit(search.settings, ranges, search.low_type)
     measures = Measures.of(program, ranges)
-    reader, seen = CostReader(measures, format_of(low_type)), set[str]()
+    reader, seen = CostReader(measures, format_of(search.low_type)), set[str]()
     plain = system_of(program)
     segments = segment_breaks(measures, solved(program, plain), limit)
     inputs = input_breaks(measures, limit)
-    for breaks in dict.fromkeys([(), inputs, segments, (*inputs, *segments)]):
+    names = {refusal.node for refusal in search.held}
+    several: list[Breaks] = [{}, inputs, segments, {**inputs, **segments}]
+    for place, breaks in enumerate(several):
+        if breaks in several[:place]:
+            continue
         system = system_of(program, breaks) if breaks else plain
         for share, floor in _WEIGHINGS if not breaks else _WEIGHINGS[:2]:
-            exponents, refused = _proposed(program, system, reader, Costs(limit * share, floor), measures)
+            exponents, refused = _proposed(program, system, reader, Costs(limit * share, floor), measures, names)
             if exponents and repr(exponents) not in seen:
                 seen.add(repr(exponents))
                 made = rewritten(program, exponents)
                 if mask_tensors(made) == mask_tensors(program):  # else a number became a mask, or no longer is one
-                    yield Proposal(exponents, made, _scaled_ranges(program, ranges, exponents, made, ""), refused)
+                    scaled = _scaled_ranges(program, ranges, exponents, made, "")
+                    yield Proposal(exponents, made, scaled, refused, partial(reader.loss_db, exponents))
 
 
 def solved(program: ExportedProgram, system: System, held: set[int] | None = None) -> Solutions:
@@ -141,10 +189,15 @@ def solved(program: ExportedProgram, system: System, held: set[int] | None = Non
 
 
 def _proposed(
-    program: ExportedProgram, system: System, reader: CostReader, costs: Costs, measures: Measures
+    program: ExportedProgram,
+    system: System,
+    reader: CostReader,
+    costs: Costs,
+    measures: Measures,
+    left: Collection[str],
 ) -> tuple[Exponents, tuple[Refusal, ...]]:
-    """The cheapest exponents that are shown to be exact."""
-    held, refused = set[int](), list[Refusal]()
+    """The cheapest exponents that are shown to be exact; the nodes that are left are not touched."""
+    held, refused = _around(program, system, left), list[Refusal]()
     for _ in range(_ROUNDS):
         solutions = solved(program, system, held)
         exponents = Exponents.of(solutions, cheapest(reader.table(solutions, costs), solutions.free))
@@ -152,15 +205,15 @@ def _proposed(
         if not found:
             return exponents, tuple(refused)
         refused.extend(found)
-        names = {refusal.node for refusal in found}
-        held |= {v for v, k in enumerate(system.kinds) if k is not None and k.node in names}
-        held |= _inputs_of(program, system, names)
+        held |= _around(program, system, {refusal.node for refusal in found})
     return Exponents(), tuple(refused)
 
 
-def _inputs_of(program: ExportedProgram, system: System, names: set[str]) -> set[int]:
-    read = {n.name for node in program.graph.nodes if node.name in names for n in node.all_input_nodes}
-    return {v for v, k in enumerate(system.kinds) if isinstance(k, Tensor) and k.node in read}
+def _around(program: ExportedProgram, system: System, names: Collection[str]) -> set[int]:
+    """The variables of nodes, of the numbers in their calls, and of what they read."""
+    near = {*names, *(n.name for node in program.graph.nodes if node.name in names for n in node.all_input_nodes)}
+    own = {v for v, k in enumerate(system.kinds) if k is not None and k.node in names}
+    return own | {v for v, k in enumerate(system.kinds) if isinstance(k, Tensor) and k.node in near}
 
 
 def _limit(settings: Settings, ranges: RangeTable, low_type: torch.dtype) -> float:

@@ -80,7 +80,7 @@ def _gain(rescaling: Rescaling) -> str:
 def _refused(rescaling: Rescaling) -> str:
     if not rescaling.refused:
         return ""
-    shown = "\n".join(f"  left as it is: {r.node}: {r.reason}" for r in rescaling.refused[:5])
+    shown = "\n".join(f"  left as it is: {r}" for r in rescaling.refused[:5])
     return f"\n{shown}"
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from calibcast.calib.graph import argument_of, input_kinds, input_targets, state_tensor
 from calibcast.passes.rescaling.equations import implied
 from calibcast.passes.rescaling.solving import Solutions
-from calibcast.passes.rescaling.system import Number, Tensor
+from calibcast.passes.rescaling.system import Breaks, Number, Tensor
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
@@ -24,12 +25,13 @@ SUFFIX = "_rescaled"  # of the multiplications that are put in
 class Exponents:
     """What is stored as 2^-k of itself: tensors by node and output, and numbers by node and argument; 0 left out.
 
-    multiplied: exponent of the factor that is put behind a node.
+    multiplied: exponent of the factor that is put behind a node. readers: of that node, those that read the product.
     """
 
     tensors: Mapping[tuple[str, int], int] = field(default_factory=dict)
     numbers: Mapping[tuple[str, str], int] = field(default_factory=dict)
     multiplied: Mapping[str, int] = field(default_factory=dict)
+    readers: Breaks = field(default_factory=dict)
 
     @classmethod
     def of(cls, solutions: Solutions, values: Mapping[int, int]) -> Exponents:
@@ -47,17 +49,18 @@ class Exponents:
             elif isinstance(kind, Number):
                 numbers[kind.node, kind.argument] = exponent
         unused = {made for made, behind in solutions.system.breaks.items() if behind not in multiplied}
-        return cls({key: k for key, k in tensors.items() if key[0] not in unused}, numbers, multiplied)
+        readers = {name: solutions.system.readers[name] for name in multiplied}
+        return cls({key: k for key, k in tensors.items() if key[0] not in unused}, numbers, multiplied, readers)
 
     def __bool__(self) -> bool:
         return bool(self.tensors or self.numbers or self.multiplied)
 
     def negated(self) -> Exponents:
-        """Those that give back the program; what was multiplied stays, by the inverse."""
+        """Those that turn the rescaled program back; what was multiplied stays, by 1."""
+        factors = {(f"{node}{SUFFIX}", "other"): -k for node, k in self.multiplied.items()}
         return Exponents(
             {key: -k for key, k in self.tensors.items()},
-            {key: -k for key, k in self.numbers.items()},
-            {key: -k for key, k in self.multiplied.items()},
+            {**{key: -k for key, k in self.numbers.items()}, **factors},
         )
 
 
@@ -85,7 +88,7 @@ def rewritten(program: ExportedProgram, exponents: Exponents, with_state: bool =
 
 
 def _graph(program: ExportedProgram, exponents: Exponents) -> fx.Graph:
-    graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph, values, products = fx.Graph(), dict[fx.Node, fx.Node](), dict[fx.Node, fx.Node]()
     numbers: dict[str, dict[str, int]] = {}
     for (node, argument), k in exponents.numbers.items():
         numbers.setdefault(node, {})[argument] = k
@@ -93,9 +96,9 @@ def _graph(program: ExportedProgram, exponents: Exponents) -> fx.Graph:
     for node in program.graph.nodes:
         if node.op != "placeholder":
             for old in waiting:
-                values[old] = _multiplied(graph, old, values[old], exponents.multiplied[old.name])
+                products[old] = _multiplied(graph, old, values[old], exponents.multiplied[old.name])
             waiting = []
-        made = graph.node_copy(node, lambda n: values[n])
+        made = graph.node_copy(node, partial(_read_by, node, values, products, exponents.readers))
         made.meta = copy.copy(node.meta)
         made.name, made.target = node.name, node.target  # fx renames copies that look like builtins, such as `input`
         values[node] = made
@@ -105,8 +108,19 @@ def _graph(program: ExportedProgram, exponents: Exponents) -> fx.Graph:
             if node.op == "placeholder":
                 waiting.append(node)
             else:
-                values[node] = _multiplied(graph, node, made, exponents.multiplied[node.name])
+                products[node] = _multiplied(graph, node, made, exponents.multiplied[node.name])
     return graph
+
+
+def _read_by(
+    reader: fx.Node,
+    values: Mapping[fx.Node, fx.Node],
+    products: Mapping[fx.Node, fx.Node],
+    readers: Breaks,
+    node: fx.Node,
+) -> fx.Node:
+    """What stands for `node` where `reader` reads it."""
+    return products[node] if node in products and reader.name in readers[node.name] else values[node]
 
 
 def _multiplied(graph: fx.Graph, old: fx.Node, made: fx.Node, exponent: int) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import getitem
@@ -19,6 +19,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 Row = dict[int, int]  # coefficients by variable: their sum is 0
+# Nodes behind which a multiplication may stand, each with those of its readers that read the product.
+Breaks = Mapping[str, frozenset[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class System:
 
     kinds: what each variable is the exponent of; None for the unknown `j`. equal, rows, zero: pairs that are equal,
     sums that are 0, and variables that are. why_zero: the first reason of each. breaks: the node behind which a
-    multiplication may stand, by the name that it would have.
+    multiplication may stand, by the name that it would have. readers: of its product, by the name of that node.
     """
 
     kinds: list[Tensor | Number | None] = field(default_factory=list)
@@ -54,6 +56,7 @@ class System:
     zero: set[int] = field(default_factory=set)
     why_zero: dict[int, str] = field(default_factory=dict)
     breaks: dict[str, str] = field(default_factory=dict)
+    readers: Breaks = field(default_factory=dict)
 
     def variable(self, kind: Tensor | Number | None) -> int:
         """The variable of a tensor or number; a new one for None."""
@@ -73,23 +76,20 @@ class System:
             self.why_zero.setdefault(variable, why)
 
 
-def system_of(program: ExportedProgram, breaks: Collection[str] = (), table: Mapping[str, str] = EQUATIONS) -> System:
-    """The equations of a program.
-
-    breaks: nodes behind which a multiplication may stand, so that what reads them sees another exponent.
-    """
-    return _Reader(program, breaks, table).read()
+def system_of(program: ExportedProgram, breaks: Breaks | None = None, table: Mapping[str, str] = EQUATIONS) -> System:
+    """The equations of a program; what reads the product of a break sees an exponent of its own."""
+    return _Reader(program, breaks or {}, table).read()
 
 
 class _Reader:
-    def __init__(self, program: ExportedProgram, breaks: Collection[str], table: Mapping[str, str]) -> None:
+    def __init__(self, program: ExportedProgram, breaks: Breaks, table: Mapping[str, str]) -> None:
         self._program, self._breaks, self._table = program, breaks, table
         self._graph_module = program.graph_module
         kinds = input_kinds(program)
         held = {n: t for n, t in input_targets(program).items() if kinds[n] != "input"}
         self._state = {n: t for n, t in held.items() if state_tensor(program, t) is not None}
         self._written = mutated_inputs(program)
-        self.system = System()
+        self.system = System(readers=breaks)
 
     def read(self) -> System:
         for node in self._graph_module.graph.nodes:
@@ -166,7 +166,7 @@ class _Reader:
                 return [made.get(int(name[3:]))]
             return list(made.values()) or [None]
         if name == "moved":
-            return [v for n in moved_tensors(node) for v in self._of(n)]
+            return [v for n in moved_tensors(node) for v in self._of(n, node)]
         value = argument_of(node, name)
         if value is None and name in {"eps", "scale"}:
             value = implied(node, name)
@@ -175,7 +175,7 @@ class _Reader:
 
     def _of_value(self, node: fx.Node, name: str, value: Any) -> list[int | None]:
         if isinstance(value, fx.Node):
-            return list(self._of(value)) or [None]
+            return list(self._of(value, node)) or [None]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value == 0 or value != value:
             # 0 and NaN are what they are times any power of two; so is inf. A flag is no number.
             return [self.system.variable(None)] if not isinstance(value, bool) and value == 0 else [None]
@@ -202,13 +202,13 @@ class _Reader:
     def _made_by(self, node: fx.Node) -> list[int]:
         return list(self._outputs(node).values())
 
-    def _of(self, node: fx.Node) -> list[int]:
-        """The variables of the tensors that a node hands on; a `getitem` picks one of its maker's."""
+    def _of(self, node: fx.Node, reader: fx.Node) -> list[int]:
+        """The variables of the tensors that a node hands to a reader; a `getitem` picks one of its maker's."""
         if node.target is getitem and isinstance(node.args[0], fx.Node):
             made = self._outputs(node.args[0])
             return [made[node.args[1]]] if node.args[1] in made else []  # type: ignore[index]
         found = self._made_by(node)
-        return [self._after(node, found[0])] if node.name in self._breaks and found else found
+        return [self._after(node, found[0])] if reader.name in self._breaks.get(node.name, ()) and found else found
 
     def _after(self, node: fx.Node, before: int) -> int:
         """The exponent after the multiplication that may stand behind `node`."""
@@ -221,7 +221,7 @@ class _Reader:
         return made
 
     def _read_by(self, node: fx.Node) -> list[int]:
-        return [v for argument in node.all_input_nodes for v in self._of(argument)]
+        return [v for argument in node.all_input_nodes for v in self._of(argument, node)]
 
     def _has_other_floats(self, node: fx.Node) -> bool:
         """Whether it computes in another floating type, too."""

@@ -1,0 +1,79 @@
+"""Whether two programs give the same bits in fp32, seen by running both: where the proof from the table ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from calibcast.calib.batches import numbered, signature_of
+from calibcast.calib.execution import ProgramRunner, tensors_of
+from calibcast.calib.rounding import fp32_kernels
+from calibcast.passes.rescaling.exactness import Refusal
+from calibcast.passes.rescaling.rewriting import Exponents
+from torch.export import ExportedProgram
+
+MOST_CHECKED = 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """Batches on which the program and what is made of it are run. device: where; None is where the program is."""
+
+    program: ExportedProgram
+    batches: tuple[Sequence[Any], ...]
+    device: torch.device | str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        program: ExportedProgram,
+        dataloader: Iterable[Any],
+        transform: Callable[[Any], Any] | None,
+        device: torch.device | str | None,
+    ) -> Check:
+        """On the first two batches. Raises BatchError as `calibrate` does."""
+        first = list(islice(dataloader, MOST_CHECKED))
+        return cls(program, tuple(flat for _, _, flat in numbered(first, signature_of(program), transform)), device)
+
+    def difference(self, made: ExportedProgram, exponents: Exponents) -> Refusal | None:
+        """The first node whose result is not 2^-k of the original's, where any result of the program is another.
+
+        Both compute in fp32 without TF32, whatever the process has set.
+        """
+        ours, theirs = ProgramRunner(made, self.device), ProgramRunner(self.program, self.device)
+        with torch.no_grad(), fp32_kernels():
+            for index, flat in enumerate(self.batches):
+                held = theirs.to_device(flat)
+                if not all(map(_same, ours.run(held), theirs.run(held))):
+                    return _first(ours, theirs, held, exponents, index)
+        return None
+
+
+def _first(
+    ours: ProgramRunner, theirs: ProgramRunner, flat: Sequence[Any], exponents: Exponents, index: int
+) -> Refusal:
+    steps = ours.steps(flat)
+    for want in theirs.steps(flat):
+        made = next((ran for ran in steps if ran.name == want.name), None)
+        given = {} if made is None else dict(tensors_of(made.node, made.result))
+        for output, tensor in tensors_of(want.node, want.result):
+            k = exponents.tensors.get((want.name, output), 0)
+            scaled = tensor * 2.0**-k if k else tensor
+            if output in given and not _same(given[output], scaled):
+                return Refusal(want.name, f"run on batch {index}, its fp32 result is not that of the original")
+    return Refusal("output", f"run on batch {index}, fp32 results are not those of the original")
+
+
+def _same(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return bool(one == other)
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    # NaN is a number that equals itself here.
+    both = torch.isnan(one) & torch.isnan(other)
+    return bool(((one == other) | both).all())
