@@ -1,4 +1,4 @@
-"""Noise at a program's outputs, each channel held to its own power."""
+"""Noise at a program's outputs, channel by channel: what is faint beside a loud channel counts as well."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 SILENT = 1e-6
 # Elements of a channel that say what its power is. Of a single row of logits, one that is near 0 says nothing.
 FEWEST = 32
+# So many channels are a population, in which some are near 0 by chance. Fewer are quantities, each in its own unit.
+POPULATION = 8
+# One that varies by half as much as its output's typical channel, or more, is in the unit of that.
+SAME_UNIT = 0.25
 
 
 def channel_dimension(tensor: torch.Tensor) -> int | None:
@@ -37,12 +41,23 @@ def _place_of_channels(tensor: torch.Tensor) -> int:
 
 
 def channel_power(reference: torch.Tensor) -> torch.Tensor:
-    """The power that each channel's noise is held to, float64 [channels]: sums of squares of finite values, floored.
+    """The power that each channel's noise is held to, float64 [channels]: sums of squares of finite values.
 
-    0 only where the whole output is.
+    That is the channel's own, or what a typical channel of its output has, if that is more and the channel is in the
+    same unit. Of a thousand logits some are near 0 for each input of a batch, and an error that is none beside the
+    others is none there; a score beside boxes in pixels is held to its own power. What a channel varies by says what
+    unit it is in: the typical power counts in full where it varies by `SAME_UNIT` of the typical variance, and by less
+    as it varies less (by the square). Outputs of fewer than `POPULATION` channels have no typical one.
+
+    At least `SILENT` of the mean; 0 only where the whole output is.
     """
     values = by_channel(reference).double()
-    power = torch.where(values.isfinite(), values, 0.0).square().sum(1)
+    values = torch.where(values.isfinite(), values, 0.0)
+    power = values.square().sum(1)
+    if len(power) >= POPULATION:
+        varied = (values - values.mean(1, keepdim=True)).square().sum(1)
+        alike = (varied / (SAME_UNIT * varied.median())).nan_to_num(0.0, 0.0, 0.0).clamp(max=1).square()
+        power = torch.maximum(power, alike * power.median())
     return torch.maximum(power, SILENT * power.mean())
 
 

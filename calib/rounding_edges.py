@@ -69,6 +69,14 @@ def rounding_edges(program: ExportedProgram) -> tuple[Edge, ...]:
     return tuple(found)
 
 
+def output_types(program: ExportedProgram, graph_module: fx.GraphModule) -> list[torch.dtype]:
+    """Of the tensors that the program gives its user, in order. graph_module: the program's own, or that one flat."""
+    output = next(iter(reversed(graph_module.graph.nodes)))
+    given = zip(output.args[0], program.graph_signature.output_specs, strict=True)
+    nodes = [node for node, spec in given if spec.kind == OutputKind.USER_OUTPUT and isinstance(node, fx.Node)]
+    return [value.dtype for node in nodes for _, value in tensor_values(node)]
+
+
 def is_mover(node: fx.Node) -> bool:
     """Whether a node hands rounded elements on as they are, so that an edge passes it by."""
     if node.op != "call_function":

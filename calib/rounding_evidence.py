@@ -14,10 +14,10 @@ from calibcast.calib.errors import MismatchError, first_line
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.flat_regions import flat_regions
 from calibcast.calib.flattening import flatten, qualified_name
-from calibcast.calib.graph import input_targets, tensor_values
+from calibcast.calib.graph import input_targets
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.rounding import fp32_kernels
-from calibcast.calib.rounding_edges import Edge, rounding_edges
+from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
 from calibcast.calib.rounding_groups import Rounder
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
 from calibcast.calib.rounding_sweep import LOW_TYPES, Found, Measured, Sweep
@@ -76,16 +76,10 @@ class RoundingEvidence:
         """Which of the graph's results are the user's."""
         return [s.kind == OutputKind.USER_OUTPUT for s in self._runner.program.graph_signature.output_specs]
 
-    @cached_property
-    def _output_types(self) -> list[torch.dtype]:
-        output = next(iter(reversed(self._graph.graph.nodes)))
-        given = zip(output.args[0], self._results, strict=True)
-        nodes = [node for node, users in given if users and isinstance(node, fx.Node)]
-        return [value.dtype for node in nodes for _, value in tensor_values(node)]
-
     def _empty(self) -> RoundingRecord:
-        apart = sum(kind.is_floating_point for kind in self._output_types) <= MOST_OUTPUTS
-        columns = max(1, len(self._output_types)) if apart else 1
+        kinds = output_types(self._runner.program, self._graph)
+        apart = sum(kind.is_floating_point for kind in kinds) <= MOST_OUTPUTS
+        columns = max(1, len(kinds)) if apart else 1
         return RoundingRecord(self._edges, apart, RoundingStatistics.empty(len(self._edges), columns))
 
     @cached_property

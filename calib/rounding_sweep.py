@@ -195,8 +195,13 @@ class Sweep:
             self._share_out(group, low, found)
 
     def _note_run(self, found: Found, noise: Sequence[float]) -> None:
-        by_output = [part for part, output in zip(noise, self._tape.outputs, strict=True) if output is not None]
-        found.noise = by_output if self._columns == len(by_output) else [sum(by_output)]
+        by_output = [
+            (part, output) for part, output in zip(noise, self._tape.outputs, strict=True) if output is not None
+        ]
+        if self._columns == len(by_output):
+            found.noise = [part for part, _ in by_output]
+        else:  # a share of integers is like an amplitude
+            found.noise = [sum(part if output.differentiable else part**2 for part, output in by_output)]
         found.ran = True
 
     def _share_out(self, group: Group, low: torch.dtype, found: Found) -> None:

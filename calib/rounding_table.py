@@ -15,8 +15,9 @@ Columns:
         over its channels, each held to its own power; over outputs it is the sum. inf where rounding made values that
         are not finite. Null where it could not be had.
     noise_worst: the same of the worst batch. worst_batch: its index.
-    noise_by_output: `noise` of each floating-point output of the program, in their order; null where outputs are more
-        than are told apart (`MOST_OUTPUTS`), or where `noise` is null.
+    noise_by_output: `noise` of each tensor that the program gives, in their order; of integers and booleans the share
+        that changed. Null where floating-point outputs are more than are told apart (`MOST_OUTPUTS`; the square of that
+        share is in `noise` then), or where `noise` is null.
     nonfinite: elements of the reader's results that only rounding made NaN or Inf, summed over batches.
     steps: integer and boolean elements that rounding changed, summed over batches: indices, comparisons.
     local_sqnr_db: signal to noise at the reader's own results, in dB; inf where nothing changed.

@@ -109,11 +109,19 @@ class Planning:
             digests = node_digests(program) if ranges is None else dict(ranges.calibration.digests)
         return cls(facts, settings.judge(facts.nodes, ranges, checked), settings, ranges, work, digests)
 
-    def plan(self, allowance: float | None = None, raised: Mapping[str, Verdict] | None = None) -> PrecisionPlan:
-        """The plan for the budget, or for this much predicted noise. raised: nodes that a run has shown to be high."""
+    def plan(
+        self,
+        allowance: float | None = None,
+        raised: Mapping[str, Verdict] | None = None,
+        at_any_cost: bool = False,
+    ) -> PrecisionPlan:
+        """The plan for the budget, or for this much predicted noise.
+
+        raised: nodes that a run has shown to be high. at_any_cost: raise what it takes where noise is spread, too.
+        """
         bare = self.judge if not raised else replace(self.judge, rules=(*self.judge.rules, Raised(raised)))
         with paused():
-            judge = with_rounding(self.facts, bare, allowance)
+            judge = with_rounding(self.facts, bare, allowance, at_any_cost=at_any_cost)
             decisions = decide(self.facts, judge, self.work)
         # For both types, as a reader of the plan may ask for the other one, too.
         known = () if self.ranges is None else LOW_TYPES

@@ -10,7 +10,7 @@ from operator import getitem
 import torch
 from calibcast.calib.graph import input_kinds, size_hint, tensor_values
 from calibcast.calib.ranges import RangeTable
-from calibcast.calib.rounding_edges import is_mover, rounding_edges
+from calibcast.calib.rounding_edges import is_mover, output_types, rounding_edges
 from calibcast.passes.channels import channels_of
 from calibcast.passes.evidence import HiddenEvidence, evidence_of
 from calibcast.passes.fact_reader import FactReader
@@ -96,8 +96,9 @@ def _leading(
 def _rounding(program: ExportedProgram, ranges: RangeTable | None) -> dict[torch.dtype, RoundingEvidence]:
     if ranges is None or not ranges.rounding.height:
         return {}
-    edges = rounding_edges(program)
-    found = {low_type: rounding_evidence(edges, ranges.rounding, name) for name, low_type in LOW_TYPES.items()}
+    edges, kinds = rounding_edges(program), output_types(program, program.graph_module)
+    integers = {i for i, kind in enumerate(kinds) if not (kind.is_floating_point or kind.is_complex)}
+    found = {low: rounding_evidence(edges, ranges.rounding, name, integers) for name, low in LOW_TYPES.items()}
     return {low_type: evidence for low_type, evidence in found.items() if evidence is not None}
 
 

@@ -15,6 +15,12 @@ from dataclasses import dataclass, field
 from calibcast.calib.rounding_table import OUTPUT
 from calibcast.passes.rounding_evidence import MeasuredEdge
 
+# A plan is made for half the noise amplitude that the budget allows, where that hangs on one edge ..
+MARGIN = 0.5
+# .. and for this much where many share the noise: their sum is predicted well, to a median of half a decibel.
+CLOSE = 1.0
+# An edge that is this part of the noise is one that it hangs on.
+BLAMED_SHARE = 0.3
 NEVER = 0.0  # the threshold of a node that no allowance raises
 ALWAYS = math.inf  # of one that is high whatever rounding costs
 # An edge that is more than half of the noise breaks first on other data. It goes, too, where that is cheap ..
@@ -24,9 +30,11 @@ OUTLIER_BYTES = 0.015
 # .. and where it would pass the allowance by growing tenfold in amplitude.
 OUTLIER_REACH = 100.0
 # Where no edge is this part of what it and all smaller ones make, there is none to blame.
-CROWD_SHARE = 0.05
-# Noise that is spread is not worth more than this part of the bytes that low nodes write.
-CROWD_BYTES = 0.5
+CROWD_SHARE = 0.1
+# Raising such edges is not worth more than this part of the bytes that low nodes write ..
+CROWD_BYTES = 0.05
+# .. unless it takes away more of the noise, in dB, than so many times what any nodes of as many bytes would.
+CROWD_GAIN = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +57,8 @@ class Course:
     """All steps, and for each node the allowance below which it is high: `NEVER`, or `ALWAYS` by another rule.
 
     steps_of: which step raises a node. follows: of a node that only moves data, the reader that it goes with.
-    crowd: the first step of those without an edge to blame; spread: the allowance below which they would take more
-    than `CROWD_BYTES`, so that the plan stays where they begin.
+    crowd: the allowance at which the steps begin that have no edge to blame; spread: that below which they take more
+    bytes than they are worth, so that the plan stays where they begin.
     """
 
     edges: tuple[MeasuredEdge, ...] = field(repr=False)
@@ -180,8 +188,10 @@ def _with_allowances(
     reach = math.inf  # below which the step before was taken
     for (edge, nodes, _), now in zip(taken, reversed(before), strict=True):
         moved = sum(sizes.get(name, 0) for name in nodes)
-        outlier = edge.weight > OUTLIER_SHARE * now and moved <= OUTLIER_BYTES * whole
-        reach = max(now, min(OUTLIER_REACH * edge.weight, reach) if outlier else 0.0)
+        wanted = now if edge.weight >= BLAMED_SHARE * now else now * (MARGIN / CLOSE) ** 2
+        if edge.weight > OUTLIER_SHARE * now and moved <= OUTLIER_BYTES * whole:
+            wanted = max(wanted, OUTLIER_REACH * edge.weight)
+        reach = min(wanted, reach)
         steps.append(Step(edge, nodes, now, reach, moved))
     return steps
 
@@ -214,12 +224,13 @@ def _spread(
     low = {name for name, is_low in decided.items() if is_low}
     active = sorted((e.weight for e in edges if not low.isdisjoint(e.nodes) and e.weight > 0), reverse=True)
     most = _crowd_weight(active)
-    first = next((i for i, step in enumerate(steps) if step.edge.weight <= most), len(steps))
+    crowd = [step for step in steps if step.edge.weight <= most]
     whole, moved = sum(sizes.get(name, 0) for name in low), 0
-    for step in steps[first:]:
+    for step, left in zip(crowd, [*(step.noise for step in crowd[1:]), 0.0], strict=False):
         moved += step.moved
-        if moved > CROWD_BYTES * whole:
-            return step.allowance, steps[first].allowance
+        part = moved / whole if whole else 0.0
+        if CROWD_BYTES < part < 1 and left > crowd[0].noise * (1 - part) ** CROWD_GAIN:
+            return step.allowance, crowd[0].allowance
     return 0.0, 0.0
 
 

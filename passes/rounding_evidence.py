@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import polars as pl
 from calibcast.calib.rounding_edges import Edge
@@ -12,23 +13,27 @@ from calibcast.calib.rounding_table import OUTPUT
 
 # Noise where something becomes NaN or Inf: above all that is finite, and sums of it are finite still.
 LOST = 1e30
-_COLUMNS = ("node", "input", "output", "noise", "noise_worst", "noise_by_output", "nonfinite", "steps")
+# So many batches are told apart when noises are summed; beyond, each edge counts at its own worst.
+MOST_BATCHES, OTHERS = 4, -1
+_COLUMNS = ("node", "input", "output", "noise", "noise_worst", "worst_batch", "noise_by_output", "batches")
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredEdge:
     """An edge and the noise-to-signal power that rounding it alone makes at each output of the program.
 
-    noise: of the worst batch; one number for all outputs where they were not told apart. weight: the largest of them.
+    noise: of each of `outputs` outputs in one batch, then of each in another; one number where they were not told
+    apart. weight: the largest of them.
     """
 
     edge: Edge
     noise: tuple[float, ...]
     weight: float
+    outputs: int = 1
 
     @property
     def worst_output(self) -> int:
-        return max(range(len(self.noise)), key=self.noise.__getitem__)
+        return max(range(len(self.noise)), key=self.noise.__getitem__) % self.outputs
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -50,36 +55,72 @@ class RoundingEvidence:
         return node not in self.missing
 
 
-def rounding_evidence(edges: Iterable[Edge], rounding: pl.DataFrame, low_type: str) -> RoundingEvidence | None:
-    """The evidence for `low_type` ("float16"); None where rounding was not measured at all."""
-    rows = _rows(rounding, low_type)
+def rounding_evidence(
+    edges: Iterable[Edge], rounding: pl.DataFrame, low_type: str, integers: Collection[int] = ()
+) -> RoundingEvidence | None:
+    """The evidence for `low_type` ("float16"); None where rounding was not measured at all.
+
+    integers: which outputs of the program are integers or booleans.
+    """
+    chosen = rounding.filter(pl.col("low_precision_type") == low_type).select(_COLUMNS)
+    rows = {(row[0], row[1], row[2]): _Row(*row[3:]) for row in chosen.iter_rows()}
     if not rows:
         return None
+    batches, outputs = _batches(rows.values()), max(len(row.by_output or [0]) for row in rows.values())
     found: list[MeasuredEdge] = []
     missing: set[str] = set()
     for edge in edges:
-        noise = rows.get((edge.node, edge.input, edge.output))
-        if noise is None:
+        row = rows.get(edge.key)
+        if row is None or row.mean is None:
             missing.update(MeasuredEdge(edge, (), 0.0).nodes)
         else:
-            found.append(MeasuredEdge(edge, noise, max(noise)))
+            noise = row.noise(batches, outputs, integers)
+            found.append(MeasuredEdge(edge, noise, max(noise), outputs))
     return RoundingEvidence(tuple(found), frozenset(missing))
 
 
-def _rows(rounding: pl.DataFrame, low_type: str) -> Mapping[tuple[str, str, int], tuple[float, ...] | None]:
-    chosen = rounding.filter(pl.col("low_precision_type") == low_type).select(_COLUMNS)
-    return {
-        (node, maker, output): None if noise is None else _worst(noise, worst, by_output, lost)
-        for node, maker, output, noise, worst, by_output, lost, _ in chosen.iter_rows()
-    }
+class _Row(NamedTuple):
+    """What the table says of one edge."""
+
+    mean: float | None
+    worst: float | None
+    worst_batch: int | None
+    by_output: list[float] | None
+    seen: int
+
+    def noise(self, batches: Sequence[int], outputs: int, integers: Collection[int]) -> tuple[float, ...]:
+        """At each output in each of these batches: in its worst one what was measured, elsewhere the mean of the rest.
+
+        Of integers all batches together count: of few elements in one batch a single toss-up is a large share. Their
+        share that changes counts like an amplitude, as noise twice as large decides twice as many comparisons.
+        """
+        assert self.mean is not None
+        means = self.by_output if self.by_output is not None and len(self.by_output) == outputs else None
+        given = [self.mean] * outputs if means is None else means
+        found: list[float] = []
+        for batch in batches:
+            part = self._part(batch)
+            found += [_finite(m * m if means and i in integers else m * part) for i, m in enumerate(given)]
+        return tuple(found)
+
+    def _part(self, batch: int) -> float:
+        """How much of the noise there is in one batch, as a part of the mean."""
+        if not self.mean or not math.isfinite(self.mean):
+            return 1.0
+        most = max(1.0, (self.worst or 0.0) / self.mean)
+        if batch == self.worst_batch or batch == OTHERS or self.seen < 2:
+            return most
+        return max(0.0, (self.seen - most) / (self.seen - 1))
 
 
-def _worst(mean: float, worst: float | None, by_output: list[float] | None, lost: int | None) -> tuple[float, ...]:
-    """The noise at each output in the worst batch, as far as the table tells batches apart there."""
-    if by_output is None or len(by_output) == 1:
-        return (_finite(max(mean, worst or 0.0)),)
-    share = worst / mean if worst is not None and mean > 0 and math.isfinite(mean) else 1.0
-    return tuple(_finite(value * max(1.0, share)) for value in by_output)
+def _batches(rows: Iterable[_Row]) -> list[int]:
+    """The batches in which most is worst; all there are, as a rule."""
+    totals: dict[int, float] = {}
+    for row in rows:
+        if row.worst is not None and row.worst_batch is not None:
+            totals[row.worst_batch] = totals.get(row.worst_batch, 0.0) + _finite(row.worst)
+    ordered = sorted(totals, key=lambda batch: -totals[batch])
+    return [*ordered[:MOST_BATCHES], *([OTHERS] if len(ordered) > MOST_BATCHES else [])] or [OTHERS]
 
 
 def _finite(noise: float) -> float:

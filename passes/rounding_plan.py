@@ -10,15 +10,13 @@ from functools import cached_property
 from calibcast.calib.rounding_edges import literals_of
 from calibcast.calib.rounding_table import LITERAL, OUTPUT
 from calibcast.passes.proof import EdgeCost, RoundingSummary
-from calibcast.passes.rounding_course import Course, Step, noise_of
+from calibcast.passes.rounding_course import MARGIN, Course, Step, noise_of
 from calibcast.passes.rounding_evidence import LOST, MeasuredEdge
 from calibcast.passes.verdict import Verdict
 from torch import fx
 
 # Least signal to noise at each output channel, dB: a hundredth is noise in float16, a twentieth in bfloat16.
 DEFAULT_BUDGETS = {"float16": 40.0, "bfloat16": 26.0}
-# A plan is made for half the noise amplitude that the budget allows, as predictions err by a decibel or two.
-MARGIN = 0.5
 WORST_EDGES = 10
 
 

@@ -15,16 +15,21 @@ from calibcast.passes.tensor_rules import DEFAULT_DATA_MAX
 
 
 def with_rounding(
-    program: ProgramFacts, judge: Judge, allowance: float | None = None, course: Course | None = None
+    program: ProgramFacts,
+    judge: Judge,
+    allowance: float | None = None,
+    course: Course | None = None,
+    at_any_cost: bool = False,
 ) -> Judge:
     """The judge that keeps high, too, what the budget of rounding noise does; the same one without evidence.
 
     allowance: predicted noise that is allowed, where a run has said how much; otherwise by the budget. course: where it
-    is known already.
+    is known already. at_any_cost: raise what the budget takes where noise is spread, too.
     """
     course = course_for(program, judge) if course is None else course
     if course is None:
         return judge
+    course = replace(course, spread=0.0) if at_any_cost else course
     plan = _plan(program, judge, course, allowance)
     if plan.spread:
         plan = replace(plan, others=_others(program, judge))

@@ -25,6 +25,8 @@ _log = logging.getLogger("calibcast")
 MOST_RUNS = 5
 # How far the allowed noise amplitude goes down when the budget is missed, by more when it is missed by FAR_DB.
 LESS, MUCH_LESS, FAR_DB = 1.8, 3.0, 14.0
+# A near miss is made good, and by this much more, dB: the smallest of many steps is less than that.
+PAST_DB = 1.5
 # With more than this to spare, what is kept in fp32 may be kept for nothing.
 SPARE_DB = 3.0
 
@@ -47,6 +49,7 @@ def tune(  # noqa: PLR0913 - the public contract
     A run computes in fp32 and rounds where the plan is low, so no half-precision kernel of this machine judges it. The
     worst channel of the worst output in the worst batch counts, also with floating-point inputs times two (of the first
     two batches); nothing may be newly non-finite. At most 5 plans are run. What is kept in fp32 for nothing is relaxed.
+    Where noise is spread, as much goes to fp32 as the budget takes; `classify` leaves it low there, and says so.
 
     Args:
         dataloader, transform, device: as in `calibrate`. max_batches: at most so many are run, 8 by default.
@@ -91,11 +94,12 @@ class _Tuning:
     tried: list[Outcome] = field(default_factory=list)
     failing: float = math.inf  # the least allowance that missed the budget ..
     passing: float = 0.0  # .. and the largest that met it
+    at_any_cost: bool = False  # raise what the budget takes where noise is spread, too
 
     def run(self) -> PrecisionPlan:
         allowance: float | None = allowance_of(self.budget)
         while allowance is not None and len(self.tried) < MOST_RUNS:
-            plan = self.planning.plan(allowance, self.raised)
+            plan = self.planning.plan(allowance, self.raised, self.at_any_cost)
             outcome = self.proving.run(plan)
             self.tried.append(outcome)
             _log.info(
@@ -113,8 +117,11 @@ class _Tuning:
         if outcome.meets(self.budget):
             self.passing = max(self.passing, allowance)
             return self._relaxed(allowance, outcome)
-        if outcome.plan.rounding is None or outcome.plan.rounding.spread:
+        if outcome.plan.rounding is None:
             return None
+        if outcome.plan.rounding.spread:  # no edge is to blame, and the budget is asked for all the same
+            self.at_any_cost = True
+            return allowance
         if outcome.nonfinite and self._raise_for_nonfinite(outcome):
             return allowance
         self.failing = min(self.failing, allowance)
@@ -125,7 +132,7 @@ class _Tuning:
         missed = -spare_db(outcome, self.budget)
         if missed <= 0:  # integers
             missed = 20 * math.log10(max(outcome.changed / most_changed(self.budget), 1.0))
-        factor = MUCH_LESS if missed > FAR_DB else LESS
+        factor = MUCH_LESS if missed > FAR_DB else min(LESS, 10 ** ((missed + PAST_DB) / 20))
         return self._changing(allowance, allowance / factor**2, outcome.plan)
 
     def _relaxed(self, allowance: float, outcome: Outcome) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from calibcast.calib.output_noise import channel_noise
+from calibcast.calib.output_noise import POPULATION, channel_noise
 
 
 def test_nan_is_infinite_noise() -> None:
@@ -27,3 +27,33 @@ def test_a_row_of_logits_is_one_channel() -> None:
     """Of one row, a logit near 0 has no power to be held to."""
     reference = torch.tensor([[1.0, 1e-3, -2.0]])
     assert channel_noise(reference + 1e-3, reference).shape == (1,)
+
+
+def test_a_logit_near_0_is_held_to_a_typical_one() -> None:
+    """A thousand logits of one unit, of which chance puts some near 0 for every input of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1000, generator=generator) + 0.1 * torch.randn(64, 1000, generator=generator)
+    noise = channel_noise(logits + 1e-3, logits)
+    own = 1e-6 / logits.double().square().mean(0)
+    assert own.max() > 40 * noise.max()  # 16 dB
+    assert noise.max() < 4 * noise.median()
+
+
+def test_a_channel_in_a_smaller_unit_is_held_to_its_own_power() -> None:
+    """Scores beside boxes in pixels, in whatever number: what they vary by says that they are in another unit."""
+    generator = torch.Generator().manual_seed(0)
+    boxes, scores = 640 * torch.rand(2, 64, 80, generator=generator), torch.rand(2, 64, 20, generator=generator)
+    both = torch.cat([boxes, scores], -1)
+    noise = channel_noise(both + 0.01, both)
+    own = 128 * 1e-4 / scores.double().square().sum((0, 1))
+    torch.testing.assert_close(noise[80:], own, rtol=1e-2, atol=0)
+
+
+def test_few_channels_are_quantities_of_their_own() -> None:
+    """Wind beside temperature in kelvin: both vary by as much, and an error of 3 is none of the one."""
+    generator = torch.Generator().manual_seed(0)
+    temperature, wind = (offset + 10 * torch.randn(64, 1, generator=generator) for offset in (280, 0))
+    both = torch.cat([temperature, wind], -1)
+    noise = channel_noise(both + 3, both)
+    assert noise[1] > 100 * noise[0]
+    assert both.shape[1] < POPULATION

@@ -78,6 +78,16 @@ def test_a_cheap_outlier_goes_inside_the_budget() -> None:
     assert high(course_of(edges, nodes, (), (), {**sizes, "emb": 1000}), 2e-5) == set()
 
 
+def test_a_margin_is_for_what_hangs_on_one_edge() -> None:
+    """Allowances are for half the amplitude of the budget: one edge above that goes, ten that share it do not."""
+    nodes = {f"n{i}": True for i in range(10)}
+    one = [edge("n0", "x", 1e-4)]
+    ten = [edge(f"n{i}", f"x{i}", 1e-5) for i in range(10)]
+    assert high(course_of(one, nodes, (), (), {}), 0.9e-4) == {"n0"}
+    assert high(course_of(ten, nodes, (), (), {}), 0.9e-4) == set()
+    assert len(high(course_of(ten, nodes, (), (), {}), 0.9e-4 / 4)) == 1  # more than the budget itself
+
+
 def test_spread_noise_is_not_raised() -> None:
     """A hundred equal edges are each to blame for a hundredth: half of the program would not be worth it."""
     edges = [edge(f"n{i}", f"n{i - 1}" if i else "x", 1e-5) for i in range(100)]
@@ -85,7 +95,17 @@ def test_spread_noise_is_not_raised() -> None:
     course = course_of([edge("n0", "x", 0.5), *edges], nodes, (), (), dict.fromkeys(nodes, 8))
     assert course.spread > 2e-5
     assert high(course, 2e-5) == {"n0"}  # the one that is to blame
-    assert high(course, 9.5e-4) > {"n0"}  # a little less than all of it is worth its bytes
+    assert high(course, 2.4e-4) > {"n0"}  # a little less than all of it is worth its bytes
+
+
+def test_many_small_edges_of_few_bytes_are_worth_raising() -> None:
+    """An integrator's two hundred additions make all of the noise, with a tenth of the bytes."""
+    edges = [edge(f"add{i}", f"add{i - 1}" if i else "x", 1e-4) for i in range(200)]
+    nodes = {name: True for i in range(200) for name in (f"add{i}", f"tanh{i}")}
+    sizes = {name: 1 if name.startswith("add") else 9 for name in nodes}
+    course = course_of(edges, nodes, (), (), sizes)
+    assert course.spread == 0.0
+    assert len(high(course, 1e-5)) > 195
 
 
 def test_what_becomes_infinite_is_raised_first_and_leaves_finite_noise() -> None:
@@ -103,7 +123,7 @@ def test_five_thousand_nodes_take_less_than_a_second() -> None:
         edge(f"n{i}", f"n{max(0, i - k)}", 1e-9 * (1 + (i * 7919) % 1000)) for i in range(1, count) for k in (1, 5)
     ]
     nodes = dict.fromkeys([f"n{i}" for i in range(count)], True)
-    start = time.perf_counter()
+    start = time.process_time()  # not what others take of the machine
     course = course_of(edges, nodes, (), (), dict.fromkeys(nodes, 4))
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     assert math.isfinite(course.steps[0].noise)

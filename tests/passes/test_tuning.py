@@ -63,6 +63,22 @@ def test_the_proof_is_saved(tmp_path: Path) -> None:
     assert "proven on 2 batches" in str(loaded)
 
 
+def test_spread_noise_is_raised_where_the_budget_asks_for_it() -> None:
+    """`classify` leaves sixty alike edges low, and says so; run, they miss the budget, which others meet."""
+
+    def deep(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(60):
+            x = x.sin()
+        return x
+
+    program = exported(deep, X)
+    ranges = with_noise(program, [X], {}, rest=2e-6)
+    assert classify(program, ranges, min_sqnr_db=60).high_precision_nodes == ()
+    plan = tune(program, ranges, [X], min_sqnr_db=60)
+    assert 0 < len(plan.high_precision_nodes) <= 60
+    assert plan.proof.sqnr_db >= 60
+
+
 def test_a_plan_to_start_with_stays_where_it_is_high() -> None:
     """What it has in fp32 is not questioned; what it has low is."""
     ranges = with_noise(SURVIVAL, [X], {("log", "rsub"): 1.0})
