@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from operator import getitem
@@ -219,17 +219,19 @@ def state_tensor(program: ExportedProgram, target: str) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def tensor_specs(program: ExportedProgram) -> list[TensorSpec]:
-    """Every floating-point tensor of the program, in the order in which it comes to be.
+def tensor_specs(program: ExportedProgram, wanted: Callable[[torch.dtype], bool] = is_measurable) -> list[TensorSpec]:
+    """Every tensor of the program of a `wanted` type (floating point), in the order in which it comes to be.
 
     Inputs, parameters, buffers, constants, and each output of each node, inside regions too; `getitem` and
     the region nodes themselves only pass on what already has a row.
     """
     kinds, targets = input_kinds(program), input_targets(program)
-    return [spec for step in walk(program.graph_module) for spec in _specs_of(step, kinds, targets)]
+    return [spec for step in walk(program.graph_module) for spec in _specs_of(step, kinds, targets, wanted)]
 
 
-def _specs_of(step: Step, kinds: dict[str, str], targets: dict[str, str]) -> Iterator[TensorSpec]:
+def _specs_of(
+    step: Step, kinds: dict[str, str], targets: dict[str, str], wanted: Callable[[torch.dtype], bool]
+) -> Iterator[TensorSpec]:
     node = step.node
     if node.op == "placeholder":
         if step.inside:
@@ -241,7 +243,7 @@ def _specs_of(step: Step, kinds: dict[str, str], targets: dict[str, str]) -> Ite
     else:
         return
     for output, value in tensor_values(node):
-        if is_measurable(value.dtype):
+        if wanted(value.dtype):
             yield TensorSpec(
                 node=step.name,
                 output=output,

@@ -29,7 +29,7 @@ from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.uninitialised import undefined_tensors
 from calibcast.passes.cast_insertion import CAST, CLAMP
 from calibcast.passes.lineage import readings
-from calibcast.passes.tensor_errors import COLUMNS, TensorErrors, rounding_db
+from calibcast.passes.tensor_errors import COLUMNS, TensorErrors, decibels_of_changed, rounding_db
 from torch import fx
 from torch.export import ExportedProgram
 from tqdm.auto import tqdm
@@ -82,12 +82,15 @@ class NonfiniteNode:
 class Comparison:
     """How far each tensor of a cast graph is from the program's, over all batches.
 
-    frame: one row per floating-point tensor of the program, worst first, with the columns of `SCHEMA`:
+    frame: one row per tensor of the program, worst first, with the columns of `SCHEMA`:
 
     - `node`, `output`, `op`, `module`, `source`, `kind` as in `RangeTable.frame`; `dtype` is the type in the cast
       graph, `dtype_reference` in the program.
     - `sqnr_db`, `rel_l2`, `max_abs` of the difference, over elements that are finite in both: inf dB when equal, NaN
       when there were none. `absmax`, `absmax_reference`: over finite elements.
+    - `changed`: of integer and boolean tensors, such as indices, the share of elements that differ; null for others.
+      They have no `sqnr_db` and `rel_l2` (null). Beside others a share counts as the SQNR of the budget that allows it:
+      half the error amplitude, so that 0.5% is worth 40 dB.
     - `input_sqnr_db`: the least SQNR among the tensors that the node reads, inf where it reads none; -inf when one has
       `nonfinite_alone`. `loss_db`: how far the SQNR falls from there to the node's result, 0 where it does not. From
       exact inputs, what rounding to the low type costs is no loss (71 dB remain in fp16, 53 dB in bf16). A large
@@ -110,7 +113,8 @@ class Comparison:
 
     def table(self, rows: int = 12) -> str:
         """A report to read: the first non-finite node, where error enters, and the worst tensors, `rows` of each."""
-        changed = self.frame.filter(pl.col("rel_l2").ne(0.0) | pl.col("nonfinite_alone").gt(0)).height
+        differs = pl.col("rel_l2").ne(0.0) | pl.col("changed").gt(0) | pl.col("nonfinite_alone").gt(0)
+        changed = self.frame.filter(differs).height
         lines = [f"Comparison: {self.batches} batches, {self.frame.height} tensors, {changed} differ from the program"]
         first = self.first_nonfinite
         lines.append(f"first non-finite node: {first or 'none'}")
@@ -166,7 +170,8 @@ class _Comparing:
         self._named = {spec.node for spec in specs}
         self._undefined = undefined_tensors(theirs.program)
         self._masks = mask_tensors(theirs.program)
-        self._errors = TensorErrors(len(specs), theirs.device)
+        exact = [row for row, spec in enumerate(specs) if not may_be_near(getattr(torch, spec.dtype))]
+        self._errors = TensorErrors(len(specs), theirs.device, exact)
         self._types: dict[int, torch.dtype] = {}
         self._batches = 0
 
@@ -174,7 +179,7 @@ class _Comparing:
     def of(cls, program: ExportedProgram, mixed: ExportedProgram, device: Any) -> _Comparing:
         _check(program, mixed)
         theirs = ProgramRunner(program, device)
-        return cls(ProgramRunner(mixed, theirs.device), theirs, tensor_specs(program))
+        return cls(ProgramRunner(mixed, theirs.device), theirs, tensor_specs(program, lambda _: True))
 
     def run(self, flat: list[Any], index: int) -> None:
         """One batch through both."""
@@ -216,7 +221,7 @@ class _Comparing:
             schema=SCHEMA,
         )
         culprits = frame.filter(pl.col("loss_db") > CULPRIT_DB)
-        worst = [pl.col("nonfinite_alone") == 0, pl.col("unlike") == 0, pl.col("sqnr_db")]
+        worst = [pl.col("nonfinite_alone") == 0, pl.col("unlike") == 0, pl.Series("worth", _worth(columns))]
         return Comparison(
             frame=frame.sort(worst, maintain_order=True),
             culprits=culprits.sort("loss_db", descending=True, maintain_order=True),
@@ -229,7 +234,7 @@ class _Comparing:
         reads = readings(self._theirs.program.graph_module)
         sqnr = [
             -math.inf if alone else math.inf if math.isnan(db) else db
-            for db, alone in zip(columns["sqnr_db"], columns["nonfinite_alone"], strict=True)
+            for db, alone in zip(_worth(columns), columns["nonfinite_alone"], strict=True)
         ]
         changed = [t for row, t in self._types.items() if dtype_name(t) != self._specs[row].dtype]
         rounding = min((rounding_db(dtype) for dtype in changed), default=math.inf)
@@ -241,6 +246,17 @@ class _Comparing:
             before = min(worst, rounding)
             losses.append(before - sqnr[row] if sqnr[row] < before else 0.0)
         return inputs, losses
+
+
+def may_be_near(dtype: torch.dtype) -> bool:
+    """Whether values of this type are near one another or far: not indices, labels and masks."""
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _worth(columns: dict[str, list[Any]]) -> list[float]:
+    """The SQNR of each row, and what the changed share of an integer row counts as."""
+    rows = zip(columns["sqnr_db"], columns["changed"], strict=True)
+    return [decibels_of_changed(changed) if db is None else db for db, changed in rows]
 
 
 def _advanced(steps: Generator[Ran, None, Any], name: str) -> Ran:
@@ -320,9 +336,14 @@ def _table(frame: pl.DataFrame, rows: int) -> list[str]:
         name = row["node"] if not row["output"] else f"{row['node']}[{row['output']}]"
         shown = name if len(name) <= 27 else f"..{name[-25:]}"
         lines.append(
-            f"  {shown:<28}{row['dtype'] or 'not run':<9}{row['sqnr_db']:>9.1f}{row['loss_db']:>9.1f}"
+            f"  {shown:<28}{row['dtype'] or 'not run':<9}{_apart(row):>9}{row['loss_db']:>9.1f}"
             f"{row['absmax']:>11.4g}{row['absmax_reference']:>12.4g}{row['nonfinite_alone']:>10}"
         )
     if frame.height > rows:
         lines.append(f"  and {frame.height - rows} more")
     return lines
+
+
+def _apart(row: dict[str, Any]) -> str:
+    """The SQNR of a row, or of integers the share that differs."""
+    return f"{row['sqnr_db']:.1f}" if row["changed"] is None else f"{row['changed']:.2%} !="

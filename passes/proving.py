@@ -16,6 +16,7 @@ from calibcast.passes.emulation import emulated
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.proof import Proof
 from calibcast.passes.rounding_plan import decibels
+from calibcast.passes.tensor_errors import most_changed
 from torch.export import ExportedProgram
 
 # Batches whose inputs are doubled, too: enough to see what grows, and a check stays at two forwards a batch.
@@ -103,14 +104,6 @@ class Outcome:
             min_sqnr_db, decibels(self.worst.noise), self.worst.batch, self.worst.output, self.worst.channel,
             decibels(self.doubled.noise), self.outputs, self.changed, self.nonfinite, self.batches, runs,
         )  # fmt: skip
-
-
-def most_changed(min_sqnr_db: float) -> float:
-    """The share of integer results that may differ: half the error amplitude that the budget allows in others.
-
-    Where a comparison is a toss-up, rounding decides it; of thousands of pixels a few always are.
-    """
-    return float(0.5 * 10 ** (-min_sqnr_db / 20))
 
 
 class Proving:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import polars as pl
@@ -12,6 +12,7 @@ import torch
 COLUMNS: dict[str, Any] = {
     "sqnr_db": pl.Float64,
     "rel_l2": pl.Float64,
+    "changed": pl.Float64,
     "max_abs": pl.Float64,
     "absmax": pl.Float64,
     "absmax_reference": pl.Float64,
@@ -29,10 +30,11 @@ _STEP = 1 << 20
 class TensorErrors:
     """Running comparison of many tensors, a row each, kept on the device until `columns` is asked for.
 
-    Differences are over elements that are finite in both.
+    Differences are over elements that are finite in both. exact: rows of integers and booleans, of which the share that
+    differs is told, and no SQNR: between two indices there is no distance.
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
+    def __init__(self, rows: int, device: torch.device, exact: Collection[int] = ()) -> None:
         def zeros(width: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros((rows, width), dtype=dtype, device=device)
 
@@ -40,7 +42,8 @@ class TensorErrors:
         self._peaks = zeros(3, torch.float64)  # of the difference, of ours, of the reference
         self._counts = zeros(5, torch.int64)  # compared, nonfinite: ours, of the reference, ours alone; elements
         self._first = torch.full((rows,), -1, dtype=torch.int64, device=device)
-        self._unlike = [0] * rows
+        self._changed = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._unlike, self._exact = [0] * rows, frozenset(exact)
 
     def update(
         self, row: int, ours: torch.Tensor, theirs: torch.Tensor, batch: int, masked_at_most: float | None = None
@@ -52,7 +55,11 @@ class TensorErrors:
         if ours.shape != theirs.shape:
             self._unlike[row] += 1
             return
+        if ours.is_complex() and theirs.is_complex():
+            ours, theirs = torch.view_as_real(ours.resolve_conj()), torch.view_as_real(theirs.resolve_conj())
         for mine, other in _pieces(ours.detach(), theirs.detach()):
+            if row in self._exact:
+                self._changed[row] += (mine != other).sum()
             mine, other = mine.to(torch.float64), other.to(torch.float64)
             if masked_at_most is not None:
                 meant = (mine > masked_at_most) | (other > masked_at_most) | mine.isnan() | other.isnan()
@@ -69,10 +76,15 @@ class TensorErrors:
         noise, signal = (self._sums[:, i].tolist() for i in range(2))
         compared, nonfinite, theirs, alone, elements = (self._counts[:, i].tolist() for i in range(5))
         max_abs, absmax, absmax_reference = (self._peaks[:, i].tolist() for i in range(3))
-        ratios = [_relative(*row) for row in zip(noise, signal, compared, strict=True)]
+        rows = enumerate(zip(noise, signal, compared, strict=True))
+        ratios = [None if row in self._exact else _relative(*sums) for row, sums in rows]
+        changed = zip(self._changed.tolist(), elements, strict=True)
         return {
-            "sqnr_db": [decibels(ratio) for ratio in ratios],
+            "sqnr_db": [None if ratio is None else decibels(ratio) for ratio in ratios],
             "rel_l2": ratios,
+            "changed": [
+                n / (total or math.nan) if row in self._exact else None for row, (n, total) in enumerate(changed)
+            ],
             "max_abs": max_abs,
             "absmax": absmax,
             "absmax_reference": absmax_reference,
@@ -90,6 +102,22 @@ def decibels(rel_l2: float) -> float:
     if rel_l2 == 0.0 or math.isinf(rel_l2):
         return math.inf if rel_l2 == 0.0 else -math.inf
     return -20 * math.log10(rel_l2)
+
+
+def decibels_of_changed(share: float) -> float:
+    """What SQNR a share of changed integers is worth: that of the budget which allows it, see `most_changed`.
+
+    inf where none has changed, or there was none; 0.5% is worth 40 dB.
+    """
+    return -20 * math.log10(2 * share) if share > 0 else math.inf
+
+
+def most_changed(min_sqnr_db: float) -> float:
+    """The share of integer results that may differ: half the error amplitude that the budget allows in others.
+
+    Where a comparison is a toss-up, rounding decides it; of thousands of pixels a few always are.
+    """
+    return float(0.5 * 10 ** (-min_sqnr_db / 20))
 
 
 def rounding_db(dtype: torch.dtype) -> float:

@@ -15,9 +15,10 @@ from calibcast.passes.classification import Planning
 from calibcast.passes.judge import default_budget
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import PrecisionPlan
-from calibcast.passes.proving import Outcome, Proving, most_changed, spare_db
+from calibcast.passes.proving import Outcome, Proving, spare_db
 from calibcast.passes.rounding_plan import allowance_of
 from calibcast.passes.settings import Settings
+from calibcast.passes.tensor_errors import most_changed
 from calibcast.passes.verdict import Verdict
 from torch.export import ExportedProgram
 

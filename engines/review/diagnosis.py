@@ -71,7 +71,11 @@ def _advice(comparison: Comparison, found: tuple[Remedy, ...]) -> list[str]:
         more = ", and diagnose again: what comes after may have its own" if comparison.first_nonfinite else ""
         return [f"keep these in fp32{more}: calibcast plan MODEL RANGES -o PLAN {options}"]
     worst = comparison.frame.filter(pl.col("kind") == "activation", pl.col("sqnr_db").is_finite())
-    if comparison.first_nonfinite is None and (not worst.height or worst["sqnr_db"][0] >= CULPRIT_DB):
+    if (
+        comparison.first_nonfinite is None
+        and not comparison.culprits.height
+        and (not worst.height or worst["sqnr_db"][0] >= CULPRIT_DB)
+    ):
         return ["nothing: no node is non-finite and none loses much"]
     return [
         "no node that a plan decides on is to blame alone: error builds up over many. Give more of them fp32 (a lower",
