@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from calibcast.calib.calibration import prepare
+from calibcast.calib.calibration_run import prepare
 from calibcast.calib.captured_execution import CapturedRunner
 from calibcast.calib.device_observer import DeviceObserver, fused_problem
 from calibcast.calib.execution import ProgramRunner

@@ -60,7 +60,7 @@ class RoundingEvidence:
         Raises MismatchError where that has other edges.
         """
         if not record.has_edges_of(self.record):
-            raise MismatchError("the checkpoint has other edges of rounding: delete it to begin anew")
+            raise MismatchError("the checkpoint has other edges of rounding")
         self.record = replace(record.copy(), edges=self.record.edges)
 
     @cached_property

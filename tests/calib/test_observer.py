@@ -13,7 +13,7 @@ import pytest
 import torch
 from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.batches import signature_of
-from calibcast.calib.calibration import measure_weights, prepare
+from calibcast.calib.calibration_run import measure_weights, prepare
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.kernel import HostKernel
 from calibcast.calib.small_tensors import SmallTensors

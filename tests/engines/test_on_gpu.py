@@ -126,7 +126,7 @@ def test_calibration_does_not_wait_for_the_gpu_within_a_batch(program, batches):
 
 def test_batches_replayed_as_a_graph_measure_what_the_interpreter_measures():
     """One kernel a tensor, captured from the second batch of a size on, against some twenty kernels, interpreted."""
-    from calibcast.calib.calibration import prepare
+    from calibcast.calib.calibration_run import prepare
     from calibcast.calib.captured_execution import CapturedRunner
     from calibcast.calib.device_observer import DeviceObserver, fused_problem
     from calibcast.calib.masks import mask_tensors
