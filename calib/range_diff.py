@@ -106,11 +106,13 @@ def range_diff(old: RangeTable, new: RangeTable, tolerance: float = 0.01) -> Ran
     Raises MismatchError when no computed tensor of the two corresponds.
     """
     # A change of the network, not of how it is stored.
-    old, new = old.true_values(), new.true_values()
+    old, new = _shared_ends(old.true_values(), new.true_values())
     same_graph = first_difference(old.calibration.digests, new.calibration.digests) is None
     pairs = aligned(old.frame, new.frame, same_graph)
     matched = pairs.drop_nulls()
-    if len(old) and len(new) and not (new.frame["kind"].gather(matched["new_row"]) == "activation").any():
+    kinds = new.frame["kind"].gather(matched["new_row"])
+    compared = kinds.len() > 0 if new.calibration.ends_only and same_graph else (kinds == "activation").any()
+    if len(old) and len(new) and not compared:
         raise MismatchError(
             "the two tables have no tensor in common: no module path and operator of one is in the other. "
             "Diff tables of the same model."
@@ -123,6 +125,16 @@ def range_diff(old: RangeTable, new: RangeTable, tolerance: float = 0.01) -> Ran
         how="horizontal",
     ).with_columns(pl.coalesce(name, f"{name}_old").alias(name) for name in _PLACES)
     return RangeDiff(old, new, pairs, _compared(frame, tolerance), same_graph)
+
+
+def _shared_ends(old: RangeTable, new: RangeTable) -> tuple[RangeTable, RangeTable]:
+    """The two tables; where one has inputs and outputs alone, the other without what that one cannot have."""
+    if old.calibration.ends_only == new.calibration.ends_only:
+        return old, new
+    ends, whole = (old, new) if old.calibration.ends_only else (new, old)
+    kept = whole.frame.join(ends.frame, on=["node", "output"], how="semi", maintain_order="left")
+    fewer = replace(whole, frame=kept, calibration=replace(whole.calibration, ends_only=True))
+    return (old, fewer) if ends is old else (fewer, new)
 
 
 def _side(frame: pl.DataFrame, rows: pl.Series, suffix: str) -> pl.DataFrame:

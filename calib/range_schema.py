@@ -76,7 +76,8 @@ class Calibration:
     digests: of each node, by name. weights: hash of the weights. batches: how many were measured. skipped:
     indices of batches left out as non-finite. input_sizes: per input and dimension, how often each size came.
     input_hashes: of the batches, at most 4096. versions: of calibcast and torch. rescaled: how the table was
-    scaled, see `RangeTable.scaled`; None for what was measured of a network itself.
+    scaled, see `RangeTable.scaled`; None for what was measured of a network itself. ends_only: whether the table has
+    inputs and outputs alone, as that of an engine in service has.
     """
 
     digests: dict[str, str]
@@ -87,6 +88,7 @@ class Calibration:
     input_hashes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
     rescaled: Rescaled | None = None
+    ends_only: bool = False
 
     @property
     def fingerprint(self) -> str:

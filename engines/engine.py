@@ -23,6 +23,7 @@ from calibcast.calib.sealed_files import check_sealed, files_under, followed
 from calibcast.engines.backends import backend_named
 from calibcast.engines.io_names import size_names
 from calibcast.engines.ledger.ledger import empty_ledger
+from calibcast.engines.monitoring.monitor import Monitor
 from calibcast.engines.runtimes import Runtime
 from calibcast.passes.plan import PrecisionPlan
 from torch.export import ExportedProgram
@@ -30,6 +31,13 @@ from torch.export import ExportedProgram
 _KIND = "engine"
 _MANIFEST, _PROGRAM, _PLAN, _RANGES = "manifest.json", "program.pt2", "plan.json", "ranges.parquet"
 _LEDGER = "ledger.parquet"
+
+
+@dataclass
+class _Service:
+    """Who watches an engine's calls at present."""
+
+    monitor: Monitor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +63,35 @@ class Engine:
     versions: Mapping[str, str] = field(default_factory=dict)
     ledger: pl.DataFrame = field(default_factory=empty_ledger, repr=False)
     record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    _service: _Service = field(default_factory=_Service, init=False, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run. Raises BatchError for inputs that do not match the model's signature."""
-        return self.runtime(*args, **kwargs)
+        monitor = self._service.monitor
+        return self.runtime(*args, **kwargs) if monitor is None else monitor.run(self.runtime, args, kwargs)
+
+    def monitor(self, every: int = 1000, tolerance: float = 0.1) -> Monitor:
+        """Watch the calls from here on, in service: inputs and outputs of one call in `every`, beside the calibration.
+
+        A warning says once for each cause and tensor that values have left the calibrated range, turned NaN or Inf, or
+        come near what the low type holds. `report()` has the numbers, `save(path)` writes them as a range table that
+        `calibcast diff` compares with the calibration's. A monitor that was there before is stopped.
+
+        Args:
+            every: the first call is watched, then one of each so many, at random.
+            tolerance: how far beyond the calibrated least and largest value is still within, as a share of the
+                calibrated peak. The engine's rounding alone moves an output a little beyond.
+
+        Raises:
+            SettingError: `every` below 1, or a negative tolerance.
+        """
+        self._service.monitor = Monitor(self, every, tolerance)
+        return self._service.monitor
+
+    def unwatch(self, monitor: Monitor) -> None:
+        """Stop watching, if this is the monitor that watches."""
+        if self._service.monitor is monitor:
+            self._service.monitor = None
 
     def reset(self) -> None:
         """Begin anew: put what the model keeps between calls, such as a KV cache or a counter, back to how it was when

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from calibcast.engines.commands.options import note
+from calibcast.engines.usage import UsageError
 
 Ranges = Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")]
 Format = Annotated[str, typer.Option("--format", metavar="table|json|csv|parquet", help="how to write it")]
@@ -193,6 +194,11 @@ def _ranges_diff(old: Path, new: Path, program: str | None, data_max: float, low
     if program is None:
         flips = tensor_decision_diff(changes, low_type, data_max)
         return changes, flips, f"data_max {data_max:g}, each tensor alone; --program MODEL asks all rules"
+    if changes.new.calibration.ends_only:
+        raise UsageError(
+            "--program decides by the ranges of all tensors, and a table of an engine in service has inputs and "
+            "outputs alone: leave --program out"
+        )
     from calibcast.engines.locations import load_model
     from calibcast.passes.plan_diff import decision_diff
 

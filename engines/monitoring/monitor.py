@@ -1,0 +1,180 @@
+"""`engine.monitor`: an engine's calls watched, one in so many."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from calibcast.calib.aliasing import mutated_inputs
+from calibcast.calib.artifacts import versions
+from calibcast.calib.batches import signature_of
+from calibcast.calib.errors import SettingError
+from calibcast.calib.fingerprint import node_digests, weights_hash
+from calibcast.calib.ranges import Calibration, RangeTable
+from calibcast.engines.monitoring.ends import ends_of
+from calibcast.engines.monitoring.findings import Finding, findings_of
+from calibcast.engines.monitoring.report import MonitorReport, report_of
+from calibcast.engines.monitoring.tally import Tally
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from calibcast.engines.engine import Engine
+    from calibcast.engines.runtimes import Runtime
+
+_log = logging.getLogger("calibcast")
+# Which call of each `every` is watched: the first of the first, then a scattered one, lest the same step of a loop be
+# met every time. 2^32 by the golden ratio spreads consecutive numbers evenly (Knuth, TAOCP volume 3, section 6.4).
+_STRIDE = 0x9E3779B1
+
+
+class Monitor:
+    """Watches an engine's calls; made by `Engine.monitor`. A context manager: at its end, the engine is let go.
+
+    Calls from several threads may be watched. On a GPU a watched call gives the device a little more work, and no call
+    waits for it: what was found is looked at when it has come, in a call soon after. Only `report`, `ranges` and `save`
+    wait.
+    """
+
+    def __init__(self, engine: Engine, every: int, tolerance: float) -> None:
+        if every < 1:
+            raise SettingError(f"every={every}: watch every call (1), or one in so many (1000)")
+        if not tolerance >= 0:
+            raise SettingError(f"tolerance={tolerance}: a share of the calibrated peak, at least 0")
+        self._engine, self._tolerance, self._every = engine, tolerance, every
+        self._ends = ends_of(engine.program, engine.ranges)
+        self._signature = signature_of(engine.program)
+        self._written = _written_places(engine.program)
+        self._tally = Tally(self._ends, engine.device)
+        self._lock = threading.Lock()
+        # next() of a counter is one step of the interpreter: threads take different numbers without a lock.
+        self._numbers, self._asked = itertools.count(), 0
+        self._waiting = False
+        self._findings: dict[tuple[str, str], Finding] = {}
+
+    def run(self, runtime: Runtime, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """One call of the engine, watched when its turn has come."""
+        number = next(self._numbers)
+        turn, place = divmod(number, self._every)
+        if place != (turn * _STRIDE >> 8 & 0xFFFFFF) % self._every or self._captured():
+            if self._waiting:
+                self._look(number)
+            return runtime(*args, **kwargs)
+        before = self._inputs_before(args, kwargs)
+        result = runtime(*args, **kwargs)
+        self._watch(number, before, args, kwargs, result)
+        return result
+
+    def _captured(self) -> bool:
+        """Whether a CUDA graph is being captured: what is measured would be measured at each replay."""
+        return self._engine.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _inputs_before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """The inputs as they are before a call that writes to them; None for one that does not."""
+        if not self._written:
+            return None
+        flat = self._signature.flatten_call(args, kwargs)
+        return [
+            v.detach().clone() if i in self._written and isinstance(v, torch.Tensor) else v for i, v in enumerate(flat)
+        ]
+
+    def _watch(self, number: int, before: list[Any] | None, args: Any, kwargs: Any, result: Any) -> None:
+        try:
+            inputs = self._signature.flatten_call(args, kwargs) if before is None else before
+            outputs = pytree.tree_leaves(result)
+            with self._lock:
+                self._tally.add(inputs, outputs)
+                if not self._waiting:
+                    self._tally.ask()
+                    self._waiting = True
+        except Exception as error:  # a service goes on without its monitor
+            _log.warning("the monitor stops watching: %s: %s", type(error).__name__, error)
+            self.stop()
+            return
+        self._look(number)
+
+    def _look(self, number: int) -> None:
+        """Tell what is new, if the numbers that were asked for have come."""
+        with self._lock:
+            if not self._waiting or not self._tally.ready():
+                return
+            self._waiting = False
+            new = self._new_findings(number)
+        for finding in new:
+            warnings.warn(f"engine in service: {finding}", stacklevel=5)
+
+    def _new_findings(self, number: int) -> list[Finding]:
+        found = findings_of(self._ends, self._tally.seen(), self._tally.watched, self._tolerance, number - self._asked)
+        new = [finding for finding in found if (finding.cause, finding.name) not in self._findings]
+        self._findings |= {(finding.cause, finding.name): finding for finding in new}
+        return new
+
+    @property
+    def calls(self) -> int:
+        """How many calls the engine has had since the monitor began."""
+        with self._lock:
+            self._asked += 1
+            return next(self._numbers) - self._asked + 1
+
+    @property
+    def watched(self) -> int:
+        """How many of them were watched."""
+        return self._tally.watched
+
+    def report(self) -> MonitorReport:
+        """What was seen so far, beside the calibration. Waits for the device."""
+        calls = self.calls
+        with self._lock:
+            self._tally.ask()
+            statistics = self._tally.statistics()
+            self._waiting = False
+            self._new_findings(calls)
+            findings = tuple(self._findings.values())
+        return report_of(self._ends, statistics, findings, calls, self._tally.watched)
+
+    @property
+    def ranges(self) -> RangeTable:
+        """The range table of the watched calls: the rows of inputs and outputs, under the calibration's names.
+
+        `calibcast diff` compares it with the calibration's. Waits for the device.
+        """
+        with self._lock:
+            return self._tally.table(self._calibration())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `ranges` as Parquet, for `calibcast diff`. Raises ArtifactError when it cannot be written."""
+        self.ranges.save(path)
+
+    def _calibration(self) -> Calibration:
+        """What the table was measured on: the calibrated network where it is known, else the engine's own program."""
+        table, program = self._engine.ranges, self._engine.program
+        if table is not None:
+            of = table.true_values().calibration
+            digests, weights = of.digests, of.weights
+        else:
+            digests, weights = node_digests(program), weights_hash(program)
+        sizes = {name: [dict(counts) for counts in dimensions] for name, dimensions in self._tally.sizes.items()}
+        made = Calibration(digests, weights, self._tally.watched, input_sizes=sizes, versions=versions())
+        return replace(made, ends_only=True)
+
+    def stop(self) -> None:
+        """Let the engine go: its calls are its own again. What was seen can still be asked for."""
+        self._engine.unwatch(self)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _written_places(program: Any) -> frozenset[int]:
+    """Which flat user inputs the program writes to."""
+    written, names = mutated_inputs(program), program.graph_signature.user_inputs
+    return frozenset(place for place, name in enumerate(names) if isinstance(name, str) and name in written)
