@@ -17,7 +17,8 @@ from calibcast.calib.artifacts import versions
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import SettingError
 from calibcast.calib.fingerprint import node_digests, weights_hash
-from calibcast.calib.ranges import Calibration, RangeTable
+from calibcast.calib.range_schema import Calibration
+from calibcast.calib.ranges import RangeTable
 from calibcast.engines.monitoring.ends import ends_of
 from calibcast.engines.monitoring.findings import Finding, findings_of
 from calibcast.engines.monitoring.report import MonitorReport, report_of

@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import torch
 from calibcast.calib.device_observer import observer_for, on
-from calibcast.calib.range_statistics import table_of
-from calibcast.calib.ranges import Calibration, RangeTable, count_size
+from calibcast.calib.input_sizes import count_size
+from calibcast.calib.range_schema import Calibration
+from calibcast.calib.range_statistics import frames_of
+from calibcast.calib.ranges import RangeTable
 from calibcast.calib.statistics import Statistics
 from calibcast.engines.monitoring.ends import End
 from calibcast.engines.monitoring.findings import Seen
@@ -28,10 +30,10 @@ class Tally:
         specs = [replace(end.spec, node=str(i), output=0) for i, end in enumerate(ends)]
         with torch.inference_mode(False):  # what is made in it could not be written to outside
             self._observer = observer_for(specs, device, True, masks)
-        self._on_gpu = device.type == "cuda"
+        on_gpu = device.type == "cuda"
         # torch does not say what its events take and give.
-        self._measured: Any = cast("Any", torch.cuda).Event() if self._on_gpu else None
-        self._copied: Any = cast("Any", torch.cuda).Event() if self._on_gpu else None
+        self._measured: Any = cast("Any", torch.cuda).Event() if on_gpu else None
+        self._copied: Any = cast("Any", torch.cuda).Event() if on_gpu else None
         self._host: list[torch.Tensor] = []
         self.sizes: dict[str, list[dict[str, int]]] = {}
         self.watched = 0
@@ -90,9 +92,9 @@ class Tally:
         for event in (self._measured, self._copied):
             if event is not None:
                 event.synchronize()
-        total = self._observer.total.to("cpu")
-        return total if self._on_gpu else total.at(torch.arange(len(self._ends)))  # a copy
+        return self._observer.total.to("cpu", copy=True)
 
     def table(self, calibration: Calibration) -> RangeTable:
         """The range table of the ends. Waits for the device."""
-        return table_of([end.spec for end in self._ends], self.statistics(), calibration)
+        frame, hidden = frames_of([end.spec for end in self._ends], self.statistics())
+        return RangeTable(frame, calibration, hidden)
