@@ -41,6 +41,10 @@ def calibrate(  # noqa: PLR0913 - a command line has options
     rounding_batches: Annotated[
         int, typer.Option(min=0, help="also measure on so many batches what rounding does to the outputs; 0: not")
     ] = 4,
+    carry_state: Annotated[
+        bool,
+        typer.Option("--carry-state", help="each batch goes on from what the one before left in the model's buffers"),
+    ] = False,
 ) -> None:
     """Run data through MODEL and write the range of every tensor.
 
@@ -55,7 +59,7 @@ def calibrate(  # noqa: PLR0913 - a command line has options
     try:
         ranges = run(
             program, batches, transform=function, max_batches=max_batches, histogram=not no_histogram,
-            device=device, on_nonfinite=on_nonfinite, rounding_batches=rounding_batches,
+            device=device, on_nonfinite=on_nonfinite, rounding_batches=rounding_batches, carry_state=carry_state,
         )  # fmt: skip
     except BatchError as error:
         if error.ranges is not None:
@@ -181,6 +185,10 @@ def verify(  # noqa: PLR0913
     min_equal: Annotated[
         float | None, typer.Option(help="gate: least share of equal elements of each integer or boolean output")
     ] = None,
+    carry_state: Annotated[
+        bool,
+        typer.Option("--carry-state", help="run the batches as a sequence: state goes on, and errors add up"),
+    ] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the report to write, JSON")] = None,
 ) -> None:
     """Compare an engine with the fp32 MODEL on data that calibration did not see. Exit code 3 when the gate says no.
@@ -201,7 +209,9 @@ def verify(  # noqa: PLR0913
         "min_channel_variation_db": min_channel_variation_db, "min_equal": min_equal,
     }  # fmt: skip
     engine = Engine.load(folder)
-    report = run(engine, program, batches, transform=function, max_batches=max_batches, bounds=bounds)
+    report = run(
+        engine, program, batches, transform=function, max_batches=max_batches, bounds=bounds, carry_state=carry_state
+    )
     say(str(report))
     if output is not None:
         save_report(output, report)

@@ -20,12 +20,18 @@ _OF_BUILD = {"isolate", "cache", "cache_size"}
 _OF_THE_JOB = {"mixed", "plan", "ranges", "progress"}
 
 
-def check_job(file: JobFile, program: ExportedProgram) -> None:
+def check_job(file: JobFile, program: ExportedProgram, processes: int = 1) -> None:
     """Ask of every stage what can be known without data: functions, patterns, settings, the backend, the device.
 
+    processes: how many share the batches.
     Raises JobError or LocationError for a mistake in the job file, BuildError for a backend that is not here.
     """
     job = file.job
+    if job.calibration.carry_state and processes > 1:
+        raise JobError(
+            f"{file.path}: [calibration] carry_state = true runs the batches one after another, and {processes} "
+            "processes would share them out: start one"
+        )
     for location in job.verification.metrics.values():
         load_function(file.function(location))
     rules = [load_function(file.function(location)) for location in job.plan.rules]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from calibcast.calib.batches import Signature
 from calibcast.calib.errors import BatchError
-from calibcast.calib.sequences import unwrapped
+from calibcast.calib.sequences import FlatInputs, NewSequence, unwrapped
 from calibcast.engines.job.progress import Progress
 from calibcast.engines.job.settings import Limits
 from calibcast.engines.job.sources import Loaded
@@ -22,7 +22,7 @@ class Item:
     number: int
     batch: Any = None
     inputs: Any = None
-    flat: tuple[Any, ...] = ()
+    flat: FlatInputs = field(default_factory=FlatInputs)
     error: str | None = None
 
 
@@ -33,7 +33,8 @@ def feed(loaded: Iterable[Loaded], transform: Callable[[Any], Any], signature: S
             yield Item(item.number, error=f"loading raised {type(item.error).__name__}: {_first_line(item.error)}")
             continue
         try:
-            inputs = transform(unwrapped(item.batch)[1])
+            begins, batch = unwrapped(item.batch)
+            begins_too, inputs = unwrapped(transform(batch))
         except BatchError as error:
             yield Item(item.number, item.batch, error=str(error))
             continue
@@ -42,7 +43,9 @@ def feed(loaded: Iterable[Loaded], transform: Callable[[Any], Any], signature: S
             yield Item(item.number, item.batch, error=text)
             continue
         try:
-            yield Item(item.number, item.batch, inputs, tuple(signature.flatten(inputs, item.number)))
+            flat = FlatInputs(signature.flatten(inputs, item.number))
+            flat.begins = begins or begins_too
+            yield Item(item.number, item.batch, inputs, flat)
         except BatchError as error:
             yield Item(item.number, item.batch, error=str(error))
 
@@ -83,7 +86,8 @@ class Feeding:
     def inputs(self, _: Any) -> Any:
         """The inputs of the batch that was given last: a `transform`."""
         assert self._current is not None
-        return self._current.inputs
+        inputs = self._current.inputs
+        return NewSequence(inputs) if self._current.flat.begins else inputs
 
 
 def _first_line(error: Exception) -> str:

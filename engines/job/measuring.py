@@ -55,7 +55,7 @@ def measure_shard(task: Task, signals: Signals, bar: bool = True) -> Checkpoint:
     """
     settings = task.calibration
     rounding = math.ceil(settings.rounding_batches / task.share.world)
-    run = prepare(task.program, task.device, settings.histogram, settings.on_nonfinite, rounding_batches=rounding)
+    run = prepare(task.program, task.device, settings.histogram, settings.on_nonfinite, settings.carry_state, rounding)
     shard = _Shard(task, run)
     shard.resume()
     shard.check()
@@ -100,6 +100,9 @@ class _Shard:
         path = self._task.path
         for left in path.parent.glob(f".{path.name}.*"):  # half-written by a process that was killed
             left.unlink(missing_ok=True)
+        if self._task.calibration.carry_state and path.exists():
+            tell("starting again: with carry_state, what the batches before have left is not in a checkpoint")
+            path.unlink()
         try:
             found = self.keeper.resume()
         except (ArtifactError, MismatchError) as error:
@@ -140,7 +143,7 @@ class _Shard:
 
     def _measured(self, item: Item) -> str | None:
         try:
-            self._run.measure(item.number, list(item.flat))
+            self._run.measure(item.number, item.flat)
         except BatchError as error:
             if self._task.calibration.on_nonfinite == "stop" and self._run.observer.first_nonfinite() is not None:
                 raise GateError(str(error)) from error

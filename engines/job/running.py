@@ -138,7 +138,7 @@ def _described(path: Path, made_of: Mapping[str, str]) -> str:
 def _lead(run: JobRun, say: Say, redo: bool) -> None:
     """What the process that writes does."""
     with exits_refused():
-        check_job(run.file, run.program)
+        check_job(run.file, run.program, run.ranks.world)
     run.folder.sweep()
     if run.store is not None:
         run.store.pull()

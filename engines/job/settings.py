@@ -114,6 +114,11 @@ class Calibration(_Table):
         ge=0,
         description="also measure on so many batches, over all processes, what rounding does to the outputs; 0: not",
     )
+    carry_state: bool = Field(
+        False,
+        description="run the batches one after another as the sequences that they are: each goes on from what the one "
+        "before left in the buffers that the model writes to, until a batch is a `NewSequence`; verification too",
+    )
     checkpoint_batches: int = Field(100, ge=1, description="write a checkpoint every so many batches")
     checkpoint_seconds: float = Field(60.0, gt=0, description="or after so many seconds, whichever comes first")
 
@@ -232,6 +237,18 @@ class Job(_Table):
         if self.verification.bounds and self.held_out is None and self.data.held_out_share == 0:
             raise ValueError("[verification] has bounds, but nothing is held out: set [data] held_out_share above 0, "
                              "or give [held_out]")  # fmt: skip
+        if self.calibration.carry_state:
+            _refuse_torn_sequences(self.data, self.held_out)
         if self.plan.range_quantile < 1 and not self.calibration.histogram:
             raise ValueError("[plan] range_quantile below 1 needs histograms: set [calibration] histogram = true")
         return self
+
+
+def _refuse_torn_sequences(data: Data, held_out: Source | None) -> None:
+    """Raise ValueError for data whose batches would not follow one another as they were recorded."""
+    if held_out is None and data.held_out_share > 0:
+        raise ValueError("[calibration] carry_state = true, but [data] held_out_share takes batches out of the middle "
+                         "of sequences: give [held_out], or set held_out_share = 0")  # fmt: skip
+    if data.shuffle or (held_out is not None and held_out.shuffle):
+        raise ValueError("[calibration] carry_state = true, but shuffle = true tears sequences apart: shuffle whole "
+                         "sequences in a loader of your own")  # fmt: skip

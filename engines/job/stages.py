@@ -136,7 +136,7 @@ class JobRun:
     def _calibrate(self) -> Stage:
         job = self.file.job
         settings = {
-            **_plain(job.calibration, "histogram", "on_nonfinite", "device", "rounding_batches"),
+            **_plain(job.calibration, "histogram", "on_nonfinite", "device", "rounding_batches", "carry_state"),
             **_plain(job.limits, "on_nonfinite_inputs"),
             "max_batches": job.data.max_batches,
             "held_out_share": self.calibration_share.held_out_share,
@@ -355,6 +355,7 @@ class JobRun:
         code = {f"metric {name}": code_digest(self.file, location) for name, location in settings.metrics.items()}
         inputs = {**self.model_inputs, **fingerprints(self.file, source), **code}
         own = {**_plain(settings, "max_batches"), **_plain(self.file.job.limits, "on_nonfinite_inputs"),
+               **_plain(self.file.job.calibration, "carry_state"),
                "held_out_share": share.held_out_share}  # fmt: skip
         return Stage(
             "verify", (VERIFICATION,), ("build",), inputs, own, self._compare, self._judge_engine, self._restate_verdict
@@ -371,7 +372,10 @@ class JobRun:
         feeding = Feeding(items, self.signature, self.file.job.limits, Progress("verify", total, bar=self.bar), total)
         engine, judged = self._judged_engine()
         bounds = self.file.job.verification.bounds
-        report = verify(engine, self.program, feeding, feeding.inputs, metrics=functions, progress=False, bounds=bounds)
+        report = verify(
+            engine, self.program, feeding, feeding.inputs, metrics=functions, progress=False, bounds=bounds,
+            carry_state=self.file.job.calibration.carry_state,
+        )  # fmt: skip
         save_report(self.folder.path / VERIFICATION, report)
         data_report = feeding.report.to_json()
         return {**_told(report, judged), "judged": judged, "metrics": dict(report.metrics), "report": data_report}
