@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from calibcast.calib.aliasing import mutated_inputs
@@ -23,16 +23,29 @@ from calibcast.engines.monitoring.ends import ends_of
 from calibcast.engines.monitoring.findings import Finding, findings_of
 from calibcast.engines.monitoring.report import MonitorReport, report_of
 from calibcast.engines.monitoring.tally import Tally
+from calibcast.engines.runtimes import Runtime
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-
-if TYPE_CHECKING:
-    from calibcast.engines.engine import Engine
-    from calibcast.engines.runtimes import Runtime
 
 _log = logging.getLogger("calibcast")
 # Which call of each `every` is watched: the first of the first, then a scattered one, lest the same step of a loop be
 # met every time. 2^32 by the golden ratio spreads consecutive numbers evenly (Knuth, TAOCP volume 3, section 6.4).
 _STRIDE = 0x9E3779B1
+
+
+class Watched(Protocol):
+    """What a monitor has to know of an `Engine`."""
+
+    @property
+    def program(self) -> ExportedProgram: ...
+
+    @property
+    def ranges(self) -> RangeTable | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def unwatch(self, monitor: Monitor) -> None: ...
 
 
 class Monitor:
@@ -43,7 +56,7 @@ class Monitor:
     wait.
     """
 
-    def __init__(self, engine: Engine, every: int, tolerance: float) -> None:
+    def __init__(self, engine: Watched, every: int, tolerance: float) -> None:
         if every < 1:
             raise SettingError(f"every={every}: watch every call (1), or one in so many (1000)")
         if not tolerance >= 0:
@@ -175,7 +188,7 @@ class Monitor:
         self.stop()
 
 
-def _written_places(program: Any) -> frozenset[int]:
+def _written_places(program: ExportedProgram) -> frozenset[int]:
     """Which flat user inputs the program writes to."""
     written, names = mutated_inputs(program), program.graph_signature.user_inputs
     return frozenset(place for place, name in enumerate(names) if isinstance(name, str) and name in written)
