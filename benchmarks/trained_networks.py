@@ -9,7 +9,6 @@ of the worst output over all batches, and of the worst channel in the worst batc
 Rows are written as they come; a network whose packages are missing is a row, too. At the end it says whether the laws
 hold:
 
-
 - `tune` is within its budget on held-out data, with 2 dB of grace, wherever any plan is that is not all fp32;
 - it has no more bytes in fp32 than today's rules, at equal SQNR.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from calibcast.calib.errors import BudgetError
@@ -58,6 +58,7 @@ class Judge:
     counter: CastCounter
     metric: float
     expected: dict[int, list[torch.Tensor]] = field(repr=False)  # by id of the batch
+    seen: dict[tuple[str, tuple[str, ...]], Judged] = field(default_factory=dict, repr=False)  # by type and low nodes
 
     @classmethod
     def of(cls, subject: Subject) -> Judge:
@@ -70,7 +71,13 @@ class Judge:
         return cls(subject, program, CastCounter(program), metric, expected)
 
     def judged(self, network: str, type_name: str, kind: str, plan: PrecisionPlan) -> Judged:
-        """All that a row says of a plan."""
+        """All that a row says of a plan. A plan that is as another one is not run again."""
+        key = type_name, plan.low_precision_nodes
+        if key not in self.seen:
+            self.seen[key] = self._judged(network, type_name, kind, plan)
+        return replace(self.seen[key], plan=kind)
+
+    def _judged(self, network: str, type_name: str, kind: str, plan: PrecisionPlan) -> Judged:
         counted = self.counter.count(plan.low_precision_nodes, plan.low_precision_type)
         work = {row.node: row.work for row in plan.decisions if row.precision != "kept"}
         low, whole = sum(work[name] for name in plan.low_precision_nodes), sum(work.values())

@@ -28,7 +28,12 @@ from benchmarks.trained.subject import Batch, Entry, Run, Subject
 
 
 def _fit(model: nn.Module, loss: Callable[[], torch.Tensor], steps: int, rate: float) -> None:
-    """Adam with one cycle of the learning rate."""
+    """Adam with one cycle of the learning rate; on a GPU where there is one, though `loss` has its data on the host."""
+    hooks = []
+    if torch.cuda.is_available():
+        model.cuda()
+        hooks.append(model.register_forward_pre_hook(lambda _, inputs: tuple(value.cuda() for value in inputs)))
+        hooks.append(model.register_forward_hook(lambda *called: called[-1].cpu()))
     optimiser = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps)
     model.train()
@@ -38,6 +43,9 @@ def _fit(model: nn.Module, loss: Callable[[], torch.Tensor], steps: int, rate: f
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
+    for hook in hooks:
+        hook.remove()
+    model.cpu()
 
 
 def _accuracy(labels: Sequence[torch.Tensor], batches: Sequence[Batch]) -> Callable[[Run], float]:
@@ -54,19 +62,19 @@ def peak_db(clean: torch.Tensor, image: torch.Tensor) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-def characters(width: int = 96, layers: int = 3, steps: int = 250, length: int = 384) -> Subject:
+def characters(width: int = 96, layers: int = 3, steps: int = 250, batch: int = 4, length: int = 384) -> Subject:
     """A character model with rope, trained on 64 characters at a time and run on 384."""
     ids, model = data.characters(), Characters(width, layers)
     split, trained = int(0.8 * len(ids)), 64
 
     def loss() -> torch.Tensor:
         starts = torch.randint(0, split - trained - 1, (24,))
-        batch = torch.stack([ids[start : start + trained + 1] for start in starts.tolist()])
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        lines = torch.stack([ids[start : start + trained + 1] for start in starts.tolist()])
+        return F.cross_entropy(model(lines[:, :-1]).flatten(0, 1), lines[:, 1:].flatten())
 
     _fit(model, loss, steps, 4e-3)
     windows = ids[split:].unfold(0, length + 1, length + 1)
-    chosen = [windows[i : i + 4] for i in range(0, 32, 4)]
+    chosen = [windows[i : i + batch] for i in range(0, 8 * batch, batch)]
 
     def perplexity(run: Run) -> float:
         losses = [F.cross_entropy(run(b[:, :-1])[0].flatten(0, 1), b[:, 1:].flatten()) for b in chosen[4:]]
@@ -94,18 +102,18 @@ def _seen(sheet: torch.Tensor, origin: torch.Tensor, direction: torch.Tensor) ->
     return torch.where(ink > 0.5, 0.9, 0.1 + 0.5 * paper)
 
 
-def radiance_field(width: int = 64, steps: int = 500) -> Subject:
+def radiance_field(width: int = 64, steps: int = 500, rays: int = 1024) -> Subject:
     """A NeRF of ink on glass above a page, both of real handwriting."""
     images = data.digits()[0][:9].view(3, 3, 8, 8)
     sheet = images.permute(0, 2, 1, 3).reshape(24, 24)
     model, draw = RadianceField(width), torch.Generator().manual_seed(0)
 
     def loss() -> torch.Tensor:
-        rays = _rays(384, draw)
-        return F.mse_loss(model(*rays), _seen(sheet, *rays))
+        drawn = _rays(384, draw)
+        return F.mse_loss(model(*drawn), _seen(sheet, *drawn))
 
     _fit(model, loss, steps, 1e-2)
-    batches = [_rays(1024, draw) for _ in range(8)]
+    batches = [_rays(rays, draw) for _ in range(8)]
 
     def quality(run: Run) -> float:
         return peak_db(torch.cat([_seen(sheet, *b) for b in batches[4:]]), torch.cat([run(*b)[0] for b in batches[4:]]))
@@ -143,7 +151,7 @@ def demo_classifier() -> Subject:
     return Subject(model, *batches, _accuracy([label for _, label in held_out], batches[1]), "accuracy, %")
 
 
-def diffusion(width: int = 24, steps: int = 250) -> Subject:
+def diffusion(width: int = 24, steps: int = 250, batch: int = 32) -> Subject:
     """A diffusion network of digits; time steps to 999 become sines in `forward`."""
     images, model = 2 * data.digits()[0] - 1, Denoiser(width)
     kept = torch.cos(torch.linspace(0, 1, 1000) * math.pi / 2 * 0.99).square()  # of the image's power, at each step
@@ -160,7 +168,7 @@ def diffusion(width: int = 24, steps: int = 250) -> Subject:
         return F.mse_loss(model(image, step), noise)
 
     _fit(model, loss, steps, 3e-3)
-    batches: list[Batch] = [noisy(*((997, 1397) if i < 4 else (1397, 1797)), 32)[:2] for i in range(8)]
+    batches: list[Batch] = [noisy(*((997, 1397) if i < 4 else (1397, 1797)), batch)[:2] for i in range(8)]
     start = torch.randn(32, 1, 8, 8, generator=draw)
 
     def likeness(run: Run) -> float:
