@@ -64,6 +64,24 @@ def true_table(table: Table) -> Table:
     )
 
 
+def exponents_of(table: RangeData) -> list[int]:
+    """k of each row: it holds 2^-k times the true value of its tensor."""
+    record = table.calibration.rescaled
+    places = table.frame.select("node", "output").iter_rows()
+    return [0 if record is None else record.exponents.get(tensor_key(n, o), 0) for n, o in places]
+
+
+def true_frame(table: RangeData) -> pl.DataFrame:
+    """The rows of a table, for people: every number as the network itself has it, and how its tensor is stored.
+
+    More columns: `exponent`, k, where the tensor is stored as 2^-k times its true value; `stored_absmax`. The product
+    of an added multiplication has the true values of what it multiplies.
+    """
+    k = exponents_of(table)
+    true = _scaled(table.frame, [-exponent for exponent in k])
+    return true.with_columns(exponent=pl.Series(k, dtype=pl.Int64), stored_absmax=table.frame["absmax"])
+
+
 def _scaled(frame: pl.DataFrame, k: Sequence[int]) -> pl.DataFrame:
     rows = [row for row, exponent in enumerate(k) if exponent]
     if not rows:

@@ -132,6 +132,7 @@ class Planning:
         return PrecisionPlan(
             tuple(decisions), judge.low_type, self.digests, judge.settings, self._notes(judge, decisions),
             masked_nodes(self.ranges), flips, budgets, None if rounding is None else rounding.summary(),
+            exponents=_exponents(self.ranges),
         )  # fmt: skip
 
     @property
@@ -190,7 +191,17 @@ def _notes(ranges: RangeTable | None, low_type: torch.dtype, decisions: list[Dec
     if ranges is None:
         return ("no ranges were given: only the rules that need none were applied, so nothing is known of overflow",)
     low = {decision.node for decision in decisions if decision.precision == LOW}
-    return tuple(_lost_weights(ranges, low_type)) if low else ()
+    stored = _exponents(ranges)
+    rescaled = (
+        f"the program is rescaled: {len(stored)} tensors are stored as powers of two of themselves, and limits are of "
+        "what is stored; `calibcast report` shows true values",
+    )
+    return (*(rescaled if stored else ()), *(_lost_weights(ranges, low_type) if low else ()))
+
+
+def _exponents(ranges: RangeTable | None) -> dict[str, int]:
+    record = None if ranges is None else ranges.calibration.rescaled
+    return {} if record is None else dict(record.exponents)
 
 
 def _lost_weights(ranges: RangeTable, low_type: torch.dtype) -> list[str]:

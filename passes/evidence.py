@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import polars as pl
+from calibcast.calib.range_scaling import exponents_of
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.facts import TensorFacts
 
@@ -59,13 +60,14 @@ def evidence_of(ranges: RangeTable | None) -> Evidence:
     columns = frame.select(
         "node", "output", "batches", "kind", nonfinite.alias("nonfinite"), known.alias("known"), *_COPIED
     )
-    histograms = frame["histogram"]
+    histograms, k = frame["histogram"], exponents_of(ranges)
     found: dict[tuple[str, int], TensorFacts] = {}
     for row, (node, output, batches, kind, lost, counted, *copied) in enumerate(columns.iter_rows()):
         if batches:
             found[node, output] = with_values(
                 _DEFAULTS, name=node, kind=kind, nonfinite=lost, mask_min=lowest.get((node, output)),
-                histogram=Histogram(histograms, row) if counted else None, **dict(zip(_COPIED, copied, strict=True)),
+                histogram=Histogram(histograms, row) if counted else None, exponent=k[row],
+                **dict(zip(_COPIED, copied, strict=True)),
             )  # fmt: skip
     return found
 

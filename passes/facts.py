@@ -27,6 +27,7 @@ class TensorFacts:
     magnified: it has values that the low type does not hold in full, and they end up under a division or a logarithm.
     offset_counts: something that reads it may take its mean away, so that its variation is what must survive.
     precision: how the node that made it was decided, or None for an input, a weight or a kept node.
+    exponent: k, where the tensor is stored as 2^-k times its true value, and all numbers here are of what is stored.
     """
 
     name: str
@@ -47,6 +48,7 @@ class TensorFacts:
     nonfinite_batch: int | None = None
     histogram: Sequence[int] | None = field(default=None, repr=False)
     precision: str | None = None
+    exponent: int = 0
 
     @property
     def is_weight(self) -> bool:

@@ -75,6 +75,7 @@ class PrecisionPlan:
     low type ("float16", "bfloat16") and node, the least `data_max` at which it is low, None where it never is; empty
     without ranges. budgets: the same of `min_sqnr_db`, the highest at which it is low; empty where rounding was not
     measured. rounding: what the measured edges say of the plan. proof: what running it has shown; see `tune`.
+    exponents: k by `node:output` of a rescaled program's tensors, which are stored as 2^-k times their true values.
     """
 
     decisions: tuple[Decision, ...]
@@ -87,6 +88,7 @@ class PrecisionPlan:
     budgets: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict, repr=False)
     rounding: RoundingSummary | None = None
     proof: Proof | None = None
+    exponents: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def _by_node(self) -> dict[str, Decision]:
@@ -171,6 +173,7 @@ class PrecisionPlan:
             "budgets": {name: dict(nodes) for name, nodes in self.budgets.items()},
             "rounding": as_rows(self.rounding),
             "proof": as_rows(self.proof),
+            "exponents": dict(self.exponents),
             "digests": dict(self.digests),
             "decisions": [asdict(decision) for decision in self.decisions],
         }
@@ -205,6 +208,7 @@ class PrecisionPlan:
                 budgets=dict(content.get("budgets", {})),
                 rounding=None if content.get("rounding") is None else RoundingSummary.loaded(content["rounding"]),
                 proof=None if content.get("proof") is None else Proof.loaded(content["proof"]),
+                exponents={name: int(k) for name, k in content.get("exponents", {}).items()},
             )
 
     @classmethod

@@ -40,8 +40,8 @@ class RoundingPlan:
     """What a course of raising keeps in fp32 at one budget.
 
     allowance: predicted noise that is allowed; `allowance_of(budget)` unless a run has said otherwise. peaks: the
-    largest magnitude of each tensor, by (node, output). nodes: of the program, by name, for the numbers in their calls.
-    others: what other low types can give, in dB by name; asked only where noise is spread.
+    largest true magnitude of each tensor, by (node, output). nodes: of the program, by name, for the numbers in
+    their calls. others: what other low types can give, in dB by name; asked only where noise is spread.
     """
 
     course: Course

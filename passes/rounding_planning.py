@@ -77,7 +77,7 @@ def _plan(program: ProgramFacts, judge: Judge, course: Course, allowance: float 
         str(judge.low_type).removeprefix("torch."),
         judge.budget,
         allowance_of(judge.budget) if allowance is None else allowance,
-        {place: facts.absmax for place, facts in evidence.items()},
+        {place: None if f.absmax is None else f.absmax * 2.0**f.exponent for place, f in evidence.items()},
         {candidate.name: candidate.node for candidate in program.nodes},
     )
 

@@ -263,6 +263,7 @@ def _all_mask(tensor: TensorFacts) -> bool:
 
 
 def _role(facts: NodeFacts, tensor: TensorFacts) -> str:
+    stored = f", stored as 2^{-tensor.exponent} of itself," if tensor.exponent else ""
     if tensor.is_weight:
-        return f"its {tensor.kind} {tensor.name}"
-    return "its output" if tensor.name == facts.name else f"its input {tensor.name}"
+        return f"its {tensor.kind} {tensor.name}{stored}"
+    return f"its output{stored}" if tensor.name == facts.name else f"its input {tensor.name}{stored}"

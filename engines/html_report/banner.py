@@ -10,6 +10,7 @@ import polars as pl
 import torch
 from calibcast.calib.graph import dtype_name
 from calibcast.calib.number_text import percent
+from calibcast.calib.range_scaling import true_frame
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.plan import PrecisionPlan
 
@@ -59,7 +60,7 @@ def verdict_words(verification: Mapping[str, Any]) -> str:
 def _worst(ranges: RangeTable, plan: PrecisionPlan | None) -> str:
     low = torch.float16 if plan is None else plan.low_precision_type
     label, most = low_label(plan), float(torch.finfo(low).max)
-    values = ranges.frame.filter(pl.col("kind").is_in(["input", "activation"]))
+    values = true_frame(ranges).filter(pl.col("kind").is_in(["input", "activation"]))
     broken = values.filter(pl.sum_horizontal("nan", "posinf", "neginf") > 0)
     if len(broken):
         row = broken.row(0, named=True)
@@ -67,17 +68,18 @@ def _worst(ranges: RangeTable, plan: PrecisionPlan | None) -> str:
     known = values.drop_nulls("absmax")
     if not len(known):
         return "No activation was measured."
-    row = known.sort("absmax", descending=True).row(0, named=True)
-    peak = row["absmax"]
+    row = known.sort("stored_absmax", descending=True).row(0, named=True)
+    peak = row["stored_absmax"]
+    true = f", stored as 2^{-row['exponent']} of {row['absmax']:.4g}" if row["exponent"] else ""
     if peak > most:
-        over = known.filter(pl.col("absmax") > most).height
+        over = known.filter(pl.col("stored_absmax") > most).height
         more = "" if over == 1 else f"; {over} tensors pass it"
-        reach = f"it reaches {peak:.4g}, {label} ends at {most:.4g}{more}"
+        reach = f"it reaches {peak:.4g}{true}, {label} ends at {most:.4g}{more}"
         return f"{_place(row)} is {peak / most:.2g}x over {label}: {reach}."
     if peak == 0:
         return "All activations are 0."
     room = f"{most / peak:.2g}x below the largest {label}"
-    return f"The largest activation is {_place(row)}, {room}: it reaches {peak:.4g}."
+    return f"The largest activation is {_place(row)}, {room}: it reaches {peak:.4g}{true}."
 
 
 def _place(row: Mapping[str, Any]) -> str:

@@ -90,9 +90,12 @@ def _facts(ranges: RangeTable, plan: PrecisionPlan | None) -> list[tuple[str, st
         ("model", f"{len(calibration.digests)} graph nodes, fingerprint {calibration.fingerprint[:12]}"),
         ("inputs", "; ".join(f"{node} [{', '.join(shape)}]" for node, shape in inputs) or "none that is floating"),
         ("data", f"{calibration.batches} batches{skipped}"),
-        ("tensors", str(ranges).split(": ", 1)[-1]),
+        ("tensors", str(ranges.true_values()).split(": ", 1)[-1]),
         ("versions", ", ".join(f"{name} {version}" for name, version in calibration.versions.items())),
     ]
+    if calibration.rescaled is not None:
+        stored = f"{len(calibration.rescaled.exponents)} tensors are stored as powers of two of themselves"
+        facts.append(("rescaled", f"{stored}; numbers here are true values, limits are of what is stored"))
     if plan is not None:
         counts = Counter(decision.precision for decision in plan.decisions)
         nodes, work = plan.share()

@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 import torch
+from calibcast.calib.range_scaling import true_frame
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.plan import PrecisionPlan
 
@@ -28,10 +29,12 @@ _TAIL = 0.001
 def payload(ranges: RangeTable, plan: PrecisionPlan | None) -> dict[str, Any]:
     """Tensors in graph order, the plan's nodes with the `data_max` at which each flips, and the limits of the types.
 
-    Numbers that are only shown have six digits; those that decide (flips, limits, work) are whole.
+    Numbers that are only shown have six digits; those that decide (flips, limits, work) are whole. Of a rescaled
+    program all numbers of tensors are true, and `exponent` says k: 2^-k times each is stored.
     """
     types = {name: _type(name, torch.finfo(dtype)) for name, dtype in _dtypes().items()}
-    return {"types": types, "tensors": _tensors(ranges.frame), "nodes": _nodes(plan), "plan": _settings(plan)}
+    tensors = _tensors(true_frame(ranges), ranges.calibration.rescaled is not None)
+    return {"types": types, "tensors": tensors, "nodes": _nodes(plan), "plan": _settings(plan)}
 
 
 def packed(content: Mapping[str, Any]) -> str:
@@ -78,7 +81,7 @@ def _nodes(plan: PrecisionPlan | None) -> dict[str, Any]:
     return columns
 
 
-def _tensors(frame: pl.DataFrame) -> dict[str, Any]:
+def _tensors(frame: pl.DataFrame, rescaled: bool) -> dict[str, Any]:
     columns: dict[str, Any] = {"node": frame["node"].to_list()}
     for name in _TEXTS:
         values = frame[name].to_list()
@@ -92,7 +95,7 @@ def _tensors(frame: pl.DataFrame) -> dict[str, Any]:
     columns["bins"] = [_sparse(counts) for counts in histograms]
     bands = [_band(counts) for counts in histograms]
     columns["band_low"], columns["band_high"] = [band[0] for band in bands], [band[1] for band in bands]
-    return columns
+    return columns | ({"exponent": frame["exponent"].to_list()} if rescaled else {})
 
 
 def relative_sources(sources: Sequence[str]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -50,13 +51,35 @@ def _of_weight(row: dict[str, Any], readers: list[str]) -> Remedy:
     return Remedy(row["node"], finding, tuple(readers))
 
 
+def in_true_values(comparison: Comparison, exponents: Mapping[str, int]) -> Comparison:
+    """The comparison of a rescaled program with every magnitude as the network itself has it.
+
+    exponents: k by `node:output` of what is stored as 2^-k times its true value.
+    """
+    frame = comparison.frame
+    k = pl.concat_str("node", pl.lit(":"), "output").replace_strict(dict(exponents), default=0, return_dtype=pl.Float64)
+    true = [(pl.col(name) * pl.lit(2.0).pow(k)).alias(name) for name in ("max_abs", "absmax", "absmax_reference")]
+    first = comparison.first_nonfinite
+    if first is not None:
+        scale = 2.0 ** exponents.get(f"{first.node}:{first.output}", 0)
+        first = replace(first, absmax_reference=first.absmax_reference * scale)
+    return replace(
+        comparison, frame=frame.with_columns(true), culprits=comparison.culprits.with_columns(true),
+        first_nonfinite=first,
+    )  # fmt: skip
+
+
 def report(program: ExportedProgram, plan: PrecisionPlan, comparison: Comparison, rows: int) -> str:
     """What `calibcast diagnose` prints: the comparison, why the culprits have their types, and what to do.
 
     rows: of each table, and of the culprits that are explained.
     """
     found = remedies(program, plan, comparison)
-    lines = [comparison.table(rows)]
+    stored = len(plan.exponents)
+    lines = [
+        *([f"a rescaled program, in true values: {stored} tensors are stored as powers of two of them"] * bool(stored)),
+        in_true_values(comparison, plan.exponents).table(rows),
+    ]
     if found:
         lines.append("why, by the plan:")
         lines += [f"  {remedy.finding}" for remedy in found[:rows]]

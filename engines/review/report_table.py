@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from calibcast.calib.errors import known
 from calibcast.calib.range_diff import HALF_MAX
+from calibcast.calib.range_scaling import true_frame
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.review.text_table import Column, text_table
 from calibcast.engines.usage import UsageError
@@ -45,7 +46,8 @@ def report_frame(  # noqa: PLR0913 - one per filter
     """The table's rows, worst first: non-finite ones, then by magnitude. Columns as in `ranges.frame`, and
 
     `headroom`, how many times the tensor could grow before fp16 overflows; `nonfinite`, how many NaN and Inf; with a
-    plan, each node's `precision`, `rule` and `reason`. All filters must hold:
+    plan, each node's `precision`, `rule` and `reason`. Of a rescaled program all numbers are the network's own, but for
+    `headroom`, which is of what is stored; `exponent` and `stored_absmax` say as what. All filters must hold:
 
     above: a larger magnitude, or none that is finite. op: an operator, `linear`, `aten.linear` or with its overload.
     module: a regex, matched from the start of the module path. kind: of the tensor. rule: one that the node has met,
@@ -54,10 +56,12 @@ def report_frame(  # noqa: PLR0913 - one per filter
 
     Raises UsageError for an unknown column, kind, operator or rule, with the known ones.
     """
-    frame = ranges.frame.with_columns(
-        headroom=HALF_MAX / pl.col("absmax"),
+    frame = true_frame(ranges).with_columns(
+        headroom=HALF_MAX / pl.col("stored_absmax"),
         nonfinite=pl.col("nan") + pl.col("posinf") + pl.col("neginf"),
     )
+    if ranges.calibration.rescaled is None:
+        frame = frame.drop("exponent", "stored_absmax")
     if plan is not None:
         frame = frame.join(_decisions(plan), on="node", how="left", maintain_order="left")
     nothing_finite = pl.col("absmax").is_null() & (pl.col("nonfinite") > 0)  # neither all mask nor empty
@@ -88,15 +92,30 @@ def report_table(
         Column("headroom", "headroom", 9, number=True),
         Column("nonfinite", "nonfinite", 9, number=True),
     ]
+    if ranges.calibration.rescaled is not None:
+        # The kind is told from the name, and an 80-column terminal has no room for both.
+        columns = [Column("stored", "stored as", 9) if c.name == "kind" else c for c in columns]
+        found = found.with_columns(stored=_stored(pl.col("exponent")))
     if plan is not None:
         columns += [Column("precision", "type", 4), Column("rule", "rule", 12)]
     shown = found if rows is None else found.head(rows)
-    lines = [str(ranges), *text_table(shown.iter_rows(named=True), columns)]
+    record = ranges.calibration.rescaled
+    lines = [str(ranges.true_values())]
+    if record is not None:
+        stored = f"{len(record.exponents)} tensors are stored as powers of two of themselves"
+        lines += [f"a rescaled program, in true values: {stored},", "and headroom is of what is stored"]
+    lines += [*text_table(shown.iter_rows(named=True), columns)]
     if len(shown) < len(found):
         lines.append(f"and {len(found) - len(shown)} more")
     if len(found) < len(ranges):
         lines.append(f"{len(found)} of {len(ranges)} tensors")
     return "\n".join(lines)
+
+
+def _stored(exponent: pl.Expr) -> pl.Expr:
+    """`2^-10 x` of what is stored as 2^-10 of itself; nothing of what is stored as it is."""
+    power = pl.format("2^{} x", -exponent)
+    return pl.when(exponent == 0).then(pl.lit("")).otherwise(power)
 
 
 def _decisions(plan: PrecisionPlan) -> pl.DataFrame:

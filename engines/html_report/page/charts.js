@@ -19,6 +19,7 @@ function hover(t) {
   const lines = [`<b>${wrapped(name(t), 60)}</b>`, wrapped(`${tensors.op[t]} ${tensors.module[t]}`, 60)];
   if (tensors.source[t]) lines.push(wrapped(tensors.source[t], 60));
   lines.push(`min ${short(tensors.min[t])}, max ${short(tensors.max[t])}, smallest ${short(tensors.smallest[t])}, rms ${short(tensors.rms[t])}`);
+  if (exponent(t)) lines.push(`stored as 2^${-exponent(t)} of itself`);
   if (nonfinite(t)) lines.push(`${nonfinite(t)} NaN or Inf`);
   if (owner[t] >= 0) lines.push(wrapped(whyOf(t), 60));
   return lines.join("<br>");
@@ -45,7 +46,7 @@ function limits() { // [magnitude, words, dash, colour] of the lines to hold the
   return lines;
 }
 function magnitudeRange(places, lines) { // powers of ten: the data, and each line that is not far away from them
-  const seen = places.flatMap(([, t]) => [tensors.smallest[t], tensors.absmax[t]]).filter((value) => value > 0).map(Math.log10);
+  const seen = places.flatMap(([, t]) => [stored.smallest[t], stored.absmax[t]]).filter((value) => value > 0).map(Math.log10);
   let [low, high] = seen.length ? [Math.min(...seen), Math.max(...seen)] : [-5, 5];
   for (const [y] of lines) {
     const at = Math.log10(y);
@@ -96,11 +97,11 @@ function drawNetwork() {
     const of = places.filter(([, t]) => kindOf(t) === kind);
     if (!of.length) continue;
     const color = css(`--${kind}`), line = { color };
-    traces.push({ ...segments(of, tensors.smallest, tensors.absmax), line: { ...line, width: dense ? 0.5 : 1 }, opacity: 0.6, legendgroup: kind });
-    traces.push({ ...segments(of, tensors.band_low, tensors.band_high), line: { ...line, width: dense ? 1 : 3 }, legendgroup: kind });
-    const seen = of.filter(([, t]) => tensors.absmax[t] !== null && tensors.absmax[t] > 0);
+    traces.push({ ...segments(of, stored.smallest, stored.absmax), line: { ...line, width: dense ? 0.5 : 1 }, opacity: 0.6, legendgroup: kind });
+    traces.push({ ...segments(of, stored.band_low, stored.band_high), line: { ...line, width: dense ? 1 : 3 }, legendgroup: kind });
+    const seen = of.filter(([, t]) => stored.absmax[t] !== null && stored.absmax[t] > 0);
     traces.push({
-      x: seen.map(([x]) => x), y: seen.map(([, t]) => tensors.absmax[t]), customdata: seen.map(([, t]) => t),
+      x: seen.map(([x]) => x), y: seen.map(([, t]) => stored.absmax[t]), customdata: seen.map(([, t]) => t),
       text: seen.map(([, t]) => hover(t)), hovertemplate: "%{text}<extra></extra>", mode: "markers", name: typeName(kind),
       legendgroup: kind, marker: { color: seen.map(([, t]) => (isOver(t) ? css("--bad") : color)), symbol, size: dense ? 4 : 8 },
     });
@@ -110,7 +111,7 @@ function drawNetwork() {
   Plotly.react("network", traces, layout({
     margin: { l: 56, r: rightMargin(), t: 8, b: 48 },
     xaxis: { title: { text: "tensors, from input to output", standoff: 24 }, showticklabels: false, showgrid: false, zeroline: false, range: [-1, places.length] },
-    yaxis: { type: "log", exponentformat: "power", dtick: narrow() ? 4 : 2, title: { text: narrow() ? "" : "magnitude" }, range: magnitudeRange(places, lines) },
+    yaxis: { type: "log", exponentformat: "power", dtick: narrow() ? 4 : 2, title: { text: narrow() ? "" : `magnitude${asStored}` }, range: magnitudeRange(places, lines) },
     shapes: [...bandShapes(bands), ...lines.map(([y, , dash, color]) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: css(color), width: 1, dash } }))],
     annotations: [...bandLabels(bands, places.length), ...lineLabels(lines, Math.log10)],
     uirevision: `${state.weights}`, hovermode: "closest",
@@ -118,7 +119,8 @@ function drawNetwork() {
 }
 function drawHeat() {
   const of = order();
-  const spans = of.map((t) => tensors.bins[t]).filter((bins) => bins && bins.length);
+  const moved = (t) => { const bins = tensors.bins[t]; return bins && bins.length ? [bins[0] - exponent(t), ...bins.slice(1)] : bins; };
+  const spans = of.map(moved).filter((bins) => bins && bins.length);
   if (!spans.length) { $("heat").textContent = "These ranges were measured without histograms."; return; }
   const { max, tiny, label } = types[state.type];
   const near = [Math.floor(Math.log2(tiny)) - 2, Math.ceil(Math.log2(max)) + 1].filter((e) => Math.abs(e) < 40);
@@ -126,7 +128,7 @@ function drawHeat() {
   const last = Math.max(...spans.map((bins) => bins[0] + bins.length - 2), ...near);
   const z = Array.from({ length: last - first + 1 }, () => new Array(of.length).fill(null));
   of.forEach((t, x) => {
-    const bins = tensors.bins[t] || [];
+    const bins = moved(t) || [];
     const whole = tensors.elements[t] - nonfinite(t);
     bins.slice(1).forEach((count, i) => { if (count) z[bins[0] + i - first][x] = Math.log10(count / whole); });
   });
@@ -137,7 +139,7 @@ function drawHeat() {
     colorbar: { title: { text: narrow() ? "" : "share" }, tickvals: [-6, -4, -2, 0], ticktext: ["1e-6", "1e-4", "1%", "all"], thickness: 12, len: 0.9 },
   }], layout({
     xaxis: { title: { text: "tensors, from input to output" }, showticklabels: false, range: [-1, of.length], showgrid: false, zeroline: false, ticks: "" },
-    yaxis: { title: { text: narrow() ? "" : "power of two" }, showgrid: false },
+    yaxis: { title: { text: narrow() ? "" : `power of two${asStored}` }, showgrid: false },
     margin: { l: 56, r: rightMargin(), t: 8, b: 40 },
     shapes: edges.map(([y]) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: css(y > 0 ? "--bad" : "--high"), width: 2, dash: "dash" } })),
     annotations: edges.map(([y, words]) => ({
@@ -163,13 +165,14 @@ function drawHistogram() {
     `${tensors.kind[t]} ${tensors.op[t]}`, tensors.module[t], tensors.source[t], shape && `shape ${shape}`,
     `min ${short(tensors.min[t])}, max ${short(tensors.max[t])}, mean ${short(tensors.mean[t])}, rms ${short(tensors.rms[t])}`,
     `${tensors.zeros[t]} zeros, ${nonfinite(t)} NaN or Inf${tensors.masked[t] ? `, ${tensors.masked[t]} mask values` : ""}`,
+    exponent(t) ? `stored as 2^${-exponent(t)} of itself` : "",
     tensors.absmax_batch[t] === null ? "" : `largest in batch ${tensors.absmax_batch[t]}`, whyOf(t),
   ].filter(Boolean).join(" \u00b7 ");
   const bins = tensors.bins[t];
   if (!bins || !bins.length) { Plotly.purge("histogram"); $("histogram").textContent = bins ? "It has no nonzero value." : "Measured without a histogram."; return; }
   if (!$("histogram").querySelector(".plot-container")) $("histogram").textContent = "";
   const { max, tiny, label } = types[state.type];
-  const bounds = [Math.log2(tiny), Math.log2(max)];
+  const bounds = [Math.log2(tiny) + exponent(t), Math.log2(max) + exponent(t)];
   const zones = [[`below the smallest normal ${label}`, "--weight", "/"], [`within ${label}`, "--low", ""], [`beyond ${label}, or next to it`, "--bad", "x"]];
   const zoneOf = (e) => (e < bounds[0] ? 0 : e + 1 > bounds[1] + 1e-9 && e + 1 > Math.ceil(bounds[1]) ? 2 : 1);
   const counts = bins.slice(1).map((count, i) => [bins[0] + i, count]);

@@ -73,5 +73,10 @@ function atLeast(value) { // five digits, rounded up: typed as data_max, it is a
   return String(Number((text < value ? text + step : text).toPrecision(5)));
 }
 const nonfinite = (t) => tensors.nan[t] + tensors.posinf[t] + tensors.neginf[t];
-const headroom = (t) => (tensors.absmax[t] ? types[state.type].max / tensors.absmax[t] : null);
-const isOver = (t) => !isWeight[t] && (nonfinite(t) > 0 || (tensors.absmax[t] !== null && tensors.absmax[t] > types[state.type].max));
+// Of a rescaled program the numbers are true values; limits are of what is stored, 2^-k of them.
+const exponent = (t) => (tensors.exponent ? tensors.exponent[t] || 0 : 0);
+const kept = (column) => (tensors.exponent ? column.map((value, t) => (value === null ? null : value * 2 ** -exponent(t))) : column);
+const stored = Object.fromEntries(["smallest", "absmax", "band_low", "band_high"].map((key) => [key, kept(tensors[key])]));
+const asStored = tensors.exponent ? ", as stored" : "";
+const headroom = (t) => (stored.absmax[t] ? types[state.type].max / stored.absmax[t] : null);
+const isOver = (t) => !isWeight[t] && (nonfinite(t) > 0 || (stored.absmax[t] !== null && stored.absmax[t] > types[state.type].max));

@@ -9,11 +9,12 @@ const COLUMNS = [ // key, heading, value to sort by, how it is shown, class
   ["rule", "rule", rule, rule, "wide"],
   ["absmax", "largest", (t) => (nonfinite(t) ? Infinity : tensors.absmax[t]), (t) => short(tensors.absmax[t]), "number"],
   ["smallest", "smallest", (t) => tensors.smallest[t], (t) => short(tensors.smallest[t]), "number"],
+  ["stored", "stored as", exponent, (t) => (exponent(t) ? `2^${-exponent(t)} x` : ""), "number"],
   ["headroom", "headroom", headroom, (t) => (tensors.absmax[t] ? `${headroom(t).toPrecision(headroom(t) < 100 ? 2 : 3) / 1}x` : ""), "number"],
   ["nonfinite", "NaN, Inf", nonfinite, (t) => (nonfinite(t) ? String(nonfinite(t)) : ""), "number"],
   ["flip", "low from data_max", (t) => flip(t) ?? Infinity, (t) => (flip(t) === undefined ? "" : flip(t) === null ? "never" : atLeast(flip(t))), "number"],
   ["reason", "reason", whyOf, whyOf, "widest"],
-].filter(([key]) => plan || !["rule", "flip", "reason"].includes(key));
+].filter(([key]) => (plan || !["rule", "flip", "reason"].includes(key)) && (tensors.exponent || key !== "stored"));
 
 function found() {
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
