@@ -94,7 +94,7 @@ def _run(arguments: list[str] | None) -> int:
         note("interrupted")
         return 130
     except CalibcastError as error:
-        text = in_flags(str(error))
+        text = in_flags(str(error), _flags())
         note(text if isinstance(error, GateError) else f"error: {text}")
         return _EXIT_CODES.get(type(error), 1)
     except OSError as error:
@@ -107,6 +107,17 @@ def _run(arguments: list[str] | None) -> int:
             raise
         error.show()
         return int(error.exit_code)
+
+
+def _flags() -> dict[str, str]:
+    """The flag of each parameter of all commands, and of a switch's other side under `no_` and its name."""
+    found: dict[str, str] = {}
+    for made in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        for parameter in made.params:
+            flags = [flag for flag in parameter.opts if flag.startswith("--")]
+            if flags:
+                found[parameter.name] = flags[0]
+    return found
 
 
 _EXIT_CODES: dict[type[Exception], int] = {

@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from calibcast.engines.commands.options import Data, MaxBatches, Model, Transform, check_inputs, inputs, say
+from calibcast.engines.commands.options import (
+    PLAN,
+    Data,
+    MaxBatches,
+    Model,
+    Transform,
+    check_device,
+    check_inputs,
+    inputs,
+    say,
+)
 
 
 def diagnose(  # noqa: PLR0913 - a command line has options
     model: Model,
-    plan_file: Annotated[Path, typer.Argument(metavar="P.json", help="a plan from calibcast plan")],
+    plan_file: Annotated[Path, typer.Argument(metavar="P.json", help="a plan from calibcast plan", callback=PLAN)],
     data: Data,
     transform: Transform = None,
     max_batches: MaxBatches = None,
@@ -25,6 +35,7 @@ def diagnose(  # noqa: PLR0913 - a command line has options
     No engine is built. Example: calibcast diagnose net.pt2 plan.json --data loaders.py:held_out --max-batches 4
     """
     check_inputs(model, data, transform)
+    check_device(device)
     from calibcast.engines.review.diagnosis import report
     from calibcast.passes.cast_insertion import insert_casts
     from calibcast.passes.comparison import compare

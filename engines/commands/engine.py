@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from calibcast.engines.commands.options import Model, check_choice, check_engine, check_folder, check_inputs, say
-from calibcast.engines.usage import LocationError
+from calibcast.engines.commands.options import (
+    PLAN,
+    RANGES,
+    Model,
+    check_choice,
+    check_engine,
+    check_folder,
+    check_inputs,
+    say,
+)
+from calibcast.engines.usage import LocationError, UsageError
 
 
 def build(  # noqa: PLR0913 - a command line has options
@@ -47,8 +56,9 @@ def build(  # noqa: PLR0913 - a command line has options
     from calibcast.engines.backends import BACKENDS
 
     check_choice("--backend", backend, ("auto", *BACKENDS))
+    PLAN(plan_file), RANGES(ranges)
     from calibcast.calib.ranges import RangeTable
-    from calibcast.engines.backends import start_early
+    from calibcast.engines.backends import chosen, start_early
     from calibcast.engines.building import build as run
     from calibcast.engines.ledger.ledger_text import summary
     from calibcast.engines.locations import load_model
@@ -57,6 +67,7 @@ def build(  # noqa: PLR0913 - a command line has options
 
     settings = dict(_setting(text) for text in setting or ())
     check_folder(output)
+    _check_settings(chosen(backend, ahead_of_time)[0], settings, ahead_of_time)
     program, decided = load_model(model), PrecisionPlan.load(plan_file)
     start_early(backend, ahead_of_time)
     table = None if ranges is None else RangeTable.load(ranges)
@@ -117,6 +128,15 @@ def record_lines(record: dict[str, Any]) -> list[str]:
     if (record.get("cache") or {}).get("hit"):
         lines.append("the engine comes from the cache")
     return lines
+
+
+def _check_settings(backend: Any, settings: dict[str, Any], ahead_of_time: bool) -> None:
+    from calibcast.calib.errors import BuildError
+
+    try:
+        backend.check_settings(settings, ahead_of_time)
+    except BuildError as error:
+        raise UsageError(f"--setting: {error}") from error
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from calibcast.engines.commands.options import check_folder, check_inputs, say
+from calibcast.engines.commands.options import PLAN, check_file, check_inputs, say
 from calibcast.engines.usage import UsageError
 
 
@@ -18,7 +18,7 @@ def export(
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(metavar="P.json", help="with MODEL: the casts to insert; without, it is left as it is"),
+        typer.Option(metavar="P.json", help="with MODEL: the casts to insert; without, as it is", callback=PLAN),
     ] = None,
 ) -> None:
     """Leave with an ONNX model or a plain TensorRT engine, for what does not know calibcast.
@@ -36,13 +36,13 @@ def export(
 def _onnx(source: str, target: Path, plan_file: Path | None) -> Path:
     if not Path(source).is_dir():
         check_inputs(source)
+    check_file(target)
     from calibcast.engines.engine import read_program
     from calibcast.engines.locations import load_model
     from calibcast.engines.onnx_export.exporting import export_onnx
     from calibcast.passes.cast_insertion import insert_casts
     from calibcast.passes.plan import PrecisionPlan
 
-    check_folder(target)
     if Path(source).is_dir():
         return export_onnx(*read_program(source), target)
     program = load_model(source)

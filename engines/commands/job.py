@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 from calibcast.calib.errors import CalibcastError, GateError
 from calibcast.calib.printable import printable_lines
-from calibcast.engines.commands.options import check_folder, say
+from calibcast.engines.commands.options import check_file, existing, say
 from calibcast.engines.usage import LocationError
+
+PARTS = existing("a ranges file written by calibcast calibrate, or a job's checkpoint")
 
 
 def init(
@@ -76,7 +78,8 @@ def run(
 
 def merge(
     parts: Annotated[
-        list[Path], typer.Argument(metavar="A B ..", help="range tables (.parquet) or checkpoints of a job (.npz)")
+        list[Path],
+        typer.Argument(metavar="A B ..", help="range tables (.parquet) or checkpoints of a job (.npz)", callback=PARTS),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="the range table to write, Parquet")],
 ) -> None:
@@ -84,9 +87,9 @@ def merge(
 
     Example: calibcast merge monday.parquet tuesday.parquet -o ranges.parquet
     """
+    check_file(output)
     from calibcast.engines.job.merging import merged
 
-    check_folder(output)
     table = merged(parts)
     table.save(output)
     say(f"{table}\nwrote {output}")

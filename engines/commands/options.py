@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,26 +32,65 @@ def note(message: str) -> None:
         typer.echo(printable_lines(message), err=True)
 
 
-# What messages of the Python calls speak of, as the command line has it.
-_ARGUMENTS = re.compile(
-    r"\b(transform|max_batches|min_sqnr_db|data_max|init_max|device|nodes_to_exclude|nodes_to_include)=(?=[\s,.;:)]|$)"
-)
+# What messages of the Python calls speak of, and what has no parameter of its own on the command line.
 _SETTINGS = {
-    "cache=False": "--no-cache",
-    "ahead_of_time=True": "--ahead-of-time",
-    "allow_unknown=True": "--allow-unknown",
-    "strict_precision=True": "--strict-precision",
-    'on_failure="fallback"': "--on-failure fallback",
-    "on_failure='fallback'": "--on-failure fallback",
     "decompose_attention=True": "--setting decompose_attention=True",
+    "transform=lambda": "--transform FILE.py:FUNCTION, a function such as lambda",
+    "torch.float16": "fp16",
+    "torch.bfloat16": "bf16",
 }
 
 
-def in_flags(message: str) -> str:
-    """A message of a Python call for the command line: `transform=` is `--transform` here."""
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message of a Python call for the command line: `transform=` is `--transform` here, `cache=False` `--no-cache`.
+
+    flags: of each parameter of the commands, by its name in Python; of a switch that is off, by `no_` and its name.
+    """
     for python, flag in _SETTINGS.items():
         message = message.replace(python, flag)
-    return _ARGUMENTS.sub(lambda found: "--" + found[1].replace("_", "-"), message)
+    names = "|".join(sorted(map(re.escape, {name.removeprefix("no_") for name in flags}), key=len, reverse=True))
+    # Between quotes are the user's own names, and so they may be after a dot or a dash.
+    assigned = re.compile(rf"(?<![\w.'\"-])({names})=('[^']*'|\"[^\"]*\"|[^\s,;:()]*[^\s,;:().])?")
+    message = assigned.sub(lambda found: _as_flag(found[1], found[2] or "", flags), message)
+    words = re.compile(rf"(?<![\w.'\"-])({names})(?![\w.'\"=-])")
+    return words.sub(lambda found: flags.get(found[1], found[1]) if "_" in found[1] else found[1], message)
+
+
+def _as_flag(name: str, value: str, flags: Mapping[str, str]) -> str:
+    if value == "False" and f"no_{name}" in flags:
+        return flags[f"no_{name}"]
+    if name not in flags:
+        return f"{name}={value}"
+    value = value.strip("'\"")
+    return flags[name] if value in {"", "True"} else f"{flags[name]} {value}"
+
+
+def existing(expected: str) -> Callable[[Any], Any]:
+    """A check of a file's argument, before torch is imported: raises LocationError where there is no such file."""
+
+    def check(value: Any) -> Any:
+        for path in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(path, Path) and not path.is_file():
+                what = "is a folder" if path.is_dir() else "no such file"
+                raise LocationError(f"{path}{' ' if path.is_dir() else ': '}{what}; expected {expected}")
+        return value
+
+    return check
+
+
+RANGES = existing("a ranges file written by calibcast calibrate")
+PLAN = existing("a plan written by calibcast plan -o")
+
+
+def check_device(device: str | None) -> None:
+    """Raise UsageError for what names no kind of device. Whether this machine has it is seen later."""
+    import torch
+
+    if device is not None:
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise UsageError(f"--device {device}: give cpu, cuda or cuda:1") from error
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
@@ -89,7 +128,15 @@ def inputs(model: str, data: str, transform: str | None) -> tuple[Any, Any, Any]
 
 
 def check_folder(output: Path) -> None:
-    """Before hours of work, not after: can the result be written?"""
+    """Before hours of work, not after: is there a folder to write into?"""
     folder = output.parent
     if not folder.is_dir():
         raise LocationError(f"{output}: there is no folder {folder}")
+
+
+def check_file(output: Path | None) -> None:
+    """The same for a file, which does not take the place of a folder."""
+    if output is not None:
+        check_folder(output)
+        if output.is_dir():
+            raise LocationError(f"{output} is a folder; give the name of a file to write")

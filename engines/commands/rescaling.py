@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from calibcast.engines.commands.options import Model, Transform, check_folder, check_inputs, inputs, say
+from calibcast.engines.commands.options import RANGES, Model, Transform, check_file, check_inputs, inputs, say
 
 if TYPE_CHECKING:
     from calibcast.calib.ranges import RangeTable
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def rescale(
     model: Model,
-    ranges: Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")],
+    ranges: Annotated[
+        Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate", callback=RANGES)
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="the program to write, .pt2; its ranges go beside it")],
     data: Annotated[
         str | None,
@@ -28,15 +30,15 @@ def rescale(
 
     Example: calibcast rescale net.pt2 ranges.parquet -o fitted.pt2
     """
+    check_inputs(model, data, transform)
+    check_file(output)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.locations import load_model
 
-    check_folder(output)
     settings: dict[str, Any] = {"data_max": data_max}
     if data is None:
         program = load_model(model)
     else:
-        check_inputs(model, data, transform)
         program, settings["dataloader"], settings["transform"] = inputs(model, data, transform)
     write_rescaled(program, RangeTable.load(ranges), output, settings)
 

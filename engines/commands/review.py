@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from calibcast.engines.commands.options import note
+from calibcast.engines.commands.options import PLAN, RANGES, check_file, check_inputs, existing, note
 from calibcast.engines.usage import UsageError
 
-Ranges = Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")]
+Ranges = Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate", callback=RANGES)]
+VERDICT = existing("a verdict written by calibcast verify -o")
+EITHER = existing("a ranges file written by calibcast calibrate, or a plan")
 Format = Annotated[str, typer.Option("--format", metavar="table|json|csv|parquet", help="how to write it")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="write there instead of to stdout")]
 Program = Annotated[str | None, typer.Option("--program", metavar="MODEL", help="a .pt2 file, or file.py:function")]
@@ -21,13 +23,14 @@ Rows = Annotated[int, typer.Option(min=0, help="how many rows; 0: all")]
 def report(  # noqa: PLR0913 - a command line has options
     ranges: Ranges,
     plan_file: Annotated[
-        Path | None, typer.Option("--plan", metavar="P.json", help="show each node's precision and rule")
+        Path | None, typer.Option("--plan", metavar="P.json", help="show each node's precision and rule", callback=PLAN)
     ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="F.html", help="write one self-contained page instead of the table")
     ] = None,
     verification: Annotated[
-        Path | None, typer.Option(metavar="J.json", help="the page shows this verdict of calibcast verify -o")
+        Path | None,
+        typer.Option(metavar="J.json", help="the page shows this verdict of calibcast verify -o", callback=VERDICT),
     ] = None,
     rows: Rows = 0,
     above: Annotated[float | None, typer.Option(help="only larger magnitudes")] = None,
@@ -49,6 +52,8 @@ def report(  # noqa: PLR0913 - a command line has options
 
     Example: calibcast report ranges.parquet --plan plan.json --above 512 --module "encoder\\..*" --rows 20
     """
+    check_file(html)
+    check_file(output)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.review.frame_output import check_format, write_frame
     from calibcast.engines.review.report_table import report_frame, report_table
@@ -81,7 +86,9 @@ def what_if(  # noqa: PLR0913
     range_quantile: Annotated[str, typer.Option(help="judge by these shares of the magnitudes: 1,0.9999")] = "1",
     base: Annotated[
         Path | None,
-        typer.Option("--plan", metavar="P.json", help="show flips against this plan; default: the defaults"),
+        typer.Option(
+            "--plan", metavar="P.json", help="show flips against this plan; default: the defaults", callback=PLAN
+        ),
     ] = None,
     init_max: Annotated[float | None, typer.Option(help="as of calibcast plan")] = None,
     max_depth_of_reduction: Annotated[int | None, typer.Option(help="as of calibcast plan")] = None,
@@ -99,6 +106,8 @@ def what_if(  # noqa: PLR0913
 
     Example: calibcast what-if ranges.parquet --program net.pt2 --data-max 256,512,inf --low-precision-type fp16,bf16
     """
+    check_inputs(program)
+    check_file(output)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.locations import load_model
     from calibcast.engines.review.frame_output import check_format, write_frame
@@ -122,8 +131,8 @@ def what_if(  # noqa: PLR0913
 
 
 def diff(  # noqa: PLR0913
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="a range table, or a plan")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="another of the same kind")],
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="a range table, or a plan", callback=EITHER)],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="another of the same kind", callback=EITHER)],
     program: Annotated[
         str | None,
         typer.Option("--program", metavar="MODEL", help="the model of NEW: decide by all rules, not by tensors alone"),
@@ -159,6 +168,9 @@ def diff(  # noqa: PLR0913
     from calibcast.engines.review.frame_output import check_format, write_frame
 
     gates = [_gate(text) for text in fail_on or ()]
+    check_file(output)
+    if not data_max > 0:
+        raise UsageError(f"--data-max {data_max:g}: give a positive number, or inf")
     check_format(form, output)
     if old.suffix == ".json" and new.suffix == ".json":
         flips = _plans_diff(old, new)

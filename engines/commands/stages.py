@@ -9,13 +9,15 @@ import typer
 from calibcast.calib.errors import BatchError, CalibcastError
 from calibcast.calib.printable import printable
 from calibcast.engines.commands.options import (
+    RANGES,
     Data,
     MaxBatches,
     Model,
     Transform,
     check_choice,
+    check_device,
     check_engine,
-    check_folder,
+    check_file,
     check_inputs,
     inputs,
     note,
@@ -52,10 +54,11 @@ def calibrate(  # noqa: PLR0913 - a command line has options
     """
     check_choice("--on-nonfinite", on_nonfinite, ("warn", "skip", "stop"))
     check_inputs(model, data, transform)
+    check_file(output)
+    check_device(device)
     from calibcast.calib.calibration import calibrate as run
 
     program, batches, function = inputs(model, data, transform)
-    check_folder(output)
     try:
         ranges = run(
             program, batches, transform=function, max_batches=max_batches, histogram=not no_histogram,
@@ -73,7 +76,9 @@ def calibrate(  # noqa: PLR0913 - a command line has options
 
 def plan(  # noqa: PLR0913
     model: Model,
-    ranges: Annotated[Path | None, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate")] = None,
+    ranges: Annotated[
+        Path | None, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate", callback=RANGES)
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the plan to write, JSON")] = None,
     low_precision_type: Annotated[str, typer.Option(metavar="fp16|bf16", help="what runs low")] = "fp16",
     min_sqnr_db: Annotated[
@@ -121,14 +126,13 @@ def plan(  # noqa: PLR0913
     Without ranges only the rules that need none apply. With --data the plan is run, and exit code 3 says that none
     meets the budget. Example: calibcast plan net.pt2 ranges.parquet --data loaders.py:calibration -o plan.json
     """
-    check_inputs(model)
+    check_inputs(model, data, transform)
+    check_file(output)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.locations import load_model
     from calibcast.passes.classification import classify
     from calibcast.passes.tuning import tune
 
-    if output is not None:
-        check_folder(output)
     if rescale and (ranges is None or output is None):
         raise UsageError(
             "--rescale needs ranges, and -o: the plan is of the rescaled program, which is written beside it"
@@ -183,7 +187,8 @@ def verify(  # noqa: PLR0913
         float | None, typer.Option(help="gate: the same, against the channel's variation")
     ] = None,
     min_equal: Annotated[
-        float | None, typer.Option(help="gate: least share of equal elements of each integer or boolean output")
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="gate: least share of equal elements of each integer or boolean output"),
     ] = None,
     carry_state: Annotated[
         bool,
@@ -197,13 +202,12 @@ def verify(  # noqa: PLR0913
     """
     check_inputs(model, data, transform)
     check_engine(folder)
+    check_file(output)
     from calibcast.engines.engine import Engine
     from calibcast.engines.judging.report_file import save_report
     from calibcast.engines.judging.verification import verify as run
 
     program, batches, function = inputs(model, data, transform)
-    if output is not None:
-        check_folder(output)
     bounds = {
         "min_sqnr_db": min_sqnr_db, "min_variation_db": min_variation_db, "min_channel_db": min_channel_db,
         "min_channel_variation_db": min_channel_variation_db, "min_equal": min_equal,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from calibcast.calib.errors import CalibcastError
+from calibcast.calib.errors import CalibcastError, SettingError
 
 # bound -> the column of the report that it is held against, and what it is called in a verdict.
 _COLUMNS = {
@@ -53,7 +53,7 @@ class Bounds:
                 raise CalibcastError(f"there is no bound {name!r}; known are {', '.join(sorted(known))}")
             numbers = value.values() if isinstance(value, Mapping) else [value]
             if any(isinstance(number, float) and math.isnan(number) for number in numbers):
-                raise CalibcastError(f"{name}: nan is no bound; give a number, or leave it out")
+                raise SettingError(f"{name}: nan is no bound; give a number, or leave it out")
         return cls(**{name: value for name, value in bounds.items() if value is not None})
 
     def set(self) -> dict[str, Any]:

@@ -142,14 +142,31 @@ def test_a_failing_loader_keeps_what_was_measured(here, capsys):
         (["plan", "user.py:number"], 1, "returned a int"),
         (["plan", "user.py:raises"], 1, "user.py:raises raised KeyError"),
         (["plan", "user.py:model", "-o", "no/such/p.json"], 2, "there is no folder"),
-        (["plan", "user.py:model", "--low-precision-type", "int8"], 2, "known are torch.float16 and torch.bfloat16"),
+        (["plan", "user.py:model", "--low-precision-type", "int8"], 2, "--low-precision-type int8: known are fp16"),
+        (["plan", "user.py:model", "--range-quantile", "2"], 2, "--range-quantile 2.0: give a share"),
+        (["plan", "user.py:model", "--max-depth-of-reduction", "0"], 2, "--max-depth-of-reduction 0: give"),
+        (["plan", "user.py:model", "missing.parquet"], 2, "missing.parquet: no such file; expected a ranges file"),
+        (["plan", "user.py:model", "."], 2, ". is a folder; expected a ranges file"),
+        (["plan", "user.py:model", "-o", "."], 2, ". is a folder; give the name of a file"),
+        (["build", "user.py:model", "missing.json", "-o", "e"], 2, "missing.json: no such file; expected a plan"),
+        (["diff", "missing.parquet", "missing.json"], 2, "missing.parquet: no such file"),
+        (["merge", "missing.parquet", "-o", "m.parquet"], 2, "or a job's checkpoint"),
+        (["what-if", "missing.parquet", "--program", "user.py:model"], 2, "no such file"),
+        (["rescale", "user.py:model", "missing.parquet", "-o", "m.pt2"], 2, "no such file"),
+        (["export", "user.py:model", "--onnx", "m.onnx", "--plan", "missing.json"], 2, "no such file"),
+        (
+            ["calibrate", "user.py:model", "--data", "user.py:data", "-o", "r", "--device", "gpu"],
+            2,
+            "--device gpu: give cpu",
+        ),
         (["plan", "user.py:model", "--nodes-to-exclude", "^linaer"], 2, "near names: linear"),
-        (["plan", "user.py:model", "--data-max", "-1"], 2, "data_max=-1.0: give a positive number"),
+        (["plan", "user.py:model", "--data-max", "-1"], 2, "--data-max -1.0: give a positive number"),
         (["plan", "user.py:model", "user.py"], 1, "not a readable Parquet file"),
         (["calibrate", "user.py:model", "--data", "user.py:number", "-o", "r.parquet"], 1, "cannot be iterated"),
         (["calibrate", "user.py:model", "--data", "user.py:data", "-o", "r.parquet"], 1, "got 2 inputs"),
         (["build", "user.py:model", "user.py", "-o", "engine"], 1, "is not a readable plan file"),
-        (["report", "missing.parquet"], 1, "no such file"),
+        (["report", "missing.parquet"], 2, "no such file"),
+        (["report", "missing.parquet", "--plan", "p.json"], 2, "no such file"),
     ],
 )
 def test_mistakes_are_one_message_and_leave_nothing_behind(here, capsys, arguments, code, message):
@@ -159,6 +176,13 @@ def test_mistakes_are_one_message_and_leave_nothing_behind(here, capsys, argumen
     assert message in err
     assert "Traceback" not in err
     assert {path.name for path in here.iterdir()} - {"__pycache__"} == before - {"__pycache__"}
+
+
+def test_a_setting_that_the_backend_does_not_have_is_a_bad_command_line(here, capsys):
+    """Told before anything is read."""
+    (here / "p.json").write_text("{}")
+    code, _, err = run(capsys, "build", "user.py:model", "p.json", "-o", "e", "--backend", "eager", "--setting", "z=1")
+    assert (code, "--setting: --backend eager takes no setting but device; got z" in err) == (2, True)
 
 
 @pytest.mark.parametrize("command", ["calibrate", "plan", "build", "verify", "diagnose", "report", "demo"])

@@ -87,7 +87,7 @@ def test_mistakes_are_one_message(here, capsys):
     cases = [
         (("user.py:net", "p.json", "--data", "user.py:wrong"), 1, "dimension 1 is 63, not 64"),
         (("user.py:net", "p.json"), 2, "Missing option '--data'"),
-        (("user.py:net", "missing.json", "--data", "user.py:few"), 1, "no such file"),
+        (("user.py:net", "missing.json", "--data", "user.py:few"), 2, "no such file"),
         (("user.py:nte", "p.json", "--data", "user.py:few"), 2, "near names: net"),
         (("user.py:net", "p.json", "--data", "user.py:few", "--rows", "0"), 2, "greater than or equal to 1"),
     ]

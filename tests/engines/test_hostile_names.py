@@ -12,7 +12,7 @@ import torch
 from calibcast.calib import ArtifactError, BatchError, CalibcastError, RangeTable, calibrate
 from calibcast.calib.artifacts import load_program, save_program
 from calibcast.calib.printable import printable_lines
-from calibcast.engines import Engine, build
+from calibcast.engines import Engine, build, cli
 from calibcast.engines.cli import _OneLine, _run
 from calibcast.engines.commands.options import in_flags
 from calibcast.engines.job.openers import _told
@@ -146,9 +146,29 @@ def test_many_patterns_compile_once(monkeypatch):
     assert rules._compiled.cache_info().misses == 700
 
 
-def test_messages_of_the_command_line_speak_of_flags():
-    said = in_flags("Give transform=, a function; or cache=False. data_max=-1.0: give a positive number")
-    assert said == "Give --transform, a function; or --no-cache. data_max=-1.0: give a positive number"
+@pytest.mark.parametrize(
+    ("python", "flags"),
+    [
+        ("Give transform=, a function; or cache=False.", "Give --transform, a function; or --no-cache."),
+        ("data_max=-1.0: give a positive number", "--data-max -1.0: give a positive number"),
+        ("Calibrate with rounding_batches=4.", "Calibrate with --rounding-batches 4."),
+        ("backend='eager' has nothing; use ahead_of_time=True", "--backend eager has nothing; use --ahead-of-time"),
+        ("or leave min_sqnr_db out", "or leave --min-sqnr-db out"),
+        ("transform=lambda b: b[0]", "--transform FILE.py:FUNCTION, a function such as lambda b: b[0]"),
+        ("known are torch.float16 and torch.bfloat16", "known are fp16 and bf16"),
+        ("there is no node 'data_max'; the output model.data_max, rows", None),
+        ("the export needs dynamic_shapes=", None),
+    ],
+)
+def test_messages_of_the_command_line_speak_of_flags(python, flags):
+    assert in_flags(python, cli._flags()) == (flags or python)
+
+
+def test_every_option_is_known_to_messages_by_its_python_name():
+    flags = cli._flags()
+    assert flags["low_precision_type"] == "--low-precision-type"
+    assert flags["no_cache"] == "--no-cache"
+    assert {"transform", "max_batches", "device", "range_quantile", "on_failure", "wide_accumulation"} <= set(flags)
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["-h"], ["plan", "-h"]])
