@@ -20,6 +20,19 @@ def rounded(tensor: torch.Tensor, low_type: torch.dtype, saturate: bool = False)
     return kept.to(low_type).to(torch.float32)
 
 
+def rounded_otherwise(tensor: torch.Tensor, low_type: torch.dtype, saturate: bool = False) -> torch.Tensor:
+    """What `low_type` holds on the other side of each value: where `rounded` goes up, this goes down.
+
+    Both are within one step of the value, so a value that other noise has moved by a little is rounded like that.
+    """
+    nearest = rounded(tensor, low_type, saturate)
+    if tensor.dtype != torch.float32:
+        return nearest
+    step = torch.where(nearest.abs() > tensor.abs(), -1, 1).to(torch.int16)  # in the bits, of either sign
+    other = (nearest.to(low_type).view(torch.int16) + step).view(low_type).to(torch.float32)
+    return torch.where((nearest == tensor) | ~tensor.isfinite() | ~other.isfinite(), nearest, other)
+
+
 def rounded_number(number: float, low_type: torch.dtype, saturate: bool = False) -> float:
     """The same of a number in a call."""
     return float(rounded(torch.tensor(number, dtype=torch.float32), low_type, saturate))

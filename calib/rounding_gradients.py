@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from calibcast.calib.graph import base_op
-from calibcast.calib.operators import STEPS
+from calibcast.calib.operators import STEPS, operator_of
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
 Grads = dict[int, torch.Tensor]  # by column
+# So many pointwise calls before a pole are tried out with rounded values; movers do not count.
+_NEAR = 3
 
 
 class Gradients:
@@ -25,6 +27,7 @@ class Gradients:
         self._outputs = {value for value in tape.outputs if value is not None}
         self._stepping: set[Value] = set()
         self._cut: set[Value] = set()
+        self._near: dict[Value, int] = {}
 
     def of(self, value: Value) -> Grads:
         return self._grads.get(value, {})
@@ -51,6 +54,10 @@ class Gradients:
         """Whether an operator without a gradient stands somewhere between `value` and the outputs."""
         return value in self._cut
 
+    def is_near_pole(self, value: Value) -> bool:
+        """Whether a pole reads `value`, past movers and a few pointwise calls. Known when its readers are."""
+        return value in self._near
+
     def is_step(self, call: Call) -> bool:
         """Whether a small error in what `call` reads may change its results by a step."""
         if call.mover or not any(value.differentiable for value in call.inputs):
@@ -64,6 +71,7 @@ class Gradients:
         results = [value for value in call.outputs if value is not None]
         if self.is_step(call) or opaque or (call.mover and any(v in self._stepping for v in results)):
             self._stepping.update(call.inputs)
+        self._look_for_poles(call, results)
         if opaque or any(v in self._cut for v in results):
             self._cut.update(v for v in call.inputs if v.computed)
         call.leaves, call.raw = {}, ()
@@ -71,6 +79,15 @@ class Gradients:
             for value in results:
                 if value not in self._outputs:
                     self._grads.pop(value, None)
+
+    def _look_for_poles(self, call: Call, results: Sequence[Value]) -> None:
+        before = min((self._near[value] for value in results if value in self._near), default=_NEAR)
+        beyond = before + (not call.mover)
+        passes = call.mover or torch.Tag.pointwise in getattr(call.run, "tags", ())
+        far = call.inputs if passes and before < _NEAR else ()
+        for value, distance in [*((v, beyond) for v in far), *((v, 0) for v in at_poles(call))]:
+            if value.computed and value.differentiable:
+                self._near[value] = min(distance, self._near.get(value, distance))
 
     def _propagate(self, call: Call) -> bool:
         """Add the gradients of the inputs. True where the operator has no gradient of its own."""
@@ -121,6 +138,19 @@ class Gradients:
             if grad is not None:
                 self.add(value, column, _sound(grad))
         return any(grad is not None for grad in given)
+
+
+def at_poles(call: Call) -> list[Value]:
+    """What a call reads where it has a pole: what it divides by, what it takes the logarithm of."""
+    if call.node is None or call.mover:
+        return []
+    given, found = call.args[0], []
+    for pole in operator_of(base_op(call.node.target)).poles:
+        power = None if pole.exponent is None else given[pole.exponent] if pole.exponent < len(given) else 1
+        if pole.argument < len(given) and not (isinstance(power, (int, float)) and power >= 0):
+            value = given[pole.argument]
+            found += [value] if isinstance(value, Value) else []
+    return found
 
 
 def _sound(grad: torch.Tensor) -> torch.Tensor:

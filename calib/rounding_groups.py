@@ -9,24 +9,27 @@ from typing import Any
 import torch
 from calibcast.calib.graph import argument_of, base_op
 from calibcast.calib.operators import operator_of
-from calibcast.calib.rounding import rounded, rounded_number
+from calibcast.calib.rounding import rounded, rounded_number, rounded_otherwise
 from calibcast.calib.rounding_edges import Edge, literals_of
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
 # A value that is joined from more makers than these is rounded whole, and its noise is shared out among them.
 _MOST_APART = 4
 Results = tuple[Any, ...]
+Rounding = Callable[[torch.Tensor, torch.dtype, bool], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Group:
     """Edges into one call that are rounded together.
 
-    results: what the call then gives, as `Call.perform` gives it; None where rounding changes nothing.
+    results: what the call then gives, as `Call.perform` gives it; None where rounding changes nothing. otherwise: the
+    same with each element rounded to the other side; None where that is not asked.
     """
 
     edges: tuple[Edge, ...]
     results: Callable[[torch.dtype], Results | None]
+    otherwise: Callable[[torch.dtype], Results | None] = lambda low: None
 
 
 class Rounder:
@@ -58,15 +61,15 @@ class Rounder:
         found += [self._together(call, tuple(part)) for part in (weights, joined) if part]
         return found
 
-    def remade(self, value: Value, edges: Sequence[Edge], low: torch.dtype) -> torch.Tensor:
+    def remade(self, value: Value, edges: Sequence[Edge], low: torch.dtype, how: Rounding = rounded) -> torch.Tensor:
         """`value` with the elements rounded that come by `edges`."""
         sources = {(edge.input, edge.output) for edge in edges}
         if not value.sources & sources:
             return value.tensor
         if value.sources <= sources:
-            return rounded(value.tensor, low, any(name in self._masks for name, _ in value.sources))
+            return how(value.tensor, low, any(name in self._masks for name, _ in value.sources))
         assert value.maker is not None
-        given = {part: self.remade(part, edges, low) for part in value.maker.inputs}
+        given = {part: self.remade(part, edges, low, how) for part in value.maker.inputs}
         made = value.maker.perform(given)[value.position]
         assert isinstance(made, torch.Tensor)
         return made
@@ -84,12 +87,12 @@ class Rounder:
         return float((rounded(made, low, edge.input in self._masks) - made).double().square().sum())
 
     def _together(self, call: Call, edges: tuple[Edge, ...]) -> Group:
-        def results(low: torch.dtype) -> Results | None:
-            given = {value: self.remade(value, edges, low) for value in call.inputs}
+        def results(low: torch.dtype, how: Rounding = rounded) -> Results | None:
+            given = {value: self.remade(value, edges, low, how) for value in call.inputs}
             changed = {value: made for value, made in given.items() if not torch.equal(made, value.tensor)}
             return call.perform(changed) if changed else None
 
-        return Group(edges, results)
+        return Group(edges, results, lambda low: results(low, rounded_otherwise))
 
     def _literal(self, call: Call, edge: Edge) -> Group:
         name = edge.input.partition(":")[2]

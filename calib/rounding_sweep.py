@@ -8,6 +8,7 @@ the covariance of the errors (Hutchinson's estimator, with one draw).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from calibcast.calib.rounding_alone import changes, run_alone
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_gradients import Gradients, Grads
 from calibcast.calib.rounding_groups import Group, Results, Rounder
+from calibcast.calib.rounding_poles import PoleWatch
 from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
+_log = logging.getLogger("calibcast")
 LOW_TYPES = (torch.float16, torch.bfloat16)
 # Runs of single edges may compute twice as many elements as a forward pass, for each low type; of a small program more.
 _RUN_SHARE, _LEAST_RUNS = 2.0, 16
@@ -55,6 +58,7 @@ class Sweep:
         self._found: Measured = {}
         self._signals: dict[Value, float] = {}
         self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
+        self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS)
 
     def run(self) -> Measured:
         """What was found at each edge that the tape has, for each low type."""
@@ -71,9 +75,11 @@ class Sweep:
                 for low in LOW_TYPES:
                     self._measure(call, group, low)
             self._gradients.pass_on(call)
+            self._poles.pass_on(call)
             self._signals.clear()
         for low in LOW_TYPES:
             self._run_waiting([entry for entry in self._waiting if entry[2] == low])
+        self._run_at_risk()
         return self._found
 
     def _begin(self, output: Value, column: int, generator: torch.Generator) -> None:
@@ -110,6 +116,7 @@ class Sweep:
             needs_run = self._look_at(found, call, results)
             if needs_run:
                 self._waiting.append((call, group, low, found))
+            self._poles.look(call, group, low, results, found)
         self._share_out(group, low, found)
 
     def _look_at(self, found: Found, call: Call, results: Results) -> bool:
@@ -193,6 +200,18 @@ class Sweep:
             paid -= elements
             self._note_run(found, noise)
             self._share_out(group, low, found)
+
+    def _run_at_risk(self) -> None:
+        """Does the program give NaN or Inf with the value at the pole? Those last found come first in the program."""
+        for call, group, low, results, found in self._poles.at_risk:
+            try:
+                noise, _ = run_alone(self._tape, call, results)
+            except Exception as error:
+                _log.debug("%s was not run near a pole: %s", call.name, first_line(error))
+                continue
+            if any(math.isinf(part) for part in noise):
+                found.noise, found.ran = [math.inf] * self._columns, True
+                self._share_out(group, low, found)
 
     def _note_run(self, found: Found, noise: Sequence[float]) -> None:
         by_output = [

@@ -7,6 +7,7 @@ Errors are relative L2 over all batches, of the worst floating-point output. Tol
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import NodeError, ProgramRunner
 from calibcast.calib.graph import base_op, op_name, size_hint, tensor_values
+from calibcast.calib.rounding_table import empty_rounding
 from calibcast.passes import PrecisionPlan, classify, insert_casts
 from calibcast.passes.plan import Decision
 from calibcast.passes.regions import candidates
@@ -66,27 +68,34 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trial:
-    """A model, measured: its program, ranges, flat inputs (the last batch unseen) and reference outputs."""
+    """A model, measured: its program, ranges, flat inputs (the last batch unseen) and reference outputs.
+
+    ranges: with evidence of rounding where that was asked for. seconds: that calibration took.
+    """
 
     program: ExportedProgram
     ranges: RangeTable
     inputs: list[list[Any]]
     reference: Outputs
+    seconds: float
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Trial:
-        """Export and calibrate. The plans judged here are those of the rules: no evidence from rounding.
-
-        With it a plan keeps what the error budget asks for: on these random weights that can be much of the work.
-        """
+    def of(cls, architecture: Architecture, rounding_batches: int = 0) -> Trial:
+        """Export and calibrate; without evidence from rounding the plans are those of the rules."""
         program, batches = architecture.program(), architecture.batches()
-        ranges = calibrate(program, batches, architecture.transform, progress=False, rounding_batches=0)
+        start = time.perf_counter()
+        ranges = calibrate(program, batches, architecture.transform, progress=False, rounding_batches=rounding_batches)
+        seconds = time.perf_counter() - start
         flat = flat_inputs(architecture, program)
-        return cls(program, ranges, flat, outputs_of(program, flat))
+        return cls(program, ranges, flat, outputs_of(program, flat), seconds)
 
     def plan(self, low_type: torch.dtype) -> PrecisionPlan:
-        """The plan with all settings at their defaults."""
+        """The plan with all settings at their defaults: for the budget where rounding was measured, or by the rules."""
         return classify(self.program, self.ranges, low_precision_type=low_type)
+
+    def plan_by_rules(self, low_type: torch.dtype) -> PrecisionPlan:
+        """The plan of the rules alone."""
+        return classify(self.program, replace(self.ranges, rounding=empty_rounding()), low_precision_type=low_type)
 
     def judged(self, plan: PrecisionPlan, mixed: ExportedProgram) -> Outcome:
         """What `mixed`, which carries out `plan`, is worth."""
@@ -102,13 +111,18 @@ class Trial:
         changed = changed_surface(self.program, mixed, outputs, self.reference)
         return replace(outcome, misses=(*changed, *misses_of(outcome, TOLERANCE[plan.low_precision_type])))
 
-    def half_error(self, low_type: torch.dtype) -> float:
-        """The error of the graph with everything low; inf where an operator refuses to run like that."""
+    def half_error(self, low_type: torch.dtype, in_one_batch: bool = False) -> float:
+        """The error of the graph with everything low; inf where an operator refuses to run like that.
+
+        in_one_batch: of the worst batch, not of all together.
+        """
         half = insert_casts(self.program, everything_low(self.program, low_type))
         try:
-            return worst_error(outputs_of(half, self.inputs), self.reference)
+            outputs = outputs_of(half, self.inputs)
         except NodeError:  # such as a mask value that fp16 cannot hold
             return math.inf
+        parts = zip(outputs, self.reference, strict=True) if in_one_batch else ()
+        return max([worst_error([one], [other]) for one, other in parts] or [worst_error(outputs, self.reference)])
 
 
 def flat_inputs(architecture: Architecture, program: ExportedProgram) -> list[list[Any]]:
@@ -166,6 +180,22 @@ def changed_surface(
             if (one.dtype, one.shape) != (other.dtype, other.shape):
                 changed.append(f"output {place} is {one.dtype}{list(one.shape)}, not {other.dtype}{list(other.shape)}")
     return changed
+
+
+def excess_of(outcome: Outcome, by_rules: Shares, half_error: float, tolerance: float) -> list[str]:
+    """What a plan for a budget has in fp32 that the rules' plan has not, where whole-half is good with a dB to spare.
+
+    Where it is not, such fp32 is what meets the budget. half_error: in the worst batch, as budgets have it. A part of
+    1.5% is left out, which a plan may spend on an edge that makes most of the noise.
+    """
+    if not half_error <= tolerance * 10 ** (-1 / 20):
+        return []
+    pairs = {"work": (outcome.shares.work, by_rules.work), "bytes": (outcome.shares.bytes, by_rules.bytes)}
+    return [
+        f"{ours:.1%} of {what} low, {theirs:.1%} by the rules"
+        for what, (ours, theirs) in pairs.items()
+        if ours < theirs
+    ]
 
 
 def misses_of(outcome: Outcome, tolerance: float) -> list[str]:

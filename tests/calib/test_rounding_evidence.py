@@ -16,6 +16,7 @@ from calibcast.calib.masks import mask_tensors
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.range_diff import range_diff
 from calibcast.calib.rounded_runner import RoundedRunner
+from calibcast.calib.rounding import rounded, rounded_otherwise
 from calibcast.calib.rounding_table import ROUNDING_KEY, ROUNDING_SCHEMA, rounding_gaps
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
@@ -322,3 +323,42 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         calibrate(program, killed(), progress=False, checkpoint=path, checkpoint_batches=1)
     assert calibrate(program, batches, progress=False, checkpoint=path).rounding.equals(whole.rounding)
+
+
+def test_what_is_one_rounding_from_a_pole_makes_nan() -> None:
+    """An angle that goes to 0 where a cosine is rounded to 1, and 0 / 0: no edge alone does it on these data."""
+    cosines = torch.tensor([0.9, 0.5, 1 - 2.6e-4, 0.99])  # 1 and 0.99951 are next to each other in float16
+
+    def ratio(x: torch.Tensor) -> torch.Tensor:
+        angle = (x * 2).clamp(-1, 1).acos()
+        return (0.3 * angle).sin() / angle.sin()
+
+    table = measured(exported(ratio, cosines), cosines / 2)
+    for node, source in (("mul", "inputs_0"), ("clamp", "mul"), ("acos", "clamp")):
+        row = noise(table, node, source)
+        assert (row["noise"], row["method"]) == (math.inf, "run")
+    assert noise(table, "sin_1", "acos")["noise"] < 1e-6
+
+
+def test_a_pole_that_nothing_reads_is_none() -> None:
+    """What `where` throws away does no harm."""
+    x = torch.tensor([0.9, 1 - 2.6e-4, 0.5, 0.7])
+
+    def guarded(x: torch.Tensor) -> torch.Tensor:
+        rest = 1 - x
+        return torch.where(rest > 0.01, rest.log(), 0.0)
+
+    table = measured(exported(guarded, x), x)
+    assert table.rounding["noise"].is_finite().all()
+    assert not measured(exported(lambda x: (1 - x).log(), x), x).rounding["noise"].is_finite().all()
+
+
+@pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16])
+def test_rounding_to_the_other_side(low_type: torch.dtype) -> None:
+    """The value lies between the two; what the type holds stays."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, generator=generator) * 10 ** (10 * torch.rand(4096, generator=generator) - 8)
+    near, far = rounded(x, low_type), rounded_otherwise(x, low_type)
+    assert ((near - x) * (far - x) <= 0).all()
+    assert (near != far)[near != x].all()
+    assert torch.equal(rounded_otherwise(near, low_type), near)

@@ -1,0 +1,74 @@
+"""Values that are one rounding away from a pole: 0 / 0 made by rounding, which no gradient and no edge alone shows."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Generic, TypeVar
+
+import torch
+from calibcast.calib.rounding_gradients import Gradients, at_poles
+from calibcast.calib.rounding_groups import Group, Results
+from calibcast.calib.rounding_tape import Call, Value
+
+# How many times its own error an edge may find before it, where that is near a pole: that of some others like it.
+_SEVERAL = 4.0
+T = TypeVar("T")
+
+
+class PoleWatch(Generic[T]):
+    """Collects such edges while a tape is swept backwards, each with the results that reach the pole.
+
+    at_risk: the call, its group, the low type, those results, and what the sweep holds of it; the last `most` that were
+    found, which come first in the program. exposed: values whose error decides whether a pole is reached.
+    """
+
+    def __init__(self, gradients: Gradients, most: int) -> None:
+        self._gradients = gradients
+        self._exposed: set[Value] = set()
+        self.at_risk: deque[tuple[Call, Group, torch.dtype, Results, T]] = deque(maxlen=most)
+
+    def pass_on(self, call: Call) -> None:
+        """From what a mover gives to what it moves."""
+        if call.mover and not self._exposed.isdisjoint(v for v in call.outputs if v is not None):
+            self._exposed.update(call.inputs)
+
+    def look(self, call: Call, group: Group, low: torch.dtype, results: Results, found: T) -> None:
+        """Note an edge whose value is one rounding away from a pole, or whose error is where the value after it is so.
+
+        Alone it need not be rounded to the pole: the noise of other edges moves it first.
+        """
+        risky: Results | None = None
+        if self._is_near_pole(call) and (other := group.otherwise(low)) and self._reaches_pole(call, other):
+            risky = other
+        elif not self._exposed.isdisjoint(v for v in call.outputs if v is not None):
+            several = [_moved(call, results, factor) for factor in (_SEVERAL, -_SEVERAL)]
+            risky = next((moved for moved in several if self._reaches_pole(call, moved)), None)
+        if risky is not None:
+            self.at_risk.append((call, group, low, risky, found))
+            sources = {(edge.input, edge.output) for edge in group.edges}
+            self._exposed.update(value for value in call.inputs if value.sources & sources)
+
+    def _is_near_pole(self, call: Call) -> bool:
+        return bool(at_poles(call)) or any(v is not None and self._gradients.is_near_pole(v) for v in call.outputs)
+
+    def _reaches_pole(self, call: Call, results: Results) -> bool:
+        """Whether such results are NaN or Inf, or make them where a pole reads them. No gradient tells that."""
+        for value, made in zip(call.outputs, results, strict=True):
+            if value is None or not value.differentiable:
+                continue
+            if bool((~made.isfinite() & value.tensor.isfinite()).any()):
+                return True
+            leads = self._gradients.is_near_pole(value) or value in self._exposed
+            for reader in value.readers if leads else ():
+                on = self._is_near_pole(reader) or any(v in self._exposed for v in reader.outputs)
+                if on and self._reaches_pole(reader, reader.perform({value: made})):
+                    return True
+        return False
+
+
+def _moved(call: Call, results: Results, factor: float) -> Results:
+    """The results of a call with so many times their error."""
+    pairs = zip(call.outputs, results, strict=True)
+    return tuple(
+        r if v is None or not v.differentiable else v.tensor + factor * (r - v.tensor) for v, r in pairs
+    )  # fmt: skip
