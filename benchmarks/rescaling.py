@@ -1,10 +1,13 @@
 """What rescaling makes of networks that fp16 cannot hold: before and after, on data that calibration did not see.
 
     python benchmarks/rescaling.py --output benchmarks/results/rescaling.md
+    python benchmarks/rescaling.py --rounding-batches 2 --output benchmarks/results/rescaling_budget.md
+    python benchmarks/rescaling.py --size 185                   # seconds of a program of 5,556 nodes
     python benchmarks/rescaling.py --gpu --output benchmarks/results/rescaling_on_gpu.md   # latency and SQNR of engines
 
 "plan dB" is the worst output's SQNR of the cast program of `classify`, run with fp32 kernels that round; "half dB" that
-of a plan that keeps nothing. "same bits" is `torch.equal` of the two programs in fp32, TF32 off. Rows are written as
+of a plan that keeps nothing. "same bits" is `torch.equal` of the two programs in fp32, TF32 off;
+"s" are processor seconds of `rescale`. Rows are written as
 they come.
 """
 
@@ -31,7 +34,7 @@ from calibcast.passes.rescaling.result import Rescaling
 from calibcast.passes.settings import Settings
 from torch.export import ExportedProgram
 
-from benchmarks import machine, rescaling_on_gpu
+from benchmarks import machine, rescaling_on_gpu, rescaling_size
 from benchmarks.rescaling_laws import run
 from benchmarks.rescaling_networks import CASES, Case
 
@@ -41,14 +44,14 @@ HEADER = (
 )
 
 
-def row(name: str, case: Case) -> str:
+def row(name: str, case: Case, rounding_batches: int) -> str:
     """One line of the table on a CPU."""
     low = torch.bfloat16 if name.endswith("bf16") else torch.float16
     program = case.program()
-    ranges = calibrate(program, [case.batch(i) for i in range(3)], rounding_batches=0, progress=False)
-    began = time.perf_counter()
+    ranges = calibrate(program, [case.batch(i) for i in range(3)], rounding_batches=rounding_batches, progress=False)
+    began = time.process_time()
     fitted = rescale(program, ranges, low)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     before = judged(program, ranges, low, Settings())
     after = judged(fitted.program, fitted.ranges, low, Settings())
     unseen = [case.batch(10 + i) for i in range(2)]
@@ -107,7 +110,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--backend", default="tensorrt", help="of the engines: tensorrt, inductor, eager")
     parser.add_argument("--seconds", type=float, default=140.0, help="after which what is not done is given up")
+    parser.add_argument("--rounding-batches", type=int, default=0, help="plan for a budget, not by rules of magnitude")
+    parser.add_argument("--size", type=int, default=0, help="time a network of so many blocks, of 30 nodes each")
     options = parser.parse_args()
+    if options.size:
+        print(rescaling_size.seconds(options.size, options.rounding_batches))
+        return
     if options.gpu:
         rescaling_on_gpu.run(options.networks or rescaling_on_gpu.DEFAULT, options)
         return
@@ -116,7 +124,7 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.networks or CASES:
         try:
-            lines.append(row(name, CASES[name]))
+            lines.append(row(name, CASES[name], options.rounding_batches))
         except Exception as error:
             lines.append(f"| {name} | failed: {type(error).__name__}: {str(error)[:200]} |")
         print(lines[-1], flush=True)

@@ -23,7 +23,7 @@ maximum minimum fmax fmin                            : out = self = other
 topk sort kthvalue                                   : out0 = self
 argmax argmin argsort                                :
 add sub rsub                                         : out = self = other
-add_relu                                             : out = self = other
+_add_relu                                            : out = self = other
 eq ne lt le gt ge                                    : self = other
 clamp clamp_min clamp_max                            : out = self = min = max
 hardtanh                                             : out = self = min_val = max_val

@@ -40,6 +40,7 @@ def segment_breaks(measures: Measures, solutions: Solutions, limit: float) -> Br
     order = {name: place for place, name in enumerate(nodes)}
     trunk = {n.name for n in nodes.values() if n.op == "call_function" and base_op(n.target) not in MOVES | CONVERTS}
     trunk -= measures.summed
+    trunk |= {name for name, kind in input_kinds(measures.program).items() if kind == "input"}
     for kind, form in zip(solutions.system.kinds, solutions.forms, strict=True):
         row = measures.rows.get((kind.node, kind.output)) if isinstance(kind, Tensor) else None
         if row is not None and isinstance(kind, Tensor) and kind.node in trunk and measures.absmax[row] > 0:

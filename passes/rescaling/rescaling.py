@@ -165,7 +165,7 @@ def proposals(search: _Search) -> Iterator[Proposal]:
     plain = system_of(program)
     segments = segment_breaks(measures, solved(program, plain), limit)
     inputs = input_breaks(measures, limit)
-    names = {refusal.node for refusal in search.held}
+    names, masks = {refusal.node for refusal in search.held}, mask_tensors(program)
     several: list[Breaks] = [{}, inputs, segments, {**inputs, **segments}]
     for place, breaks in enumerate(several):
         if breaks in several[:place]:
@@ -176,7 +176,7 @@ def proposals(search: _Search) -> Iterator[Proposal]:
             if exponents and repr(exponents) not in seen:
                 seen.add(repr(exponents))
                 made = rewritten(program, exponents)
-                if mask_tensors(made) == mask_tensors(program):  # else a number became a mask, or no longer is one
+                if mask_tensors(made) == masks:  # else a number became a mask, or no longer is one
                     scaled = _scaled_ranges(program, ranges, exponents, made, "")
                     yield Proposal(exponents, made, scaled, refused, partial(reader.loss_db, exponents))
 

@@ -90,6 +90,7 @@ class _Reader:
         self._state = {n: t for n, t in held.items() if state_tensor(program, t) is not None}
         self._written = mutated_inputs(program)
         self.system = System(readers=breaks)
+        self._made: dict[fx.Node, dict[int, int]] = {}
 
     def read(self) -> System:
         for node in self._graph_module.graph.nodes:
@@ -197,7 +198,10 @@ class _Reader:
                 self.system.rows.append(row)
 
     def _outputs(self, node: fx.Node) -> dict[int, int]:
-        return {i: self.system.variable(Tensor(node.name, i)) for i, v in tensor_values(node) if _is_fp32(v)}
+        if node not in self._made:
+            places = [i for i, v in tensor_values(node) if _is_fp32(v)]
+            self._made[node] = {i: self.system.variable(Tensor(node.name, i)) for i in places}
+        return self._made[node]
 
     def _made_by(self, node: fx.Node) -> list[int]:
         return list(self._outputs(node).values())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from calibcast.calib.calibration import calibrate
-from calibcast.calib.operators.exponents import EQUATIONS
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
@@ -23,7 +21,6 @@ from calibcast.passes.rescaling.rewriting import rewritten
 from calibcast.passes.rescaling.solving import solve
 from calibcast.passes.rescaling.system import System, Tensor, system_of
 from torch import nn
-from torch.export import ExportedProgram
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.rescaling_laws import random_exponents, run
@@ -210,75 +207,3 @@ def test_proposal_is_as_cheap_as_any() -> None:
     for values in product(range(-12, 13), repeat=len(free)):
         other = {**found, **dict(zip(free, values, strict=True))}
         assert best <= cost_of(table, other) + 1e-6
-
-
-ROWS: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
-    "clamp": (lambda a, b: a.clamp(-0.5, 0.75), 1),
-    "where": (lambda a, b: torch.where(a > 0.25, b, a), 2),
-    "masked_fill": (lambda a, b: a.masked_fill(b > 0, 0.5), 1),
-    "add": (lambda a, b: (a + 0.5) + b, 2),
-    "mul": (lambda a, b: (a * 3) * b, 2),
-    "div": (lambda a, b: a / (b.abs() + 1), 2),
-    "sqrt": (lambda a, b: (a.abs() + 1).sqrt(), 1),
-    "rsqrt": (lambda a, b: (a.abs() + 1).rsqrt(), 1),
-    "reciprocal": (lambda a, b: (a.abs() + 1).reciprocal(), 1),
-    "square": (lambda a, b: a.square(), 1),
-    "var": (lambda a, b: a.var(-1), 1),
-    "norm": (lambda a, b: F.normalize(a, dim=-1), 1),
-    "batch_norm": (lambda a, b: F.batch_norm(a, b[0].detach(), b[3].detach().square() + 1, b[1], b[2]), 1),
-    "layer_norm": (lambda a, b: F.layer_norm(a, (8,), b[0], b[1]), 1),
-    "rms_norm": (lambda a, b: F.rms_norm(a, (8,), b[0]), 1),
-    "group_norm": (lambda a, b: F.group_norm(a, 2, b[0], b[1]), 1),
-    "scaled_dot_product_attention": (lambda a, b: F.scaled_dot_product_attention(a[None], b[None], (a * b)[None]), 1),
-    "matmul": (lambda a, b: a @ b.T, 1),
-    "einsum": (lambda a, b: torch.einsum("ij,kj->ik", a, b), 1),
-    "addcmul": (lambda a, b: torch.addcmul(a, a, b), 1),
-    "topk": (lambda a, b: a.topk(2)[0], 1),
-    "linear": (lambda a, b: F.linear(a, b, b[:, 0]), 1),
-    "prelu": (lambda a, b: F.prelu(a, b[0]), 1),
-    "embedding": (lambda a, b: F.embedding(torch.tensor([1, 2]), a), 1),
-    "constant_pad_nd": (lambda a, b: F.pad(a, (1, 1), value=0.5), 1),
-}
-
-
-def row_program(function: Callable[..., torch.Tensor]) -> tuple[ExportedProgram, torch.Tensor]:
-    """The operator between weights and a softmax, so that only its own row stands between them."""
-
-    class Row(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.a, self.b = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
-            self.back = nn.Parameter(torch.randn(()))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.tanh(self.back * function(self.a + 0, self.b + 0)).sum() + x
-
-    x = torch.randn(2)
-    return torch.export.export(Row(), (x,)), x
-
-
-@pytest.mark.parametrize("name", list(ROWS))
-def test_row_of_the_table_alone(name: str) -> None:
-    """One operator, random exponents: something is scaled, and every bit stays."""
-    function, _ = ROWS[name]
-    program, x = row_program(function)
-    table = measured(program, [(x,)])
-    want, scaled = program.module()(x), 0
-    for seed in range(6):
-        exponents = random_exponents(program, table, seed)
-        scaled += len(exponents.tensors)
-        assert torch.equal(rewritten(program, exponents).module()(x), want)
-    assert scaled
-
-
-@pytest.mark.parametrize("name", ["mul", "div", "matmul", "sqrt", "rsqrt", "square", "batch_norm", "add"])
-def test_without_its_row_a_law_fails(name: str) -> None:
-    """Replace what an operator asks by nothing: fp32 results change, so the row is needed."""
-    function, _ = ROWS[name]
-    program, x = row_program(function)
-    table = measured(program, [(x,)])
-    wrong = {**EQUATIONS, name: ""}
-    want = program.module()(x)
-    made = [rewritten(program, random_exponents(program, table, seed, wrong)) for seed in range(6)]
-    assert not all(torch.equal(other.module()(x), want) for other in made)
