@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 
 # Before anything builds: tests neither read nor fill the user's cache, also from processes that they start.
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,33 +112,71 @@ def make_job() -> JobMaker:
     return make
 
 
-@pytest.fixture(scope="session")
-def run_forked() -> Callable[..., list[dict[str, Any]]]:
-    """A function that runs scenarios of `forked_jobs.py`, one after the other."""
+# Seconds for one scenario. It only stops what hangs: a job takes as long as the machine is busy.
+HANGS = 600.0
 
-    def run(scenarios: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
+
+class ForkedJobs:
+    """`forked_jobs.py`, started when it is first asked: its imports take longer than a job does."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._process = folder, None
+
+    def run(self, scenarios: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for scenario in scenarios:
             if scenario.get("world", 1) > 1:
                 scenario.setdefault("port", free_port())
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("forked_jobs.py"))],
-            input=json.dumps(scenarios),
-            capture_output=True,
-            text=True,
-            timeout=1500,  # it only stops what hangs: the jobs take as long as the machine is busy
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT / ".package"),
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-                **environment,
-            },
-        )
-        assert done.returncode == 0, done.stderr
-        found: list[dict[str, Any]] = json.loads(done.stdout)
+        process = self._process = self._process or self._started()
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(scenarios) + "\n")
+        process.stdin.flush()
+        ready, _, _ = select.select([process.stdout], [], [], HANGS * len(scenarios))
+        line = process.stdout.readline() if ready else ""
+        if not line:
+            self.stop()
+            pytest.fail(f"{'it ended' if ready else 'it hangs'}: {(self._folder / 'stderr').read_text()[-3000:]}")
+        found: list[dict[str, Any]] = json.loads(line)
         return found
 
-    return run
+    def _started(self) -> subprocess.Popen[str]:
+        with (self._folder / "stderr").open("w") as errors:
+            return subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("forked_jobs.py"))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT / ".package"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def run_forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[dict[str, Any]]]]:
+    """A function that runs scenarios of `forked_jobs.py`, one after the other, and gives their outcomes."""
+    jobs = ForkedJobs(tmp_path_factory.mktemp("forked"))
+    yield jobs.run
+    jobs.stop()
+
+
+class WhenAsked(dict[Any, Any]):
+    """Values that are made when they are first asked for: a test waits for its own jobs alone."""
+
+    def __init__(self, made: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._made = made
+
+    def __missing__(self, key: Any) -> Any:
+        self[key] = self._made(key)
+        return self[key]
+
+
+@pytest.fixture(scope="session")
+def when_asked() -> type[WhenAsked]:
+    return WhenAsked
 
 
 def free_port() -> int:

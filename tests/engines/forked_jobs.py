@@ -1,4 +1,5 @@
-"""Runs jobs in forked processes, which die where they are told to. A script: scenarios in as JSON, outcomes out.
+"""Runs jobs in forked processes, which die where they are told to. A script: a line of scenarios in, one of outcomes
+out, both JSON, for as long as lines come.
 
 Importing torch and its exporter takes seconds, so that is done once, and every process of every scenario is a fork of
 this one. It starts no threads: a fork of a process with running threads could not go on.
@@ -125,11 +126,11 @@ def outcome(scenario: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    scenarios = json.load(sys.stdin)
     torch.set_num_threads(1)
     torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))  # imports what an export needs
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps([outcome(scenario, folder) for scenario in scenarios]))
+        for line in sys.stdin:
+            print(json.dumps([outcome(scenario, folder) for scenario in json.loads(line)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -53,15 +53,17 @@ def whole(base: Path, make_job: Any, run_forked: Any) -> RangeTable:
 
 
 @pytest.fixture(scope="module")
-def outcomes(base: Path, make_job: Any, run_forked: Any) -> dict[tuple[str, int], list[dict[str, Any]]]:
+def outcomes(base: Path, make_job: Any, run_forked: Any, when_asked: Any) -> dict[tuple[str, int], Any]:
     """Each kill point: the run that was killed, and the same command again."""
-    found = {}
-    for phase, batch in POINTS:
-        folder = base / f"{phase}-{batch}"
-        kill = {"phase": phase, "batch": batch}
-        found[phase, batch] = [scenario(make_job, folder, kill=kill), scenario(make_job, folder)]
-    results = iter(run_forked([one for pair in found.values() for one in pair]))
-    return {point: [next(results), next(results)] for point in found}
+
+    def run(point: tuple[str, int]) -> list[dict[str, Any]]:
+        phase, batch = point
+        folder, kill = base / f"{phase}-{batch}", {"phase": phase, "batch": batch}
+        found: list[dict[str, Any]] = run_forked([scenario(make_job, folder, kill=kill), scenario(make_job, folder)])
+        return found
+
+    made: dict[tuple[str, int], Any] = when_asked(run)
+    return made
 
 
 def transformed(folder: Path) -> list[int]:
@@ -124,39 +126,21 @@ def test_killed_at_any_moment_the_clock_chooses(base: Path, make_job: Any, run_f
 POLITE = [(name, phase) for name in ("SIGTERM", "SIGINT") for phase in ("loading", "running", "merging")]
 
 
-@pytest.fixture(scope="module")
-def stopped(base: Path, make_job: Any, run_forked: Any) -> dict[tuple[str, str], tuple[dict[str, Any], int]]:
-    """Runs that a signal stopped in their eighth batch: the outcome, and what their checkpoint holds."""
-    scenarios = [
-        scenario(make_job, base / f"{name}-{phase}", kill={"phase": phase, "batch": 8, "signal": name})
-        for name, phase in POLITE
-    ]
-    return {
-        (name, phase): (outcome, Checkpoint.load(base / f"{name}-{phase}/out/checkpoints/rank-0-of-1.npz").position)
-        for (name, phase), outcome in zip(POLITE, run_forked(scenarios), strict=True)
-    }
-
-
-@pytest.fixture(scope="module")
-def continued(base: Path, make_job: Any, run_forked: Any, stopped: Any) -> dict[tuple[str, str], dict[str, Any]]:
-    """The same commands again."""
-    scenarios = [scenario(make_job, base / f"{name}-{phase}") for name, phase in POLITE]
-    return dict(zip(POLITE, run_forked(scenarios), strict=True))
-
-
 @pytest.mark.parametrize(("name", "phase"), POLITE)
 def test_a_polite_signal_leaves_a_checkpoint_of_every_finished_batch(
-    name: str, phase: str, base: Path, whole: RangeTable, stopped: Any, continued: Any
+    name: str, phase: str, base: Path, whole: RangeTable, make_job: Any, run_forked: Any
 ) -> None:
-    outcome, position = stopped[name, phase]
+    folder, kill = base / f"{name}-{phase}", {"phase": phase, "batch": 8, "signal": name}
+    (outcome,) = run_forked([scenario(make_job, folder, kill=kill)])
+    position = Checkpoint.load(folder / "out/checkpoints/rank-0-of-1.npz").position
     assert outcome["codes"] == [{"SIGTERM": 143, "SIGINT": 130}[name]], outcome["err"]
     assert "Traceback" not in outcome["err"][0]
     assert "the same command goes on from here" in outcome["err"][0]
     # In the loader nothing of the eighth is measured yet; inside it, the signal waits until it is whole.
     assert position == (7 if phase == "loading" else 8)
-    resumed = continued[name, phase]
+    (resumed,) = run_forked([scenario(make_job, folder)])
     assert resumed["codes"] == [0], resumed["err"]
     assert f"going on after {position} batches" in resumed["err"][0]
-    assert RangeTable.load(base / f"{name}-{phase}/out/ranges.parquet").frame.equals(whole.frame, null_equal=True)
-    redone = [n for n, times in Counter(transformed(base / f"{name}-{phase}")).items() if times > 1]
+    assert RangeTable.load(folder / "out/ranges.parquet").frame.equals(whole.frame, null_equal=True)
+    redone = [n for n, times in Counter(transformed(folder)).items() if times > 1]
     assert redone == ([7] if phase == "loading" else [])

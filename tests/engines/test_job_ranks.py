@@ -81,11 +81,23 @@ def job(make_job: Any, base: Path, name: str, source: str, held_out: float = 0.0
 
 
 @pytest.fixture(scope="module")
-def outcomes(base: Path, make_job: Any, run_forked: Any) -> dict[tuple[str, int], dict[str, Any]]:
-    """Every source with every number of processes."""
-    keys = [(name, 1) for name in SOURCES] + WORLDS
-    scenarios = [{"job": job(make_job, base, f"{name}-{world}", SOURCES[name]), "world": world} for name, world in keys]
-    return dict(zip(keys, run_forked(scenarios), strict=True))
+def outcomes(base: Path, make_job: Any, run_forked: Any, when_asked: Any) -> dict[tuple[str, int], dict[str, Any]]:
+    """A source with a number of processes."""
+
+    def run(key: tuple[str, int]) -> dict[str, Any]:
+        name, world = key
+        (found,) = run_forked([{"job": job(make_job, base, f"{name}-{world}", SOURCES[name]), "world": world}])
+        return dict(found)
+
+    made: dict[tuple[str, int], dict[str, Any]] = when_asked(run)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, outcomes: Any) -> Path:
+    """The table that one process makes of all rows."""
+    assert outcomes["rows", 1]["codes"] == [0], outcomes["rows", 1]["err"]
+    return base / "rows-1/ranges.parquet"
 
 
 @pytest.mark.parametrize(("name", "world"), WORLDS)
@@ -112,9 +124,9 @@ def sharded(base: Path, make_job: Any, run_forked: Any) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_loader_that_takes_its_rank_gives_the_shard(base: Path, sharded: Any, outcomes: Any) -> None:
+def test_a_loader_that_takes_its_rank_gives_the_shard(base: Path, sharded: Any, alone: Path) -> None:
     assert sharded[0]["codes"] == [0, 0], sharded[0]["err"]
-    equal(RangeTable.load(base / "sharded/ranges.parquet"), RangeTable.load(base / "rows-1/ranges.parquet"))
+    equal(RangeTable.load(base / "sharded/ranges.parquet"), RangeTable.load(alone))
 
 
 def test_a_distributed_sampler_is_taken_as_a_shard_and_its_repeats_are_told(base: Path, sharded: Any) -> None:
@@ -147,22 +159,22 @@ def test_a_lost_process_leaves_its_checkpoint(lost: dict[str, Any]) -> None:
     assert lost["left"] == {"rank-0-of-2.npz": 4, "rank-1-of-2.npz": 2}
 
 
-def test_what_is_left_can_be_merged(base: Path, lost: dict[str, Any], outcomes: Any) -> None:
+def test_what_is_left_can_be_merged(base: Path, lost: dict[str, Any], alone: Path) -> None:
     assert (lost["merged"], lost["alone"]) == (0, 0)
     merged = RangeTable.load(base / "merged.parquet")
     assert merged.calibration.batches == 6  # of seven: the third of the second process is missing
     assert RangeTable.load(base / "one.parquet").calibration.batches == 4
-    whole = RangeTable.load(base / "rows-1/ranges.parquet")
+    whole = RangeTable.load(alone)
     elements = merged.frame.filter(pl.col("kind") == "input")["elements"].item()
     assert elements == ROWS * 4 - BATCH * 4
     weights = pl.col("kind") == "parameter"
     assert merged.frame.filter(weights).equals(whole.frame.filter(weights), null_equal=True)
 
 
-def test_the_same_command_again_finishes_it(base: Path, lost: dict[str, Any], outcomes: Any) -> None:
+def test_the_same_command_again_finishes_it(base: Path, lost: dict[str, Any], alone: Path) -> None:
     assert lost["again"]["codes"] == [0, 0], lost["again"]["err"]
     assert "going on after 4 batches" in lost["again"]["err"][0]
-    equal(RangeTable.load(base / "lost/ranges.parquet"), RangeTable.load(base / "rows-1/ranges.parquet"))
+    equal(RangeTable.load(base / "lost/ranges.parquet"), RangeTable.load(alone))
 
 
 def test_what_a_run_of_more_processes_left_goes_when_all_is_measured(
@@ -176,13 +188,13 @@ def test_what_a_run_of_more_processes_left_goes_when_all_is_measured(
     assert not list((base / "fewer/checkpoints").iterdir())
 
 
-def test_the_same_process_twice_is_not_merged(base: Path, lost: Any, tmp_path: Path, capsys: Any) -> None:
-    ranges = str(base / "rows-1/ranges.parquet")
+def test_the_same_process_twice_is_not_merged(alone: Path, tmp_path: Path, capsys: Any) -> None:
+    ranges = str(alone)
     assert _run(["merge", ranges, ranges, "-o", str(tmp_path / "r.parquet")]) == 1
     assert "is given twice" in capsys.readouterr().err
 
 
-def test_torchrun_runs_a_job(base: Path, make_job: Any, outcomes: Any) -> None:
+def test_torchrun_runs_a_job(base: Path, make_job: Any) -> None:
     """The real launcher, with the real command; the first process alone speaks."""
     path = job(make_job, base, "torchrun", f'folder = "rows"\nbatch_size = {BATCH}', held_out=0.2)
     done = subprocess.run(
