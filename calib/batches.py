@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
+from calibcast.calib.dimension_names import dimension_names, renamed
 from calibcast.calib.errors import BatchError, CalibcastError, known
 from calibcast.calib.input_checks import Leaf, Place, check_leaf, check_sizes, sizes_of_symbols
 from calibcast.calib.sequences import FlatInputs, unwrapped
@@ -119,13 +121,14 @@ def signature_of(program: ExportedProgram) -> Signature:
     names = list((recorded.forward_arg_names if recorded else None) or [])[:count]
     positional = tuple(names + [f"args[{i}]" for i in range(len(names), count)])
     specs = tuple(args_spec.children()) + tuple(kwargs_spec.children())
+    called = dimension_names(program)
     return Signature(
         positional=positional,
         keywords=keywords,
         specs=specs,
-        leaves=tuple(_leaves(program, positional + keywords, specs)),
+        leaves=tuple(_leaves(program, positional + keywords, specs, called)),
         bounds={
-            symbol: (
+            renamed(symbol, called): (
                 int(bound.lower) if bound.lower.is_Integer else 0,  # -int_oo: a number read from data
                 int(bound.upper) if bound.upper.is_Integer else None,
             )
@@ -134,17 +137,22 @@ def signature_of(program: ExportedProgram) -> Signature:
     )
 
 
-def _leaves(program: ExportedProgram, names: tuple[str, ...], specs: tuple[pytree.TreeSpec, ...]) -> Iterator[Leaf]:
+def _leaves(
+    program: ExportedProgram,
+    names: tuple[str, ...],
+    specs: tuple[pytree.TreeSpec, ...],
+    called: Mapping[sympy.Symbol, str],
+) -> Iterator[Leaf]:
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     inputs = [spec for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
     paths = [name + path for name, spec in zip(names, specs, strict=True) for path in _paths(spec)]
     for path, spec in zip(paths, inputs, strict=True):
         value = None if isinstance(spec.arg, ConstantArgument) else nodes[spec.arg.name].meta.get("val")
         if isinstance(value, torch.Tensor):
-            sizes = tuple(s.node.expr if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
+            sizes = tuple(renamed(s.node.expr, called) if isinstance(s, torch.SymInt) else int(s) for s in value.shape)
             yield Leaf(path, value.dtype, sizes)
         elif isinstance(value, torch.SymInt):
-            yield Leaf(path, None, (value.node.expr,))
+            yield Leaf(path, None, (renamed(value.node.expr, called),))
         else:
             yield Leaf(path, None, (), spec.arg.value if isinstance(spec.arg, ConstantArgument) else value)
 

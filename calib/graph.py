@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from operator import getitem
 from typing import Any
 
+import sympy
 import torch
+from calibcast.calib.dimension_names import dimension_names, named_size
 from calibcast.calib.operators import canonical, operator_of
 from calibcast.calib.operators.operator import TRANSPOSED
 from torch import fx
@@ -226,12 +228,14 @@ def tensor_specs(program: ExportedProgram, wanted: Callable[[torch.dtype], bool]
     the region nodes themselves only pass on what already has a row.
     """
     kinds, targets = input_kinds(program), input_targets(program)
-    return [spec for step in walk(program.graph_module) for spec in _specs_of(step, kinds, targets, wanted)]
+    names = dimension_names(program)
+    specs = (spec for step in walk(program.graph_module) for spec in _specs_of(step, kinds, targets, names))
+    return [spec for dtype, spec in specs if wanted(dtype)]
 
 
 def _specs_of(
-    step: Step, kinds: dict[str, str], targets: dict[str, str], wanted: Callable[[torch.dtype], bool]
-) -> Iterator[TensorSpec]:
+    step: Step, kinds: dict[str, str], targets: dict[str, str], names: Mapping[sympy.Symbol, str]
+) -> Iterator[tuple[torch.dtype, TensorSpec]]:
     node = step.node
     if node.op == "placeholder":
         if step.inside:
@@ -243,17 +247,17 @@ def _specs_of(
     else:
         return
     for output, value in tensor_values(node):
-        if wanted(value.dtype):
-            yield TensorSpec(
-                node=step.name,
-                output=output,
-                op=op_name(node.target) if node.op == "call_function" else node.op,
-                module=module,
-                source=source_line(node),
-                kind=kind,
-                dtype=dtype_name(value.dtype),
-                shape=tuple(str(size) for size in value.shape),
-            )
+        spec = TensorSpec(
+            node=step.name,
+            output=output,
+            op=op_name(node.target) if node.op == "call_function" else node.op,
+            module=module,
+            source=source_line(node),
+            kind=kind,
+            dtype=dtype_name(value.dtype),
+            shape=tuple(named_size(size, names) for size in value.shape),
+        )
+        yield value.dtype, spec
 
 
 def where(node: fx.Node, name: str | None = None) -> str:

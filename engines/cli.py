@@ -10,6 +10,7 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ import typer
 from calibcast.calib.errors import BudgetError, CalibcastError, GateError, SettingError
 from calibcast.calib.printable import printable_lines
 from calibcast.engines.commands import diagnosis, engine, export, job, rescaling, review, stages
-from calibcast.engines.commands.options import in_flags, note, say
+from calibcast.engines.commands.options import fail, in_flags, note, say
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.streams import give_up_stdout
 from calibcast.engines.usage import LocationError, UsageError
@@ -35,6 +36,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _summary(command: Callable[..., Any]) -> str:
+    """The first sentence of a command's docstring, whole: click cuts it otherwise."""
+    return str(command.__doc__).split("\n")[0].split(". ")[0].rstrip(".")
+
 
 # In the order in which `calibcast --help` lists them.
 for command in (
@@ -54,7 +61,7 @@ for command in (
     job.run,
     stages.demo,
 ):
-    app.command()(command)
+    app.command(short_help=_summary(command))(command)
 
 
 def _show_version(asked: bool) -> None:
@@ -94,18 +101,18 @@ def _run(arguments: list[str] | None) -> int:
         note("interrupted")
         return 130
     except CalibcastError as error:
-        text = in_flags(str(error), _flags())
-        note(text if isinstance(error, GateError) else f"error: {text}")
+        fail(in_flags(str(error), _flags()))
         return _EXIT_CODES.get(type(error), 1)
     except OSError as error:
         if error.filename is not None:
             raise
         return _unwritten(error)
     except Exception as error:
-        # Click's usage errors know how to show themselves; typer does not export their base.
-        if not (hasattr(error, "show") and hasattr(error, "exit_code")):
+        # Click's usage errors; typer does not export their base.
+        if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
             raise
-        error.show()
+        command = getattr(getattr(error, "ctx", None), "command_path", "calibcast")
+        fail(f"{error.format_message()} See: {command} --help")
         return int(error.exit_code)
 
 
@@ -143,7 +150,7 @@ def _unwritten(error: OSError) -> int:
     give_up_stdout()
     if isinstance(error, BrokenPipeError):  # who reads the pipe has seen enough, as `head` does
         return 0
-    note(f"error: the output cannot be written: {error.strerror or error}")
+    fail(f"the output cannot be written: {error.strerror or error}")
     return 1
 
 

@@ -26,6 +26,7 @@ from calibcast.calib.graph import (
 )
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.sentinels import MASK_AT_MOST
+from calibcast.calib.text_table import Column, and_more, place, text_table
 from calibcast.calib.uninitialised import undefined_tensors
 from calibcast.passes.cast_insertion import CAST, CLAMP
 from calibcast.passes.lineage import readings
@@ -35,18 +36,20 @@ from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 _log = logging.getLogger("calibcast")
+# What the frame is sorted by stands in front: of many columns, polars prints the first four and the last four.
 SCHEMA: dict[str, Any] = {
     "node": pl.String,
+    "module": pl.String,
+    "sqnr_db": pl.Float64,
+    "loss_db": pl.Float64,
     "output": pl.Int64,
     "op": pl.String,
-    "module": pl.String,
     "source": pl.String,
     "kind": pl.String,
     "dtype": pl.String,
     "dtype_reference": pl.String,
     "input_sqnr_db": pl.Float64,
-    "loss_db": pl.Float64,
-    **COLUMNS,
+    **{name: dtype for name, dtype in COLUMNS.items() if name != "sqnr_db"},
 }
 # A loss that is more than the ups and downs of rounding from one node to the next.
 CULPRIT_DB = 20.0
@@ -328,20 +331,32 @@ def _first_nonfinite(frame: pl.DataFrame) -> NonfiniteNode | None:
     )
 
 
+_SHOWN = (
+    Column("tensor", "node"),
+    Column("module", "module", drop=3),
+    Column("type", "dtype", 9),
+    Column("apart", "sqnr_db", 11, number=True),
+    Column("loss", "loss_db", 7, number=True),
+    Column("absmax", "absmax", 9, number=True),
+    Column("absmax_reference", "in fp32", 9, number=True, drop=2),
+    Column("bad", "NaN/Inf", 9, number=True, drop=1),
+)
+
+
 def _table(frame: pl.DataFrame, rows: int) -> list[str]:
-    lines = [
-        f"  {'node':<28}{'dtype':<9}{'sqnr_db':>9}{'loss_db':>9}{'absmax':>11}{'fp32 absmax':>12}{'nonfinite':>10}"
+    shown = frame.head(rows)
+    cells = [
+        {
+            **row,
+            "tensor": place(row["node"], row["output"]),
+            "type": row["dtype"] or "not run",
+            "apart": _apart(row),
+            "loss": f"{row['loss_db']:.1f}",
+            "bad": row["nonfinite_alone"] or None,
+        }
+        for row in shown.iter_rows(named=True)
     ]
-    for row in frame.head(rows).iter_rows(named=True):
-        name = row["node"] if not row["output"] else f"{row['node']}[{row['output']}]"
-        shown = name if len(name) <= 27 else f"..{name[-25:]}"
-        lines.append(
-            f"  {shown:<28}{row['dtype'] or 'not run':<9}{_apart(row):>9}{row['loss_db']:>9.1f}"
-            f"{row['absmax']:>11.4g}{row['absmax_reference']:>12.4g}{row['nonfinite_alone']:>10}"
-        )
-    if frame.height > rows:
-        lines.append(f"  and {frame.height - rows} more")
-    return lines
+    return [*text_table(cells, _SHOWN, indent="  "), *(f"  {line}" for line in and_more(len(shown), len(frame)))]
 
 
 def _apart(row: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 _KIND = "plan"
+_NOTES_SHOWN = 6
 _VERDICT = pl.Struct({"rule": pl.String, "reason": pl.String, "evidence": pl.Float64, "limit": pl.Float64})
 SCHEMA: dict[str, Any] = {
     "node": pl.String,
@@ -154,7 +155,9 @@ class PrecisionPlan:
             lines.append(f"  {precision:<10}{rule:<24}{count:>6}")
         told = [f"  rounding: {self.rounding}"] if self.rounding is not None else []
         told += [f"  {self.proof}"] if self.proof is not None else []
-        return "\n".join(lines + told + [f"  note: {note}" for note in self.notes])
+        told += [f"  note: {note}" for note in self.notes[:_NOTES_SHOWN]]
+        more = len(self.notes) - _NOTES_SHOWN
+        return "\n".join(lines + told + ([f"  and {more} more notes, in plan.notes"] if more > 0 else []))
 
     def check(self, program: ExportedProgram) -> None:
         """Raise MismatchError unless the plan is for `program`."""

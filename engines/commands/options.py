@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from calibcast.calib.printable import printable_lines
+from calibcast.engines.colour import painted
 from calibcast.engines.usage import LocationError, UsageError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a .pt2 file, or file.py:function")]
@@ -24,6 +26,12 @@ MaxBatches = Annotated[int | None, typer.Option("--max-batches", min=1, help="st
 def say(text: str) -> None:
     """Print a result. Names in it may hold anything, also what a terminal obeys: that is left out."""
     typer.echo(printable_lines(text))
+
+
+def fail(message: str) -> None:
+    """Say on stderr why the command failed, as every command does: `error: `, and the message."""
+    with suppress(OSError):
+        typer.echo(f"{painted('error:', 'red', sys.stderr)} {printable_lines(message)}", err=True)
 
 
 def note(message: str) -> None:

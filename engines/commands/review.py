@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,9 @@ def report(  # noqa: PLR0913 - a command line has options
         Path | None,
         typer.Option(metavar="J.json", help="the page shows this verdict of calibcast verify -o", callback=VERDICT),
     ] = None,
-    rows: Rows = 0,
+    rows: Annotated[
+        int | None, typer.Option(min=0, help="how many rows; 0: all; default: 40 in the table, else all")
+    ] = None,
     above: Annotated[float | None, typer.Option(help="only larger magnitudes")] = None,
     op: Annotated[str | None, typer.Option(help="only this operator: linear, aten.linear, aten.linear.default")] = None,
     module: Annotated[str | None, typer.Option(help="only modules that this regex matches, from the start")] = None,
@@ -56,7 +59,7 @@ def report(  # noqa: PLR0913 - a command line has options
     check_file(output)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.review.frame_output import check_format, write_frame
-    from calibcast.engines.review.report_table import report_frame, report_table
+    from calibcast.engines.review.report_table import overflowing, report_frame, report_table
 
     check_format(form, output)
     table = RangeTable.load(ranges)
@@ -68,8 +71,10 @@ def report(  # noqa: PLR0913 - a command line has options
         table, decided, above=above, op=op, module=module, kind=kind, rule=rule, where=where or (), sort=sort,
         descending=not ascending,
     )  # fmt: skip
-    shown = frame.head(rows) if rows else frame
-    write_frame(shown, lambda: report_table(table, decided, rows or None, frame), form, output)
+    most = 40 if rows is None and form == "table" else rows or None
+    shown = frame if most is None else frame.head(most)
+    text = partial(report_table, table, decided, most, frame, sort)
+    write_frame(shown, text, form, output, red=overflowing(table, shown))
 
 
 def what_if(  # noqa: PLR0913
@@ -174,7 +179,7 @@ def diff(  # noqa: PLR0913
     check_format(form, output)
     if old.suffix == ".json" and new.suffix == ".json":
         flips = _plans_diff(old, new)
-        write_frame(flips, lambda: plan_diff_text(flips), form, output)
+        write_frame(flips, lambda: plan_diff_text(flips, rows or None), form, output)
         if any(gate is not None for gate in gates):
             raise typer.BadParameter("headroom is of ranges, and these are plans", param_hint="--fail-on")
         if gates:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from calibcast.calib.errors import BatchError, CalibcastError
-from calibcast.calib.printable import printable
 from calibcast.engines.commands.options import (
     RANGES,
     Data,
@@ -120,6 +119,7 @@ def plan(  # noqa: PLR0913
         bool,
         typer.Option("--rescale", help="make it fit by powers of two first; program and ranges go beside -o"),
     ] = False,
+    rows: Annotated[int, typer.Option(min=0, help="how many of the nodes that stay to show; 0: all")] = 20,
 ) -> None:
     """Decide the type of every node of MODEL from its ranges, and say why.
 
@@ -130,6 +130,7 @@ def plan(  # noqa: PLR0913
     check_file(output)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.locations import load_model
+    from calibcast.engines.review.plan_table import high_nodes
     from calibcast.passes.classification import classify
     from calibcast.passes.tuning import tune
 
@@ -163,9 +164,7 @@ def plan(  # noqa: PLR0913
     else:
         _, batches, function = inputs(model, data, transform)
         decided = tune(program, table, batches, transform=function, max_batches=max_batches, **settings)
-    say(str(decided))
-    for name in decided.high_precision_nodes:
-        say(f"  {printable(decided.explain(name))}")
+    say(f"{decided}\n{high_nodes(decided, rows or None)}")
     if output is not None:
         decided.save(output)
         say(f"wrote {output}")

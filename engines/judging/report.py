@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.errors import GateError
+from calibcast.calib.text_table import Column, text_table
 from calibcast.engines.judging.bounds import Bounds, Verdict, judged
 
 SCHEMA: dict[str, Any] = {
@@ -90,8 +91,8 @@ class VerificationReport:
         return self.passed
 
     def __str__(self) -> str:
-        lines = [f"VerificationReport: {self.batches} batches, {self.verdict}", _HEADER]
-        lines += [_line(row) for row in self.frame.iter_rows(named=True)]
+        lines = [f"VerificationReport: {self.batches} batches, {self.verdict}"]
+        lines += text_table(map(_cells, self.frame.iter_rows(named=True)), _COLUMNS, indent="  ")
         for row in () if self.attribution is None else self.attribution.iter_rows(named=True):
             lines.append(
                 f"  {row['output']}: the plan alone {row['plan_sqnr_db']:.1f} dB, the engine against the plan "
@@ -134,20 +135,36 @@ class VerificationReport:
         return self
 
 
-_HEADER = (
-    f"  {'output':<20}{'max_abs':>11}{'rel_l2':>11}{'sqnr_db':>9}{'variation':>11}{'channel':>9}"
-    f"{'cosine':>11}{'top1':>8}  nonfinite"
+_COLUMNS = (
+    Column("output", "output"),
+    Column("max_abs", "max_abs", 9, number=True, drop=2),
+    Column("rel_l2", "rel_l2", 9, number=True),
+    Column("sqnr_db", "sqnr_db", 7, number=True),
+    Column("variation", "variation", 9, number=True),
+    Column("channel", "channel", 7, number=True),
+    Column("cosine", "cosine", 9, number=True, drop=3),
+    Column("top1", "top1", 6, number=True, drop=4),
+    Column("equal", "integers", 13, number=True, drop=1),
+    Column("nonfinite", "NaN/Inf", 9, number=True),
+    Column("unlike", "other size", 10, number=True, drop=1),
 )
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    unlike = f"  of another size in {row['unlike']} batches" if row["unlike"] else ""
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells of an output: of integers, only the share that is equal."""
+    unlike = {"output": row["output"], "unlike": row["unlike"] or None}
     if row["equal"] is not None:
-        return f"  {row['output']:<20}{100 * row['equal']:>10.4g}% equal{unlike}"
-    top1 = "" if row["top1"] is None else f"{row['top1']:.4f}"
-    worst = "" if row["worst_variation_db"] is None else f"{row['worst_variation_db']:.1f}"
-    varies = "" if row["variation_db"] is None else f"{row['variation_db']:.1f}"
-    return (
-        f"  {row['output']:<20}{row['max_abs']:>11.3g}{row['rel_l2']:>11.3g}{row['sqnr_db']:>9.1f}"
-        f"{varies:>11}{worst:>9}{row['cosine']:>11.7f}{top1:>8}{row['nonfinite']:>11}{unlike}"
-    )
+        return {**unlike, "equal": f"{100 * row['equal']:.4g}% equal"}
+    decibels = {
+        name: None if row[key] is None else f"{row[key]:.1f}"
+        for name, key in (("sqnr_db", "sqnr_db"), ("variation", "variation_db"), ("channel", "worst_variation_db"))
+    }
+    return {
+        **unlike,
+        **decibels,
+        "max_abs": f"{row['max_abs']:.3g}",
+        "rel_l2": f"{row['rel_l2']:.3g}",
+        "cosine": f"{row['cosine']:.7f}",
+        "top1": None if row["top1"] is None else f"{row['top1']:.4f}",
+        "nonfinite": row["nonfinite"],
+    }

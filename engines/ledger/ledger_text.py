@@ -6,9 +6,19 @@ from collections import Counter
 
 import polars as pl
 from calibcast.calib.errors import GateError
+from calibcast.calib.text_table import Column, and_more, text_table
 from calibcast.engines.ledger.ledger import EXACT, FUSED, UNKNOWN
 
 _SHOWN = 10
+_COLUMNS = (
+    Column("mark", "", 1),
+    Column("node", "node"),
+    Column("planned_type", "planned", 9),
+    Column("actual", "actual", 19),
+    Column("match", "match", 7),
+    Column("found_by", "found by", 12, drop=1),
+    Column("layer", "layers", head=True),
+)
 
 
 def unknown_share(ledger: pl.DataFrame) -> float:
@@ -60,13 +70,14 @@ def ledger_text(ledger: pl.DataFrame, rows: int | None = None) -> str:
     """The ledger for people: a summary, then a line per node, what disagrees first, then what is unknown."""
     order = pl.when(pl.col("agrees").eq(False)).then(0).when(pl.col("match") == UNKNOWN).then(1).otherwise(2)
     shown = ledger.with_columns(order.alias("_order")).sort("_order", maintain_order=True).head(rows or ledger.height)
-    lines = [summary(ledger), f"  {'node':<28}{'planned':<10}{'actual':<20}{'match':<9}{'found by':<12}layers"]
-    for row in shown.iter_rows(named=True):
-        mark = "!" if row["agrees"] is False else " "
-        lines.append(
-            f"{mark} {row['node'][:27]:<28}{row['planned_type']:<10}{'/'.join(row['actual_types'])[:19]:<20}"
-            f"{row['match']:<9}{row['found_by'] or '':<12}{' + '.join(row['layers'])[:80]}"
-        )
-    if shown.height < ledger.height:
-        lines.append(f"  and {ledger.height - shown.height} more; --rows 0 shows all")
-    return "\n".join(lines)
+    cells = [
+        {
+            **row,
+            "mark": "!" if row["agrees"] is False else "",
+            "actual": "/".join(row["actual_types"]),
+            "layer": " + ".join(row["layers"]),
+        }
+        for row in shown.iter_rows(named=True)
+    ]
+    table = text_table(cells, _COLUMNS)
+    return "\n".join([summary(ledger), *table, *and_more(shown.height, ledger.height, "; --rows 0 shows all")])

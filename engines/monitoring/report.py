@@ -10,18 +10,18 @@ import polars as pl
 import torch
 from calibcast.calib.printable import printable
 from calibcast.calib.statistics import Statistics
+from calibcast.calib.text_table import Column, text_table
 from calibcast.engines.monitoring.ends import End
 from calibcast.engines.monitoring.findings import Finding
-from calibcast.engines.review.text_table import Column, text_table
 
 _COLUMNS = (
-    Column("name", "tensor", 26),
+    Column("name", "tensor"),
     Column("absmax_calibrated", "absmax was", 10, number=True),
     Column("absmax", "now", 10, number=True),
     Column("growth", "growth", 8, number=True),
     Column("unseen", "unseen", 8, number=True),
     Column("headroom", "headroom", 9, number=True),
-    Column("causes", "causes", 20),
+    Column("causes", "causes", head=True),
 )
 _SCHEMA: dict[str, Any] = {
     "name": pl.String,
@@ -62,7 +62,7 @@ class MonitorReport:
         verdict = "nothing found" if not self.findings else f"{len(self.findings)} found"
         lines = [f"MonitorReport: {self.watched} of {self.calls} calls watched, {verdict}"]
         lines += [f"  {printable(str(finding))}" for finding in self.findings]
-        return "\n".join([*lines, *(f"  {line}" for line in text_table(self.frame.iter_rows(named=True), _COLUMNS))])
+        return "\n".join([*lines, *text_table(self.frame.iter_rows(named=True), _COLUMNS, indent="  ")])
 
 
 def report_of(

@@ -6,17 +6,18 @@ import polars as pl
 from calibcast.calib.errors import GateError
 from calibcast.calib.printable import printable
 from calibcast.calib.range_diff import RangeDiff, headroom_text
-from calibcast.engines.review.text_table import Column, listed, text_table
+from calibcast.calib.text_table import Column, and_more, listed, place, text_table
 
 _FLIPS = ("to_high", "to_low")
 _COLUMNS = (
-    Column("node", "node", 34),
+    Column("tensor", "node"),
+    Column("module", "module"),
     Column("change", "change", 6),
-    Column("absmax_old", "absmax was", 10, number=True),
-    Column("absmax_new", "now", 10, number=True),
-    Column("growth", "growth", 8, number=True),
-    Column("headroom_new", "headroom", 9, number=True),
-    Column("flip", "flip", 14),
+    Column("absmax_old", "was", 9, number=True),
+    Column("absmax_new", "now", 9, number=True),
+    Column("growth", "growth", 8, number=True, drop=2),
+    Column("headroom_new", "headroom", 9, number=True, drop=1),
+    Column("flip", "flip", 7),
 )
 
 
@@ -30,14 +31,16 @@ def diff_frame(diff: RangeDiff, flips: pl.DataFrame) -> pl.DataFrame:
     joined = diff.frame.join(decided.drop("op", "module"), on="node", how="left", maintain_order="left")
     changed = joined.filter((pl.col("change") != "same") | pl.col("flip").is_not_null())
     others = decided.join(diff.frame, on="node", how="anti", maintain_order="left")
-    return pl.concat([changed, others], how="diagonal").sort(
+    front = ("node", "module", "growth", "flip")  # of many columns, polars prints the first four and the last four
+    both = pl.concat([changed, others], how="diagonal").select(*front, pl.exclude(*front))
+    return both.sort(
         pl.col("flip").is_in(_FLIPS).fill_null(False), pl.col("growth").log().abs(), descending=True,
         nulls_last=True, maintain_order=True,
     )  # fmt: skip
 
 
 def diff_text(diff: RangeDiff, flips: pl.DataFrame, by: str, rows: int | None = None) -> str:
-    """The change in at most 100 columns. `by`: how the flips were found."""
+    """The change, with a table as wide as the terminal. `by`: how the flips were found."""
     frame = diff_frame(diff, flips)
     how = "the same graph" if diff.same_graph else "another export, matched by module path and structure"
     counts = ", ".join(f"{number} {change}" for change, number in diff.counts.items())
@@ -50,19 +53,21 @@ def diff_text(diff: RangeDiff, flips: pl.DataFrame, by: str, rows: int | None = 
     lines += _flip_lines(flips, by, compared_tensors(diff))
     shown = frame if rows is None else frame.head(rows)
     if len(shown):
-        lines += ["", *text_table(shown.iter_rows(named=True), _COLUMNS)]
-    if len(shown) < len(frame):
-        lines.append(f"and {len(frame) - len(shown)} more")
+        cells = [{**row, "tensor": place(row["node"], row["output"] or 0)} for row in shown.iter_rows(named=True)]
+        lines += ["", "largest peak of each tensor, what flips first:", *text_table(cells, _COLUMNS)]
+    lines += and_more(len(shown), len(frame), "; --rows 0 shows all")
     return "\n".join(lines)
 
 
-def plan_diff_text(flips: pl.DataFrame) -> str:
-    """What differs between two plans."""
+def plan_diff_text(flips: pl.DataFrame, rows: int | None = None) -> str:
+    """What differs between two plans: a line for each of the first `rows` nodes (None: all)."""
     if flips.is_empty():
         return "no decision changed"
     counts = dict(flips["change"].value_counts(sort=True).iter_rows())
     lines = [", ".join(f"{number} {change}" for change, number in counts.items())]
-    return "\n".join(lines + [f"  {_flip_line(row)}" for row in flips.iter_rows(named=True)])
+    shown = flips if rows is None else flips.head(rows)
+    lines += [f"  {_flip_line(row)}" for row in shown.iter_rows(named=True)]
+    return "\n".join(lines + and_more(len(shown), len(flips), "; --rows 0 shows all"))
 
 
 def compared_tensors(diff: RangeDiff) -> int:
@@ -117,4 +122,5 @@ def _flip_lines(flips: pl.DataFrame, by: str, compared: int, most: int = 10) -> 
 def _flip_line(row: dict[str, object]) -> str:
     was, now = row["precision_old"] or "nothing", row["precision_new"] or "nothing"
     rule = f" ({row['rule_new']})" if row["rule_new"] else ""
-    return printable(f"{row['node']}: {was} to {now}{rule}: {row['reason']}")
+    where = f" ({row['module']})" if row["module"] else ""
+    return printable(f"{row['node']}{where}: {was} to {now}{rule}: {row['reason']}")

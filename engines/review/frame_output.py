@@ -6,13 +6,14 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 from calibcast.calib.artifacts import written_whole
 from calibcast.calib.printable import printable, printable_lines
+from calibcast.engines.colour import painted
 from calibcast.engines.streams import give_up_stdout
 from calibcast.engines.usage import UsageError
 
@@ -20,8 +21,16 @@ _FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")
 FORMATS = ("table", "json", "csv", "parquet")
 
 
-def write_frame(frame: pl.DataFrame, text: Callable[[], str], form: str = "table", output: Path | None = None) -> None:
+def write_frame(
+    frame: pl.DataFrame,
+    text: Callable[[], str],
+    form: str = "table",
+    output: Path | None = None,
+    red: Collection[int] = (),
+) -> None:
     """Write `frame` in `form` to `output`, or to stdout: `table` is what `text` gives.
+
+    red: numbers of the lines of a table that a terminal with colours shows in red.
 
     A reader of the pipe that has seen enough, as `head` does, is no error. Raises UsageError for an unknown form, and
     for Parquet on a terminal; ArtifactError when the file cannot be written.
@@ -29,10 +38,15 @@ def write_frame(frame: pl.DataFrame, text: Callable[[], str], form: str = "table
     check_format(form, output)
     data = encoded(frame, text, form)
     if output is None:
-        write_bytes(data)
+        write_bytes(_in_red(data, red) if form == "table" and red else data)
         return
     with written_whole(output) as temporary:
         temporary.write_bytes(data)
+
+
+def _in_red(data: bytes, red: Collection[int]) -> bytes:
+    lines = data.decode().split("\n")
+    return "\n".join(painted(line, "red") if n in red else line for n, line in enumerate(lines)).encode()
 
 
 def check_format(form: str, output: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""The range report as a frame and as a plain table: worst first, filtered, readable in 100 columns."""
+"""The range report as a frame and as a plain table: worst first, filtered, as wide as the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from calibcast.calib.errors import known
 from calibcast.calib.range_diff import HALF_MAX
 from calibcast.calib.range_scaling import true_frame
 from calibcast.calib.ranges import RangeTable
-from calibcast.engines.review.text_table import Column, text_table
+from calibcast.calib.text_table import Column, and_more, place, text_table
 from calibcast.engines.usage import UsageError
 
 if TYPE_CHECKING:
@@ -75,38 +75,47 @@ def report_frame(  # noqa: PLR0913 - one per filter
     if rule is not None:
         conditions.append(_has_rule(frame, plan, rule))
     conditions += [_condition(frame, text) for text in where]
-    return _sorted(frame.filter(conditions) if conditions else frame, sort, descending).drop("rules", strict=False)
+    found = _sorted(frame.filter(conditions) if conditions else frame, sort, descending).drop("rules", strict=False)
+    # What it is sorted by stands in front: of many columns, polars prints the first four and the last four.
+    front = dict.fromkeys(["node", "module", sort or "absmax", "headroom"])
+    return found.select(*front, pl.exclude(*front))
 
 
 def report_table(
-    ranges: RangeTable, plan: PrecisionPlan | None = None, rows: int | None = None, frame: pl.DataFrame | None = None
+    ranges: RangeTable,
+    plan: PrecisionPlan | None = None,
+    rows: int | None = None,
+    frame: pl.DataFrame | None = None,
+    sort: str | None = None,
 ) -> str:
-    """The first `rows` rows (None: all) of `frame` (None: all tensors) as text, under what was measured."""
+    """The first `rows` rows (None: all) of `frame` (None: all tensors) as text, under what was measured.
+
+    sort: the column that the frame is sorted by, which is shown then.
+    """
     found = report_frame(ranges, plan) if frame is None else frame
     columns = [
-        Column("node", "node", 26 if plan is not None else 36),
-        Column("output", "out", 3, number=True),
-        Column("kind", "kind", 10),
+        Column("tensor", "node"),
+        Column("module", "module"),
+        Column("kind", "kind", 10, drop=3),
         Column("absmax", "absmax", 9, number=True),
-        Column("smallest", "smallest", 9, number=True),
+        Column("smallest", "smallest", 9, number=True, drop=4),
         Column("headroom", "headroom", 9, number=True),
-        Column("nonfinite", "nonfinite", 9, number=True),
+        Column("bad", "NaN/Inf", 9, number=True, drop=1),
     ]
     if ranges.calibration.rescaled is not None:
         # The kind is told from the name, and an 80-column terminal has no room for both.
         columns = [Column("stored", "stored as", 9) if c.name == "kind" else c for c in columns]
         found = found.with_columns(stored=_stored(pl.col("exponent")))
     if plan is not None:
-        columns += [Column("precision", "type", 4), Column("rule", "rule", 12)]
+        columns += [Column("precision", "type", 4), Column("rule", "rule", 12, drop=2)]
+    if sort is not None and sort not in {"node", *(column.name for column in columns)}:
+        columns.insert(2, Column(sort, sort, 24, number=found.schema[sort].is_numeric()))
     shown = found if rows is None else found.head(rows)
-    record = ranges.calibration.rescaled
-    lines = [str(ranges.true_values())]
-    if record is not None:
-        stored = f"{len(record.exponents)} tensors are stored as powers of two of themselves"
-        lines += [f"a rescaled program, in true values: {stored},", "and headroom is of what is stored"]
-    lines += [*text_table(shown.iter_rows(named=True), columns)]
-    if len(shown) < len(found):
-        lines.append(f"and {len(found) - len(shown)} more")
+    cells = [
+        {**row, "tensor": place(row["node"], row["output"]), "bad": row["nonfinite"] or None}
+        for row in shown.iter_rows(named=True)
+    ]
+    lines = [*_titles(ranges), *text_table(cells, columns), *and_more(len(shown), len(found), "; --rows 0 shows all")]
     if len(found) < len(ranges):
         lines.append(f"{len(found)} of {len(ranges)} tensors")
     return "\n".join(lines)
@@ -116,6 +125,23 @@ def _stored(exponent: pl.Expr) -> pl.Expr:
     """`2^-10 x` of what is stored as 2^-10 of itself; nothing of what is stored as it is."""
     power = pl.format("2^{} x", -exponent)
     return pl.when(exponent == 0).then(pl.lit("")).otherwise(power)
+
+
+def _titles(ranges: RangeTable) -> list[str]:
+    record = ranges.calibration.rescaled
+    if record is None:
+        return [str(ranges)]
+    stored = f"{len(record.exponents)} tensors are stored as powers of two of themselves"
+    return [
+        str(ranges.true_values()), f"a rescaled program, in true values: {stored},", "and headroom is of what is stored"
+    ]  # fmt: skip
+
+
+def overflowing(ranges: RangeTable, frame: pl.DataFrame) -> frozenset[int]:
+    """Numbers of the lines of `report_table` with tensors that fp16 cannot hold, or that are not finite."""
+    first = len(_titles(ranges)) + 1  # under the heading
+    bad = frame.select(((pl.col("headroom") < 1) | (pl.col("nonfinite") > 0)).fill_null(False)).to_series()
+    return frozenset(row + first for row in bad.arg_true().to_list())
 
 
 def _decisions(plan: PrecisionPlan) -> pl.DataFrame:

@@ -1,4 +1,4 @@
-"""The answers of `what_if` as text in 100 columns."""
+"""The answers of `what_if` as text."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.number_text import percent
-from calibcast.engines.review.text_table import Column, listed, text_table
+from calibcast.calib.text_table import Column, listed, text_table
 
 _COLUMNS = (
     Column("low_precision_type", "type", 8),
     Column("limit", "limit", 8, number=True),
-    Column("range_quantile", "quantile", 8, number=True),
+    Column("range_quantile", "quantile", 8, number=True, drop=2),
     Column("predicted", "pred. dB", 8, number=True),
     Column("nodes", "nodes low", 13, number=True),
     Column("work", "work", 6, number=True),
-    Column("activations", "activ.", 6, number=True),
-    Column("casts", "casts", 5, number=True),
-    Column("cast", "cast", 8, number=True),
+    Column("activations", "activ.", 6, number=True, drop=5),
+    Column("casts", "casts", 5, number=True, drop=4),
+    Column("cast", "cast", 8, number=True, drop=3),
     Column("overflow", "overflow", 8, number=True),
-    Column("underflow", "underfl.", 8, number=True),
+    Column("underflow", "underfl.", 8, number=True, drop=1),
     Column("flips", "flips", 9, number=True),
 )
 
@@ -27,7 +27,7 @@ _COLUMNS = (
 def what_if_table(frame: pl.DataFrame, base: str) -> str:
     """One line per setting, then which nodes flip against `base`."""
     rows = list(frame.iter_rows(named=True))
-    # Of the two only one is asked about, and the table is 100 wide.
+    # Of the two only one is asked about.
     hidden = "range_quantile" if any(row["predicted_sqnr_db"] is not None for row in rows) else "predicted"
     lines = text_table([_cells(row) for row in rows], [column for column in _COLUMNS if column.name != hidden])
     lines.append(f"shares are of all decided nodes; flips (+low, -low) are against {base}")

@@ -214,7 +214,7 @@ def test_plan_and_diagnosis_show_hostile_module_names_as_text(here, capsys):
     code, out, _ = run(capsys, "plan", "hostile.py:model", "--nodes-to-exclude", ".*")
     assert code == 0
     (line,) = [line for line in out.splitlines() if "linear" in line]
-    assert "(aten.linear.default, a\ufffdb\ufffd[31m) stays" in line
+    assert "a\ufffdb\ufffd[31m" in line
     assert run(capsys, "plan", "hostile.py:model", "-o", "p.json")[0] == 0
     code, out, _ = run(capsys, "diagnose", "hostile.py:model", "p.json", "--data", "hostile.py:large")
     assert code == 0

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import polars as pl
 import pytest
@@ -76,7 +77,7 @@ def run(capsys, *arguments):
 def test_drift_is_listed_with_headroom_and_flips(here, capsys):
     code, out, err = run(capsys, "diff", "old.parquet", "far.parquet", "--program", "user.py:model")
     assert (code, err) == (0, "")
-    assert max(map(len, out.splitlines()[-8:])) <= 100
+    assert max(map(len, out.splitlines()[-8:])) <= 80
     assert "the same graph: 0 new, 0 gone" in out
     assert "headroom lost:" in out
     assert "x below 65504" in out
@@ -98,7 +99,7 @@ def test_without_a_program_tensors_alone_are_judged_and_it_says_so(here, capsys)
     code, out, _ = run(capsys, "diff", "old.parquet", "far.parquet")
     assert code == 0
     assert "each tensor alone; --program MODEL asks all rules" in out
-    assert "mul_1: low to high (data_max): its output reached" in out
+    assert re.search(r"mul_1 \(.*\): low to high \(data_max\): its output reached", out)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_what_if_prints_the_numbers_of_the_call(here, capsys):
     arguments = ("what-if", "far.parquet", "--program", "user.py:model", "--data-max", "256,inf")
     code, out, err = run(capsys, *arguments, "--low-precision-type", "fp16,bf16", "--range-quantile", "1,0.99")
     assert (code, err) == (0, "")
-    assert max(map(len, out.splitlines()[:9])) <= 100
+    assert max(map(len, out.splitlines()[:9])) <= 80
     table = pl.read_csv(io.StringIO(run(capsys, *arguments, "--format", "csv")[1]))
     frame = what_if(load_model("user.py:model"), measured("model", 40.0), [256, float("inf")])
     assert table["nodes_low"].to_list() == frame["nodes_low"].to_list()

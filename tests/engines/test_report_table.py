@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import polars as pl
 import pytest
 import torch
 from calibcast.calib import calibrate as measure
+from calibcast.calib.printable import printable
+from calibcast.calib.ranges import RangeTable
+from calibcast.calib.text_table import Column, cut, text_table
 from calibcast.engines.cli import _run
-from calibcast.engines.review.report_table import report_frame
-from calibcast.engines.review.text_table import cell, printable
+from calibcast.engines.colour import painted
+from calibcast.engines.review.report_table import overflowing, report_frame
 from calibcast.engines.usage import UsageError
 from calibcast.passes import classify
 from torch import nn
@@ -148,14 +152,63 @@ def test_a_rule_needs_a_plan(made):
         report_frame(made[0], rule="data_max")
 
 
-def test_the_table_fits_100_columns_and_says_what_was_left_out(files, capsys):
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_fits_the_terminal_and_says_what_was_left_out(files, capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
     code, out, err = run(capsys, "report", "r.parquet", "--plan", "p.json", "--rows", "3")
     assert (code, err) == (0, "")
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(map(len, out.splitlines()[1:])) <= width
     assert "data_max" in out.splitlines()[2]
     assert "and 10 more" in out
     code, out, _ = run(capsys, "report", "r.parquet", "--kind", "parameter")
     assert "6 of 13 tensors" in out
+
+
+def test_the_column_that_the_table_is_sorted_by_is_shown_and_stands_in_front(made, files, capsys):
+    out = run(capsys, "report", "r.parquet", "--sort", "rms", "--rows", "1")[1]
+    assert "rms" in out.splitlines()[1].split()
+    assert report_frame(made[0], sort="rms").columns[:3] == ["node", "module", "rms"]
+    assert "absmax" in str(report_frame(made[0]))
+
+
+def test_only_the_table_is_cut_unless_rows_are_asked_for(files, capsys):
+    ranges = RangeTable.load("r.parquet")
+    many = pl.concat([ranges.frame.with_columns(output=pl.lit(copy).cast(pl.Int64)) for copy in range(5)])
+    replace(ranges, frame=many).save("many.parquet")
+    assert run(capsys, "report", "many.parquet")[1].count("\n") == 1 + 1 + 40 + 1
+    assert "and 25 more; --rows 0 shows all" in run(capsys, "report", "many.parquet")[1]
+    assert len(json.loads(run(capsys, "report", "many.parquet", "--format", "json")[1])) == 65
+    assert len(json.loads(run(capsys, "report", "many.parquet", "--format", "json", "--rows", "2")[1])) == 2
+
+
+def test_a_table_gives_long_texts_what_is_left_and_drops_what_matters_least():
+    columns = [Column("a", "a"), Column("b", "b", 9, number=True, drop=1), Column("c", "c", head=True)]
+    row = {"a": "layer." * 10, "b": 1.5, "c": "because " * 10}
+    wide, narrow = (text_table([row], columns, width) for width in (70, 40))
+    assert max(map(len, wide)) <= 70
+    assert wide[0].split() == ["a", "b", "c"]
+    assert max(map(len, narrow)) <= 40
+    assert narrow[0].split() == ["a", "c"]
+    assert narrow[1].startswith("..")  # of a path, its end
+    assert narrow[1].endswith("..")  # of a sentence, its beginning
+
+
+def test_colour_is_for_terminals_that_want_it(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert painted("over", "red", Terminal()) == "\x1b[31mover\x1b[0m"
+    assert painted("over", "red", io.StringIO()) == "over"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert painted("over", "red", Terminal()) == "over"
+
+
+def test_lines_with_what_fp16_cannot_hold_are_red(made):
+    frame = pl.DataFrame({"headroom": [0.5, 2.0, None, None], "nonfinite": [0, 0, 1, 0]})
+    assert overflowing(made[0], frame) == {2, 4}
 
 
 def test_json_and_csv_and_parquet_hold_the_same_rows(files, capsys):
@@ -197,6 +250,6 @@ def test_a_closed_pipe_is_no_error(made, files):
 
 
 def test_cells_are_cut_at_their_start_and_cannot_drive_the_terminal():
-    assert cell("encoder.layers.11.linear", 12) == "...11.linear"
-    assert cell("\u5c64\u5c64\u5c64\u5c64", 6) == "..\u5c64\u5c64"
+    assert cut("encoder.layers.11.linear", 12) == "...11.linear"
+    assert cut("\u5c64\u5c64\u5c64\u5c64", 6) == "..\u5c64\u5c64"
     assert printable("a\x1b[31mb\nc") == "a\ufffd[31mb\ufffdc"
