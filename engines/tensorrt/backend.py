@@ -271,7 +271,8 @@ class EngineTrial:
     def _batches(self, program: ExportedProgram) -> list[list[Any]]:
         device = torch.device("cuda")
         given = [[v.to(device) if isinstance(v, torch.Tensor) else v for v in flat] for flat in self._request.batches]
-        return given or [trial_inputs(program, self._shapes, self._request.ranges, device)]
+        examples = pytree.tree_leaves(self._request.program.example_inputs)
+        return given or [trial_inputs(program, self._shapes, self._request.ranges, device, examples)]
 
 
 def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:

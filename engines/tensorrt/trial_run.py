@@ -61,24 +61,43 @@ class Judgement:
 
 
 def trial_inputs(
-    program: ExportedProgram, shapes: Sequence[Profile], ranges: RangeTable | None, device: torch.device
+    program: ExportedProgram,
+    shapes: Sequence[Profile],
+    ranges: RangeTable | None,
+    device: torch.device,
+    examples: Sequence[Any] = (),
 ) -> list[Any]:
     """Flat inputs of the most frequent sizes: uniform between what calibration saw, else between -1 and 1.
 
-    Whole numbers are 0, which is a place in every table; truth values are true, which masks nothing out.
+    Whole numbers and truth values are those of `examples`, flat inputs that the program was exported with, repeated to
+    the size: what masks out everything, or is no place in a table, says nothing about an engine. Without one, whole
+    numbers are 0, which is a place in every table, and truth values are true, which masks nothing out.
     """
     generator = torch.Generator().manual_seed(0)
+    leaves, nodes = signature_of(program).leaves, program.graph_signature.user_inputs
+    examples = examples if len(examples) == len(leaves) else [None] * len(leaves)
 
-    def made(leaf: Leaf, node: str, shape: tuple[int, ...]) -> Any:
+    def made(leaf: Leaf, node: str, shape: tuple[int, ...], example: Any) -> Any:
         if leaf.dtype is None:
             return shape[0] if leaf.sizes else leaf.constant
         if not leaf.dtype.is_floating_point:
-            return torch.full(shape, leaf.dtype == torch.bool, dtype=leaf.dtype, device=device)
+            return _repeated(example, leaf.dtype, shape).to(device)
         low, high = _seen(node, ranges)
         return (low + (high - low) * torch.rand(shape, generator=generator)).to(device, leaf.dtype)
 
-    leaves, nodes = signature_of(program).leaves, program.graph_signature.user_inputs
-    return [made(leaf, str(node), usual) for leaf, node, (_, usual, _) in zip(leaves, nodes, shapes, strict=True)]
+    usual = [shape for _, shape, _ in shapes]
+    return [made(leaf, str(node), *rest) for leaf, node, *rest in zip(leaves, nodes, usual, examples, strict=True)]
+
+
+def _repeated(example: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Integers or truth values of a shape: an example's from its first element on, again and again where it ends."""
+    fits = isinstance(example, torch.Tensor) and example.dtype == dtype and example.dim() == len(shape)
+    if not fits or not example.numel():
+        return torch.full(shape, dtype == torch.bool, dtype=dtype)
+    for dimension, size in enumerate(shape):
+        places = torch.arange(size, device=example.device) % example.shape[dimension]
+        example = example.index_select(dimension, places)
+    return example
 
 
 def _seen(name: str, ranges: RangeTable | None) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from calibcast.passes import classify, insert_casts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from benchmarks.rtx_builder import has_builder
 from tests.unmeasured import calibrate
@@ -246,7 +247,7 @@ class Nested(nn.Module):
 
 
 def test_a_trial_takes_values_that_calibration_saw():
-    """Nested inputs, too; masks mask nothing out, and places are places in a table."""
+    """Nested inputs, too; masks mask nothing out, and places are places in a table, if no example says which."""
     x = torch.rand(2, 16) * 5 + 10
     batch = {"x": x, "mask": torch.rand(2, 16) < 0.5, "table": torch.randn(3, 16)}
     inputs = {"batch": batch, "places": torch.tensor([2, 1])}
@@ -259,6 +260,19 @@ def test_a_trial_takes_values_that_calibration_saw():
     assert float(x.min()) <= float(made["x"].min()) <= float(made["x"].max()) <= float(x.max())
     assert made["mask"].all()
     assert made["places"].tolist() == [0, 0]
+
+
+def test_a_trial_takes_masks_and_places_of_the_example_that_was_exported():
+    """Zeros for a mask of ones would mask out everything: of TensorRT's softmax that is NaN, and says nothing."""
+    keep = (torch.arange(4)[None] < torch.tensor([2, 4])[:, None]).long()
+    inputs = {"batch": {"x": torch.rand(2, 4), "mask": keep.bool(), "table": torch.randn(3, 4)}}
+    inputs["places"] = torch.tensor([2, 1])
+    program = torch.export.export(Nested().eval(), (), inputs)
+    flat = pytree.tree_leaves(program.example_inputs)
+    shapes = [((2, 4),) * 3, ((3, 5),) * 3, ((3, 4),) * 3, ((1,),) * 3]
+    _, mask, _, places = trial_inputs(program, shapes, None, torch.device("cpu"), flat)
+    assert mask.tolist() == [[True, True, False, False, True], [True] * 5, [True, True, False, False, True]]
+    assert places.tolist() == [2]
 
 
 def test_a_trial_that_fails_ends_no_search(planned, monkeypatch):
