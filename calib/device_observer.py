@@ -56,8 +56,11 @@ class Layout:
         if self._tensors is None:
             roots = {row: row for row in self.sizes} | self.equals
             lists = (list(roots), list(roots.values()), [self.sizes[root] for root in roots.values()])
+            # From pinned memory: copied from any other, the host would wait for the device.
+            pinned = device.type == "cuda"
             where, attention = (
-                torch.tensor(rows, dtype=torch.int64, device=device) for rows in (lists, self.attention)
+                torch.tensor(rows, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
+                for rows in (lists, self.attention)
             )
             self._tensors = where, attention
         return self._tensors
