@@ -94,10 +94,11 @@ def _repeated(example: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch
     fits = isinstance(example, torch.Tensor) and example.dtype == dtype and example.dim() == len(shape)
     if not fits or not example.numel():
         return torch.full(shape, dtype == torch.bool, dtype=dtype)
+    repeated: torch.Tensor = example
     for dimension, size in enumerate(shape):
-        places = torch.arange(size, device=example.device) % example.shape[dimension]
-        example = example.index_select(dimension, places)
-    return example
+        places = torch.arange(size, device=repeated.device) % repeated.shape[dimension]
+        repeated = repeated.index_select(dimension, places)
+    return repeated
 
 
 def _seen(name: str, ranges: RangeTable | None) -> tuple[float, float]:
