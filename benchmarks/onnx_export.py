@@ -6,7 +6,9 @@
 The plan of each model is exported with `export_onnx` and run by ONNX Runtime on the CPU beside the cast graph, on
 batches that calibration saw and one that it did not. ONNX Runtime computes much of fp16 in fp32 there, so this judges
 the graph, not an engine's arithmetic: it agrees at 40 dB, or where it is no further from fp32 than the cast graph is
-(within 1 dB). Each model runs in a child process, as ONNX Runtime may crash. Needs no GPU and no network.
+(within 1 dB). Where ONNX Runtime's CPU has no half kernel for an operator, onnx's reference evaluator runs the model in
+its place, and the row says so. Each model runs in a child process, as ONNX Runtime may crash. Needs no GPU and no
+network.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import importlib
 import json
 import logging
 import math
+import re
 import sys
 import tempfile
 import warnings
@@ -32,6 +35,8 @@ from benchmarks.zoo import ZOO
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LEAST_DB, SLACK_DB = 40.0, 1.0
+# What ONNX Runtime says where its CPU has no kernel for an operator in half precision.
+_NO_KERNEL = "NOT_IMPLEMENTED|is not supported"
 Row = dict[str, Any]
 HEADINGS = ("model", "type", "agrees", "dB to the cast graph", "dB of ONNX to fp32", "dB of the cast graph to fp32",
             "planned nodes found", "note")  # fmt: skip
@@ -49,6 +54,7 @@ def answer(job: dict[str, str]) -> Row:
 
 
 def _measured(model: str, low_type: torch.dtype, path: Path) -> Row:
+    from calibcast.calib.errors import first_line
     from calibcast.engines import export_onnx
     from calibcast.passes import insert_casts
 
@@ -63,7 +69,10 @@ def _measured(model: str, low_type: torch.dtype, path: Path) -> Row:
     try:
         theirs = [_run(path, mixed, flat) for flat in tried.inputs]
     except Exception as error:  # of ONNX Runtime, whose errors have no base but Exception
-        return {**row, "note": f"ONNX Runtime: {str(error).strip()[:300]}"}
+        if not re.search(_NO_KERNEL, str(error)):
+            return {**row, "note": f"ONNX Runtime: {str(error).strip()[:300]}"}
+        row["note"] = f"by onnx's reference evaluator: {re.sub(r'^.*?: ', '', first_line(error))[:160]}"
+        theirs = [_run(path, mixed, flat, reference=True) for flat in tried.inputs]
     return {
         **row,
         "agrees": sqnr(theirs, ours), "onnx": sqnr(theirs, tried.reference), "cast": sqnr(ours, tried.reference),
@@ -78,23 +87,29 @@ def _found(path: Path) -> list[int]:
     return [sum(bool(row["onnx"]) for row in nodes), len(nodes)]
 
 
-def _run(path: Path, mixed: Any, flat: list[Any]) -> list[Any]:
-    """The outputs of ONNX Runtime, every batch from the state at the start, as the cast graph is run."""
+def _run(path: Path, mixed: Any, flat: list[Any], reference: bool = False) -> list[Any]:
+    """The outputs of ONNX Runtime, or of onnx's reference evaluator, every batch from the state at the start, as the
+    cast graph is run."""
     from calibcast.engines.io_names import tensor_outputs
 
-    runtime, numpy = importlib.import_module("onnxruntime"), importlib.import_module("numpy")
-    options = runtime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
-    # Its optimiser crashes on an LSTM in fp16, and judges nothing of ours.
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    numpy = importlib.import_module("numpy")
     tensors = [value for value in flat if isinstance(value, torch.Tensor)]
-    names = [value.name for value in session.get_inputs()]
+    session = importlib.import_module("onnx.reference").ReferenceEvaluator(str(path)) if reference else _session(path)
+    names = session.input_names if reference else [value.name for value in session.get_inputs()]
     given = {name: value.numpy() for name, value in zip(names, tensors, strict=False)}
     state = path.with_name(f"{path.name}.state.npz")
     given |= dict(numpy.load(state)) if state.is_file() else {}
     computed = iter(session.run(None, given))
-    return [torch.from_numpy(next(computed)) if tensor else None for tensor in tensor_outputs(mixed)]
+    return [torch.from_numpy(numpy.asarray(next(computed))) if tensor else None for tensor in tensor_outputs(mixed)]
+
+
+def _session(path: Path) -> Any:
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    # Its optimiser crashes on an LSTM in fp16, and judges nothing of ours.
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def sqnr(outputs: list[list[Any]], reference: list[list[Any]]) -> float:
@@ -147,6 +162,8 @@ def main() -> None:
                 told = worker.ask({"model": model, "type": kind})
                 rows.append({"model": model, "type": kind, **told.get("result", {"note": told.get("failure", "")})})
                 print(line(rows[-1]), file=sys.stderr, flush=True)
+                if options.output:
+                    Path(options.output).write_text(report(rows, types) + "\n", encoding="utf-8")
     machine.write(options.output, report(rows, types))
 
 

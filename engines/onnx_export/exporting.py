@@ -6,7 +6,7 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,12 @@ from calibcast.passes.plan import PrecisionPlan
 from torch.export import ExportedProgram
 
 
-def export_onnx(mixed: ExportedProgram, plan: PrecisionPlan | None, path: str | os.PathLike[str]) -> Path:
+def export_onnx(
+    mixed: ExportedProgram,
+    plan: PrecisionPlan | None,
+    path: str | os.PathLike[str],
+    translations: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Path:
     """Write `mixed` as a strongly typed ONNX model; returns where it is.
 
     The types are those of the graph, so TensorRT runs what the plan says with `--stronglyTyped`. Beside `model.onnx`
@@ -29,7 +34,9 @@ def export_onnx(mixed: ExportedProgram, plan: PrecisionPlan | None, path: str | 
     `batch_ids`), dynamic sizes those of `torch.export.Dim` where the program was not loaded from a file.
 
     mixed: from `insert_casts`, or any exported program. plan: goes node by node, with reasons, into the model's
-    metadata (`calibcast.plan`, JSON) and into that of its nodes; None for none.
+    metadata (`calibcast.plan`, JSON) and into that of its nodes; None for none. translations: for operators that ONNX
+    does not have, such as your own: OpOverload -> a function of onnxscript with the same arguments, as
+    `torch.onnx.export(custom_translation_table=)` takes them.
 
     Raises BuildError for an operator that ONNX does not have, a missing package (calibcast[onnx]), or a model that
     onnx's own checker refuses; ArtifactError when it cannot be written.
@@ -38,7 +45,7 @@ def export_onnx(mixed: ExportedProgram, plan: PrecisionPlan | None, path: str | 
     target = Path(path)
     if target.suffix != ".onnx":
         raise ArtifactError(f"{target}: the name of an ONNX model ends in .onnx")
-    translation = translated(mixed)
+    translation = translated(mixed, translations)
     state = name_everything(translation, mixed)
     drop_unused(translation.model)
     write_plan(translation, plan, state)

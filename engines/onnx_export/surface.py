@@ -77,13 +77,20 @@ def _with_state(translation: Translation, program: ExportedProgram, taken: list[
     for buffer, value in translation.mutations.items():
         name = re.sub(r"\W+", "_", buffer)
         name = f"{name}_state" if name in taken else name
-        held = graph.initializers.pop(buffer)
+        held = graph.initializers.pop(buffer, None) or _unread(contents[buffer])  # torch.onnx drops what nothing reads
         held.name, held.const_value = name, None
         graph.inputs.append(held)
         graph.outputs.append(value)
         state[name] = contents[buffer].detach()
     _copy_outputs(translation.model)
     return state
+
+
+def _unread(content: torch.Tensor) -> Any:
+    """A value for a buffer that the program overwrites, and never reads."""
+    ir = importlib.import_module("onnx_ir")
+    kind = ir.tensor_adapters.TorchTensor(content.detach().cpu()).dtype
+    return ir.Value(name="", shape=ir.Shape(list(content.shape)), type=ir.TensorType(kind))
 
 
 def _rename_sizes(model: Any, sizes: Mapping[str, str]) -> None:

@@ -11,16 +11,16 @@ import importlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from calibcast.calib.errors import BuildError, first_line
+from calibcast.engines.onnx_export.readying import readied, translations
 from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import stamp, stamped_name
 from calibcast.engines.tensorrt.program_device import copied
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
 
 INSTALL = "pip install 'calibcast[onnx]'"
 # Of torch.onnx: in the metadata of each ONNX node, the line of the graph that it was made from, and a stack trace.
@@ -40,15 +40,20 @@ class Translation:
     mutations: dict[str, Any]
 
 
-def translated(program: ExportedProgram) -> Translation:
-    """Translate `program`, which is not changed. Raises BuildError that says which operator ONNX does not have."""
+def translated(program: ExportedProgram, own: Mapping[Any, Callable[..., Any]] | None = None) -> Translation:
+    """Translate `program`, which is not changed. own: ONNX functions of the caller's, by operator.
+
+    Raises BuildError that says which operator ONNX does not have.
+    """
     for package in ("onnx", "onnxscript"):
         _required(package)
     marked = copied(program)
     stamp(marked)
     try:
         with _quiet():
-            made = torch.onnx.export(marked, dynamo=True, optimize=False, verbose=False)
+            marked, written = readied(marked)
+            table = {**translations(), **(own or {})}
+            made = torch.onnx.export(marked, dynamo=True, optimize=False, verbose=False, custom_translation_table=table)
     except Exception as error:  # torch.onnx and onnxscript each raise their own
         raise BuildError(f"ONNX cannot have this program: {_reason(error)}") from error
     assert made is not None
@@ -56,7 +61,8 @@ def translated(program: ExportedProgram) -> Translation:
     names = {node.name: stamped_name(node) for node in made.exported_program.graph.nodes}
     model = made.model
     _named(model)
-    mutations = _mutations(model, made.exported_program)
+    mutations = _mutations(model, written)
+    importlib.import_module("onnx_ir").passes.common.IdentityEliminationPass()(model)
     drop_promotions(model)
     _drop_zero_biases(model)
     origins = {node.name: names.get(graph_name(node), "") for node in every_node(model)}
@@ -142,17 +148,11 @@ def _replaced(old: Any, new: Any) -> None:
     importlib.import_module("onnx_ir").convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def _mutations(model: Any, program: ExportedProgram) -> dict[str, Any]:
-    """What is to be the next content of each buffer that the program writes."""
-    values = {output.name: output for node in every_node(model) for output in node.outputs}
-    values |= {value.name: value for value in model.graph.inputs}
-    found: dict[str, Any] = {}
-    for spec in program.graph_signature.output_specs:
-        if spec.kind == OutputKind.BUFFER_MUTATION:
-            if spec.arg.name not in values:
-                raise BuildError(f"ONNX lost what the program writes to its buffer {spec.target}")
-            found[str(spec.target)] = values[spec.arg.name]
-    return found
+def _mutations(model: Any, written: Sequence[str]) -> dict[str, Any]:
+    """What is to be the next content of each buffer that the program writes: the first outputs, which are taken out."""
+    given = list(model.graph.outputs)
+    del model.graph.outputs[: len(written)]
+    return dict(zip(written, given, strict=False))
 
 
 def _named(model: Any) -> None:
@@ -192,5 +192,9 @@ def _reason(error: BaseException) -> str:
     for text in reversed(texts):
         found = re.search(r"No (?:ONNX function|decompositions?)[^\n]*", text)
         if found:
-            return f"{found.group(0).strip()} Keep that part outside, or write it in operators that ONNX has."
+            return (
+                f"{found.group(0).strip()} Keep that part outside, write it in operators that ONNX has, or give an "
+                "ONNX function for the operator (export_onnx(translations=)): ONNX has no complex numbers and knows no "
+                "operator of your own."
+            )
     return f"{type(causes[-1]).__name__}: {first_line(causes[-1])[:400]}"

@@ -1,0 +1,77 @@
+"""What is done to a copy of the program before `torch.onnx` sees it, so that it becomes ONNX whole."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from calibcast.calib.artifacts import SERIALISING
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind, OutputSpec
+from torch.utils import _pytree as pytree
+
+VIEW, COPY = torch.ops.aten.view.default, torch.ops.aten.clone.default
+PRODUCT = torch.ops.prims.prod.default
+
+
+def readied(program: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """`program` without writes, and the buffers that it writes: the next content of each is an output before its own.
+
+    Else torch.onnx drops what nothing but a buffer's next content needs. `program` is a copy already.
+    """
+    with SERIALISING:
+        functional = program.run_decompositions({})  # takes no operator apart: it only has writes become outputs
+    _laid_out(functional.graph)
+    outputs = functional.graph_signature.output_specs
+    written = tuple(str(spec.target) for spec in outputs if spec.kind == OutputKind.BUFFER_MUTATION)
+    return (_all_given(functional), written) if written else (functional, ())
+
+
+def _laid_out(graph: fx.Graph) -> None:
+    """Have every tensor lie in order before it is viewed: decomposing attention gives other strides in fp16 than the
+    export saw, and a view of these is refused. ONNX knows no strides, and no copy is left in it."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is VIEW:
+            source = node.args[0]
+            with graph.inserting_before(node):
+                copy = graph.call_function(COPY, (source,), {"memory_format": torch.contiguous_format})
+            copy.meta = {"val": source.meta.get("val")}
+            node.replace_input_with(source, copy)
+
+
+def _all_given(functional: ExportedProgram) -> ExportedProgram:
+    """The same, whose written buffers are outputs like others."""
+    signature = functional.graph_signature
+    given = [
+        OutputSpec(OutputKind.USER_OUTPUT, spec.arg, None) if spec.kind == OutputKind.BUFFER_MUTATION else spec
+        for spec in signature.output_specs
+    ]
+    calls = list(functional.module_call_graph)
+    if calls[0].signature is not None:
+        flat = pytree.tree_structure((0,) * sum(spec.kind == OutputKind.USER_OUTPUT for spec in given))
+        own = replace(calls[0].signature, out_spec=flat, outputs=[spec.arg for spec in given])
+        calls[0] = replace(calls[0], signature=own)
+    return ExportedProgram(
+        root=functional.graph_module,
+        graph=functional.graph,
+        graph_signature=replace(signature, output_specs=given),
+        state_dict=functional.state_dict,
+        range_constraints=functional.range_constraints,
+        module_call_graph=calls,
+        constants=functional.constants,
+        verifiers=functional.verifiers,
+    )
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """ONNX functions for operators that torch.onnx has none for: what its own decompositions end in."""
+    op = importlib.import_module("onnxscript").opset18
+
+    def product(inp: Any, dims: Sequence[int], output_dtype: int = -1) -> Any:
+        return op.ReduceProd(inp, op.Constant(value_ints=list(dims)), keepdims=0)
+
+    return {PRODUCT: product}
