@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine
-from benchmarks.precision_variants import VARIANTS
+from benchmarks.precision_variants import INDUCTOR, VARIANTS
 
 NETWORKS = (
     "resnet50", "vit_b_16", "bert_base", "minilm", "nafnet", "lstm_tagger", "overflows", "underflows", "digits",
@@ -91,7 +91,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     parts = []
     for name in dict.fromkeys(row["network"] for row in rows):
         found = {row["variant"]: row for row in rows if row["network"] == name and "doing" not in row}
-        order = [variant for variant in (*VARIANTS, "") if variant in found]
+        order = [variant for variant in (*VARIANTS, *INDUCTOR, "") if variant in found]
         title = next((row["title"] for row in rows if row["network"] == name and "title" in row), name)
         parts += [f"\n## {title}\n", *_HEADER, *(_line(found[variant]) for variant in order)]
     return "\n".join(parts)
@@ -130,7 +130,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="benchmarks/results/precision_latency.md")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument(
+        "--variants", nargs="*", default=list(VARIANTS), choices=[*VARIANTS, *INDUCTOR], metavar="VARIANT"
+    )
+    parser.add_argument("--inductor", action="store_true", help="also fp32, whole-half and the plan by AOTInductor")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=570.0, help="of this whole command")
     parser.add_argument("--per-network", type=float, default=240.0, help="seconds after which a network is given up")
@@ -139,6 +142,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--rows", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.variants += [variant for variant in INDUCTOR if options.inductor and variant not in options.variants]
     if options.child:
         from benchmarks.precision_variants import measure
 

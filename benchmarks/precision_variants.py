@@ -29,8 +29,11 @@ VARIANTS = (
     "calibcast bf16",
     "calibcast fp16 by rules",
 )
+# The same cast graphs through AOTInductor (`backend="inductor"`): asked for by `--inductor`, as compiling takes long.
+INDUCTOR = ("Inductor fp32", "Inductor whole-half", "calibcast fp16 by Inductor")
 # "by rules": the plan without evidence from rounding (data_max 512); else what `tune` proves for the default budget.
 ENGINES = ("TensorRT fp32", "TensorRT whole-half", "calibcast fp16", "calibcast bf16", "calibcast fp16 by rules")
+ENGINES += INDUCTOR
 _BURST = 0.04  # seconds of calls in one turn, about
 Run = Callable[..., Any]
 
@@ -119,10 +122,10 @@ class Network:
         from calibcast.passes import classify, insert_casts, tune
 
         start, plan, program = time.perf_counter(), None, self.program
-        if variant == "TensorRT whole-half":
+        if variant.endswith("whole-half"):
             with torch.no_grad():
                 program = torch.export.export(copy.deepcopy(self.subject.model).half(), _halved(self.inputs))
-        elif variant != "TensorRT fp32":
+        elif not variant.endswith(" fp32"):
             low_type = torch.float16 if "fp16" in variant else torch.bfloat16
             if "by rules" in variant:
                 plan = classify(self.program, replace(self.ranges, rounding=empty_rounding()), low_type)
@@ -148,18 +151,20 @@ class Network:
         from calibcast.engines import build
 
         start = time.perf_counter() - seconds
+        inductor = variant in INDUCTOR
+        settings = {"device": self.device} if inductor else {"ahead_of_time": self.device == "cpu"}
         engine = build(
             program,
             plan,
             self.ranges if plan is not None else None,
-            backend="tensorrt",
-            ahead_of_time=self.device == "cpu",
+            backend="inductor" if inductor else "tensorrt",
             on_failure="error" if plan is None else "fallback",
             progress=False,
+            **settings,
         )
         record = engine.record
-        share = record["half_layers"] / record["typed_layers"] if record["typed_layers"] else None
-        whole = variant == "TensorRT whole-half"
+        share = record["half_layers"] / record["typed_layers"] if record.get("typed_layers") else None
+        whole = variant.endswith("whole-half")
         run = (lambda *inputs: engine(*_halved(inputs))) if whole else engine
         return Prepared(run, time.perf_counter() - start, share, _note(engine, "calibcast" in variant))
 
@@ -192,10 +197,10 @@ def _note(engine: Any, planned: bool) -> str:
             parts.append(f"proven {engine.plan.proof.sqnr_db:.1f} dB")
         parts.append(f"{100 * unknown_share(engine.ledger):.0f}% unknown")
         parts.append(f"{contradictions(engine.ledger).height} contradict")
-    parts += [f"remedy: {remedy.split(', as ')[0]}" for remedy in engine.record["remedies"]]
-    if engine.record["set_by_plan"]:
+    parts += [f"remedy: {remedy.split(', as ')[0]}" for remedy in engine.record.get("remedies", ())]
+    if engine.record.get("set_by_plan"):
         parts.append(engine.record["set_by_plan"])
-    outside = engine.record["fallback_to_pytorch"]
+    outside = engine.record.get("fallback_to_pytorch")
     if outside:
         parts.append(f"{len(outside)} nodes in PyTorch")
     return "; ".join(parts)

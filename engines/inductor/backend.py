@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ from calibcast.engines.ledger.ledger import plan_of, unknown_ledger
 from calibcast.engines.runtimes import BuildRequest, Built
 from calibcast.engines.tensorrt.builder.isolation import BuilderError, build_isolated
 from calibcast.engines.tensorrt.builder.job import INDUCTOR, BuilderJob, BuilderResult, Profile
+from calibcast.engines.tensorrt.building import cache_of, key_of
 from calibcast.engines.tensorrt.compatibility import gpu_facts
 from calibcast.engines.tensorrt.profiles import profiles
 from calibcast.engines.tensorrt.trial_run import judged
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+_log = logging.getLogger("calibcast")
 _PARTS = "inductor"
 
 
@@ -128,15 +132,23 @@ class InductorBackend:
         device = torch.device(settings.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
         job = BuilderJob(tuple(_shapes(request)), settings, device=str(device), compiler=INDUCTOR)
         files = tempfile.TemporaryDirectory(prefix="calibcast-engine-")
-        result = _compiled(job, request, Path(files.name))
-        runtime = InductorRuntime(files, request.program, device)
+        cache, key = cache_of(request), key_of(request, job, self.versions())
+        with cache.locked(key) if cache is not None else nullcontext():
+            kept = None if cache is None else cache.find(key, Path(files.name))
+            made: dict[str, Any] = {}
+            if kept is None:
+                made["build_seconds"] = round(_compiled(job, request, files).seconds, 3)
+            runtime = InductorRuntime(files, request.program, device)
+            if kept is None and request.batches:
+                made["trial"] = _tried(runtime, request)
+            if kept is None and cache is not None:  # not before it was tried: a wrong engine is not kept
+                cache.keep(key, Path(files.name), made)
         record: dict[str, Any] = {
-            "device": device.type, "isolated": request.isolate, "build_seconds": round(result.seconds, 3),
+            "device": device.type, "isolated": request.isolate, **(kept or made),
             "applied_settings": {name: repr(value) for name, value in settings.items()},
             "kernel_types": load_json(Path(files.name) / FACTS, FACTS_KIND)["kernels"],
+            "cache": None if cache is None else {"key": key, "hit": kept is not None},
         }  # fmt: skip
-        if request.batches:
-            record["trial"] = _tried(runtime, request)
         return Built(runtime, request.program, request.plan, _ledger(request), record)
 
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> InductorRuntime:
@@ -164,7 +176,8 @@ def check_same_machine(built_with: Mapping[str, str], present: Mapping[str, str]
             )
 
 
-def _compiled(job: BuilderJob, request: BuildRequest, folder: Path) -> BuilderResult:
+def _compiled(job: BuilderJob, request: BuildRequest, files: tempfile.TemporaryDirectory[str]) -> BuilderResult:
+    folder = Path(files.name)
     if not request.isolate:
         return compile_inductor(job, request.program, folder, lambda _: None)
     try:
@@ -177,8 +190,11 @@ def _tried(runtime: InductorRuntime, request: BuildRequest) -> dict[str, Any]:
     """What running it on calibration batches has shown. Raises BuildError where the engine is wrong."""
     moved = [[v.to(runtime.device) if isinstance(v, torch.Tensor) else v for v in flat] for flat in request.batches]
     runtime.reset()
-    judgement = judged(runtime, request.program, moved, request.reference)
+    proof = getattr(request.plan, "proof", None)
+    judgement = judged(runtime, request.program, moved, request.reference, () if proof is None else proof.outputs)
     runtime.reset()
+    if judgement.plan_problem is not None:
+        _log.warning("the plan is to blame: %s", judgement.plan_problem)
     if judgement.problem is not None:
         raise BuildError(f"the engine that Inductor compiled is wrong: {judgement.problem}")
     return judgement.record()

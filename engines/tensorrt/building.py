@@ -41,8 +41,8 @@ def build_files(
     """
     if request.on_failure not in {"error", "fallback"}:
         raise BuildError(f"on_failure={request.on_failure!r}: known are 'error' and 'fallback'")
-    cache = _cache_of(request)
-    key = _key(request, job, versions)
+    cache = cache_of(request)
+    key = key_of(request, job, versions)
     with cache.locked(key) if cache is not None else nullcontext():
         found = None if cache is None else cache.find(key, folder)
         if found is not None:
@@ -60,14 +60,16 @@ def build_files(
     return program, {**record, "cache": {"key": key, "hit": False} if cache is not None else None}
 
 
-def _cache_of(request: BuildRequest) -> EngineCache | None:
+def cache_of(request: BuildRequest) -> EngineCache | None:
+    """The cache that a request names; None where it wants none."""
     if request.cache is False:
         return None
     folder = default_folder() if request.cache is True else Path(request.cache)
     return EngineCache(folder, request.cache_size)
 
 
-def _key(request: BuildRequest, job: BuilderJob, versions: Mapping[str, str]) -> str:
+def key_of(request: BuildRequest, job: BuilderJob, versions: Mapping[str, str]) -> str:
+    """The cache's key of a request: any difference that an engine could show gives another."""
     plan = request.plan
     return cache_key(
         {

@@ -6,13 +6,16 @@ import zipfile
 
 import pytest
 import torch
-from calibcast import Engine, build, calibrate, classify, insert_casts, verify
+from calibcast import Engine, build, calibrate, classify, insert_casts, tune, verify
 from calibcast.calib.artifacts import save_json
 from calibcast.calib.errors import ArtifactError, BuildError, MismatchError
 from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines import backends
+from calibcast.engines.inductor import backend as inductor
 from calibcast.engines.inductor.backend import InductorRuntime, check_same_machine
 from calibcast.engines.inductor.compiling import FACTS, FACTS_KIND, PACKAGE, STATE, kernel_types
+from calibcast.engines.tensorrt.builder.job import BuilderResult
+from calibcast.engines.tensorrt.trial_run import GRACE_DB, MOST_ASKED_DB
 from torch import nn
 from torch.export import Dim
 
@@ -135,17 +138,80 @@ def test_a_package_is_compiled_run_saved_and_loaded(cast, tmp_path):
     program, mixed, plan, ranges = cast
     engine = build(mixed, plan, ranges, backend="inductor", progress=False)
     assert set(engine.ledger["match"]) == {"unknown"}
-    assert any("float16" in types for types in engine.record["kernel_types"].values())
+    on_gpu = engine.device.type == "cuda"
+    types = engine.record["kernel_types"].values()
+    assert not types if on_gpu else any("float16" in names for names in types)  # a GPU's kernels do not tell
     module = mixed.module()
     for rows in (2, 4):
         given, wanted = inputs(rows), None
         wanted = module(*given)
         answer = engine(*given)
         for name in wanted:
-            torch.testing.assert_close(answer[name], wanted[name], atol=2e-3, rtol=2e-3)
+            torch.testing.assert_close(answer[name].cpu(), wanted[name], atol=2e-3, rtol=2e-3)
     engine.save(tmp_path / "engine")
     loaded = Engine.load(tmp_path / "engine")
     given = inputs(3)
     torch.testing.assert_close(loaded(*given)["total"], engine(*given)["total"])
     loaded.runtime.reset()
     assert verify(loaded, program, [inputs(2), inputs(5)], progress=False).require(min_sqnr_db=40).passed
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A compiler that takes no time: its package gives what the program gives, `wrong` times."""
+    made = {"builds": 0, "wrong": 1.0}
+
+    def compile_job(job, program, folder, event):
+        made["builds"] += 1
+        save_json(folder / FACTS, FACTS_KIND, {"held": [], "updated": [], "kernels": {}})
+        (folder / PACKAGE).touch()
+        module = program.module()
+        monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: lambda x: module(x) * made["wrong"])
+        return BuilderResult(seconds=1.0)
+
+    monkeypatch.setattr(inductor, "compile_inductor", compile_job)
+    return made
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return torch.relu(x * 1.5)
+
+
+@pytest.fixture(scope="module")
+def proven():
+    batches = [torch.randn(4, 8) for _ in range(3)]
+    program = torch.export.export(Half().eval(), (batches[0],))
+    ranges = calibrate(program, batches, progress=False)
+    plan = tune(program, ranges, batches)
+    return program, insert_casts(program, plan), plan, ranges, batches
+
+
+def engine_of(proven, tmp_path, **more):
+    program, mixed, plan, ranges, batches = proven
+    made = {"backend": "inductor", "isolate": False, "cache": tmp_path / "cache", "device": "cpu"}
+    return build(mixed, plan, ranges, reference=program, batches=batches, **made, **more)
+
+
+def test_an_engine_comes_from_the_cache_and_another_graph_does_not(proven, compiled, tmp_path):
+    first, second = engine_of(proven, tmp_path), engine_of(proven, tmp_path)
+    assert compiled["builds"] == 1
+    assert (first.record["cache"]["hit"], second.record["cache"]["hit"]) == (False, True)
+    assert second.record["trial"]["outputs"] == list(first.record["trial"]["outputs"])
+    assert second.record["build_seconds"] == 1.0
+    torch.testing.assert_close(second(proven[4][0]), first(proven[4][0]))
+    engine_of(proven, tmp_path, max_autotune=True)
+    assert compiled["builds"] == 2
+
+
+def test_its_trial_asks_for_what_the_plan_was_proven_to_have(proven, compiled, tmp_path):
+    """The engine of a proven plan is held to the proof; one that is wrong is refused, and not kept."""
+    trial = engine_of(proven, tmp_path).record["trial"]
+    seen = trial["outputs"][0]
+    assert proven[2].proof.outputs[0] > MOST_ASKED_DB
+    assert seen["asked_db"] == pytest.approx(min(proven[2].proof.outputs[0], seen["cast_db"]) - GRACE_DB, abs=0.01)
+    compiled["wrong"] = 1.01
+    with pytest.raises(BuildError, match="the engine that Inductor compiled is wrong"):
+        engine_of(proven, tmp_path, max_autotune=True)
+    compiled["wrong"] = 1.0
+    assert not engine_of(proven, tmp_path, max_autotune=True).record["cache"]["hit"]
