@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 import torch
 from calibcast.calib.artifacts import load_json, parsed, save_json
 from calibcast.calib.batches import signature_of
-from calibcast.calib.errors import ArtifactError, BuildError, known
+from calibcast.calib.errors import ArtifactError, BuildError
 from calibcast.calib.execution import input_structure
 from calibcast.calib.pt2.check import check_program_file
 from calibcast.calib.pt2.refusal import RefusedError, allowed_by_owner, how_to_allow
@@ -284,7 +284,4 @@ def _check_names(settings: Mapping[str, Any], ahead_of_time: bool) -> None:
     """Before a process is started: does Torch-TensorRT have these settings? It cannot be asked without a GPU."""
     if ahead_of_time and not torch.cuda.is_available():
         return  # the builder process asks
-    names = adapter.setting_names() | {"weakly_typed"}
-    for name in settings:
-        if name not in names:
-            raise BuildError(f"torch_tensorrt.dynamo.compile has no setting {name!r}; {known(name, names)}")
+    adapter.check_setting_names(settings, adapter.setting_names() | {"weakly_typed"})

@@ -4,7 +4,9 @@ import re
 
 import pytest
 from calibcast.calib import MismatchError
+from calibcast.calib.errors import BuildError
 from calibcast.engines.tensorrt import compatibility
+from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.compatibility import check_compatible, gpu_warning, supported_gpu
 
 H200 = {"tensorrt-rtx": "1.4.0.76", "gpu": "NVIDIA H200", "compute_capability": "9.0"}
@@ -77,3 +79,69 @@ def test_a_gpu_outside_of_support_is_warned_of(monkeypatch, flavour, capability,
     monkeypatch.setattr(compatibility, "gpu_facts", lambda: {"gpu": "NVIDIA H200", "compute_capability": capability})
     said = gpu_warning()
     assert said is None if warning is None else re.search(warning, said)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Distributions, as the metadata of the wheels name them."""
+
+    def install(**distributions):
+        there = {name.replace("_", "-"): version for name, version in distributions.items()}
+
+        def version(name):
+            if name not in there:
+                raise adapter.metadata.PackageNotFoundError(name)
+            return there[name]
+
+        monkeypatch.setattr(adapter.metadata, "version", version)
+
+    return install
+
+
+def test_the_version_of_tensorrt_is_known_by_whichever_wheel_brought_it(installed):
+    """torch-tensorrt 2.14 requires tensorrt-cu13 alone: under that name, no other version was ever refused."""
+    installed(torch_tensorrt="2.14.0", tensorrt_cu13="11.1.0.106")
+    before = adapter.package_versions()
+    assert before == {"torch-tensorrt": "2.14.0", "tensorrt": "11.1.0.106"}
+    installed(torch_tensorrt="2.14.0", tensorrt="11.1.0.106", tensorrt_cu13="11.1.0.106")
+    check_compatible({**before, "gpu": "A100"}, {**adapter.package_versions(), "gpu": "A100"}, ahead_of_time=False)
+    installed(torch_tensorrt="2.14.0", tensorrt_cu13="11.2.0.1")
+    with pytest.raises(MismatchError, match=r"tensorrt 11\.1\.0\.106, and here is tensorrt 11\.2\.0\.1"):
+        check_compatible({**before, "gpu": "A100"}, {**adapter.package_versions(), "gpu": "A100"}, ahead_of_time=False)
+
+
+class Recorded:
+    """Torch-TensorRT's `dynamo.compile` with the settings of a version, which keeps what it was called with."""
+
+    def __init__(self, *settings):
+        self.calls = []
+        parameters = ", ".join(f"{name}=None" for name in settings)
+        scope = {"calls": self.calls}
+        exec(f"def compile(exported_program, arg_inputs=None, kwarg_inputs=None, {parameters}, **kwargs):\n"
+             "    calls.append(dict(locals()))", scope)  # fmt: skip
+        self.dynamo = type("dynamo", (), {"compile": staticmethod(scope["compile"])})
+
+
+def test_a_route_of_the_performance_tuner_is_passed_through_where_there_is_one(monkeypatch):
+    later = Recorded("build_route", "optimization_level")
+    monkeypatch.setattr(adapter, "load_package", lambda: later)
+    adapter.compile_program(None, (), {}, {"build_route": "fuse_attention=2", "optimization_level": 5})
+    assert later.calls[0]["build_route"] == "fuse_attention=2"
+    assert later.calls[0]["optimization_level"] == 5
+    monkeypatch.setattr(adapter, "load_package", lambda: Recorded("optimization_level"))
+    with pytest.raises(BuildError, match=r"no setting 'build_route'.*Global Performance Tuner needs TensorRT 11\.1"):
+        adapter.compile_program(None, (), {}, {"build_route": "fuse_attention=2"})
+    with pytest.raises(BuildError, match="no setting 'optimisation_level'; near names: optimization_level"):
+        adapter.compile_program(None, (), {}, {"optimisation_level": 5})
+
+
+@pytest.mark.parametrize("flavour", ["torch-tensorrt-rtx", "torch-tensorrt"])
+def test_the_settings_that_only_one_flavour_honours_are_passed_to_both(monkeypatch, flavour):
+    """Timing cache, tiling, refit, weight streaming: Torch-TensorRT itself knows what its TensorRT does with them."""
+    given = {"timing_cache_path": "/data/timing.bin", "immutable_weights": False, "enable_weight_streaming": True,
+             "tiling_optimization_level": "full", "strip_engine_weights": False}  # fmt: skip
+    package = Recorded(*given)
+    monkeypatch.setattr(adapter, "load_package", lambda: package)
+    monkeypatch.setattr(adapter, "installed_flavour", lambda: (flavour, "2.14.0"))
+    adapter.compile_program(None, (), {}, given)
+    assert {name: package.calls[0][name] for name in given} == given

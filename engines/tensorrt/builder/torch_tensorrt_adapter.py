@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -22,6 +23,11 @@ from calibcast.calib.errors import BuildError, known
 from calibcast.engines.tensorrt.builder.job import Profile
 
 FLAVOURS = {"torch-tensorrt": "tensorrt", "torch-tensorrt-rtx": "rtx"}  # distribution -> our extra
+# Settings that only some versions have, and what they take.
+_NEEDS = {
+    "build_route": "TensorRT's Global Performance Tuner needs TensorRT 11.1 (not TensorRT-RTX) and a Torch-TensorRT "
+    "after 2.14, which takes its route under this name"
+}
 INSTALL = "pip install 'calibcast[rtx]' for TensorRT-RTX, or 'calibcast[tensorrt]' for TensorRT; never both"
 
 
@@ -80,9 +86,7 @@ def compile_program(
     package = load_package()
     compiler = package.dynamo.compile
     names = setting_names()
-    for name in settings:
-        if name not in names:
-            raise BuildError(f"torch_tensorrt.dynamo.compile has no setting {name!r}; {known(name, names)}")
+    check_setting_names(settings, names)
     typing: dict[str, Any] = {}
     if "use_explicit_typing" in names:
         typing["use_explicit_typing"] = weakly_typed is None
@@ -122,6 +126,14 @@ def load_module(path: str) -> Any:
     return load_package().load(path).module()
 
 
+def check_setting_names(settings: Iterable[str], names: set[str]) -> None:
+    """Raise BuildError for a setting that is not among `names`, with what is like it."""
+    for name in settings:
+        if name not in names:
+            needs = f". {_NEEDS[name]}" if name in _NEEDS else f"; {known(name, names)}"
+            raise BuildError(f"torch_tensorrt.dynamo.compile has no setting {name!r}{needs}")
+
+
 def setting_names() -> set[str]:
     """The settings that `torch_tensorrt.dynamo.compile` takes, without importing it where that needs a GPU."""
     compiler = load_package().dynamo.compile
@@ -156,13 +168,27 @@ def lifts_buffers() -> bool:
     return importlib.util.find_spec("torch_tensorrt.dynamo.lowering._buffer_lifting") is not None
 
 
+# What TensorRT may be installed as: Torch-TensorRT 2.14 asks for `tensorrt-cu13`, and `tensorrt` itself is not there.
+_DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+}
+
+
 def package_versions() -> dict[str, str]:
-    """Versions of the flavour and of the TensorRT underneath."""
+    """Versions of the flavour and of the TensorRT underneath, as `tensorrt` or `tensorrt-rtx` whatever the name of the
+    distribution that brought it."""
     found = installed_flavour()
     versions = {} if found is None else {found[0]: found[1]}
-    for distribution in ("tensorrt", "tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-cu13"):
-        try:
-            versions[distribution] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
+    for library, names in _DISTRIBUTIONS.items():
+        installed = (version for name in names if (version := _version(name)) is not None)
+        if (version := next(installed, None)) is not None:
+            versions[library] = version
     return versions
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
