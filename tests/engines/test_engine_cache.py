@@ -14,7 +14,7 @@ import torch
 from calibcast.calib import ArtifactError
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt.builder.job import BuilderJob
-from calibcast.engines.tensorrt.building import key_of
+from calibcast.engines.tensorrt.building import key_of as key_of_request
 from calibcast.engines.tensorrt.cache import EngineCache, cache_key, default_folder
 from calibcast.passes import classify, insert_casts
 from torch import nn
@@ -161,7 +161,7 @@ def key_of(low_type="float16", seed=0, slope=0.1, settings=None, versions=None, 
     program = torch.export.export(Net(slope).eval(), (x,))
     plan = classify(program, calibrate(program, [x], progress=False), low_precision_type=low_type, **plan_settings)
     job = BuilderJob((((batch, 4),) * 3,), settings or {})
-    return key_of(BuildRequest(insert_casts(program, plan), plan), job, versions or {"tensorrt-rtx": "1.6"})
+    return key_of_request(BuildRequest(insert_casts(program, plan), plan), job, versions or {"tensorrt-rtx": "1.6"})
 
 
 def test_everything_that_an_engine_depends_on_is_in_the_key():
