@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from calibcast.calib.graph import argument_of, base_op, dtype_name, module_path
 from calibcast.calib.operators import ATTENTION, CONVERTS
-from calibcast.engines.tensorrt.builder.isolation import BUILDING, CONVERTING, LOADING, WRITING, BuilderError
+from calibcast.engines.tensorrt.builder.isolation import BUILDING, CONVERTING, LOADING, RUNNING, WRITING, BuilderError
+from calibcast.engines.tensorrt.region_search import computing_nodes, described
 from calibcast.engines.tensorrt.widening import widenable
 from calibcast.passes.plan import Decision, PrecisionPlan
 from calibcast.passes.verdict import HIGH, Verdict
@@ -104,6 +105,8 @@ def advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[st
     """The error that a user sees: what failed, where, and what to do."""
     region = region_of(failure, program, settings)
     place = f" at {_described(region, program)}" if region else f" while {failure.stage or 'starting'}"
+    if not region and failure.stage == RUNNING and (inside := computing_nodes(program)):
+        place += f", somewhere in {described(inside)}"  # only more builds would tell where
     options = remedies(failure, program, settings)
     if options:
         what = ", or ".join(option.text for option in options)

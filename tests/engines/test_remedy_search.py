@@ -143,7 +143,9 @@ def test_an_engine_that_builds_and_is_wrong_is_remedied_where_that_is_allowed(pl
     assert engine.record["trial_problem"] is None
     tried.clear()
     with pytest.raises(
-        BuildError, match=r"the engine gives NaN while running the engine.*smallest part of the program"
+        BuildError,
+        match=r"the engine gives NaN while running the engine, somewhere in the \d+ nodes from \w+ to \w+, in .*"
+        r"Remedy: .*smallest part of the program",
     ):
         ahead(planned)
     assert len(tried) == 1
