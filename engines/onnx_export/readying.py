@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind, OutputSpec
 from torch.utils import _pytree as pytree
 
-VIEW, COPY = torch.ops.aten.view.default, torch.ops.aten.clone.default
+VIEW = torch.ops.aten.view.default
+COPY = torch.ops.aten.clone.default
 PRODUCT = torch.ops.prims.prod.default
 
 
