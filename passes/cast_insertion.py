@@ -7,6 +7,7 @@ the types of outputs are found by running the operator on fake tensors, never as
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from operator import getitem
 from typing import Any
@@ -18,7 +19,10 @@ from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import base_op, dtype_name, size_hint
 from calibcast.calib.host_kernels import CastProgram
 from calibcast.calib.marks import mark_inserted
-from calibcast.calib.operators import ASSERTS
+from calibcast.calib.operators import ASSERTS, MASK_CHOICE
+from calibcast.calib.rounded_runner import with_numbers
+from calibcast.calib.rounding import rounded_number
+from calibcast.calib.rounding_edges import literals_of
 from calibcast.passes.cast_sites import CallTable, Cast, CastSites, Value, cast_sites
 from calibcast.passes.dtype_arguments import with_low_dtype
 from calibcast.passes.low_types import fake_mode_of, retyped, types_of
@@ -97,7 +101,20 @@ class _Emission:
         made = self._node_copy(node, site.given)
         if node in self._types.low:
             made.args, made.kwargs = with_low_dtype(node, made.args, made.kwargs, self._types.low_type)
+            made.args, made.kwargs = with_numbers(made, self._low_numbers(node))
         self._type(node, made)
+
+    def _low_numbers(self, node: fx.Node) -> dict[str, float]:
+        """What becomes of numbers that a low node chooses as elements and that its type does not hold.
+
+        A half kernel of PyTorch takes `where(keep, scores, -3.4e38)`. A builder makes a tensor of the number first, for
+        which it is an error: so the graph spells out what is stored, saturated where calibration has seen a mask.
+        """
+        if base_op(node.target) not in MASK_CHOICE:
+            return {}
+        low_type, saturate = self._types.low_type, node in self._masks
+        beyond = {k: v for k, v in literals_of(node).items() if torch.finfo(low_type).max < abs(v) < math.inf}
+        return {name: rounded_number(number, low_type, saturate) for name, number in beyond.items()}
 
     def _node_copy(self, node: fx.Node, given: Mapping[fx.Node, Value]) -> fx.Node:
         made = self._graph.node_copy(node, lambda n: self._nodes[given.get(n, self._sites.values[n])])

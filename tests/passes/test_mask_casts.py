@@ -121,6 +121,26 @@ def test_a_fully_masked_row_is_right_where_the_mask_meets_the_scores(how: Callab
     assert float((found - expected).norm() / expected.norm()) < 1e-3
 
 
+class _Chosen(nn.Module):
+    """Softmax of the scores where `keep` is true."""
+
+    def forward(self, scores: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return torch.where(keep, scores * 2, LOWEST).softmax(-1)
+
+
+def test_a_number_that_half_does_not_hold_is_spelt_out_as_what_is_stored() -> None:
+    """PyTorch takes `where(keep, scores, -3.4e38)` in fp16; decomposed, or built, it was an error."""
+    inputs = (SCORES, ~PADDING)
+    program = torch.export.export(_Chosen(), inputs)
+    plan = classify(program, measure(program, [inputs], progress=False))
+    mixed = insert_casts(program, plan)
+    (chosen,) = [node for node in mixed.graph.nodes if node.name == "where"]
+    assert chosen.meta["val"].dtype == torch.float16
+    assert chosen.args[2] == -32752.0
+    found = mixed.run_decompositions().module()(*inputs)
+    torch.testing.assert_close(found, program.module()(*inputs), rtol=2e-3, atol=1e-4)
+
+
 def test_a_mask_in_a_buffer_is_stored_low() -> None:
     """Saturated once, when it is converted: no clamp and no cast at run time."""
     _, _, _, mixed = case(attention_with_a_buffer, mask_of(LOWEST), torch.float16)
