@@ -18,7 +18,7 @@ from calibcast.engines.tensorrt.builder.isolation import RUNNING, BuilderError, 
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.cache import emptied
 from calibcast.engines.tensorrt.region_search import MOST_BUILDS as MOST_BISECTIONS
-from calibcast.engines.tensorrt.region_search import computing_nodes, described, smallest_region
+from calibcast.engines.tensorrt.region_search import computing_nodes, described, smallest_region, unconverted
 from calibcast.engines.tensorrt.remedies import advice, remedies, settings_for
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from calibcast.engines.tensorrt.widening import restated, widened, with_movement
@@ -128,7 +128,22 @@ class Attempts:
             found = self._searched(job, failure) or self._bisected(failure)
             if found is not None:
                 return found
-        return self._given_up(first, failure)
+        return self._left_out(job, failure) or self._given_up(first, failure)
+
+    def _left_out(self, job: BuilderJob, failure: BuilderError) -> Build | None:
+        """The build with those nodes in PyTorch that converters fail at; None where they name none, or too many."""
+        for _ in range(MOST_BISECTIONS):
+            nodes = unconverted(failure, self._program, job.in_pytorch)
+            if not nodes:
+                return None
+            _log.warning("%s; trying to keep %s in PyTorch", failure, described(nodes))
+            self._applied.append(f"keep {described(nodes)} in PyTorch, as {failure}")
+            job = replace(job, in_pytorch=(*job.in_pytorch, *(node.name for node in nodes)))
+            try:
+                return self._tried(job, ())
+            except BuilderError as next_failure:
+                failure = next_failure
+        return None
 
     def _bisected(self, failure: BuilderError) -> Build | None:
         """The build with the shortest stretch of nodes in PyTorch that was found, or all of them there; None where not

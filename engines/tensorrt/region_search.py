@@ -5,15 +5,31 @@ The last remedy: what a builder fails at is not always named, and not always a m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from calibcast.calib.graph import module_path, where
+from calibcast.calib.graph import base_op, module_path, where
+from calibcast.engines.tensorrt.builder.isolation import CONVERTING, BuilderError
 from torch import fx
 from torch.export import ExportedProgram
 
 # Two searches of so many halvings: the parts that are told apart are a 64th of the program.
 MOST_BUILDS = 12
 _PARTS = 64
+
+
+def unconverted(failure: BuilderError, program: ExportedProgram, left_out: Collection[str]) -> list[fx.Node]:
+    """The nodes to leave in PyTorch when a converter fails, besides those `left_out` already; empty when none is named.
+
+    First the node that it fails at; when it fails at a second one of that operator, all of them.
+    """
+    nodes = computing_nodes(program)
+    named = [node for node in nodes if node.name == failure.node and failure.stage == CONVERTING]
+    if not named or failure.node in left_out or failure.kind in {"memory", "hang"}:
+        return []
+    operator = base_op(named[0].target)
+    if operator in {base_op(node.target) for node in nodes if node.name in left_out}:
+        return [node for node in nodes if base_op(node.target) == operator and node.name not in left_out]
+    return named
 
 
 class _EnoughError(Exception):

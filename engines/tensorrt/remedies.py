@@ -122,6 +122,8 @@ def advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[st
             "if the program has an operator of your own, define it with torch.library.custom_op in a module that can "
             "be imported, or pass isolate=False"
         )
+    elif failure.stage == CONVERTING and failure.node:
+        what = "keep it out with torch_executed_ops={...}; on_failure='fallback' leaves it in PyTorch by itself"
     elif failure.kind == "unsupported":
         what = "leave it in PyTorch with torch_executed_ops={...}, and do not pass require_full_compilation=True"
     else:

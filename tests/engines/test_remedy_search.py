@@ -10,7 +10,14 @@ from calibcast.engines import build
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt import attempts as build_attempts
 from calibcast.engines.tensorrt import backend as tensorrt
-from calibcast.engines.tensorrt.builder.isolation import BUILDING, RUNNING, BuilderError, build_isolated
+from calibcast.engines.tensorrt.builder.isolation import (
+    BUILDING,
+    CONVERTING,
+    RUNNING,
+    BuilderError,
+    build_isolated,
+    failure_of,
+)
 from calibcast.engines.tensorrt.profiles import profiles
 from calibcast.engines.tensorrt.region_search import smallest_region
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
@@ -300,6 +307,39 @@ def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
         ahead(planned, on_failure="fallback")
     with pytest.raises(BuildError, match=rf"looks for the operators that it fails at, in at most {MOST_BUILDS} more"):
         ahead(planned)
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+def test_what_a_converter_fails_at_stays_in_pytorch(planned, monkeypatch):
+    """The node alone first; where another of its kind fails, too, all of them."""
+    mixed, _ = planned
+    culprits = [node.name for node in mixed.graph.nodes if node.target is torch.ops.aten.conv2d.default]
+    asked = []
+
+    def attempt(job, program, folder, timeout, progress=True):
+        asked.append(job.in_pytorch)
+        failing = [name for name in culprits if name not in job.in_pytorch]
+        if failing:
+            raise BuilderError("refused", "ValueError: Cannot broadcast", CONVERTING, failing[0])
+        return build_isolated(job, program, folder, timeout, progress)
+
+    monkeypatch.setattr(build_attempts, "build_isolated", attempt)
+    with pytest.raises(BuildError, match=r"Cannot broadcast at node conv2d \(conv2d.*on_failure='fallback'"):
+        build(mixed, None, backend="tensorrt", ahead_of_time=True, progress=False, cache=False)
+    asked.clear()
+    engine = build(
+        mixed, None, backend="tensorrt", ahead_of_time=True, progress=False, cache=False, on_failure="fallback"
+    )
+    lone = next(names for names in asked if names)
+    assert lone == ("conv2d",)
+    assert set(asked[-1]) == set(culprits)
+    assert "keep node conv2d (" in engine.record["remedies"][-2]
+    assert {row["node"] for row in engine.ledger.iter_rows(named=True) if row["match"] == "torch"} >= set(culprits)
+
+
+def test_an_error_of_a_converter_is_one_line():
+    told = failure_of("ValueError", "Cannot broadcast\n\nWhile executing %index_put : ...", CONVERTING, "index_copy")
+    assert str(told) == "ValueError: Cannot broadcast"
 
 
 @pytest.mark.parametrize(

@@ -189,11 +189,14 @@ def failure_of(
         found = "unsupported"
     elif any(word in text for word in _CONTEXT_WORDS):
         found = "context"
-    said = _no_engine(kind, message, log) or f"{kind}: {message[:800]}"
+    said = _no_engine(kind, message, log) or f"{kind}: {message.partition(_TRACED)[0][:800]}"
     if found == "context":
         said = f"TensorRT made an engine that cannot be set up on this GPU (no execution context): {said}"
     return BuilderError(found, said, stage, node, log, layers)
 
+
+# Behind it FX's interpreter tells of the node as it is after lowering; the errors here name it as it was exported.
+_TRACED = "\n\nWhile executing "
 
 # What is only a warning: TensorRT leaves out a tactic that needs more memory than there is, and takes another.
 _WARNINGS = re.compile(r"\[(?:W|I|V|D)\]|\b(?:WARNING|INFO|DEBUG|VERBOSE)\b|skipping tactic", re.IGNORECASE)
