@@ -28,8 +28,10 @@ MOST_RUNS = 5
 LESS, MUCH_LESS, FAR_DB = 1.8, 3.0, 14.0
 # A near miss is made good, and by this much more, dB: the smallest of many steps is less than that.
 PAST_DB = 1.5
-# With more than this to spare, what is kept in fp32 may be kept for nothing.
+# With more than this to spare, what is kept in fp32 may be kept for nothing ..
 SPARE_DB = 3.0
+# .. and with so much left it was: a plan that only just passes on these data is not worth one that passes by far.
+RELAXED_DB = 2.0
 
 
 def tune(  # noqa: PLR0913 - the public contract
@@ -93,6 +95,7 @@ class _Tuning:
     budget: float
     raised: dict[str, Verdict]
     tried: list[Outcome] = field(default_factory=list)
+    passed: list[Outcome] = field(default_factory=list)
     failing: float = math.inf  # the least allowance that missed the budget ..
     passing: float = 0.0  # .. and the largest that met it
     at_any_cost: bool = False  # raise what the budget takes where noise is spread, too
@@ -107,15 +110,15 @@ class _Tuning:
                 "run %d: %.1f dB, %d nodes high", len(self.tried), outcome.sqnr_db, len(plan.high_precision_nodes)
             )
             allowance = self._next(allowance, outcome)
-        passing = [outcome for outcome in self.tried if outcome.meets(self.budget)]
-        if not passing:
+        if not self.passed:
             raise self._refusal()
-        best = min(passing, key=lambda o: (self._bytes_high(o.plan), len(o.plan.high_precision_nodes)))
+        best = min(self.passed, key=lambda o: (self._bytes_high(o.plan), len(o.plan.high_precision_nodes)))
         return replace(best.plan, proof=best.proof(self.budget, len(self.tried)))
 
     def _next(self, allowance: float, outcome: Outcome) -> float | None:
         """The allowance of the next plan, after more nodes were raised where noise is not what is wrong."""
-        if outcome.meets(self.budget):
+        if outcome.meets(self.budget + (RELAXED_DB if self.passed else 0.0)):
+            self.passed.append(outcome)
             self.passing = max(self.passing, allowance)
             return self._relaxed(allowance, outcome)
         if outcome.plan.rounding is None:
@@ -126,7 +129,7 @@ class _Tuning:
         if outcome.nonfinite and self._raise_for_nonfinite(outcome):
             return allowance
         self.failing = min(self.failing, allowance)
-        last = len(self.tried) == MOST_RUNS - 1 and not self.passing
+        last = len(self.tried) == MOST_RUNS - 1 and not self.passed
         return 0.0 if last else self._reduced(allowance, outcome)
 
     def _reduced(self, allowance: float, outcome: Outcome) -> float | None:
