@@ -109,20 +109,23 @@ class RoundingEvidence:
 
     def _take(self, measured: Measured, index: int) -> None:
         into = self.record.statistics
+        batch = RoundingStatistics.empty(len(self._edges), into.noise.shape[1])
+        found: dict[int, Found] = {}
         for key, row in self._rows.items():
-            found = measured.get(key, "it is inside a region that is run as a whole")
-            if not isinstance(found, Found):
-                into.missing.setdefault(row, found)
-                continue
-            into.noise[row] += torch.tensor(found.noise, dtype=torch.float64)
-            total = sum(found.noise)
-            if not into.batches[row] or total > into.worst[row]:
-                into.worst[row], into.worst_batch[row] = total, index
-            into.local[row] += found.local
-            into.nonfinite[row] += found.nonfinite
-            into.steps[row] += found.steps
-            into.batches[row] += 1
-            into.ran[row] += found.ran
+            result = measured.get(key, "it is inside a region that is run as a whole")
+            if isinstance(result, Found):
+                found[row] = result
+            else:
+                batch.missing[row] = result
+        if found:
+            rows, results = torch.tensor(list(found)), list(found.values())
+            batch.noise[rows] = torch.tensor([result.noise for result in results], dtype=torch.float64)
+            batch.worst[rows], batch.worst_batch[rows] = batch.noise[rows].sum(1), index
+            batch.local[rows] = torch.tensor([result.local for result in results], dtype=torch.float64)
+            for name in ("nonfinite", "steps", "ran"):
+                getattr(batch, name)[rows] = torch.tensor([int(getattr(result, name)) for result in results])
+            batch.batches[rows] = 1
+        into.merge(batch)
 
 
 def _plain(value: Any) -> Any:

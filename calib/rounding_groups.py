@@ -74,22 +74,21 @@ class Rounder:
         assert isinstance(made, torch.Tensor)
         return made
 
-    def shares(self, group: Group, low: torch.dtype) -> list[float]:
-        """How the noise of a group is shared out: by the energy of each maker's rounding errors."""
-        if len(group.edges) == 1:
-            return [1.0]
-        energies = [self._energy(edge, low) for edge in group.edges]
-        total = sum(energies)
-        return [energy / total if 0 < total < float("inf") else 1 / len(energies) for energy in energies]
-
-    def _energy(self, edge: Edge, low: torch.dtype) -> float:
-        made = self._tape.made[edge.input, edge.output].tensor
-        return float((rounded(made, low, edge.input in self._masks) - made).double().square().sum())
+    def energies(self, group: Group, low: torch.dtype) -> torch.Tensor:
+        """Of the rounding errors of each maker, by which the noise of a group is shared out, [edges]. On its device."""
+        made = [self._tape.made[edge.input, edge.output].tensor for edge in group.edges]
+        masks = [edge.input in self._masks for edge in group.edges]
+        if len({tensor.shape for tensor in made}) == 1 and not any(masks):  # as of a norm: one pass over all
+            whole = torch.stack(made)
+            return (rounded(whole, low) - whole).square().flatten(1).sum(1)
+        parts = zip(made, masks, strict=True)
+        return torch.stack([(rounded(tensor, low, mask) - tensor).square().sum() for tensor, mask in parts])
 
     def _together(self, call: Call, edges: tuple[Edge, ...]) -> Group:
         def results(low: torch.dtype, how: Rounding = rounded) -> Results | None:
             given = {value: self.remade(value, edges, low, how) for value in call.inputs}
-            changed = {value: made for value, made in given.items() if not torch.equal(made, value.tensor)}
+            # Whether a value has changed is not asked: that is a pass over it, and on a GPU a wait.
+            changed = {value: made for value, made in given.items() if made is not value.tensor}
             return call.perform(changed) if changed else None
 
         return Group(edges, results, lambda low: results(low, rounded_otherwise))
@@ -131,7 +130,7 @@ class Rounder:
 
         def results(low: torch.dtype) -> Results | None:
             error = rounded(bias.tensor, low) - bias.tensor
-            return (result.tensor + error.reshape(-1, *[1] * behind),) if error.any() else None
+            return (result.tensor + error.reshape(-1, *[1] * behind),)
 
         return Group((edge,), results)
 

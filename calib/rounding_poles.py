@@ -32,12 +32,18 @@ class PoleWatch(Generic[T]):
         if call.mover and not self._exposed.isdisjoint(v for v in call.outputs if v is not None):
             self._exposed.update(call.inputs)
 
+    def watches(self, call: Call) -> bool:
+        """Whether anything of a call is asked for."""
+        return self._is_near_pole(call) or not self._exposed.isdisjoint(v for v in call.outputs if v is not None)
+
     def look(self, call: Call, group: Group, low: torch.dtype, results: Results, found: T) -> None:
         """Note an edge whose value is one rounding away from a pole, or whose error is where the value after it is so.
 
         Alone it need not be rounded to the pole: the noise of other edges moves it first.
         """
         risky: Results | None = None
+        if not self.watches(call):
+            return
         if self._is_near_pole(call) and (other := group.otherwise(low)) and self._reaches_pole(call, other):
             risky = other
         elif not self._exposed.isdisjoint(v for v in call.outputs if v is not None):

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 from calibcast.calib.errors import first_line
-from calibcast.calib.kernel import is_dense
 from calibcast.calib.output_noise import channel_dimension, channel_power
 from calibcast.calib.rounding_alone import changes, run_alone
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_gradients import Gradients, Grads
 from calibcast.calib.rounding_groups import Group, Results, Rounder
+from calibcast.calib.rounding_ledger import Error, Ledger, Note, energy, parts_of
 from calibcast.calib.rounding_poles import PoleWatch
 from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
 from calibcast.calib.rounding_tape import Call, Tape, Value
@@ -57,11 +59,13 @@ class Sweep:
         self._gradients = Gradients(tape)
         self._found: Measured = {}
         self._signals: dict[Value, float] = {}
+        self._ledger = Ledger()
         self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
         self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS)
 
     def run(self) -> Measured:
         """What was found at each edge that the tape has, for each low type."""
+        self._note_signals()
         generator = torch.Generator().manual_seed(self._seed)
         for number, output in enumerate(self._outputs):
             if output.tensor.is_floating_point():
@@ -76,11 +80,24 @@ class Sweep:
                     self._measure(call, group, low)
             self._gradients.pass_on(call)
             self._poles.pass_on(call)
-            self._signals.clear()
+        self._ledger.settle()
         for low in LOW_TYPES:
             self._run_waiting([entry for entry in self._waiting if entry[2] == low])
         self._run_at_risk()
+        self._ledger.settle()
         return self._found
+
+    def _note_signals(self) -> None:
+        """The energy of each value whose error is looked at; not finite where the value is not."""
+
+        def note(value: Value) -> Note:
+            return lambda numbers: self._signals.update({value: numbers[0]})
+
+        read = [value for call in self._tape.calls if call.name in self._edges for value in call.outputs]
+        for value in dict.fromkeys([*read, *self._outputs]):
+            if value is not None and value.differentiable:
+                self._ledger.await_([energy(value.tensor)], note(value))
+        self._ledger.settle()
 
     def _begin(self, output: Value, column: int, generator: torch.Generator) -> None:
         """The gradient of <u, y / |y|> by channel, and what rounding the output itself does."""
@@ -96,8 +113,14 @@ class Sweep:
         for edge in self._edges.get(OUTPUT, ()):
             if (edge.input, edge.output) in output.sources:
                 for low in LOW_TYPES:
-                    found = self._of(edge, low)
-                    self._take(found, self._rounder.remade(output, (edge,), low), output, {column: grad})
+                    found, made = self._of(edge, low), self._rounder.remade(output, (edge,), low)
+                    if made is not tensor:
+                        self._take(
+                            found,
+                            Error(made, partial(self._rounder.remade, output, (edge,), low)),
+                            output,
+                            {column: grad},
+                        )
 
     def _of(self, edge: Edge, low: torch.dtype) -> Found:
         found = self._found.setdefault((edge, low), Found([0.0] * self._columns))
@@ -113,20 +136,30 @@ class Sweep:
             self._found |= {(edge, low): reason for edge in group.edges}
             return
         if results is not None:
-            needs_run = self._look_at(found, call, results)
+
+            def again(position: int) -> torch.Tensor:
+                made = group.results(low)
+                assert made is not None
+                return cast("torch.Tensor", made[position])
+
+            needs_run = self._look_at(found, call, results, again)
             if needs_run:
                 self._waiting.append((call, group, low, found))
             self._poles.look(call, group, low, results, found)
         self._share_out(group, low, found)
 
-    def _look_at(self, found: Found, call: Call, results: Results) -> bool:
-        """Take the errors of a call's results through the gradient. True where that does not tell it all."""
+    def _look_at(self, found: Found, call: Call, results: Results, again: Callable[[int], torch.Tensor]) -> bool:
+        """Take the errors of a call's results through the gradient. True where that does not tell it all.
+
+        again: makes the result at a position anew.
+        """
         needs_run = False
-        for value, made in zip(call.outputs, results, strict=True):
+        for position, (value, made) in enumerate(zip(call.outputs, results, strict=True)):
             if value is None or not self._gradients.is_used(value):
                 continue
             if value.differentiable:
-                self._take(found, made, value, self._gradients.of(value))
+                alone = len(results) == 1 and not self._gradients.steps_next(value) and not self._poles.watches(call)
+                self._take(found, Error(made, partial(again, position), alone), value, self._gradients.of(value))
                 needs_run |= self._gradients.is_cut(value)
                 if self._gradients.steps_next(value):
                     needs_run |= self._step(found, value, made)
@@ -136,30 +169,43 @@ class Sweep:
                 needs_run |= differ > 0
         return needs_run
 
-    def _take(self, found: Found, made: torch.Tensor, value: Value, grads: Grads) -> None:
+    def _take(self, found: Found, error: Error, value: Value, grads: Grads) -> None:
         """Add what the error of a value does, by its gradient. Values that are not finite anyway are left out."""
-        error = made - value.tensor
-        energy, signal = _energy(error), self._signal(value)
-        if energy == 0:
+        signal = self._signals.get(value, math.inf)
+        if not math.isfinite(signal):
+            self._take_finite(found, error.made, value, grads)
             return
-        if not math.isfinite(energy) or not math.isfinite(signal):
-            sound = value.tensor.isfinite()
-            found.nonfinite += int((sound & ~made.isfinite()).sum())
-            error = torch.where(sound & made.isfinite(), error, 0).double()
-            energy, signal = _energy(error), _energy(torch.where(sound, value.tensor, 0).double())
-        found.local += energy / signal if signal else math.inf if energy else 0.0
-        for number, (column, grad) in enumerate(grads.items(), 1):
+        difference, columns = error.difference(value.tensor), list(grads)
+        sums = [energy(difference)]
+        for number, column in enumerate(columns, 1):
             # In place, as fresh memory costs more than the product.
-            product = error.mul_(grad) if number == len(grads) and grad.dtype == error.dtype else error * grad
-            found.noise[column] += _energy(product)
+            last = number == len(columns) and grads[column].dtype == difference.dtype
+            sums.append(energy(difference.mul_(grads[column]) if last else difference * grads[column]))
+
+        def note(numbers: Sequence[float]) -> None:
+            whole, *parts = numbers
+            if math.isfinite(whole):
+                found.local += error.counts * (whole / signal if signal else math.inf if whole else 0.0)
+            else:
+                self._take_finite(found, error.again(), value, {})
+            for column, part in zip(columns, parts, strict=True):
+                found.noise[column] += math.inf if math.isnan(part) else part
+            if found.nonfinite:
+                found.noise = [math.inf] * self._columns
+
+        self._ledger.await_(sums, note)
+
+    def _take_finite(self, found: Found, made: torch.Tensor, value: Value, grads: Grads) -> None:
+        """The same of a value that has NaN or Inf itself."""
+        sound = value.tensor.isfinite()
+        found.nonfinite += int((sound & ~made.isfinite()).sum())
+        error = torch.where(sound & made.isfinite(), made - value.tensor, 0).double()
+        whole, signal = float(energy(error)), float(energy(torch.where(sound, value.tensor, 0).double()))
+        found.local += whole / signal if signal else math.inf if whole else 0.0
+        for column, grad in grads.items():
+            found.noise[column] += float(energy(error * grad))
         if found.nonfinite:
             found.noise = [math.inf] * self._columns
-
-    def _signal(self, value: Value) -> float:
-        """The energy of a value, kept while the edges of one call are measured."""
-        if value not in self._signals:
-            self._signals[value] = _energy(value.tensor)
-        return self._signals[value]
 
     def _step(self, found: Found, value: Value, made: torch.Tensor) -> bool:
         """Look at the readers of a value that may step, past movers. True where one's integers changed."""
@@ -173,9 +219,8 @@ class Sweep:
                     found.steps += int((stepped != output.tensor).sum())
                     needs_run = True
                 elif steps and output.differentiable:
-                    local = found.local
-                    self._take(found, stepped, output, self._gradients.of(output))
-                    found.local = local
+                    error = Error(stepped, partial(_given, stepped), counts=False)
+                    self._take(found, error, output, self._gradients.of(output))
                 if output.differentiable and self._gradients.steps_next(output):
                     needs_run |= self._step(found, output, stepped)
         return needs_run
@@ -224,16 +269,18 @@ class Sweep:
         found.ran = True
 
     def _share_out(self, group: Group, low: torch.dtype, found: Found) -> None:
-        for edge, share in zip(group.edges, self._rounder.shares(group, low), strict=True):
-            noise = [part if math.isinf(part) else share * part for part in found.noise]
-            self._found[edge, low] = Found(noise, found.nonfinite, found.steps, found.local, found.ran)
+        """Give each edge its part when the sums are known: by the energy of each maker's rounding errors."""
+
+        def note(numbers: Sequence[float]) -> None:
+            for edge, part in zip(group.edges, parts_of(numbers), strict=True):
+                noise = [whole if math.isinf(whole) else part * whole for whole in found.noise]
+                self._found[edge, low] = Found(noise, found.nonfinite, found.steps, found.local, found.ran)
+
+        if len(group.edges) > 1:
+            self._ledger.await_([self._rounder.energies(group, low)], note)
+        else:
+            self._ledger.await_([], lambda _: note([1.0]))
 
 
-def _energy(tensor: torch.Tensor) -> float:
-    """Sum of squares, in the order in which the elements lie in memory: a copy in another order costs more than it."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if not tensor.is_contiguous() and is_dense(tensor):
-        tensor = tensor.as_strided((tensor.numel(),), (1,))
-    flat = tensor.reshape(-1)
-    return float(torch.dot(flat, flat))
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

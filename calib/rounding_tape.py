@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import getitem
 from typing import Any
 
@@ -65,7 +66,7 @@ class Call:
     raw: tuple[Any, ...] = ()
     random_state: Any = None
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Value, ...]:
         leaves = pytree.tree_leaves(self.args)
         return tuple(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Value)))
@@ -76,10 +77,8 @@ class Call:
         args: other arguments, such as another number. Random numbers are those of the first time.
         """
         copies = {value: given.get(value, value.tensor).clone() for value in self.written}
-        filled = {**given, **copies}
-        args, kwargs = pytree.tree_map_only(
-            Value, lambda value: filled.get(value, value.tensor), self.args if args is None else args
-        )
+        filled = {**given, **copies} if copies else given
+        args, kwargs = _filled(self.args if args is None else args, filled)
         if self.random_state is not None:
             set_random_state(self.random_state)
         result = self.run(*args, **kwargs)
@@ -272,6 +271,17 @@ class _Recorder:
 
     def _read_after(self, node: fx.Node, writer: fx.Node) -> bool:
         return any(self._order[user] > self._order[writer] for user in node.users)
+
+
+def _filled(part: Any, given: Mapping[Value, torch.Tensor]) -> Any:
+    """Arguments with tensors where values stand: what `tree_map` does, which takes longer than most kernels."""
+    if isinstance(part, Value):
+        return given.get(part, part.tensor)
+    if isinstance(part, dict):
+        return {key: _filled(value, given) for key, value in part.items()}
+    if isinstance(part, (tuple, list)):
+        return type(part)([_filled(value, given) for value in part])
+    return part
 
 
 def _target_of(node: fx.Node) -> Callable[..., Any]:
