@@ -10,7 +10,7 @@ import torch
 from calibcast.calib.graph import argument_of, base_op
 from calibcast.calib.operators import operator_of
 from calibcast.calib.rounding import rounded, rounded_number, rounded_otherwise
-from calibcast.calib.rounding_edges import Edge, literals_of
+from calibcast.calib.rounding_edges import Edge, Source, literals_of
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
 # A value that is joined from more makers than these is rounded whole, and its noise is shared out among them.
@@ -44,8 +44,12 @@ class Rounder:
         found: list[Group] = []
         weights: list[Edge] = []
         joined: list[Edge] = []
+        twins = self._twins(call, edges)
+        found += [self._together(call, part) for part in twins]
         for edge in edges:
             source = (edge.input, edge.output)
+            if any(edge in part for part in twins):
+                continue
             if edge.is_literal:
                 found.append(self._literal(call, edge))
             elif source not in present:
@@ -61,6 +65,27 @@ class Rounder:
         found += [self._together(call, tuple(part)) for part in (weights, joined) if part]
         return found
 
+    def _twins(self, call: Call, edges: Sequence[Edge]) -> list[tuple[Edge, ...]]:
+        """Operands of a comparison that come of one tensor, such as `m` and the k-th largest of `m`.
+
+        Rounded alike they compare as before, as rounding keeps an order; one alone would make a step of each tie.
+        """
+        if not compares(call):
+            return []
+        alike: dict[Source, list[Edge]] = {}
+        for edge in edges:
+            if not edge.is_literal and (edge.input, edge.output) in self._tape.made:
+                alike.setdefault(self._origin((edge.input, edge.output)), []).append(edge)
+        return [tuple(part) for part in alike.values() if len(part) > 1]
+
+    def _origin(self, source: Source) -> Source:
+        """What a tensor was sorted or picked from, past movers; itself otherwise."""
+        maker = self._tape.made[source].maker
+        if maker is None or not selects(maker):
+            return source
+        read = frozenset().union(*(value.sources for value in maker.inputs))
+        return self._origin(next(iter(read))) if len(read) == 1 else source
+
     def remade(self, value: Value, edges: Sequence[Edge], low: torch.dtype, how: Rounding = rounded) -> torch.Tensor:
         """`value` with the elements rounded that come by `edges`."""
         sources = {(edge.input, edge.output) for edge in edges}
@@ -74,6 +99,19 @@ class Rounder:
         assert isinstance(made, torch.Tensor)
         return made
 
+    def _all_remade(
+        self, call: Call, edges: Sequence[Edge], low: torch.dtype, how: Rounding
+    ) -> dict[Value, torch.Tensor]:
+        """The same of all inputs of a call. Parameters of one shape, as of a norm, take one pass together."""
+        sources = {(edge.input, edge.output) for edge in edges}
+        plain = [v for v in call.inputs if v.maker is None and v.sources and v.sources <= sources]
+        names = {name for value in plain for name, _ in value.sources}
+        if len(plain) < 2 or len({v.tensor.shape for v in plain}) > 1 or not names.isdisjoint(self._masks):
+            return {value: self.remade(value, edges, low, how) for value in call.inputs}
+        made = how(torch.stack([value.tensor for value in plain]), low, False)
+        rest = {value: self.remade(value, edges, low, how) for value in call.inputs if value not in plain}
+        return rest | dict(zip(plain, made.unbind(), strict=True))
+
     def energies(self, group: Group, low: torch.dtype) -> torch.Tensor:
         """Of the rounding errors of each maker, by which the noise of a group is shared out, [edges]. On its device."""
         made = [self._tape.made[edge.input, edge.output].tensor for edge in group.edges]
@@ -86,9 +124,8 @@ class Rounder:
 
     def _together(self, call: Call, edges: tuple[Edge, ...]) -> Group:
         def results(low: torch.dtype, how: Rounding = rounded) -> Results | None:
-            given = {value: self.remade(value, edges, low, how) for value in call.inputs}
-            # Whether a value has changed is not asked: that is a pass over it, and on a GPU a wait.
-            changed = {value: made for value, made in given.items() if made is not value.tensor}
+            given = self._all_remade(call, edges, low, how)
+            changed = {value: made for value, made in given.items() if not _is_same(value, made)}
             return call.perform(changed) if changed else None
 
         return Group(edges, results, lambda low: results(low, rounded_otherwise))
@@ -133,6 +170,24 @@ class Rounder:
             return (result.tensor + error.reshape(-1, *[1] * behind),)
 
         return Group((edge,), results)
+
+
+def compares(call: Call) -> bool:
+    """Whether a call asks which of two is larger."""
+    return call.node is not None and operator_of(base_op(call.node.target)).compares
+
+
+def selects(call: Call) -> bool:
+    """Whether a call gives elements of its input that are picked by their order."""
+    return call.node is not None and operator_of(base_op(call.node.target)).selects
+
+
+def _is_same(value: Value, made: torch.Tensor) -> bool:
+    """Whether rounding changes nothing, as of the ones of a norm. Of large tensors, and where a GPU would have to be
+    waited for, that is not asked.
+    """
+    small = value.maker is None and not made.is_cuda
+    return made is value.tensor or (small and torch.equal(made, value.tensor))
 
 
 def with_numbers(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: Mapping[str, float]) -> Any:

@@ -21,7 +21,7 @@ from calibcast.calib.output_noise import channel_dimension, channel_power
 from calibcast.calib.rounding_alone import changes, run_alone
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_gradients import Gradients, Grads
-from calibcast.calib.rounding_groups import Group, Results, Rounder
+from calibcast.calib.rounding_groups import Group, Results, Rounder, compares, selects
 from calibcast.calib.rounding_ledger import Error, Ledger, Note, energy, parts_of
 from calibcast.calib.rounding_poles import PoleWatch
 from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
@@ -136,33 +136,27 @@ class Sweep:
             self._found |= {(edge, low): reason for edge in group.edges}
             return
         if results is not None:
-
-            def again(position: int) -> torch.Tensor:
-                made = group.results(low)
-                assert made is not None
-                return cast("torch.Tensor", made[position])
-
-            needs_run = self._look_at(found, call, results, again)
+            needs_run = self._look_at(found, call, group, low, results)
             if needs_run:
                 self._waiting.append((call, group, low, found))
             self._poles.look(call, group, low, results, found)
         self._share_out(group, low, found)
 
-    def _look_at(self, found: Found, call: Call, results: Results, again: Callable[[int], torch.Tensor]) -> bool:
-        """Take the errors of a call's results through the gradient. True where that does not tell it all.
-
-        again: makes the result at a position anew.
-        """
+    def _look_at(self, found: Found, call: Call, group: Group, low: torch.dtype, results: Results) -> bool:
+        """Take the errors of a call's results through the gradient. True where that does not tell it all."""
         needs_run = False
+        twin = partial(self._rounder.remade, edges=group.edges, low=low) if selects(call) else None
         for position, (value, made) in enumerate(zip(call.outputs, results, strict=True)):
             if value is None or not self._gradients.is_used(value):
                 continue
             if value.differentiable:
                 alone = len(results) == 1 and not self._gradients.steps_next(value) and not self._poles.watches(call)
-                self._take(found, Error(made, partial(again, position), alone), value, self._gradients.of(value))
+                self._take(
+                    found, Error(made, partial(_again, group, low, position), alone), value, self._gradients.of(value)
+                )
                 needs_run |= self._gradients.is_cut(value)
                 if self._gradients.steps_next(value):
-                    needs_run |= self._step(found, value, made)
+                    needs_run |= self._step(found, value, made, twin)
             else:
                 differ = int((made != value.tensor).sum())
                 found.steps += differ
@@ -207,14 +201,20 @@ class Sweep:
         if found.nonfinite:
             found.noise = [math.inf] * self._columns
 
-    def _step(self, found: Found, value: Value, made: torch.Tensor) -> bool:
-        """Look at the readers of a value that may step, past movers. True where one's integers changed."""
+    def _step(
+        self, found: Found, value: Value, made: torch.Tensor, twin: Callable[[Value], torch.Tensor] | None
+    ) -> bool:
+        """Look at the readers of a value that may step, past movers. True where one's integers changed.
+
+        twin: rounds what a comparison has on its other side, where `value` was picked from that.
+        """
         needs_run = False
         for reader in value.readers:
             steps = self._gradients.is_step(reader)
             if not steps and not reader.mover:
                 continue
-            for output, stepped in changes(reader, reader.perform({value: made})).items():
+            other = {v: twin(v) for v in reader.inputs} if twin is not None and compares(reader) else {}
+            for output, stepped in changes(reader, reader.perform({**other, value: made})).items():
                 if steps and not output.differentiable and self._gradients.is_used(output):
                     found.steps += int((stepped != output.tensor).sum())
                     needs_run = True
@@ -222,7 +222,7 @@ class Sweep:
                     error = Error(stepped, partial(_given, stepped), counts=False)
                     self._take(found, error, output, self._gradients.of(output))
                 if output.differentiable and self._gradients.steps_next(output):
-                    needs_run |= self._step(found, output, stepped)
+                    needs_run |= self._step(found, output, stepped, twin)
         return needs_run
 
     def _run_waiting(self, waiting: Sequence[tuple[Call, Group, torch.dtype, Found]]) -> None:
@@ -284,3 +284,10 @@ class Sweep:
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _again(group: Group, low: torch.dtype, position: int) -> torch.Tensor:
+    """A result of a group's call, made once more."""
+    made = group.results(low)
+    assert made is not None
+    return cast("torch.Tensor", made[position])
