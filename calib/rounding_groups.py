@@ -24,12 +24,15 @@ class Group:
     """Edges into one call that are rounded together.
 
     results: what the call then gives, as `Call.perform` gives it; None where rounding changes nothing. otherwise: the
-    same with each element rounded to the other side; None where that is not asked.
+    same with each element rounded to the other side; None where that is not asked. added: of a bias, its error
+    [channels], which is added to the only result along dimension `along`.
     """
 
     edges: tuple[Edge, ...]
     results: Callable[[torch.dtype], Results | None]
     otherwise: Callable[[torch.dtype], Results | None] = lambda low: None
+    added: Callable[[torch.dtype], torch.Tensor] | None = None
+    along: int = -1
 
 
 class Rounder:
@@ -165,11 +168,13 @@ class Rounder:
         assert along is not None
         behind = -along - 1
 
-        def results(low: torch.dtype) -> Results | None:
-            error = rounded(bias.tensor, low) - bias.tensor
-            return (result.tensor + error.reshape(-1, *[1] * behind),)
+        def added(low: torch.dtype) -> torch.Tensor:
+            return rounded(bias.tensor, low) - bias.tensor
 
-        return Group((edge,), results)
+        def results(low: torch.dtype) -> Results | None:
+            return (result.tensor + added(low).reshape(-1, *[1] * behind),)
+
+        return Group((edge,), results, added=added, along=along)
 
 
 def compares(call: Call) -> bool:

@@ -60,6 +60,7 @@ class Sweep:
         self._found: Measured = {}
         self._signals: dict[Value, float] = {}
         self._ledger = Ledger()
+        self._slopes: dict[tuple[Value, int], torch.Tensor] = {}
         self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
         self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS)
 
@@ -80,6 +81,7 @@ class Sweep:
                     self._measure(call, group, low)
             self._gradients.pass_on(call)
             self._poles.pass_on(call)
+            self._slopes.clear()
         self._ledger.settle()
         for low in LOW_TYPES:
             self._run_waiting([entry for entry in self._waiting if entry[2] == low])
@@ -129,6 +131,10 @@ class Sweep:
 
     def _measure(self, call: Call, group: Group, low: torch.dtype) -> None:
         found = Found([0.0] * self._columns)
+        if group.added is not None and (value := self._smooth(call)) is not None:
+            self._take_added(found, group.added(low), group.along, value)
+            self._share_out(group, low, found)
+            return
         try:
             results = group.results(low)
         except Exception as error:
@@ -170,6 +176,7 @@ class Sweep:
             self._take_finite(found, error.made, value, grads)
             return
         difference, columns = error.difference(value.tensor), list(grads)
+        again, counts = error.again, error.counts  # not `made`, which need not be held until the end
         sums = [energy(difference)]
         for number, column in enumerate(columns, 1):
             # In place, as fresh memory costs more than the product.
@@ -179,13 +186,44 @@ class Sweep:
         def note(numbers: Sequence[float]) -> None:
             whole, *parts = numbers
             if math.isfinite(whole):
-                found.local += error.counts * (whole / signal if signal else math.inf if whole else 0.0)
+                found.local += counts * (whole / signal if signal else math.inf if whole else 0.0)
             else:
-                self._take_finite(found, error.again(), value, {})
+                self._take_finite(found, again(), value, {})
             for column, part in zip(columns, parts, strict=True):
                 found.noise[column] += math.inf if math.isnan(part) else part
             if found.nonfinite:
                 found.noise = [math.inf] * self._columns
+
+        self._ledger.await_(sums, note)
+
+    def _smooth(self, call: Call) -> Value | None:
+        """The only result of a call, where its gradient tells all of an error that is added to it."""
+        value = call.outputs[0] if len(call.outputs) == 1 else None
+        if value is None or not self._gradients.is_used(value):
+            return None
+        if not math.isfinite(self._signals.get(value, math.inf)):
+            return None
+        beyond = self._gradients.steps_next(value) or self._gradients.is_cut(value) or self._poles.watches(call)
+        return None if beyond else value
+
+    def _take_added(self, found: Found, error: torch.Tensor, along: int, value: Value) -> None:
+        """The same of an error [channels] that is alike along other dimensions: by the gradient's energy in each."""
+        grads, power = self._gradients.of(value), error.square()
+        others = [i for i in range(value.tensor.ndim) if i != along % value.tensor.ndim]
+        for column, grad in grads.items():
+            if (value, column) not in self._slopes:
+                self._slopes[value, column] = torch.linalg.vector_norm(grad, dim=others) ** 2 if others else grad**2
+        columns = list(grads)
+        sums = [power.sum(), *(torch.dot(self._slopes[value, column], power) for column in columns)]
+        each, signal = value.tensor.numel() / max(len(error), 1), self._signals[value]
+
+        def note(numbers: Sequence[float]) -> None:
+            whole, *parts = numbers
+            found.local += whole * each / signal if signal else math.inf if whole else 0.0
+            lost = not math.isfinite(whole)
+            found.nonfinite += lost * int(each)
+            for column, part in zip(columns, parts, strict=True):
+                found.noise[column] += math.inf if lost or math.isnan(part) else part
 
         self._ledger.await_(sums, note)
 
