@@ -8,6 +8,7 @@ it is. Elsewhere it is estimated from what was measured, and says so ("scaled"):
 - Where it overflowed or vanished, from bfloat16, which has the range of fp32 and so was measured at any scale: its
   rounding is 2^3 times as coarse, so that float16's noise is a 64th of it wherever float16 holds the values in full.
   Where rounding changed steps, or the program had to be run, noise goes with the number of changes: an 8th.
+- The weights of a call were rounded together. Where one of them overflowed, the noise of all is that of bfloat16.
 - At a pole, such as a division's, small values count most: there the smallest value says how much louder.
 
 `tune`, or calibrating the rescaled program, measures; what cannot be estimated is a gap, left to rules of magnitude.
@@ -31,6 +32,8 @@ Key = tuple[str, str, int]  # reader, maker, output
 _FINE, _COARSE = "float16", "bfloat16"
 # Bits of the mantissa, the smallest normal and the largest value.
 _TYPES = {_FINE: (10, 2.0**-14, 65504.0), _COARSE: (7, 2.0**-126, 3.3895313892515355e38)}
+_MOST = 65504.0
+_WEIGHTS = ("parameter", "buffer", "constant")
 _LOST = 2.0**-25  # half of the smallest value of float16: what is below becomes 0
 _MEASURED = (
     "noise", "noise_worst", "worst_batch", "noise_by_output", "nonfinite", "steps", "local_sqnr_db", "method",
@@ -83,6 +86,15 @@ class _Source:
         columns = self._frame.select("node", "output", "absmax", "smallest", "histogram").iter_rows()
         return {(n, o): Spread(most or 0.0, least or 0.0, bins) for n, o, most, least, bins in columns}
 
+    @cached_property
+    def _spoilt(self) -> frozenset[tuple[str, str]]:
+        """Readers and their weights, where one of these overflowed as it was rounded with the others."""
+        large = self._frame.select("node", "output", kind=pl.col("kind").is_in(_WEIGHTS), over=pl.col("absmax") > _MOST)
+        weights = {(n, o): over for n, o, kind, over in large.iter_rows() if kind}
+        pairs = [(reader, maker) for reader, maker, output, _ in self._rows if (maker, output) in weights]
+        lost = {reader for reader, maker, output, _ in self._rows if weights.get((maker, output))}
+        return frozenset((reader, maker) for reader, maker in pairs if reader in lost)
+
     def edge(self, key: Key, low: str, k: int | None = None) -> dict[str, Any]:
         """Evidence of an edge; `k`: the exponent of its tensor, where it is not the tensor's own."""
         node, maker, output = key
@@ -94,18 +106,20 @@ class _Source:
         spread = self._tensors.get((original, output))
         if own is None:
             return _missing(_WHY)
-        if exponent == 0 or low == _COARSE or spread is None or spread.whole(exponent):
+        spoilt = (node, original) in self._spoilt
+        carried = spread is None or exponent == 0 or spread.whole(exponent)
+        if low == _COARSE or spread is None or (carried and not spoilt):
             return own
-        if spread.most * 2.0**-exponent > _TYPES[_FINE][2]:
+        if spread.most * 2.0**-exponent > _MOST:
             return _missing("rescaled, and it overflows there")
-        return self._estimated(own, other, spread, exponent, self._at_pole.get(node, False))
+        return self._estimated(None if spoilt else own, other, spread, exponent, self._at_pole.get(node, False))
 
     def _estimated(
-        self, own: dict[str, Any], other: dict[str, Any] | None, spread: Spread, k: int, pole: bool
+        self, own: dict[str, Any] | None, other: dict[str, Any] | None, spread: Spread, k: int, pole: bool
     ) -> dict[str, Any]:
         now = spread.rounding(_FINE, k, pole)
         found = []
-        if _finite(own) and spread.most <= _TYPES[_FINE][2]:
+        if own is not None and _finite(own) and spread.most <= _MOST:
             found.append(_times(own, max(1.0, _ratio(now, spread.rounding(_FINE, 0, pole)))))
         if other is not None and _finite(other):
             found.append(_times(other, _ratio(now, spread.rounding(_COARSE, 0, pole))))
@@ -157,6 +171,8 @@ class Spread:
     def rounding(self, low: str, k: int, pole: bool) -> float:
         """Squared error of rounding 2^-k of it, at its true size: of all elements, or of the smallest, in squares of
         itself. inf where the smallest vanishes at a pole."""
+        if self.most == 0.0:
+            return 0.0
         if pole or self.bins is None:
             bits, tiny, _ = _TYPES[low]
             if self.least * 2.0**-k < _LOST and low == _FINE:

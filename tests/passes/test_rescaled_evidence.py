@@ -22,6 +22,7 @@ from calibcast.passes.tuning import tune
 from torch.export import ExportedProgram
 
 from benchmarks.rescaling_laws import random_exponents
+from benchmarks.rescaling_networks import CASES
 from tests.passes.rescaling_models import growing, rising
 
 NETWORKS: dict[str, Callable[[], tuple[ExportedProgram, list[Any]]]] = {"growing": growing, "rising": rising}
@@ -149,6 +150,19 @@ def test_what_falls_below_the_normal_numbers_is_louder() -> None:
     assert estimated(evidence, 20, {-12: 1, 3: 99}, "aten.log.default")["noise"] is None
     assert estimated(evidence, -6, {-12: 1, 3: 99})["noise"] == pytest.approx(1e-6, rel=1e-3)
     assert not Spread(1.0, 2.0**-12, None).whole(6)
+
+
+def test_weights_of_a_call_that_were_rounded_together() -> None:
+    """A running variance of 10^8 overflows, and its noise is shared out to a scale of 1, which has none."""
+    case = CASES["convolutions, batch norm"]
+    program, data = case.program(), [case.batch(i) for i in range(2)]
+    ranges = calibrate(program, data, rounding_batches=1, progress=False)
+    shared = ranges.rounding.filter(pl.col("input") == "p_a_weight", pl.col("low_precision_type") == "float16")
+    assert shared["noise"][0] > 1e-4
+    fitted = rescale(program, ranges)
+    found = fitted.ranges.rounding.filter(pl.col("input") == "p_a_weight")
+    assert found["noise"].to_list() == [0.0, 0.0]
+    assert not classify(fitted.program, fitted.ranges).high_precision_nodes
 
 
 def test_a_number_is_as_loud_as_its_own_rounding() -> None:
