@@ -37,6 +37,11 @@ def qualified_name(node: fx.Node) -> str:
     return str(node.meta.get(_NAME, node.name))
 
 
+def without_qualified_name(node: fx.Node) -> None:
+    """Let an inlined node be known by its own name, in a program that is to stand for itself."""
+    node.meta.pop(_NAME, None)
+
+
 def _inline(source: fx.GraphModule, prefix: str, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
     """Copy the nodes of `source` into `graph`; `values` maps its nodes to what stands for them there."""
     for node in source.graph.nodes:

@@ -55,10 +55,11 @@ def true_table(table: Table) -> Table:
     back = {node: (-one, -other) for node, (one, other) in record.hidden.items()}
     calibration = replace(table.calibration, digests=record.digests, weights=record.weights, rescaled=None)
     hidden = _hidden(table.hidden.filter(~pl.col("node").is_in(list(record.added))), back)
+    own = pl.col("node").replace(record.renamed)
     return replace(
         table,
-        frame=_scaled(frame, [-exponent for exponent in k]),
-        hidden=hidden,
+        frame=_scaled(frame, [-exponent for exponent in k]).with_columns(own),
+        hidden=hidden.with_columns(own),
         calibration=calibration,
         rounding=table.rounding.clear(),
     )

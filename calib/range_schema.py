@@ -50,7 +50,7 @@ class Rescaled:
 
     exponents: k by `node:output`, 0 left out. hidden: by node, of the sums that it forms inside, and of its mean
     squares. added: nodes that the network does not have, which multiply the one that they name. digests, weights: of
-    the network, as in `Calibration`.
+    the network, as in `Calibration`. renamed: nodes that have another name there.
     """
 
     exponents: dict[str, int]
@@ -58,6 +58,7 @@ class Rescaled:
     added: dict[str, str] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
     weights: str = ""
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def parsed(cls, fields: Mapping[str, Any] | None) -> Rescaled | None:
@@ -66,7 +67,8 @@ class Rescaled:
             return None
         hidden = {name: (int(one), int(other)) for name, (one, other) in fields["hidden"].items()}
         exponents = {name: int(k) for name, k in fields["exponents"].items()}
-        return cls(exponents, hidden, dict(fields["added"]), dict(fields["digests"]), str(fields["weights"]))
+        renamed = dict(fields.get("renamed", {}))
+        return cls(exponents, hidden, dict(fields["added"]), dict(fields["digests"]), str(fields["weights"]), renamed)
 
 
 @dataclass(frozen=True)

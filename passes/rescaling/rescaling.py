@@ -21,6 +21,7 @@ from calibcast.passes.rescaling.checking import Check
 from calibcast.passes.rescaling.costs import CostReader, Costs
 from calibcast.passes.rescaling.equations import implied
 from calibcast.passes.rescaling.exactness import Refusal, refusals
+from calibcast.passes.rescaling.inlining import inlined, inlined_ranges, with_own_names
 from calibcast.passes.rescaling.judging import LOUDEST_DB, Judgement, judged
 from calibcast.passes.rescaling.measures import Measures
 from calibcast.passes.rescaling.proposals import cheapest
@@ -89,9 +90,15 @@ def rescale(  # noqa: PLR0913 - the public contract
     why = _nothing_to_do(ranges, low_type)
     if why is not None:
         return Rescaling(program, ranges, {}, False, why)
-    check = None if dataloader is None else Check.of(program, dataloader, transform, device)
+    flat = inlined(program)
+    table = ranges if flat is program else inlined_ranges(ranges, flat)
+    check = None if dataloader is None else Check.of(flat, dataloader, transform, device)
     with paused():
-        return _checked(_Search(program, ranges, low_type, checked), check)
+        found = _checked(_Search(flat, table, low_type, checked), check)
+    if flat is program:
+        return found
+    own = with_own_names(found.ranges, ranges) if found.changed else ranges
+    return replace(found, program=found.program if found.changed else program, ranges=own)
 
 
 def _nothing_to_do(ranges: RangeTable, low_type: torch.dtype) -> str | None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from calibcast.calib.calibration import calibrate
 from calibcast.calib.errors import BatchError
 from calibcast.calib.operators.exponents import EQUATIONS
+from calibcast.calib.range_diff import range_diff
+from calibcast.calib.ranges import RangeTable
+from calibcast.calib.rounding_table import ROUNDING_KEY
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.rescaling.rescaling import rescale
+from calibcast.passes.tuning import tune
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from benchmarks.rescaling_networks import CASES
-from tests.passes.rescaling_models import growing, measured, rising, sqnr
+from tests.passes.rescaling_models import Growing, growing, measured, rising, sqnr
 
 
 class TwoLoud(nn.Module):
@@ -61,6 +67,61 @@ def test_right_rows_pass_the_run() -> None:
     assert not with_data.refused
     with pytest.raises(BatchError):
         rescale(program, ranges, dataloader=[torch.zeros(4, 31)])
+
+
+class Frozen(nn.Module):
+    """All of it under `torch.no_grad`, as many a wrapper for inference has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Growing()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            found = self.inner(x)
+        return found + 1
+
+
+def test_what_runs_under_no_grad_is_rescaled_too(tmp_path: Path) -> None:
+    """The region goes, as it means nothing in inference; true values are those of the network, by its own names."""
+    _, data = growing()
+    program = torch.export.export(Frozen().eval(), data[0])
+    ranges = calibrate(program, data, rounding_batches=1, progress=False)
+    assert any("." in name for name in ranges.frame["node"])
+    fitted = rescale(program, ranges, dataloader=data)
+    assert fitted.changed
+    assert fitted.after is not None
+    assert fitted.after.work_low == 1.0
+    assert torch.equal(fitted.program.module()(*data[0]), program.module()(*data[0]))
+    again = calibrate(fitted.program, data, rounding_batches=1, progress=False)
+    assert fitted.ranges.frame.equals(again.frame)
+    assert fitted.ranges.hidden.equals(again.hidden)
+    assert fitted.ranges.rounding.select(ROUNDING_KEY).equals(again.rounding.select(ROUNDING_KEY))
+    assert fitted.ranges.calibration.digests == again.calibration.digests
+    assert fitted.ranges.true_values() == replace(ranges, rounding=ranges.rounding.clear())
+    fitted.ranges.save(tmp_path / "r.parquet")
+    torch.export.save(fitted.program, tmp_path / "m.pt2")
+    loaded = RangeTable.load(tmp_path / "r.parquet")
+    assert loaded == fitted.ranges
+    loaded.check(torch.export.load(tmp_path / "m.pt2"), "refuse")
+    assert range_diff(ranges, loaded).counts["same"] == len(ranges)
+    plan = tune(fitted.program, loaded, data)
+    mixed = insert_casts(fitted.program, plan)
+    assert sqnr(program.module()(*data[0]), mixed.module()(*data[0])) > 45.0
+
+
+def test_what_runs_under_no_grad_and_fits_stays_as_it_is() -> None:
+    class Small(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return torch.relu(x) * 2
+
+    data = batches()
+    program = torch.export.export(Small(), data[0])
+    ranges = measured(program, data)
+    kept = rescale(program, ranges)
+    assert kept.program is program
+    assert kept.ranges is ranges
 
 
 class Faint(nn.Module):

@@ -1,0 +1,99 @@
+"""`torch.no_grad` regions put where they are called: in inference they mean nothing, and would be left as they are.
+
+What is inside is then rescaled like all else. The nodes of a region are renamed from `submod_1.linear` to
+`submod_1__linear`, in the program and in its range table, whose true values have the network's own names again.
+Regions of `torch.autocast` stay: what they compute in another type has no fp32 values to keep.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import polars as pl
+from calibcast.calib.fingerprint import node_digests
+from calibcast.calib.flattening import flatten, without_qualified_name
+from calibcast.calib.ranges import RangeTable
+from calibcast.calib.rounding_table import LITERAL
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, OutputSpec, TensorArgument
+
+
+def inlined(program: ExportedProgram) -> ExportedProgram:
+    """The program without `torch.no_grad` regions, which shares its weights; itself where it has none."""
+    flat = flatten(program.graph_module)
+    if flat is program.graph_module:
+        return program
+    for node in flat.graph.nodes:
+        without_qualified_name(node)
+    made = ExportedProgram(
+        root=_children(flat),
+        graph=flat.graph,
+        graph_signature=_signature(program.graph_signature, flat.graph),
+        state_dict=dict(program.state_dict),
+        range_constraints=copy.copy(program.range_constraints),
+        module_call_graph=copy.deepcopy(program.module_call_graph),
+        example_inputs=program.example_inputs,
+        constants=dict(program.constants),
+        verifiers=program.verifiers,
+    )
+    made.graph_module.training = program.graph_module.training
+    made.graph_module.meta.update(program.graph_module.meta)
+    return made
+
+
+def inlined_ranges(ranges: RangeTable, program: ExportedProgram) -> RangeTable:
+    """The table of a program, for what `inlined` made of it."""
+    names = _renamed(ranges)
+    rounding = ranges.rounding.with_columns(_under(name, names) for name in ("node", "input"))
+    return replace(
+        ranges,
+        frame=ranges.frame.with_columns(_under("node", names)),
+        hidden=ranges.hidden.with_columns(_under("node", names)),
+        rounding=rounding,
+        calibration=replace(ranges.calibration, digests=node_digests(program)),
+    )
+
+
+def with_own_names(scaled: RangeTable, ranges: RangeTable) -> RangeTable:
+    """A scaled table of the inlined program that knows `ranges`, of the program itself, as its true values."""
+    record = scaled.calibration.rescaled
+    assert record is not None
+    back = {made: name for name, made in _renamed(ranges).items()}
+    record = replace(record, digests=dict(ranges.calibration.digests), renamed=back)
+    return replace(scaled, calibration=replace(scaled.calibration, rescaled=record))
+
+
+def _renamed(ranges: RangeTable) -> dict[str, str]:
+    names = [*ranges.frame["node"], *ranges.rounding["node"], *ranges.rounding["input"]]
+    inside = [name for name in dict.fromkeys(names) if "." in name and not name.startswith(LITERAL)]
+    return {name: name.replace(".", "__") for name in inside}
+
+
+def _under(column: str, names: dict[str, str]) -> pl.Expr:
+    return pl.col(column).replace(names)
+
+
+def _children(source: fx.GraphModule) -> dict[str, Any]:
+    """What the `get_attr` nodes name, under names without dots: `torch.export.save` looks for no others."""
+    children = {}
+    for node in source.graph.nodes:
+        if node.op == "get_attr":
+            child = source.get_submodule(str(node.target))
+            node.target = str(node.target).replace(".", "__")
+            children[node.target] = child
+    return children
+
+
+def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignature:
+    """The results have other names where a region gave them."""
+    output = next(iter(reversed(graph.nodes)))
+    specs = [
+        OutputSpec(spec.kind, TensorArgument(result.name), spec.target)
+        if isinstance(spec.arg, TensorArgument) and isinstance(result, fx.Node)
+        else spec
+        for spec, result in zip(old.output_specs, output.args[0], strict=True)
+    ]
+    return ExportGraphSignature(input_specs=list(old.input_specs), output_specs=specs)
