@@ -190,9 +190,12 @@ def proposals(search: _Search) -> Iterator[Proposal]:
 
 def solved(program: ExportedProgram, system: System, held: set[int] | None = None) -> Solutions:
     """The solutions of a program's equations, weights let go before activations."""
-    weights = set(input_targets(program))
-    chosen = [v for v, kind in enumerate(system.kinds) if isinstance(kind, Tensor) and kind.node in weights]
-    return solve(system, chosen, held or ())
+    asked = frozenset(held or ())
+    if asked not in system.solutions:
+        weights = set(input_targets(program))
+        chosen = [v for v, kind in enumerate(system.kinds) if isinstance(kind, Tensor) and kind.node in weights]
+        system.solutions[asked] = solve(system, chosen, asked)
+    return system.solutions[asked]
 
 
 def _proposed(

@@ -47,6 +47,7 @@ class System:
     kinds: what each variable is the exponent of; None for the unknown `j`. equal, rows, zero: pairs that are equal,
     sums that are 0, and variables that are. why_zero: the first reason of each. breaks: the node behind which a
     multiplication may stand, by the name that it would have. readers: of its product, by the name of that node.
+    solutions: those that were asked for, by what more was to be 0.
     """
 
     kinds: list[Tensor | Number | None] = field(default_factory=list)
@@ -57,6 +58,7 @@ class System:
     why_zero: dict[int, str] = field(default_factory=dict)
     breaks: dict[str, str] = field(default_factory=dict)
     readers: Breaks = field(default_factory=dict)
+    solutions: dict[frozenset[int], Any] = field(default_factory=dict, repr=False)
 
     def variable(self, kind: Tensor | Number | None) -> int:
         """The variable of a tensor or number; a new one for None."""
