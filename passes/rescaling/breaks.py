@@ -11,8 +11,7 @@ from calibcast.calib.aliasing import storage_roots, written_arguments
 from calibcast.calib.graph import base_op, input_kinds
 from calibcast.calib.operators import ADDS, CONVERTS, MOVES
 from calibcast.passes.rescaling.measures import Measures
-from calibcast.passes.rescaling.solving import Solutions
-from calibcast.passes.rescaling.system import Breaks, Tensor
+from calibcast.passes.rescaling.system import Breaks, Solutions, Tensor
 from torch import fx
 
 # How much a sum may grow before its next part has a factor of its own: half of the bits of float16's exponent.

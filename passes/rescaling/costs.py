@@ -12,8 +12,7 @@ from calibcast.calib.operators import ADDS, SQUARES, SUMS, operator_of
 from calibcast.passes.number_formats import NumberFormat
 from calibcast.passes.rescaling.measures import Array, Measures
 from calibcast.passes.rescaling.rewriting import SUFFIX, Exponents
-from calibcast.passes.rescaling.solving import Form, Solutions
-from calibcast.passes.rescaling.system import Number, System, Tensor
+from calibcast.passes.rescaling.system import Form, Number, Solutions, System, Tensor
 from torch import fx
 
 REACH = 64  # exponents from -64 to 64

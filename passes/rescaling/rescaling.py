@@ -27,8 +27,8 @@ from calibcast.passes.rescaling.measures import Measures
 from calibcast.passes.rescaling.proposals import cheapest
 from calibcast.passes.rescaling.result import Rescaling
 from calibcast.passes.rescaling.rewriting import SUFFIX, Exponents, rewritten
-from calibcast.passes.rescaling.solving import Solutions, solve
-from calibcast.passes.rescaling.system import Breaks, System, Tensor, system_of
+from calibcast.passes.rescaling.solving import solve
+from calibcast.passes.rescaling.system import Breaks, Solutions, System, Tensor, system_of
 from calibcast.passes.settings import Settings, low_type_of
 from torch.export import ExportedProgram
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from calibcast.calib.graph import argument_of, input_kinds, input_targets, state_tensor
 from calibcast.passes.rescaling.equations import implied
-from calibcast.passes.rescaling.solving import Solutions
-from calibcast.passes.rescaling.system import Breaks, Number, Tensor
+from calibcast.passes.rescaling.system import Breaks, Number, Solutions, Tensor
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature

@@ -5,24 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
-from calibcast.passes.rescaling.system import Number, Row, System, Tensor
-
-Form = tuple[tuple[int, int], ...]  # (free variable, coefficient), sorted
-
-
-@dataclass(frozen=True)
-class Solutions:
-    """form: of each variable of the system, in terms of the free ones; () for what is 0. free: these, in order."""
-
-    system: System = field(repr=False)
-    forms: list[Form] = field(repr=False)
-    free: tuple[int, ...]
-
-    def exponents(self, values: Mapping[int, int]) -> list[int]:
-        """The exponent of each variable, for values of the free ones; 0 where none is given."""
-        return [sum(count * values.get(v, 0) for v, count in form) for form in self.forms]
+from calibcast.passes.rescaling.system import Form, Number, Row, Solutions, System, Tensor
 
 
 def solve(system: System, weights: Iterable[int] = (), held: Iterable[int] = ()) -> Solutions:

@@ -18,6 +18,7 @@ from calibcast.passes.rescaling.equations import Expression, equations_of, impli
 from torch import fx
 from torch.export import ExportedProgram
 
+Form = tuple[tuple[int, int], ...]  # (free variable, coefficient), sorted
 Row = dict[int, int]  # coefficients by variable: their sum is 0
 # Nodes behind which a multiplication may stand, each with those of its readers that read the product.
 Breaks = Mapping[str, frozenset[str]]
@@ -58,7 +59,7 @@ class System:
     why_zero: dict[int, str] = field(default_factory=dict)
     breaks: dict[str, str] = field(default_factory=dict)
     readers: Breaks = field(default_factory=dict)
-    solutions: dict[frozenset[int], Any] = field(default_factory=dict, repr=False)
+    solutions: dict[frozenset[int], Solutions] = field(default_factory=dict, repr=False)
 
     def variable(self, kind: Tensor | Number | None) -> int:
         """The variable of a tensor or number; a new one for None."""
@@ -76,6 +77,19 @@ class System:
         for variable in variables:
             self.zero.add(variable)
             self.why_zero.setdefault(variable, why)
+
+
+@dataclass(frozen=True)
+class Solutions:
+    """form: of each variable of the system, in terms of the free ones; () for what is 0. free: these, in order."""
+
+    system: System = field(repr=False)
+    forms: list[Form] = field(repr=False)
+    free: tuple[int, ...]
+
+    def exponents(self, values: Mapping[int, int]) -> list[int]:
+        """The exponent of each variable, for values of the free ones; 0 where none is given."""
+        return [sum(count * values.get(v, 0) for v, count in form) for form in self.forms]
 
 
 def system_of(program: ExportedProgram, breaks: Breaks | None = None, table: Mapping[str, str] = EQUATIONS) -> System:
