@@ -160,12 +160,14 @@ def _io(
 
 def _inputs(source: Path, program: ExportedProgram, wired: _Wired, sizes: Mapping[str, str]) -> list[dict[str, Any]]:
     profiles = load_json(source / "profiles.json", "profiles")["profiles"]
-    names = iter(input_names(program).values())
+    names = iter(input_names(program).items())
+    nodes = {node.name: node for node in program.graph.nodes}
     found = []
     for leaf, binding, (low, usual, high) in zip(signature_of(program).leaves, wired.inputs, profiles, strict=True):
-        name = next(names) if leaf.dtype is not None or leaf.sizes else None
+        node, name = next(names) if leaf.dtype is not None or leaf.sizes else ("", None)
         if name is not None and leaf.dtype is not None:
-            shape = [size if isinstance(size, int) else _size(size, sizes) for size in leaf.sizes]
+            given = nodes[node].meta["val"].shape
+            shape = [size if isinstance(size, int) else _size(size, sizes) for size in given]
             tensor = {"name": name, "binding": binding, "dtype": dtype_name(leaf.dtype), "shape": shape}
             found.append({**tensor, "min": list(low), "opt": list(usual), "max": list(high)})
         elif binding is not None:

@@ -9,6 +9,7 @@ from calibcast.engines.tensorrt.builder.size_bounds import (
     bounds_of,
     check_profile_read_back,
     shape_bounds,
+    sizes_in_graph,
     symbol_sizes,
 )
 from torch import nn
@@ -57,6 +58,15 @@ def test_a_symbol_that_stands_alone_nowhere_is_solved_for():
     program = torch.export.export(Pair(), (torch.ones(6, 3), torch.ones(7, 3)), dynamic_shapes=({0: 2 * rows}, None))
     found = symbol_sizes(signature_of(program), [((8, 3), (12, 3), (20, 3)), ((7, 3), (7, 3), (7, 3))])
     assert list(found.values()) == [(4, 6, 10)]
+
+
+def test_sizes_are_found_by_the_names_that_the_graph_has():
+    """Of a size that the user calls `batch`, the graph says `s77`: engines were built for the whole of its range."""
+    batch = Dim("batch", min=1, max=16)
+    program = torch.export.export(Pair(), (torch.ones(6, 3), torch.ones(7, 3)), dynamic_shapes=({0: batch}, None))
+    sizes = sizes_in_graph(program, [((2, 3), (5, 3), (7, 3)), ((7, 3), (7, 3), (7, 3))])
+    value = next(node.meta["val"] for node in program.graph.nodes if node.name == "x")
+    assert shape_bounds(value.shape, sizes) == ((2, 3), (5, 3), (7, 3))
 
 
 def test_a_profile_that_was_not_asked_for_is_an_error():

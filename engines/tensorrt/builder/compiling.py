@@ -21,7 +21,7 @@ from calibcast.engines.tensorrt.builder.size_bounds import (
     Bounds,
     check_profile_read_back,
     shape_bounds,
-    symbol_sizes,
+    sizes_in_graph,
 )
 from calibcast.engines.tensorrt.builder.state_lifting import Lifted, lifted, writes_buffers
 from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import (
@@ -49,7 +49,7 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
     if writes_buffers(moved) and not adapter.lifts_buffers():
         source = lifted(moved)
     event({"stage": "lower"})
-    sizes = symbol_sizes(signature_of(program), job.profiles)
+    sizes = sizes_in_graph(program, job.profiles)
     names = outputs_by_node(program)
     with watched_conversion(event, job.ahead_of_time, sizes, job.in_pytorch, names) as conversion:
         compiled = _compiled(job, program, source)

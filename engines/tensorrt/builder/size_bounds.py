@@ -7,15 +7,24 @@ from itertools import product
 from typing import Any
 
 import sympy
-from calibcast.calib.batches import Signature
+from calibcast.calib.batches import Signature, signature_of
+from calibcast.calib.dimension_names import dimension_names
 from calibcast.calib.errors import BuildError
 from calibcast.engines.tensorrt.builder.job import Profile
+from torch.export import ExportedProgram
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 Bounds = tuple[int, int, int]  # least, most frequent, largest
 # So many sizes of a symbol are tried one by one. Above, and for several symbols, bounds come from interval arithmetic,
 # which may be wider than need be (of `s - s // 2`), and never too narrow.
 _TRIED = 4096
+
+
+def sizes_in_graph(program: ExportedProgram, profiles: Sequence[Profile]) -> dict[str, Bounds]:
+    """`symbol_sizes` of a program by torch's own names, which its graph has; a signature has the user's names."""
+    found = symbol_sizes(signature_of(program), profiles)
+    called = dimension_names(program)
+    return found | {symbol.name: found[name] for symbol, name in called.items() if name in found}
 
 
 def symbol_sizes(signature: Signature, profiles: Sequence[Profile]) -> dict[str, Bounds]:
