@@ -22,7 +22,7 @@ import torch
 from calibcast import Engine, build, classify, insert_casts
 from calibcast.calib.artifacts import load_json, save_json
 from calibcast.calib.errors import ArtifactError, BatchError, BuildError, MismatchError
-from calibcast.engines.cli import main
+from calibcast.engines.cli import _run, main
 from calibcast.engines.plain_engine import export_engine
 from calibcast.engines.runtime import PlainEngine, read_tensors
 from calibcast.engines.triton_config import triton_config
@@ -295,3 +295,32 @@ def test_an_engine_of_another_backend_does_not_leave(tmp_path):
     assert Engine.load(tmp_path / "engine").backend == "eager"
     with pytest.raises(BuildError, match="built by the backend eager"):
         export_engine(tmp_path / "engine", tmp_path / "out")
+
+
+MODEL_FILE = """
+import torch
+
+def model():
+    torch.manual_seed(0)
+    rows = {0: torch.export.Dim("batch", min=1, max=16)}
+    module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    return module.eval(), (torch.randn(3, 8),), {}, ({0: torch.export.Dim("batch", min=1, max=16)},)
+
+def batches():
+    return [torch.randn(rows, 8) for rows in (2, 5, 5, 7)]
+"""
+
+
+def test_a_model_and_its_plan_leave_as_an_engine_in_one_command(tmp_path):
+    """Built here, for the sizes that calibration saw, and taken out: no engine's folder is left behind."""
+    (tmp_path / "functions.py").write_text(MODEL_FILE)
+    model, data = f"{tmp_path}/functions.py:model", f"{tmp_path}/functions.py:batches"
+    ranges, plan, out = str(tmp_path / "ranges.parquet"), str(tmp_path / "plan.json"), tmp_path / "out"
+    assert _run(["calibrate", model, "--data", data, "-o", ranges, "--rounding-batches", "0"]) == 0
+    assert _run(["plan", model, ranges, "-o", plan]) == 0
+    assert _run(["export", model, "--plan", plan, "--ranges", ranges, "--engine", str(out)]) == 0
+    io = json.loads((out / "io.json").read_text())
+    assert (out / "model.engine").stat().st_size > 0
+    assert [value["name"] for value in io["inputs"]] == ["input"]
+    assert [io["inputs"][0][key] for key in ("min", "opt", "max")] == [[2, 8], [5, 8], [7, 8]]
+    assert _run(["export", model, "--ranges", ranges, "--onnx", str(tmp_path / "model.onnx")]) == 2
