@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -55,10 +56,14 @@ def budgets_of(program: ProgramFacts, judge: Judge) -> Flips:
     assert course is not None
     bare = replace(judge, rounding=None)
     free = set(low_nodes(program, bare, flips_of(program, bare)))
-    return {
-        name: None if limit == ALWAYS or name not in free else budget_of(limit)
-        for name, limit in course.thresholds.items()
-    }
+
+    def highest(name: str, limit: float) -> float | None:
+        if limit == ALWAYS or name not in free:
+            return None
+        # Where noise is spread, a plan does not go on raising, so what is low where that begins is low at any budget.
+        return math.inf if course.spread and limit <= course.crowd else budget_of(limit)
+
+    return {name: highest(name, limit) for name, limit in course.thresholds.items()}
 
 
 def low_nodes(program: ProgramFacts, judge: Judge, flips: Flips) -> list[str]:

@@ -34,7 +34,7 @@ def html_report(
     """The report as one HTML page that needs nothing else: no network, no file beside it.
 
     Args:
-        plan: colours nodes by precision and gives each its reason; its `flips` drive the `data_max` slider.
+        plan: colours nodes by precision and gives each its reason; its `flips` and `budgets` drive the slider.
         verification: the content of the file that `calibcast verify -o` writes, for the verdict.
         title: what the page is of, such as the file's name. made: the day on which the ranges were measured.
     """
@@ -59,6 +59,7 @@ def html_report(
         stays=plan is not None and bool(plan.high_precision_nodes),
         notes=() if plan is None else plan.notes,
         has_plan=plan is not None,
+        has_budgets=plan is not None and bool(plan.budgets),
         has_flips=plan is not None and bool(plan.flips),
     )
 

@@ -16,6 +16,7 @@ import torch
 from calibcast.calib.range_scaling import true_frame
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.rounding_plan import DEFAULT_BUDGETS
 
 _SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 _TEXTS = ("op", "module", "source", "kind")
@@ -54,18 +55,23 @@ def _dtypes() -> dict[str, torch.dtype]:
 
 
 def _type(name: str, info: torch.finfo) -> dict[str, Any]:
-    return {"label": _SHORT[name], "max": info.max, "tiny": info.smallest_normal}
+    budget = DEFAULT_BUDGETS[name]
+    return {"label": _SHORT[name], "max": info.max, "tiny": info.smallest_normal, "budget": budget}
 
 
 def _settings(plan: PrecisionPlan | None) -> dict[str, Any] | None:
     if plan is None:
         return None
     name = str(plan.low_precision_type).removeprefix("torch.")
-    return {"type": name, "data_max": _exact(plan.settings.get("data_max")), "flips": bool(plan.flips)}
+    asked = {key: _exact(plan.settings.get(key)) for key in ("data_max", "min_sqnr_db")}
+    return {"type": name, **asked, "flips": bool(plan.flips), "budgets": bool(plan.budgets)}
 
 
 def _nodes(plan: PrecisionPlan | None) -> dict[str, Any]:
-    """Columns over the plan's nodes. A flip is a number, "inf", or null for never; kept nodes have none."""
+    """Columns over the plan's nodes: the least `data_max` and the highest budget at which each is low.
+
+    Either is a number, "inf", or null for never; kept nodes have none.
+    """
     decisions = [] if plan is None else plan.decisions
     columns: dict[str, Any] = {
         "name": [d.node for d in decisions],
@@ -78,6 +84,8 @@ def _nodes(plan: PrecisionPlan | None) -> dict[str, Any]:
     for name in _dtypes():
         flips = {} if plan is None else plan.flips.get(name, {})
         columns[name] = [_exact(flips.get(d.node)) for d in decisions]
+        budgets = {} if plan is None else plan.budgets.get(name, {})
+        columns[f"budget_{name}"] = [_exact(budgets.get(d.node)) for d in decisions]
     return columns
 
 

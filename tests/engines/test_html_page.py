@@ -145,6 +145,47 @@ def test_the_slider_gives_the_numbers_of_what_if(page, made, low_type):
     assert page.heard == []
 
 
+@pytest.fixture(scope="module")
+def measured(made):
+    """As `made`, with evidence from rounding: the plan meets a budget."""
+    g = torch.Generator().manual_seed(0)
+    ranges = measure(made[0], [torch.randn(4, 16, generator=g) for _ in range(2)], progress=False)
+    return made[0], ranges, classify(made[0], ranges)
+
+
+def test_the_slider_of_a_plan_for_a_budget_gives_the_numbers_of_what_if(show, measured):
+    program, ranges, plan = measured
+    page = show(html_report(ranges, plan))
+    assert page.is_checked('input[name="question"][value="budget"]')
+    assert page.input_value("#limit-text") == "40"
+    assert counts(page) == (len(plan.low_precision_nodes), len(plan.high_precision_nodes))
+    budgets = [20.0, 40.0, 64.0, 66.0, 68.0, 70.0, 72.0, 80.0, 100.0]
+    frame = what_if(program, ranges, (None,), "float16", min_sqnr_db=budgets, base=plan)
+    for row in frame.iter_rows(named=True):
+        ask(page, row["min_sqnr_db"])
+        assert counts(page) == (row["nodes_low"], row["nodes_high"])
+        assert page.inner_text("#flips-high").partition(": ")[2] == ", ".join(row["to_high"])
+    assert frame["nodes_low"].n_unique() > 2
+    ask(page, -3)
+    assert page.inner_text("#limit-problem") == "a budget is a number of dB above 0; it stays 100"
+    page.check('input[name="question"][value="data_max"]')
+    assert page.inner_text("#limit-label") == "data_max"
+    assert page.input_value("#limit-text") == "512"
+    page.click("#reset")
+    assert counts(page) == (len(plan.low_precision_nodes), len(plan.high_precision_nodes))
+    assert page.heard == []
+
+
+def test_a_budget_that_is_shown_is_one_that_the_node_still_meets(show, measured):
+    page = show(html_report(*measured[1:]))
+    shown = dict(zip(column(page, "node"), column(page, "budget"), strict=True))
+    finite = {n: b for n, b in measured[2].budgets["float16"].items() if b not in (None, float("inf")) and n in shown}
+    assert finite
+    for node, highest in finite.items():
+        assert float(shown[node]) <= highest
+        assert float(shown[node]) == pytest.approx(highest, rel=1e-4)
+
+
 def test_the_slider_itself_moves_with_the_keyboard(page):
     page.focus("#limit")
     page.keyboard.press("End")

@@ -30,7 +30,7 @@ function whyOf(t) {
   const now = precision(node);
   const planned = nodes.precision[node] === "low" && plan ? types[plan.type].label : typeName(nodes.precision[node]);
   if (!state.asked || now === nodes.precision[node]) return `${planned}: ${nodes.reason[node]}`;
-  return `${typeName(now)} at data_max ${short(state.limit)}; the plan has it in ${planned}: ${nodes.reason[node]}`;
+  return `${typeName(now)} at ${askedWords()}; the plan has it in ${planned}: ${nodes.reason[node]}`;
 }
 function segments(of, low, high) {
   const xs = [], ys = [];
@@ -42,7 +42,7 @@ function segments(of, low, high) {
 function limits() { // [magnitude, words, dash, colour] of the lines to hold the tensors against
   const { max, tiny, label } = types[state.type];
   const lines = [[max, `${label} max ${max < 1e6 ? max : short(max)}`, "dash", "--bad"], [tiny, `${label} min ${short(tiny)}`, "dot", "--text"]];
-  if (plan && state.limit < Infinity) lines.push([state.limit, `data_max ${short(state.limit)}`, "solid", "--text"]);
+  if (plan && !isBudget() && state.limit < Infinity) lines.push([state.limit, `data_max ${short(state.limit)}`, "solid", "--text"]);
   return lines;
 }
 function magnitudeRange(places, lines) { // powers of ten: the data, and each line that is not far away from them

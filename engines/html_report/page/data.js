@@ -1,6 +1,6 @@
 // The page of a range report, in parts that are put together in this order: data, decisions, charts, table, events.
-// It decides nothing: whether a node is low is one comparison, of the data_max asked for with the data_max at which the
-// node flips, which was computed when the plan was made.
+// It decides nothing: whether a node is low is one comparison, of the data_max or the budget asked for with the one at
+// which the node flips, which was computed when the plan was made.
 const $ = (id) => document.getElementById(id);
 const data = await unpack($("payload").textContent);
 const { types, nodes, tensors, plan } = data;
@@ -13,8 +13,11 @@ const owner = tensors.node.map((name) => position.get(name) ?? -1); // the node 
 const isWeight = tensors.node.map((_, t) => ["parameter", "buffer", "constant"].includes(tensors.kind[t]));
 const isMeasured = tensors.node.map((_, t) => tensors.kind[t] !== "none");
 const flips = Object.fromEntries(Object.keys(types).map((type) => [type, nodes[type].map(number)]));
+const budgets = Object.fromEntries(Object.keys(types).map((type) => [type, nodes[`budget_${type}`].map(number)]));
 const state = {
   type: plan ? plan.type : "float16",
+  question: "data_max", // or "budget": which of the two limits the slider moves
+  budget: null,
   limit: plan && plan.data_max !== null ? number(plan.data_max) : 512,
   asked: false, // whether the slider or the switch was moved: until then nodes have the plan's own precision
   chosen: new Set(), sort: "absmax", down: true, shown: 100, selected: 0, weights: false, rule: null,
@@ -71,6 +74,12 @@ function atLeast(value) { // five digits, rounded up: typed as data_max, it is a
   const text = Number(value.toPrecision(5));
   const step = 10 ** (Math.floor(Math.log10(value)) - 4);
   return String(Number((text < value ? text + step : text).toPrecision(5)));
+}
+function atMost(value) { // five digits, rounded down: typed as a budget, the node is still low
+  if (value === Infinity || value === 0) return short(value);
+  const text = Number(value.toPrecision(5));
+  const step = 10 ** (Math.floor(Math.log10(value)) - 4);
+  return String(Number((text > value ? text - step : text).toPrecision(5)));
 }
 const nonfinite = (t) => tensors.nan[t] + tensors.posinf[t] + tensors.neginf[t];
 // Of a rescaled program the numbers are true values; limits are of what is stored, 2^-k of them.

@@ -16,13 +16,16 @@ window.addEventListener("afterprint", () => { printing(false); setTheme(before =
 dark.addEventListener("change", () => setTheme(dark.matches));
 $("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
 
-$("limit").addEventListener("input", () => ask(limitAt(Number($("limit").value)), state.type, "slider"));
+$("limit").addEventListener("input", () => ask(scale().at(Number($("limit").value)), state.type, "slider"));
 $("limit-text").addEventListener("input", () => {
-  const asked = $("limit-text").value.trim().toLowerCase();
-  ask(asked === "inf" ? Infinity : Number(asked), state.type, "text");
+  const typed = $("limit-text").value.trim().toLowerCase();
+  ask(typed === "inf" ? Infinity : Number(typed), state.type, "text");
 });
 for (const radio of document.querySelectorAll('input[name="type"]')) {
-  radio.addEventListener("change", () => { ask(state.limit, radio.value, "type"); drawHeat(); drawHistogram(); });
+  radio.addEventListener("change", () => { ask(asked(), radio.value, "type"); drawHeat(); drawHistogram(); });
+}
+for (const radio of document.querySelectorAll('input[name="question"]')) {
+  radio.addEventListener("change", () => { state.question = radio.value; ask(asked(), state.type, "question"); });
 }
 $("reset").addEventListener("click", () => { showPlan(); later(); drawHeat(); drawHistogram(); });
 for (const button of document.querySelectorAll("button[data-rule]")) button.addEventListener("click", () => filterByRule(button));

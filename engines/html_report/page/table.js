@@ -1,6 +1,7 @@
 // The table of tensors: searched, filtered by rule, sorted; nodes chosen for nodes_to_exclude.
 const rule = (t) => (owner[t] < 0 ? "" : state.asked && precision(owner[t]) === "low" ? "" : nodes.rule[owner[t]]);
 const flip = (t) => (owner[t] < 0 || nodes.precision[owner[t]] === "kept" ? undefined : flips[state.type][owner[t]]);
+const budget = (t) => (owner[t] < 0 || nodes.precision[owner[t]] === "kept" ? undefined : budgets[state.type][owner[t]]);
 const COLUMNS = [ // key, heading, value to sort by, how it is shown, class
   ["node", "node", name, name, "wide"],
   ["module", "module", (t) => tensors.module[t], (t) => tensors.module[t], "wide"],
@@ -13,8 +14,9 @@ const COLUMNS = [ // key, heading, value to sort by, how it is shown, class
   ["headroom", "headroom", headroom, (t) => (tensors.absmax[t] ? `${headroom(t).toPrecision(headroom(t) < 100 ? 2 : 3) / 1}x` : ""), "number"],
   ["nonfinite", "NaN, Inf", nonfinite, (t) => (nonfinite(t) ? String(nonfinite(t)) : ""), "number"],
   ["flip", "low from data_max", (t) => flip(t) ?? Infinity, (t) => (flip(t) === undefined ? "" : flip(t) === null ? "never" : atLeast(flip(t))), "number"],
+  ["budget", "low to budget, dB", (t) => budget(t) ?? -Infinity, (t) => (budget(t) === undefined ? "" : budget(t) === null ? "never" : atMost(budget(t))), "number"],
   ["reason", "reason", whyOf, whyOf, "widest"],
-].filter(([key]) => (plan || !["rule", "flip", "reason"].includes(key)) && (tensors.exponent || key !== "stored"));
+].filter(([key]) => (plan || !["rule", "flip", "reason", "budget"].includes(key)) && (plan?.budgets || key !== "budget") && (tensors.exponent || key !== "stored"));
 
 function found() {
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
