@@ -71,6 +71,19 @@ class TensorErrors:
         unseen = (self._first[row] < 0) & (self._counts[row, 3] > 0)
         self._first[row] = torch.where(unseen, batch, self._first[row])
 
+    def compared(self, row: int) -> int:
+        """How many elements were finite in both."""
+        return int(self._counts[row, 0])
+
+    def powers(self, row: int) -> tuple[float, float]:
+        """Sums of squares over the elements that are finite in both: of the difference, and of the reference."""
+        noise, signal = self._sums[row].tolist()
+        return noise, signal
+
+    def relative(self, row: int) -> float:
+        """The relative L2 error of a row: 0 when equal, inf when only the reference is zero, NaN for nothing."""
+        return _relative(*self.powers(row), self.compared(row))
+
     def columns(self) -> dict[str, list[Any]]:
         """`COLUMNS`, a list of one value per row each."""
         noise, signal = (self._sums[:, i].tolist() for i in range(2))

@@ -1,4 +1,4 @@
-"""How far two outputs are apart, streamed: a few float64 sums per output, whatever the number of batches."""
+"""How far an engine's output is from the reference: `TensorErrors`, and what only outputs are judged by."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from calibcast.engines.judging.channel_errors import ChannelErrors
+from calibcast.passes.tensor_errors import TensorErrors, decibels
 
 # Relative part of the tolerance under which `passing_atol` is the absolute one: the default of
 # torch.testing.assert_close for float16.
@@ -24,15 +25,9 @@ class OutputError:
 
     output: str
     floating: bool = True
-    elements: int = 0
-    max_abs: float = 0.0
     sum_abs: float = 0.0
-    sum_squares: float = 0.0
-    reference_squares: float = 0.0
     engine_squares: float = 0.0
     product: float = 0.0
-    nonfinite: int = 0
-    nonfinite_reference: int = 0
     only_engine: int = 0
     passing_atol: float = 0.0
     rows: int = 0
@@ -42,6 +37,7 @@ class OutputError:
     unlike: int = 0
     problem: str = field(default="")
     channels: ChannelErrors = field(default_factory=ChannelErrors)
+    _errors: TensorErrors | None = None  # made on the device of the first batch
 
     def update(self, engine: torch.Tensor, reference: torch.Tensor, batch: int) -> None:
         """Take in one batch. One of another shape than the reference is counted, and not compared."""
@@ -50,12 +46,13 @@ class OutputError:
             return
         self.floating = reference.dtype.is_floating_point or reference.dtype.is_complex
         self._count_rows(engine, reference)
+        if self._errors is None:
+            self._errors = TensorErrors(1, reference.device)
+        self._errors.update(0, engine, reference, batch)
         ours, theirs = _wide(engine), _wide(reference)
-        finite_ours, finite_theirs = torch.isfinite(ours), torch.isfinite(theirs)
-        self.nonfinite += int((~finite_ours).sum())
-        self.nonfinite_reference += int((~finite_theirs).sum())
+        finite_ours = torch.isfinite(ours)
         self._hold_nonfinite(ours, theirs, finite_ours, batch)
-        both = finite_ours & finite_theirs
+        both = finite_ours & torch.isfinite(theirs)
         self._accumulate(ours[both], theirs[both])
         if self.floating and not reference.is_complex():
             self.channels.update(engine, reference)
@@ -75,15 +72,11 @@ class OutputError:
         self.only_engine += count
 
     def _accumulate(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        self.elements += ours.numel()
         if not ours.numel():
             return
         difference = (ours - theirs).abs()
-        self.max_abs = max(self.max_abs, float(difference.max()))
         self.sum_abs += float(difference.sum())
-        self.sum_squares += float(difference.square().sum())
-        self.reference_squares += float(theirs.square().sum())
-        self.engine_squares += float(ours.square().sum())
+        self.engine_squares += float(torch.dot(ours, ours))
         self.product += float(torch.dot(ours, theirs))
         self.passing_atol = max(self.passing_atol, float((difference - RTOL * theirs.abs()).max()))
 
@@ -94,15 +87,16 @@ class OutputError:
 
     def row(self) -> dict[str, Any]:
         """The columns of `VerificationReport.frame`, which says what they are."""
+        found = {} if self._errors is None else {name: values[0] for name, values in self._errors.columns().items()}
         return {
             "output": self.output,
-            "max_abs": self.max_abs,
+            "max_abs": found.get("max_abs", 0.0),
             "mean_abs": self.sum_abs / self.elements if self.elements else math.nan,
             "rel_l2": self.rel_l2,
             "sqnr_db": self.sqnr_db,
             "cosine": self.cosine,
-            "nonfinite": self.nonfinite,
-            "nonfinite_reference": self.nonfinite_reference,
+            "nonfinite": found.get("nonfinite", 0),
+            "nonfinite_reference": found.get("nonfinite_reference", 0),
             "top1": self.agreeing / self.rows if self.rows else None,
             "passing_atol": self.passing_atol,
             **self._by_channel(),
@@ -122,28 +116,32 @@ class OutputError:
         }
 
     @property
+    def elements(self) -> int:
+        """How many elements were finite in both."""
+        return 0 if self._errors is None else self._errors.compared(0)
+
+    @property
+    def powers(self) -> tuple[float, float]:
+        """Sums of squares over those: of the difference, and of the reference."""
+        return (0.0, 0.0) if self._errors is None else self._errors.powers(0)
+
+    @property
     def rel_l2(self) -> float:
         """||engine - reference|| / ||reference||; 0 when equal, inf when only the reference is zero."""
-        if not self.elements:
-            return math.nan
-        if self.sum_squares == 0.0:
-            return 0.0
-        return math.sqrt(self.sum_squares / self.reference_squares) if self.reference_squares else math.inf
+        return math.nan if self._errors is None else self._errors.relative(0)
 
     @property
     def sqnr_db(self) -> float:
         """10 log10(||reference||^2 / ||engine - reference||^2), dB; inf when equal; NaN when nothing was finite."""
-        ratio = self.rel_l2
-        if math.isnan(ratio):
-            return math.nan
-        return math.inf if ratio == 0.0 else -20 * math.log10(ratio) if math.isfinite(ratio) else -math.inf
+        return decibels(self.rel_l2)
 
     @property
     def cosine(self) -> float:
         """Cosine of the angle between the two, over all elements of all batches; 1 when they are equal."""
-        if self.sum_squares == 0.0:
+        noise, reference_squares = self.powers
+        if noise == 0.0:
             return 1.0
-        norms = math.sqrt(self.engine_squares * self.reference_squares)
+        norms = math.sqrt(self.engine_squares * reference_squares)
         if norms == 0.0:
             return 0.0
         return min(1.0, max(-1.0, self.product / norms))

@@ -211,7 +211,7 @@ class _Held:
 
     def _seen(self, position: int) -> SeenOutput | None:
         engine, cast, moved = (self._errors[kind][position] for kind in ("engine", "cast", "moved"))
-        if not engine.elements or not engine.reference_squares:
+        if not engine.elements or not engine.powers[1]:
             return None  # nothing to be held against: no numbers, or all of them 0
         able = min(cast.sqnr_db, moved.sqnr_db, MOST_ASKED_DB)
         # What its cast graph misses of the proof here is not the engine's to have.

@@ -41,7 +41,7 @@ def test_equal_outputs_have_no_error_and_infinite_sqnr():
 def test_only_what_the_engine_alone_made_nonfinite_is_held_against_it():
     reference = torch.tensor([[1.0, math.inf, -math.inf, math.nan, 2.0]])
     same = compared([(reference.clone(), reference)])
-    assert (same.nonfinite, same.nonfinite_reference, same.only_engine) == (3, 3, 0)
+    assert (same.row()["nonfinite"], same.row()["nonfinite_reference"], same.only_engine) == (3, 3, 0)
     worse = compared([(torch.tensor([[math.nan, math.inf, -math.inf, math.nan, 2.0]]), reference)])
     assert worse.only_engine == 1
     assert "batch 0" in worse.problem
