@@ -68,7 +68,7 @@ def calibrated(program: Any, flat: list[Any], histogram: bool) -> Way:
 
 
 def ways(name: str) -> dict[str, Callable[[], Way]]:
-    """What is compared; each is made anew, so that what it keeps counts as its own."""
+    """What is compared; each is created again, so that memory that it keeps counts as its own."""
     net = subject(name, "cuda")
     inputs = net.held_out[0]
     with torch.no_grad():

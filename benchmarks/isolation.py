@@ -1,4 +1,4 @@
-"""Jobs in a child process that may crash or hang: the child is started anew, and one answer is lost."""
+"""Jobs in a child process that may crash or hang: the child is started again, and one answer is lost."""
 
 from __future__ import annotations
 

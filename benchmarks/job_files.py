@@ -62,7 +62,7 @@ def seconds(job: Path) -> float:
 
 
 def run(job: Path, processes: int = 1) -> float:
-    """Run a job anew with one torch thread a process; how long its calibration took."""
+    """Run a job from the start with one torch thread a process; how long its calibration took."""
     launcher = [] if processes == 1 else ["torch.distributed.run", f"--nproc-per-node={processes}", "-m"]
     subprocess.run(
         [sys.executable, "-m", *launcher, "calibcast", "run", str(job), "--redo"], check=True, cwd=ROOT,

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.range_diff import range_diff
 from calibcast.engines.html_report import html_report
-from calibcast.engines.review.diff_report import diff_text
+from calibcast.engines.review.diff_text import diff_text
 from calibcast.engines.review.report_table import report_frame, report_table
 from calibcast.passes import classify, what_if
 from calibcast.passes.tensor_diff import tensor_decision_diff

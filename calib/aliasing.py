@@ -42,7 +42,7 @@ def shared_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def picks_fresh(node: fx.Node) -> bool:
-    """Whether `node` picks one output of an operator that makes each of them anew: values and indices of `topk`."""
+    """Whether `node` picks one output of an operator whose outputs share no storage: values and indices of `topk`."""
     if node.target is not getitem:
         return False
     maker = node.args[0]

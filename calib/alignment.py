@@ -1,4 +1,4 @@
-"""Which rows of two tables speak of the same tensor: by name in the same graph, else by module path and structure."""
+"""Match the rows of two tables: by name when the graph is the same, else by module path and structure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import polars as pl
 
 _GROUP = ("kind", "module", "op", "output")
 _LIKENESS = (("shape", "before", "after"), ("shape", "after"), ("shape", "before"), ("shape",))
-# Beyond so many rows of one operator in one module, two different counts are aligned from the start only.
+# Above this many rows of one operator in one module, groups of different size are aligned from the start only.
 _MOST_ALIKE = 1500
 
 
 def aligned(old: pl.DataFrame, new: pl.DataFrame, same_graph: bool) -> pl.DataFrame:
     """Pairs of row numbers, `old_row` and `new_row`, null where the other side has none; in the order of `new`.
 
-    Both frames have `node`, `output`, `op`, `module`, `kind` and `shape`, in graph order. In the same graph names
-    decide. In a model exported anew, or changed, numbers in names shift: weights and inputs are known by name, and
-    computed tensors by the module that made them, the operator, and their place among such. Where a module has more
-    or fewer of an operator than before, the longest runs with equal shapes and neighbours are matched first.
+    Both frames have `node`, `output`, `op`, `module`, `kind` and `shape`, in graph order. In the same graph,
+    names decide. In a model that was exported again, or changed, the numbers in names shift: weights and inputs are
+    matched by name, computed tensors by their module, their operator, and their place among the tensors of both.
+    Where a module has more or fewer of an operator than before, the longest runs with equal shapes and neighbours are
+    matched first.
     """
     left, right = _numbered(old, "old_row"), _numbered(new, "new_row")
     if same_graph:

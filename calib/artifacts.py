@@ -1,4 +1,4 @@
-"""Files that other programs may trust: whole or absent, and sure of what they are."""
+"""Files that are written whole or not at all, and say what they are."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _usual_mode(folder: Path) -> int:
-    """The mode that a new file in `folder` gets. Reading the umask means to set it, which other threads would feel."""
+    """The mode that a new file in `folder` gets. Reading the umask would change it for all threads, so a file is made
+    instead.
+    """
     probe = folder / f".{uuid.uuid4().hex}"
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
@@ -164,9 +166,9 @@ def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[
 
 
 class _Patient(io.BufferedWriter):
-    """A file that keeps the error of a full disk to itself until torch's writer is through with it.
+    """A file that holds back the error of a full disk until torch's writer has finished.
 
-    For a file that raises, the writer ends the process: its destructor writes on, and what that throws nobody catches.
+    If `write` raises, torch's writer ends the process: its destructor writes again, and that exception is not caught.
     """
 
     error: OSError | None = None
@@ -185,7 +187,7 @@ class _Patient(io.BufferedWriter):
 
 def save_frame(path: str | os.PathLike[str], frame: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
     """Write a frame as Parquet with a checksum (`calib.seal`), whole or not at all."""
-    # Into memory first: polars has errors of its own for a full disk, and not the same one twice.
+    # Write to memory first: on a full disk, polars raises errors of its own, of several types.
     buffer = io.BytesIO()
     frame.write_parquet(buffer, metadata={**(metadata or {}), **UNSEALED})
     with written_whole(path) as temporary:

@@ -55,7 +55,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
         dataloader: any iterable of batches: a tensor, a tuple or list of positional inputs, a dict by input name,
             a pair `(args, kwargs)`, or anything that `transform` turns into one of these.
         transform: from a batch to the model's inputs.
-        max_batches: stop after so many.
+        max_batches: stop after this many batches.
         histogram: also count fp32 exponents (256 bins a tensor).
         device: where to run; None is where the program is. A copy of the program is moved, not the program.
         on_nonfinite: NaN or Inf in a batch: "warn" records and warns, "skip" leaves the batch out, "stop" raises.
@@ -65,10 +65,12 @@ def calibrate(  # noqa: PLR0913 - the public contract
             before are read, not run, and the table is the one of an uninterrupted run, bit for bit (on the CPU, with
             as many threads). The loader's order must repeat; a DataLoader's generators are set back to their seeds.
             Removed at the end.
-        carry_state: let each batch go on from what the one before left in the buffers that the program writes to (a KV
-            cache, a counter), instead of from the program's saved state. A batch that is a `NewSequence` begins anew.
-        rounding_batches: on the first so many batches, also measure what rounding each tensor to float16 and bfloat16
-            does to the outputs (`RangeTable.rounding`); each costs about ten forward passes. 0 measures ranges only.
+        carry_state: start each batch from what the previous one left in the buffers that the program writes to (a KV
+            cache, a counter), instead of from the program's saved state. A `NewSequence` batch starts from the saved
+            state again.
+        rounding_batches: on this many of the first batches, also measure what rounding each tensor to float16 and
+            bfloat16 does to the outputs (`RangeTable.rounding`). Each costs about ten forward passes. 0 measures ranges
+            only.
 
     Raises:
         ProgramError: the program is in train mode, or has no floating-point tensor.
@@ -116,7 +118,7 @@ def _rest(keeper: Keeper, dataloader: Iterable[Any]) -> Iterable[Any]:
 
 
 def _told(run: Run, bar: tqdm[tuple[int, Any, FlatInputs]]) -> Iterator[tuple[Any, tuple[int, FlatInputs]]]:
-    """The batches of a bar, which says after some of them how many tensors are too large for fp16."""
+    """Pass on the batches of a progress bar, and show on it now and then how many tensors are too large for fp16."""
     told = -math.inf
     for index, batch, flat in bar:
         yield batch, (index, flat)
@@ -128,7 +130,7 @@ def _told(run: Run, bar: tqdm[tuple[int, Any, FlatInputs]]) -> Iterator[tuple[An
 
 def _warn_nonfinite(run: Run, table: RangeTable) -> None:
     bad = table.frame.filter(pl.col("nonfinite_batch").is_not_null())
-    # Weights carry their own story; what data did is told by the earliest batch, and in it by the first node.
+    # Weights are left out: the warning is about data. It names the earliest batch and the first node in it.
     if bad.height:
         first = bad.sort("nonfinite_batch", maintain_order=True).row(0, named=True)
         seen = ", ".join(f"{first[name]} {name}" for name in ("nan", "posinf", "neginf") if first[name])

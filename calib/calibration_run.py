@@ -16,12 +16,12 @@ from calibcast.calib.checkpoint import Checkpoint, copy_into
 from calibcast.calib.device_observer import observer_for, on
 from calibcast.calib.errors import BatchError, CalibcastError, MismatchError, ProgramError
 from calibcast.calib.execution import ProgramRunner, require_program
-from calibcast.calib.fingerprint import begin_inputs_hash, node_digests, weights_hash
 from calibcast.calib.graph import TensorSpec, input_targets, state_tensor, tensor_specs
 from calibcast.calib.input_sizes import count_size
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.measured import Measured
 from calibcast.calib.observer import Observer
+from calibcast.calib.program_digests import begin_inputs_hash, node_digests, weights_hash
 from calibcast.calib.range_schema import MAX_HASHES, Calibration
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_evidence import RoundingEvidence
@@ -156,7 +156,7 @@ def prepare(
     carry_state: bool = False,
     rounding_batches: int = 4,
 ) -> Run:
-    """A calibration that has seen nothing yet. Raises as `calibrate` does."""
+    """A calibration before its first batch. Raises as `calibrate` does."""
     if on_nonfinite not in ON_NONFINITE:
         raise CalibcastError(f"on_nonfinite={on_nonfinite!r}: known are {', '.join(map(repr, ON_NONFINITE))}")
     require_program(program)

@@ -1,9 +1,9 @@
-"""Running a program and its measurements as one CUDA graph, so that a batch costs one launch.
+"""Run a program and its measurements as one CUDA graph, so that a batch costs one launch.
 
-An interpreter launches each kernel from Python: on a GPU that takes longer than the kernels of a middling network. The
-first batch of some sizes runs in the interpreter, as ever; the second is captured, kernels of the measurement included,
-and from then on replayed. What cannot be captured (an operator that reads from the device, memory for another copy of
-the activations that is not there) stays in the interpreter, and says so once.
+An interpreter launches each kernel from Python. On a GPU that takes longer than the kernels themselves, up to networks
+of medium size. The first batch of each input size runs in the interpreter. The second is captured together with the
+measuring kernels, and later ones are replayed. What cannot be captured (an operator that reads from the device, or too
+little memory for a second copy of the activations) stays in the interpreter, and this is logged once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A calibration under way as one file: written whole, read without pickle, and enough to go on from bit for bit."""
+"""The state of a calibration as one file: written whole, read without pickle, and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Checkpoint(Measured):
         with written_whole(path) as temporary, temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())  # a rename can survive a power cut that the bytes do not
+            os.fsync(stream.fileno())  # without fsync, a power cut can keep the rename and lose the bytes
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""What a child process of calibcast has to import from: the places of this process, and calibcast's own."""
+"""The import path of a child process: that of this process, and calibcast's own folder."""
 
 from __future__ import annotations
 

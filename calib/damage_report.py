@@ -1,7 +1,7 @@
-"""What is wrong with a range table whose checksum is not right, found in a process of its own.
+"""Finds out, in a separate process, what is wrong with a range table whose checksum does not match.
 
-Bytes that are not as they were written can end the process that parses them, so another one looks at them, and only to
-say more than that the checksum is wrong: which column is missing, which row contradicts itself, that it is foreign.
+Damaged bytes can crash the process that parses them, so another process reads them. It only serves to say more than
+"the checksum is wrong": which column is missing, which row contradicts itself, or that another program wrote the file.
 
     python -m calibcast.calib.damage_report ranges.parquet
 
@@ -25,7 +25,7 @@ _SECONDS = 120.0  # damaged bytes can make a reader loop for ever
 
 def damage_report(source: Path) -> str | None:
     """Why `source` cannot be read as a range table; None when nothing is wrong that reading it shows."""
-    # What the caller imports, and from the same places, is what should look.
+    # The child imports the same packages as the caller, from the same places.
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "calibcast.calib.damage_report", str(source)],
@@ -40,12 +40,12 @@ def damage_report(source: Path) -> str | None:
     except subprocess.TimeoutExpired:
         how = f"does not come back within {_SECONDS:g} s"
     except (OSError, ValueError, TypeError):  # TypeError: a Python inside another program has no executable
-        return None  # no child can be started; that the checksum is wrong has been said
+        return None  # no child can be started; the caller reports the wrong checksum anyway
     return f"{source} is not a readable Parquet file (truncated or foreign): a process that reads it {how}"
 
 
 def main(path: str) -> None:
-    """Look, and say on stdout what was found."""
+    """Read the file and write what is wrong to stdout, as JSON."""
     source = Path(path)
     try:
         read_ranges(source.read_bytes(), source)

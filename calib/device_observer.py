@@ -1,7 +1,7 @@
-"""An observer for GPUs: one kernel a tensor instead of some twenty, and nothing else between two nodes.
+"""An observer for GPUs: one kernel per tensor instead of about twenty, and no waiting between nodes.
 
-What a row is (its size, which other row it equals) is known on the host when a node is watched. It is noted there and
-brought to the device once for each way in which a program can run, not for each batch.
+The size of a row, and whether it equals another row, is known on the host when a node is watched. It is noted there and
+copied to the device once per input size, not once per batch.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _MOST = (1 << 31) - (1 << 20)
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 # Of `sum_slices`: elements that a program takes at a time.
 _GROUP = 4096
-# Steps that a program goes through one after another, at some 0.15 us each (H100), beyond which torch's own sums, which
-# share a slice among programs, are faster.
+# A program takes about 0.15 us per step (H100). Above this many steps, torch's own sums are faster, since they split a
+# slice among programs.
 _STEPS = 512
 
 
@@ -162,7 +162,7 @@ class DeviceObserver(Observer):
         )  # fmt: skip
 
     def _decode(self) -> None:
-        """Bring what the kernels wrote into the batch's rows. Once a batch, for all rows at once."""
+        """Copy the kernels' results into the batch's rows, once per batch and for all rows at once."""
         if self._decoded:
             return
         self._decoded = True
@@ -193,13 +193,13 @@ def _programs(places: SlicesInMemory) -> int:
 
 
 def _steps(places: SlicesInMemory) -> int:
-    """How often a program of `sum_slices` reads, one time after another."""
+    """The number of steps that one program of `sum_slices` takes."""
     rows, columns = _group(places)
     return -(-places.count // (rows * _programs(places))) * -(-places.length // columns)
 
 
 def _start_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What stands for the memory in which its elements lie."""
+    """A view of one element at the tensor's start, which tells a kernel where its memory begins."""
     return tensor.detach().as_strided((1,), (1,), tensor.storage_offset())
 
 

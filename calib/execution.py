@@ -1,4 +1,4 @@
-"""Running an exported program node by node, watched, with its own state left as it was."""
+"""Run an exported program node by node, with a hook after each node. The program's own state is not changed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ class _SteppedInterpreter(fx.Interpreter):
             del self.env[used]
 
     def _region_whole(self, nodes: Sequence[fx.Node]) -> list[Ran]:
-        """Run a flat region without a stop inside, as what it sets for its thread must not be seen outside.
+        """Run a flat region in one step, since the thread state that it sets must not be seen outside. Results are
+        plain tensors. What its nodes read is not given: inside, those tensors are wrapped.
 
         Results come as plain tensors, without what was read: inside, that is wrapped.
         """
@@ -203,7 +204,7 @@ class ProgramRunner:
         return dict(self._carried or {})
 
     def reset(self) -> None:
-        """Begin anew from the program's saved state."""
+        """Put the buffers back to the program's saved state."""
         if self._carried is not None:
             self._carried = {}
 
@@ -254,7 +255,7 @@ class ProgramRunner:
         return [r for r, spec in zip(results, specs, strict=True) if spec.kind == OutputKind.USER_OUTPUT]
 
     def _left(self, written: dict[str, torch.Tensor], results: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """What a call has left in the buffers: written in place, or, of a functional graph, given as outputs."""
+        """The buffers after a call: written in place or, in a functional graph, returned as outputs."""
         signature = self.program.graph_signature
         holders = {target: name for name, target in signature.inputs_to_buffers.items()}
         for spec, result in zip(signature.output_specs, results, strict=True):
@@ -276,14 +277,14 @@ class ProgramRunner:
                     watch(*ran)
 
     def run_batch(self, flat: Sequence[Any], index: int, watch: Watch | None = None) -> list[Any]:
-        """`run`, with a node's error told as a BatchError that names batch and node."""
+        """`run`, but a node's error becomes a BatchError that names batch and node."""
         with naming_batch(flat, index):
             return self.run(self.to_device(flat), watch)
 
 
 @contextmanager
 def naming_batch(flat: Sequence[Any], index: int) -> Iterator[None]:
-    """Tell a node's error as a BatchError that names batch and node."""
+    """Turn a node's error into a BatchError that names batch and node."""
     try:
         yield
     except NodeError as error:

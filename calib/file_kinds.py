@@ -1,4 +1,4 @@
-"""What a file is that was given in the place of another: "it is a plan; a range table was expected"."""
+"""What kind of file was given in place of another: "it is a plan; a range table was expected"."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import zipfile
 from pathlib import Path
 
-_MOST = 64 << 20  # a larger JSON file is none of calibcast's
+_MOST = 64 << 20  # calibcast writes no JSON file larger than this
 
 
 def told_kind(path: Path, expected: str) -> str:

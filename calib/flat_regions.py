@@ -128,7 +128,8 @@ def open_regions() -> Iterator[OpenRegions]:
 
 
 def unwrapped(value: Any, copy: bool = False) -> Any:
-    """Plain tensors for those that a region wraps: all samples of a `vmap`, the values of a `jvp`.
+    """Plain tensors in place of those that a region wraps: all samples of a `vmap`, the values of a `jvp`. copy: give
+    copies, because a later node of the region writes in place.
 
     copy: give copies, as something later in the region writes in place.
     """

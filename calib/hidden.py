@@ -1,4 +1,4 @@
-"""How large the sums get that an operator forms inside and no tensor shows: of norms, means, sums, attention.
+"""How large sums inside an operator get, which no tensor shows: in norms, means, sums and attention.
 
 Measured along the reduced dimensions, because bounds from peaks alone (n times the square of the peak) are a hundred
 times too wide for a layer norm.

@@ -1,7 +1,7 @@
-"""Half precision on a host: torch's CPU lacks kernels for it, and has some that are wrong.
+"""Half precision on the CPU, where torch lacks some kernels and has wrong ones.
 
-A plan must not depend on the machine that it is tried on, and a GPU has these kernels. So on a host such operators run
-in fp32 and their results are rounded, which is what a half-precision kernel that accumulates in fp32 gives.
+A plan must not depend on the machine on which it is tried, and a GPU has these kernels. So on a CPU these operators run
+in fp32 and their results are rounded, as a half-precision kernel that accumulates in fp32 would do.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def sizes_of_symbols(inputs: Iterable[tuple[Leaf, Any]]) -> dict[Any, int]:
 def check_sizes(
     leaf: Leaf, value: Any, sizes: dict[Any, int], bounds: dict[Any, tuple[int, int | None]], at: Place
 ) -> None:
-    # An engine checks its inputs on every call, so what came is put into words only when it is wrong: printing a
-    # tensor reads it, which on a GPU takes longer than many a network.
+    # An engine checks its inputs on every call, so the message is only built when an input is wrong: printing a tensor
+    # copies it from the GPU, which can take longer than the network.
     for dimension, (expected, size) in enumerate(zip(leaf.sizes, _shape(leaf, value), strict=True)):
         if isinstance(expected, int):
             if size != expected:

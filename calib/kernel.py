@@ -103,7 +103,7 @@ class HostKernel:
         return smallest
 
     def _double(self, x: torch.Tensor, tally: Tally, times: int) -> None:
-        """float64: exact, unhurried. Magnitudes beyond fp32 count in its last finite and first bins."""
+        """float64 values, exactly and not fast. Magnitudes beyond fp32 count in its last finite bin and first bin."""
         finite = _count_nonfinite(x, tally, times)
         magnitude = finite.abs()
         nonzero = magnitude[magnitude > 0]
@@ -120,11 +120,11 @@ class HostKernel:
 
 
 class ExponentCounter:
-    """A histogram of exponents, gathered as bytes and counted two at a time.
+    """A histogram of exponents, which are collected as bytes and counted in pairs.
 
-    `torch.bincount` waits on itself where neighbours are alike (0.95 ns an element on the output of a ReLU).
-    Counting pairs of neighbours in 65536 bins, whose two marginals add up to the histogram, halves the steps and
-    takes 0.45 ns; it pays from a quarter of a million elements on.
+    `torch.bincount` is slow where neighbours are equal (0.95 ns per element on the output of a ReLU), since its steps
+    then wait for each other. Counting pairs in 65536 bins halves the steps and takes 0.45 ns; the two marginals add up
+    to the histogram. It pays from a quarter of a million elements on.
     """
 
     _CAPACITY = 1 << 21
@@ -163,7 +163,7 @@ DeviceTally = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tenso
 
 
 def measure_on_device(tensor: torch.Tensor, histogram: bool, mask_at_most: float | None = None) -> DeviceTally:
-    """Statistics of a floating-point tensor without a word to the host.
+    """Statistics of a floating-point tensor, without waiting for the device.
 
     Returns `VALUES` as float64 [5], `COUNTS` as int64 [6], the histogram as int64 [256] or None, and the lowest finite
     mask value as float64 [], on the tensor's device.

@@ -1,4 +1,4 @@
-"""The order of a loader: whether it repeats, and going on from the middle of it."""
+"""Check that a loader repeats its order, and go on from the middle of it."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def resumed(dataloader: Iterable[Any], position: int, last: str) -> Iterator[Any
         except StopIteration:
             raise BatchError(
                 f"the dataloader ended after {index} batches, but {position} were finished when the checkpoint was "
-                "written: the data are others now. Delete the checkpoint to begin anew."
+                "written: the data changed. Delete the checkpoint to start again."
             ) from None
     if position and last and (found := batch_hash(batch)) and found != last:
         raise BatchError(
             f"batch {position - 1} is not the one that it was when the checkpoint was written: the data or the order "
-            "changed. Seed every shuffle of the loader, and delete the checkpoint to begin anew."
+            "changed. Seed every shuffle of the loader, and delete the checkpoint to start again."
         )
     yield from batches
 

@@ -1,4 +1,4 @@
-"""What calibcast has put into a graph is marked, so that no name has to be read for it.
+"""Mark the nodes that calibcast inserts, so that they are not recognised by their names.
 
 The mark is kept under torch's own key for a user's annotations: it survives lowering, and saving as `.pt2`.
 """

@@ -17,7 +17,7 @@ from calibcast.calib.statistics import Statistics
 from torch import fx
 
 Row = tuple[str, int]  # (qualified node name, output position)
-# What tells that a tensor still holds what was measured: where it lies, its size and type, its version counter.
+# Tells whether a tensor still holds what was measured: address, size, type and version counter.
 _Identity = tuple[int, int, torch.dtype, int]
 
 
@@ -154,7 +154,7 @@ class Observer:
             self._copies[row] = self._copies.get(source, source)
 
     def _take_small(self, small: SmallTensors) -> None:
-        """Bring the small tensors that were put aside into the batch's rows."""
+        """Copy the statistics of buffered small tensors into the batch's rows."""
         found = small.take()
         if found is None:
             return
@@ -166,7 +166,7 @@ class Observer:
             batch.histograms[rows] = found.histograms
 
     def _settle(self) -> None:
-        """Measure what was put aside, and copy what equals something that is measured by now."""
+        """Measure what is buffered, then copy rows that equal another row."""
         if self._small is not None:
             self._take_small(self._small)
         if self._copies:

@@ -1,4 +1,4 @@
-"""Noise at a program's outputs, channel by channel: what is faint beside a loud channel counts as well."""
+"""Noise at a program's outputs, channel by channel, so that a faint channel beside a loud one counts too."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 
 import polars as pl
 from calibcast.calib.errors import MismatchError
-from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph import tensor_specs
 from calibcast.calib.hidden_exponents import hidden_exponents
+from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.calib.range_scaling import Table, scaled_table, tensor_key
 from calibcast.calib.range_schema import SCHEMA, RangeData, Rescaled
 from calibcast.calib.rounding_edges import rounding_edges

@@ -1,4 +1,4 @@
-"""Numbers that no calibration writes: how a table that was changed by hand, or damaged, gives itself away."""
+"""Checks for numbers that no calibration writes: the file was changed by hand, or damaged."""
 
 from __future__ import annotations
 

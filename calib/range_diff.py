@@ -101,7 +101,7 @@ class RangeDiff:
 def range_diff(old: RangeTable, new: RangeTable, tolerance: float = 0.01) -> RangeDiff:
     """Align two tables and compare them. `tolerance`: a peak that changed by less, relatively, counts as the same.
 
-    The tables may be of the same graph, or of the same model exported anew or changed; see `aligned`.
+    The tables may be of the same graph, or of the same model, exported again or changed; see `aligned`.
     Of a rescaled program's table the true values are compared.
     Raises MismatchError when no computed tensor of the two corresponds.
     """

@@ -93,7 +93,7 @@ class RangeTable(RangeData):
         if broken is not None:
             raise ArtifactError(
                 damage_report(source)
-                or f"{source} is not as calibcast wrote it: {broken}. Another program wrote it anew, it was changed by "
+                or f"{source} is not as calibcast wrote it: {broken}. Another program rewrote it, it was changed by "
                 "hand, or it is damaged: calibrate again, or take a copy that is whole."
             )
         return cls(**vars(read_ranges(content, source)))
@@ -120,7 +120,7 @@ class RangeTable(RangeData):
         """Raise MismatchError unless this table is of `program`; other weights warn, or raise with "refuse"."""
         if weights not in {"warn", "refuse", "ignore"}:
             raise MismatchError(f"weights={weights!r}: known are 'warn', 'refuse' and 'ignore'")
-        from calibcast.calib.fingerprint import node_digests, weights_hash
+        from calibcast.calib.program_digests import node_digests, weights_hash
 
         difference = first_difference(node_digests(program), self.calibration.digests)
         if difference is not None:

@@ -93,7 +93,7 @@ class Recorder(RecordedCalls):
         return self.folder / f"{number:08d}.safetensors"
 
     def _make_room(self, number: int) -> bool:
-        """Leave out every other call, of those before and of those to come; True where there is none to leave out."""
+        """Keep only every second call, of those recorded and of those to come; True where no call is left to drop."""
         if self._when_full == "stop" or len(self._sizes) < 2:
             self._full = True
             _log.warning(

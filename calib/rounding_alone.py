@@ -1,4 +1,4 @@
-"""Running a program once more with rounding at one place only: what depends on that place is computed anew."""
+"""Run a program once more with rounding at one place only: only what depends on that place is computed again."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def output_types(program: ExportedProgram, graph_module: fx.GraphModule) -> list
 
 
 def is_mover(node: fx.Node) -> bool:
-    """Whether a node hands rounded elements on as they are, so that an edge passes it by."""
+    """Whether a node passes rounded elements on unchanged, so that an edge goes through it."""
     if node.op != "call_function":
         return False
     if node.target is getitem:

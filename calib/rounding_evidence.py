@@ -1,4 +1,4 @@
-"""Collects, over a few batches, what rounding at each edge of a program does to its outputs. It never fails a batch."""
+"""Collects over a few batches what rounding at each edge does to the outputs. It never makes a batch fail."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ class RoundingEvidence:
 
 
 def _plain(value: Any) -> Any:
-    """A tensor that autograd may keep: one made under `torch.inference_mode` it refuses."""
+    """A tensor that autograd accepts: it refuses those made under `torch.inference_mode`."""
     return value.clone() if isinstance(value, torch.Tensor) and value.is_inference() else value
 
 
 @contextmanager
 def _process_left_alone() -> Iterator[None]:
-    """Random numbers drawn inside are not missed outside, also after an error; gradients can be had."""
+    """Restore the random state at the end, also after an error, and allow gradients inside."""
     state = random_state()
     try:
         with torch.inference_mode(False), torch.no_grad():

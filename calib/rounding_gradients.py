@@ -1,4 +1,4 @@
-"""The gradient of a program's outputs along a tape, one call at a time, and where it does not tell it all."""
+"""Gradients of a program's outputs along a tape, one call at a time, and where a gradient does not tell everything."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ def at_poles(call: Call) -> list[Value]:
 
 
 def _sound(grad: torch.Tensor) -> torch.Tensor:
-    """Without NaN and Inf: sqrt at 0 has an infinite slope, which would spoil all that comes before."""
-    if grad.is_cuda:  # to look at it would be to wait for it
+    """NaN and Inf become 0: sqrt has an infinite slope at 0, which would spoil all gradients before it."""
+    if grad.is_cuda:  # reading the sum would wait for the device
         return grad.nan_to_num(0.0, 0.0, 0.0)
     total = grad.sum()
     return grad if math.isfinite(abs(total.item())) else grad.nan_to_num(0.0, 0.0, 0.0)

@@ -68,7 +68,7 @@ def scaled_rounding(
 
 
 class _Source:
-    """What was measured of the program as it was, and how its tensors are stored now."""
+    """The evidence of the original program, and how its tensors are stored now."""
 
     def __init__(self, table: RangeData, record: Rescaled, numbers: Mapping[tuple[str, str], NumberScale]) -> None:
         self._record, self._numbers, self._frame = record, numbers, table.frame

@@ -1,7 +1,7 @@
 """One batch through a program, kept as a tape: each call with the values that it read and gave, and its gradient.
 
-Nothing is written in place: a call that writes gets a copy, and what shares the storage is made anew from it. So any
-call can be run again with other values, which is how rounding at one place is tried.
+Nothing is written in place: a call that writes gets a copy, and everything that shares the storage is rebuilt from it.
+So any call can be run again with other values, which is how rounding at one place is tried.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def sealed(content: bytes) -> bytes:
 
 
 def broken_seal(content: bytes) -> str | None:
-    """What is wrong with the checksum of the bytes of a file: that it has none, or another; None when it is right."""
+    """What is wrong with a file's checksum: there is none, or it does not match; None when it is right."""
     place = _place(content)
     if place is None:
         return "it has no checksum of calibcast's"
@@ -46,7 +46,9 @@ def has_parquet_ends(content: bytes) -> bool:
 
 
 def _place(content: bytes) -> re.Match[bytes] | None:
-    """The last thing that looks like a checksum: metadata stand at the end, and a name in a column may look so too."""
+    """The last text that looks like a checksum: metadata are at the end of the file, and a name in a column may look
+    the same.
+    """
     start = content.rfind(_MARK.encode())
     return None if start < 0 else _SEAL.match(content, start)
 

@@ -1,4 +1,4 @@
-"""Files that a manifest vouches for: SHA-256 of each, looked at before a byte of them is parsed."""
+"""Files that a manifest lists with their SHA-256, checked before they are parsed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Where the numbers come from that stand for "masked", how far they get, and which comparisons see through a cast.
+"""Follow the numbers that stand for "masked": where they come from, how far they get, and which comparisons are
+unchanged by a cast.
 
 A sentinel is at or below -1e4. In the low type it is rounded, and saturated where a cast gives it; so two sentinels may
 become one (-1e9 and -inf), and one may become two (-inf of a low `masked_fill`, -32752 of a cast).

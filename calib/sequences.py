@@ -1,4 +1,4 @@
-"""Batches that follow one another: for a program that keeps state between calls, such as a decoder with its cache."""
+"""Batches in sequence, for a program that keeps state between calls, such as a decoder with its cache."""
 
 from __future__ import annotations
 

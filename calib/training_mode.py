@@ -1,4 +1,4 @@
-"""Programs that were exported in training mode: dropout drops, and norms learn."""
+"""Recognise programs that were exported in training mode: dropout is active, and norms update their statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts together what the programs of `tally` found: one kernel a batch. Imports Triton, as `tally` does."""
+"""Combine the partial results of `tally`: one kernel per batch. Imports Triton, as `tally` does."""
 
 from __future__ import annotations
 

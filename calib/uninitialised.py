@@ -1,4 +1,4 @@
-"""Tensors that hold no values yet: what `empty` makes, and views of it that are there to be written to.
+"""Tensors without values: the outputs of `empty`, and views of them that are there to be written to.
 
 Their elements are what the memory held before, another number in every run and at times NaN. No range is in that, and
 no error of a cast; so calibration counts them as zeros, and a comparison leaves them out.

@@ -47,7 +47,7 @@ def start_early(name: str, ahead_of_time: bool = False, isolate: bool = True) ->
     try:
         found, _ = chosen(name, ahead_of_time)
         found.require(ahead_of_time)
-    except BuildError:  # told when the build is asked for
+    except BuildError:  # reported when a build is asked for
         return
     if found.name == "tensorrt" and isolate:
         prepare_builder()

@@ -155,7 +155,7 @@ def _unwritten(error: OSError) -> int:
 
 
 class _OneLine(logging.Formatter):
-    """Messages may name modules, and modules may be called anything, also what a terminal obeys."""
+    """Removes what controls a terminal: messages contain names of modules, and those can be anything."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))

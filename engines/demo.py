@@ -213,7 +213,7 @@ def _high_nodes(plan: PrecisionPlan) -> str:
     for name in plan.high_precision_nodes:
         decision = plan[name]
         lines.append(f"   {name:<10}{decision.rule:<10}{decision.reason}")
-        # What overflows when stored has passed data_max, too: told once.
+        # What overflows in storage is above data_max, too: said once.
         lines += [f"   {'':<10}{v.rule:<10}{v.reason}" for v in decision.verdicts[1:] if v.rule != "storage"]
     return "\n".join(lines) + "\n"
 

@@ -15,8 +15,8 @@ import polars as pl
 import torch
 from calibcast.calib.artifacts import load_json, load_program, parsed, save_frame, save_json, save_program
 from calibcast.calib.errors import ArtifactError, MismatchError
-from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph_digests import fingerprint
+from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.seal import broken_seal
 from calibcast.calib.sealed_files import check_sealed, files_under, followed
@@ -45,7 +45,7 @@ class Engine:
     """A built engine. Call it like the model: `engine(*args, **kwargs)`, in the model's own output structure.
 
     Buffers that the model writes to are the engine's state: each call goes on from the one before, `save` keeps it, and
-    `reset` begins anew.
+    `reset` puts it back.
 
     program: the cast graph that it was built from. plan, ranges: what decided the types, or None. backend, why:
     which one, and why it was chosen. settings: what `build` was given. versions: what it was built with. ledger: which
@@ -94,7 +94,7 @@ class Engine:
             self._service.monitor = None
 
     def reset(self) -> None:
-        """Begin anew: put what the model keeps between calls, such as a KV cache or a counter, back to how it was when
+        """Put what the model keeps between calls, such as a KV cache or a counter, back to how it was when
         the program was exported. Nothing happens where it keeps nothing."""
         self.runtime.reset()
 

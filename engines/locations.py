@@ -1,4 +1,4 @@
-"""What the command line is told about models and data: `model.pt2`, or `file.py:function`."""
+"""The command line's names for models and data: `model.pt2`, or `file.py:function`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from calibcast.calib.artifacts import load_program
 from calibcast.calib.errors import CalibcastError, ProgramError, first_line, known
 from calibcast.engines.usage import LocationError
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a wrong path is told at once
+if TYPE_CHECKING:  # torch takes seconds to import, and a wrong path is reported before that
     from torch.export import ExportedProgram
 
 
@@ -177,7 +177,9 @@ def _imported(path: Path) -> Any:
 
 @contextmanager
 def exits_refused() -> Iterator[None]:
-    """Within, a user's function that calls `sys.exit` is an error: it must not end a job, least of all with code 0."""
+    """Inside, a call of `sys.exit` in a user's function is an error: it must not end a job, least of all with code
+    0.
+    """
     try:
         yield
     except SystemExit as error:

@@ -189,7 +189,7 @@ def _tensorrt(io: Mapping[str, Any]) -> Any:
     if wanted is not None and trt.__version__ != wanted:
         raise MismatchError(
             f"this engine was built with {library} {wanted}, and here is {trt.__version__}: an engine loads only under "
-            f"the version that built it. pip install {library}=={wanted}, or build it anew."
+            f"the version that built it. pip install {library}=={wanted}, or build it again."
         )
     return trt
 

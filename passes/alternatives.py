@@ -1,4 +1,4 @@
-"""`what_if`: what other thresholds and types would decide, and cost, from the statistics that there are."""
+"""`what_if`: what other thresholds and types would decide and cost, from the statistics that were measured."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
     weights: str = "warn",
     **settings: Any,
 ) -> pl.DataFrame:
-    """Decide anew for every combination of these settings, with all rules and without calibrating again.
+    """Decide again for every combination of these settings, with all rules and without calibrating again.
 
     Each of `data_max`, `low_precision_type`, `range_quantile` and `min_sqnr_db` is one value or several; `settings` are
     further arguments of `classify`, the same for all rows. The frame has one row per combination, with the columns of
@@ -124,7 +124,7 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
 
 
 class _Decider:
-    """Answers which nodes are low at a setting. A program is read once, and rules asked once per type and quantile."""
+    """Says which nodes are low at a setting. The program is read once; rules are asked once per type and quantile."""
 
     def __init__(self, program: ExportedProgram, ranges: RangeTable, settings: Settings) -> None:
         self._facts, self._ranges, self._settings = ProgramFacts.of(program, ranges), ranges, settings
@@ -147,7 +147,7 @@ class _Decider:
         return low_nodes(self._facts, judge, self._flips[key])
 
     def judge(self, setting: Setting) -> Judge:
-        """With what the budget keeps high; a course of raising serves all budgets."""
+        """The judge of a setting, with what its budget keeps high. One course of raising serves all budgets."""
         settings = replace(
             self._settings, data_max=setting.data_max, range_quantile=setting.quantile, min_sqnr_db=setting.budget
         )

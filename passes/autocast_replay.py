@@ -1,7 +1,8 @@
-"""What `torch.autocast` would run each node in: found by calling the program's operators under it, on fake tensors.
+"""Find the type in which `torch.autocast` would run each node, by calling the program's operators under it on fake
+tensors.
 
-Its lists are torch's own, those of the installed version and of the device type, so none is kept here. Nothing is
-computed, and a GPU's lists are asked without a GPU.
+The lists of operators are torch's own, for the installed version and the device type; calibcast keeps none. Nothing is
+computed, and the lists of a GPU can be asked for without one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What a call cannot be made with fake tensors of raises one of these; the node is then taken to keep its types.
+# A call that cannot run on fake tensors raises one of these; its node then keeps its types.
 _REFUSALS = (RuntimeError, TypeError, NotImplementedError, ValueError, AssertionError)
 
 

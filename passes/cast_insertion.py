@@ -54,7 +54,7 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     remedy = "Give what classify returns, or PrecisionPlan.load(path)."
     require_kind(plan, PrecisionPlan, "plan", remedy, PlanError)
     plan.check(program)
-    # Without a low node there is nothing to insert, and the graph stays as it was, `no_grad` regions included.
+    # Without a low node, no cast is needed, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
     with paused():
         types = NodeTypes.of(source, plan)
@@ -95,7 +95,7 @@ class _Emission:
 
     def _emit_call(self, node: fx.Node) -> None:
         if base_op(node.target) in ASSERTS and self._changed(node.all_input_nodes[0]):
-            return  # it would check the type that the plan has just changed
+            return  # it checks the type that the plan has just changed
         site = self._calls[node]
         self._emit_casts(site.casts)
         made = self._node_copy(node, site.given)
@@ -155,7 +155,9 @@ class _Emission:
         return name
 
     def _type(self, node: fx.Node, made: fx.Node) -> None:
-        """Give `made` the types that come of its inputs. What is not low takes and gives what it did at export."""
+        """Infer the types of `made` from its inputs. A node that is not low reads and writes the types that it had at
+        export.
+        """
         if node.target is getitem:
             producer = made.args[0]
             assert isinstance(producer, fx.Node)

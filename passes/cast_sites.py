@@ -1,4 +1,4 @@
-"""Where the casts of a plan stand: one walk over the graph, as data that is counted or emitted.
+"""Where the casts of a plan go: one walk over the graph, as data from which casts are counted or inserted.
 
 A cast belongs to one version of a tensor and is shared by all its readers until something writes into the storage.
 `CallTable` holds what no plan changes, so that a plan after another costs milliseconds.
@@ -128,7 +128,7 @@ class CastSites:
 def cast_sites(
     table: CallTable, low: Mapping[fx.Node, Types], stored: frozenset[str], low_type: torch.dtype
 ) -> CastSites:
-    """Where casts stand when just the nodes in `low` take their fp32 inputs in `low_type`.
+    """Where the casts go when only the nodes in `low` read their fp32 inputs in `low_type`.
 
     low: each low node with the types that it then gives. stored: the placeholders whose weights are stored low.
     """
@@ -213,7 +213,7 @@ class _Walk:
 
 
 def _undone(value: Value, dtype: torch.dtype) -> Value | None:
-    """What a conversion of the user's has widened, where casting back gives it bit for bit: fp16 -> fp32 -> fp16.
+    """The input of a widening conversion of the user's (fp16 -> fp32), where casting back gives the same bits.
 
     Never the other way: fp32 -> fp16 -> fp32 is what rounds.
     """

@@ -9,9 +9,9 @@ from typing import Any
 import polars as pl
 import torch
 from calibcast.calib.execution import require_program
-from calibcast.calib.fingerprint import node_digests
 from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import dtype_name
+from calibcast.calib.program_digests import node_digests
 from calibcast.calib.ranges import RangeTable, require_table
 from calibcast.passes.decisions import decide
 from calibcast.passes.facts import WEIGHT_KINDS

@@ -51,7 +51,7 @@ SCHEMA: dict[str, Any] = {
     "input_sqnr_db": pl.Float64,
     **{name: dtype for name, dtype in COLUMNS.items() if name != "sqnr_db"},
 }
-# A loss that is more than the ups and downs of rounding from one node to the next.
+# Losses below this are normal variation of rounding from one node to the next.
 CULPRIT_DB = 20.0
 
 

@@ -1,4 +1,4 @@
-"""Deciding all nodes of a program: each by the rules, and those that share written storage alike."""
+"""Decide all nodes of a program: each by the rules, and nodes that share written storage alike."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def _keep(candidate: Candidate, work: int) -> Decision:
 def _forced_by_readers(
     program: ProgramFacts, judge: Judge, precisions: Mapping[str, str], forced: Mapping[str, Verdict]
 ) -> dict[str, Verdict]:
-    """What only moves data from an fp32 source to a reader in fp32 does not round it on the way."""
+    """A node that only moves data between an fp32 source and an fp32 reader stays in fp32: low, it would round the
+    data.
+    """
     more: dict[str, Verdict] = {}
     reader = program.reader(judge.low_type)
     for name, readers in program.leading.items():

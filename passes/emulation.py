@@ -1,4 +1,4 @@
-"""Running a plan without a target: fp32 kernels, and rounding where the plan is low."""
+"""Run a plan on any machine: fp32 kernels, with rounding where the plan is low."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 
 def emulated(program: ExportedProgram, plan: PrecisionPlan, device: torch.device | str | None = None) -> RoundedRunner:
-    """What runs `program` on flat inputs as `plan` has it, and tells a watch what each node gave.
+    """Runs `program` on flat inputs as `plan` says, and shows each node's result to a watch.
 
     Nodes are low where `insert_casts` makes them so: with shared storage settled, and without those that cannot be.
     The outputs have the program's types. Raises MismatchError for a plan of another program.

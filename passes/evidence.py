@@ -1,4 +1,4 @@
-"""What a range table says, in the form in which rules read it."""
+"""A range table in the form in which rules read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _DEFAULTS = {name.name: name.default for name in fields(TensorFacts)}
 
 
 class Histogram(Sequence[int]):
-    """The counts of one tensor, taken out of their table when first looked at: few rules do so, of few tensors."""
+    """The histogram of one tensor, read from the table when it is first used: few rules need it, and for few
+    tensors.
+    """
 
     __slots__ = ("_column", "_counts", "_row")
 
@@ -73,7 +75,7 @@ def evidence_of(ranges: RangeTable | None) -> Evidence:
 
 
 def with_values(facts: Mapping[str, Any], **changes: Any) -> TensorFacts:
-    """Facts from the values of others, changed: as `dataclasses.replace`, which takes longer than deciding on them."""
+    """Like `dataclasses.replace`, which takes longer than a decision does."""
     made = object.__new__(TensorFacts)
     made.__dict__.update(facts)
     made.__dict__.update(changes)

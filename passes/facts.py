@@ -1,6 +1,6 @@
-"""What a rule may know about a node, as data. `passes.outlines` and `passes.fact_reader` read it.
+"""What a rule may know about a node, as data that `passes.outlines` and `passes.fact_reader` read from the program.
 
-Without torch, which takes seconds to import: to compare two tables nothing of it is needed.
+It is free of torch, which takes seconds to import: comparing two tables needs none of it.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import torch
 from calibcast.calib.artifacts import load_json, parsed, save_json
 from calibcast.calib.errors import ArtifactError, MismatchError, PlanError, known
 from calibcast.calib.execution import require_program
-from calibcast.calib.fingerprint import node_digests
 from calibcast.calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
 from calibcast.calib.graph_digests import fingerprint, first_difference
 from calibcast.calib.number_text import percent
+from calibcast.calib.program_digests import node_digests
 from calibcast.passes.autocast_replay import ran_low
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.node_types import kept_by_graph
@@ -163,7 +163,7 @@ class PrecisionPlan:
         """Raise MismatchError unless the plan is for `program`."""
         difference = first_difference(node_digests(program), dict(self.digests))
         if difference is not None:
-            raise MismatchError(f"this plan is for another program: {difference}. Classify this program anew.")
+            raise MismatchError(f"this plan is for another program: {difference}. Classify this program.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""

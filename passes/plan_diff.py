@@ -1,4 +1,4 @@
-"""Which decisions change: between two plans, or between what two range tables would decide."""
+"""Which decisions differ between two plans, or between the plans that two range tables lead to."""
 
 from __future__ import annotations
 

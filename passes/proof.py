@@ -1,4 +1,4 @@
-"""What a plan keeps of its rounding: what the table predicted, and what a run has shown."""
+"""What a plan records of its rounding: what the table predicted, and what a run showed."""
 
 from __future__ import annotations
 

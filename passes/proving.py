@@ -1,4 +1,4 @@
-"""Running plans on batches, each against the program's own results: what is measured, and where it goes wrong."""
+"""Run plans on batches, compare each with the program's own results, and find where it goes wrong."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Proving:
             return None
         try:
             return Batch(batch.index, flat, _copies(self.runner.run_batch(_copies(flat), batch.index)), doubled=True)
-        except BatchError:  # an index beyond its table, a check of the program's own
+        except BatchError:  # an index outside its table, or a check in the program itself
             return None
 
 
@@ -171,5 +171,5 @@ def _copies(values: Sequence[Any]) -> list[Any]:
 
 
 def spare_db(outcome: Outcome, min_sqnr_db: float) -> float:
-    """How far the outcome is above the budget; below, where negative; -inf where something is newly non-finite."""
+    """How far the outcome is above the budget, dB: negative below it, -inf where something became non-finite."""
     return -math.inf if outcome.nonfinite else outcome.sqnr_db - min_sqnr_db

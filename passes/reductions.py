@@ -46,8 +46,8 @@ def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int 
 def hidden_values(
     node: fx.Node, base: str, depth: int, magnitudes: Sequence[float], measured: float | None
 ) -> list[tuple[str, float]]:
-    """What an operator that sums `depth` terms hides, and how large that gets: `measured` by calibration, or else
-    bounded from the peaks at its inputs. NaN where a peak is unknown.
+    """The hidden values of an operator that sums `depth` terms, and how large they get: `measured` by calibration, or
+    else bounded by the peaks of its inputs. NaN where a peak is unknown.
 
     sum of n terms: n max|x|. Sum of squares: n max|x|^2. Softmax, after subtracting the maximum: n exponentials of
     at most 1. Attention: logits before scaling, d max|q| max|k|.

@@ -1,4 +1,4 @@
-"""Telling which nodes are not ours to type."""
+"""Which nodes a plan may not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In which order nodes go back to fp32 as less noise is allowed: one course, found once, answers for every budget.
+"""The order in which nodes go back to fp32 as less noise is allowed. It is found once and answers for every budget.
 
 An edge is active, that is, its tensor is rounded as its reader sees it, while the reader, the maker or a mover between
 them is low. The noise of a plan is the sum over its active edges. The largest goes first, with all nodes that round
@@ -199,7 +199,9 @@ def _with_allowances(
 def _let_movers_follow(
     edges: Sequence[MeasuredEdge], thresholds: dict[str, float], fixed: frozenset[str]
 ) -> dict[str, str]:
-    """Raise what only moves data from high makers to a high reader: low, it would cost two casts and gain nothing."""
+    """Raise nodes that only move data from high makers to a high reader: low, they would cost two casts and gain
+    nothing.
+    """
     makers: dict[str, list[float]] = {}
     readers: dict[str, list[tuple[float, str]]] = {}
     for measured in edges:

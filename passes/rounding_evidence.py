@@ -104,7 +104,7 @@ class _Row(NamedTuple):
         return tuple(found)
 
     def _part(self, batch: int) -> float:
-        """How much of the noise there is in one batch, as a part of the mean."""
+        """The noise in one batch, as a factor of the mean."""
         if not self.mean or not math.isfinite(self.mean):
             return 1.0
         most = max(1.0, (self.worst or 0.0) / self.mean)
@@ -114,7 +114,7 @@ class _Row(NamedTuple):
 
 
 def _batches(rows: Iterable[_Row]) -> list[int]:
-    """The batches in which most is worst; all there are, as a rule."""
+    """The batches that are the worst for the most edges; usually that is all of them."""
     totals: dict[int, float] = {}
     for row in rows:
         if row.worst is not None and row.worst_batch is not None:

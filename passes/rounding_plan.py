@@ -94,7 +94,7 @@ class RoundingPlan:
         return None if reason is None else Verdict("rounding", reason, decibels(weight), self.min_sqnr_db)
 
     def unmet(self, node: str) -> Verdict | None:
-        """What a low node is told where the noise is spread: that the budget is not met, and what can be had."""
+        """The verdict of a low node where the noise is spread: the budget is not met, and what can be reached."""
         number = self.course.steps_of.get(node)
         if not self.spread or number is None or not self.allowance < self.course.steps[number].allowance:
             return None
@@ -143,7 +143,7 @@ class RoundingPlan:
             reader = "it is a result of the program" if edge.node == OUTPUT else f"{_quoted(edge.node)} reads it"
             peak = self._peak(edge.input, edge.output)
             return f"{reader}: rounding it{peak} to {self.low_type} {self._leaves(step)}"
-        return None  # it is tied to one of these; the tie says so
+        return None  # it is tied to one of these, and the tie says so
 
     def _leaves(self, step: Step) -> str:
         """What is left, as the edge alone, or as one of several that are too much together."""

@@ -199,7 +199,7 @@ def matched(patterns: tuple[str, ...], name: str, module: str) -> str | None:
 
 @functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """`re` itself forgets the oldest of 512 patterns, and would compile each anew for each node."""
+    """`re` itself caches only 512 patterns; with more, it would compile every pattern again for every node."""
     return re.compile(pattern)
 
 

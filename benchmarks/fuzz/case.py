@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from calibcast.calib.execution import ProgramRunner
-from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph import size_hint, tensor_values
 from calibcast.calib.graph_digests import fingerprint
+from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.passes import PrecisionPlan, classify, insert_casts
 from calibcast.passes.regions import flatten
 from calibcast.passes.verdict import HIGH, KEPT, LOW

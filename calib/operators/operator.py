@@ -94,9 +94,9 @@ class Operator:
         checks_numbers: its half-precision kernels raise where such a number is too large; others make inf of it.
 
     Sensitivity:
-        keeps_rounded: it does not round anew what was rounded before, as its results are elements of its input, negated
-            or set to zero.
-        steps: its floating-point results change by steps, of which its gradient does not tell.
+        keeps_rounded: it adds no rounding to what is rounded already: its results are elements of its input, negated or
+            set to zero.
+        steps: its floating-point results change in steps, which its gradient does not show.
         bias_along: the dimension of its result along which its bias lies, which is added to it; counted from the end.
         error: what an error of its first argument becomes; of products, sums and norms, what they are says it.
         places: the argument with coordinates, from -1 to 1, by which it looks elements of the first up.

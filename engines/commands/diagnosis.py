@@ -36,7 +36,7 @@ def diagnose(  # noqa: PLR0913 - a command line has options
     """
     check_inputs(model, data, transform)
     check_device(device)
-    from calibcast.engines.review.diagnosis import report
+    from calibcast.engines.review.diagnosis import diagnosis_text
     from calibcast.passes.cast_insertion import insert_casts
     from calibcast.passes.comparison import compare
     from calibcast.passes.plan import PrecisionPlan
@@ -45,4 +45,4 @@ def diagnose(  # noqa: PLR0913 - a command line has options
     plan = PrecisionPlan.load(plan_file)
     mixed = insert_casts(program, plan)
     comparison = compare(program, mixed, batches, transform=function, max_batches=max_batches, device=device)
-    say(report(program, plan, comparison, rows))
+    say(diagnosis_text(program, plan, comparison, rows))

@@ -36,7 +36,7 @@ def run(
     log_format: Annotated[
         str, typer.Option(metavar="text|json", help="of what is said on stderr; json: one object a line")
     ] = "text",
-    redo: Annotated[bool, typer.Option("--redo", help="make everything anew, also what is up to date")] = False,
+    redo: Annotated[bool, typer.Option("--redo", help="make everything again, also what is up to date")] = False,
 ) -> None:
     """Run a calibration job: every stage that is not up to date. Killed, the same command goes on where it was.
 
@@ -88,8 +88,8 @@ def merge(
     Example: calibcast merge monday.parquet tuesday.parquet -o ranges.parquet
     """
     check_file(output)
-    from calibcast.engines.job.merging import merged
+    from calibcast.engines.job.merging import merge_files
 
-    table = merged(parts)
+    table = merge_files(parts)
     table.save(output)
     say(f"{table}\nwrote {output}")

@@ -29,7 +29,7 @@ def say(text: str) -> None:
 
 
 def fail(message: str) -> None:
-    """Say on stderr why the command failed, as every command does: `error: `, and the message."""
+    """Print why the command failed to stderr: `error: ` and the message, the same for every command."""
     with suppress(OSError):
         typer.echo(f"{painted('error:', 'red', sys.stderr)} {printable_lines(message)}", err=True)
 

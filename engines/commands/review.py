@@ -107,7 +107,7 @@ def what_if(  # noqa: PLR0913
     form: Format = "table",
     output: Output = None,
 ) -> None:
-    """Decide anew under other thresholds and types, without calibrating again.
+    """Decide again with other thresholds and types, from the same ranges.
 
     Example: calibcast what-if ranges.parquet --program net.pt2 --data-max 256,512,inf --low-precision-type fp16,bf16
     """
@@ -161,7 +161,7 @@ def diff(  # noqa: PLR0913
     all rows. Example: calibcast diff monday.parquet friday.parquet --fail-on flip --fail-on headroom=2
     """
     from calibcast.calib.errors import GateError, MismatchError
-    from calibcast.engines.review.diff_report import (
+    from calibcast.engines.review.diff_text import (
         compared_tensors,
         diff_frame,
         diff_text,

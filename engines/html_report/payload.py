@@ -23,7 +23,7 @@ _TEXTS = ("op", "module", "source", "kind")
 _FLOATS = ("min", "max", "absmax", "smallest", "mean", "rms")
 _COUNTS = ("output", "elements", "nan", "posinf", "neginf", "zeros", "masked", "absmax_batch", "nonfinite_batch")
 _BIAS = 127  # bin e of a histogram holds the magnitudes [2^(e-127), 2^(e-126))
-# The share of magnitudes that the band of a tensor leaves out at either end.
+# The band of a tensor leaves out this share of the magnitudes at either end.
 _TAIL = 0.001
 
 

@@ -99,5 +99,5 @@ def _required(signature: Signature) -> list[str]:
 
 
 def shown_inputs(signature: Signature) -> str:
-    """The inputs of a model, for people."""
+    """The inputs of a model as text."""
     return ", ".join(f"{leaf.name} {dtype_name(leaf.dtype)}" for leaf in signature.leaves if leaf.dtype is not None)

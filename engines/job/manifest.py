@@ -31,7 +31,7 @@ class Record:
 
 @dataclass
 class Manifest:
-    """The manifest of a folder, as it is on disk or soon will be."""
+    """The manifest of a folder, as it is on disk or is about to be."""
 
     folder: Path
     status: str = "running"
@@ -49,7 +49,7 @@ class Manifest:
         try:
             return cls._read(folder, path)
         except ArtifactError as error:
-            raise ArtifactError(f"{error}. `calibcast run --redo` makes everything anew.") from error
+            raise ArtifactError(f"{error}. `calibcast run --redo` makes everything again.") from error
 
     @classmethod
     def _read(cls, folder: Path, path: Path) -> Manifest:

@@ -1,4 +1,4 @@
-"""The calibration of one process's share of the batches: resumable, and wary of its data."""
+"""The calibration of one process's share of the batches: it can be resumed, and checks its data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from calibcast.engines.job.errors import Stopped
 from calibcast.engines.job.feed import Item, feed
 from calibcast.engines.job.logs import tell
 from calibcast.engines.job.progress import Progress
-from calibcast.engines.job.settings import Calibration, Limits
+from calibcast.engines.job.settings import CalibrationTable, Limits
 from calibcast.engines.job.settling import Early
 from calibcast.engines.job.shares import Share
 from calibcast.engines.job.signals import Signals
@@ -24,7 +24,7 @@ from calibcast.engines.job.sources import Batches, Done
 from calibcast.engines.job.trust import DataReport, check_share, refuse_nonfinite
 from torch.export import ExportedProgram
 
-# Of a stream nobody knows how long it is, so the share of bad batches is judged after so many.
+# A stream does not say how long it is, so the share of bad batches is judged after this many.
 _ENOUGH_TO_JUDGE = 100
 
 
@@ -39,7 +39,7 @@ class Task:
     batches: Batches
     share: Share
     transform: Callable[[Any], Any]
-    calibration: Calibration
+    calibration: CalibrationTable
     limits: Limits
     made_of: Mapping[str, str]
     path: Path
@@ -136,7 +136,9 @@ class _Shard:
             progress.advance()
 
     def check(self) -> None:
-        """Raise GateError as soon as no good batch to come can bring the share of raising ones below its limit."""
+        """Raise GateError as soon as the share of failed batches must exceed its limit, even if all later ones are
+        good.
+        """
         limits = self._task.limits
         if self._every is not None or limits.max_bad_share == 0 or self._report.batches >= _ENOUGH_TO_JUDGE:
             check_share(self._report, limits, self._every)

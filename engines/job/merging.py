@@ -14,7 +14,7 @@ from calibcast.calib.ranges import RangeTable
 _log = logging.getLogger("calibcast")
 
 
-def merged(paths: Sequence[Path]) -> RangeTable:
+def merge_files(paths: Sequence[Path]) -> RangeTable:
     """One table from range tables (`.parquet`) and checkpoints (`.npz`) of one program.
 
     Checkpoints of one run keep their batch numbers; those of a later table are counted on from the earlier ones.

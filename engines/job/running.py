@@ -192,7 +192,7 @@ def _why(manifest: Manifest, stage: Stage, redone: set[str]) -> str:
     """Why a stage must run; `redone` are the stages before it that would run first."""
     for need in stage.needs:
         if need in redone:
-            return f"{need} is made anew"
+            return f"{need} is made again"
     return manifest.why(stage.name, _inputs(manifest, stage), stage.settings, stage.artifacts)
 
 
@@ -285,7 +285,7 @@ def _try_to_finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status:
 
 
 def _follow(run: JobRun) -> None:
-    """What the other processes do: their share of the calibration, and no more."""
+    """The other processes calibrate their share, and do nothing else."""
     decided = tell_all(run.ranks)
     if not decided:
         return
@@ -296,7 +296,9 @@ def _follow(run: JobRun) -> None:
 
 
 def _drop_checkpoint(run: JobRun) -> None:
-    """The table is safe: what led to it is not needed any more, nor what a run of more or fewer processes has left."""
+    """The table is written: remove the checkpoints that led to it, also those of a run with another number of
+    processes.
+    """
     own = run.folder.checkpoint(run.ranks.rank, run.ranks.world)
     every = {own, *own.parent.glob("rank-*.npz")} if run.ranks.first else {own}
     for path in every:

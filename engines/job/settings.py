@@ -100,7 +100,7 @@ class Data(Source):
                                   "does not see; without effect where [held_out] is given")  # fmt: skip
 
 
-class Calibration(_Table):
+class CalibrationTable(_Table):
     """How ranges are measured."""
 
     histogram: bool = Field(True, description="count fp32 exponents too: `range_quantile` and `storage` need them")
@@ -225,7 +225,7 @@ class Job(_Table):
     model: Model
     data: Data
     held_out: Source | None = Field(None, description="other data to verify with; keys left out are those of [data]")
-    calibration: Calibration = Calibration()
+    calibration: CalibrationTable = CalibrationTable()
     limits: Limits = Limits()
     plan: Plan = Plan()
     build: Build = Build()

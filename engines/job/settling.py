@@ -1,4 +1,4 @@
-"""Have the ranges settled? What the last tenth of the data still changed."""
+"""Have the ranges settled? What the last tenth of the data changed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def early_part(checkpoint: Checkpoint) -> Checkpoint | None:
 
 @dataclass(frozen=True)
 class Settling:
-    """What the last batches still changed.
+    """What the last batches changed.
 
     batches, last: all, and how many of them were last. tensors: measured on data. growing: those whose peak grew in
     the last batches, furthest first, with the factor. moved: nodes that were decided otherwise before.

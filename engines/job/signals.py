@@ -16,7 +16,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
-    """While entered, SIGINT and SIGTERM raise `Stopped`: at once, or at the end of what `held` encloses.
+    """Inside, SIGINT and SIGTERM raise `Stopped`: at once, or at the end of a `held` block. A second signal does not
+    wait.
 
     A second signal does not wait.
     """

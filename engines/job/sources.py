@@ -112,7 +112,7 @@ class StreamBatches:
 
 
 class LoaderBatches:
-    """Batches of the user's own loader, made anew for each pass.
+    """Batches of the user's own loader, which is created again for each pass.
 
     make: gives a DataLoader, or any iterable. sharded: it gives this process's shard, not everything.
     """
@@ -181,7 +181,7 @@ class _Merged:
 
 
 def _one_by_one(source: Iterable[Any], wanted: _Merged | Iterator[int]) -> Iterator[Loaded]:
-    """Number what `source` gives. A batch that raises is told as such, unless the source ends with it."""
+    """Number the batches of `source`. A batch that raises is passed on as an error, unless the source ends with it."""
     try:
         batches = iter(source)
     except Exception as error:

@@ -14,8 +14,8 @@ from calibcast.calib.artifacts import load_program, save_program, versions
 from calibcast.calib.batches import Signature, signature_of
 from calibcast.calib.checkpoint import Checkpoint, merge_checkpoints
 from calibcast.calib.errors import BatchError, GateError
-from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.graph_digests import fingerprint
+from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.backends import chosen
 from calibcast.engines.building import MOST_TRIED, build
@@ -67,7 +67,7 @@ class Stage:
     """One stage. needs: stages whose files it reads. inputs: fingerprints of what else it is made of. settings: of
     the job file, by key. work: does it, and returns what the manifest should say of it. judge: raises GateError when
     a gate of the user's says no to that; asked again when the stage is skipped. restate: where a gate is another than
-    the one that the stage's files tell of, writes them anew, and returns what then changes in the manifest."""
+    the one that the stage's files tell of, rewrites them, and returns what changes in the manifest."""
 
     name: str
     artifacts: tuple[str, ...]

@@ -25,7 +25,7 @@ SCHEMA: dict[str, Any] = {
     "engine_nonfinite": pl.Int64,
     "blame": pl.String,
 }
-# One part is to blame alone when its error is so many times the other's.
+# One part alone is to blame when its error is this many times the other's.
 _MUCH_LARGER = 2.0
 
 

@@ -1,7 +1,7 @@
-"""Error channel by channel, against the channel's own power and its own variation.
+"""Error per channel, against the channel's own power and its own variation.
 
-A temperature of 285 K with an error of 1 K has 49 dB, most of which is the offset; of what it varies by, 10 K, the
-error is a tenth. And what is faint beside a loud channel does not count in the sum over both.
+A temperature of 285 K with an error of 1 K has 49 dB, but most of that is the offset: the error is a tenth of the 10 K
+by which it varies. And in a sum over all channels, a faint channel does not count beside a loud one.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from calibcast.calib.execution import (
     require_program,
     tensors_of,
 )
-from calibcast.calib.fingerprint import inputs_hash
 from calibcast.calib.graph import where
+from calibcast.calib.program_digests import inputs_hash
 from calibcast.engines.judging.attribution import Attribution
 from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.judging.metrics import OutputError
@@ -245,7 +245,7 @@ def _takes_batch(metric: Metric) -> bool:
 
 
 def _first_nonfinite(runner: ProgramRunner, flat: list[Any], index: int) -> str:
-    """Run a batch again, watched, to name the first node whose result is NaN or Inf."""
+    """Run a batch again, node by node, to name the first node whose result is NaN or Inf."""
     found: list[str] = []
 
     def watch(name: str, node: fx.Node, result: Any, _: Any) -> None:

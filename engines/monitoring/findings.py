@@ -1,4 +1,4 @@
-"""What an engine in service has met that its calibration had not. Pure: from numbers to findings."""
+"""What an engine met in service that its calibration did not. Pure functions: from numbers to findings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from calibcast.engines.monitoring.ends import End
 
-# A peak within this factor of what the low type holds is told before it overflows: one more doubling, one more bin.
+# A peak within this factor of the low type's limit is reported before it overflows: one more doubling, one more bin.
 _NEAR = 2.0
 # Data whose peak is this many times smaller than the calibration's are other data (another unit, a lost scale): four
 # bins of the histogram. One quiet call is none; so it takes a few.

@@ -16,7 +16,7 @@ from calibcast.calib.aliasing import mutated_inputs
 from calibcast.calib.artifacts import versions
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import SettingError
-from calibcast.calib.fingerprint import node_digests, weights_hash
+from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.calib.range_schema import Calibration
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.monitoring.ends import ends_of

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)
-class Remedy:
+class ErrorSource:
     """A node where error enters, why, and the nodes to keep in their exported type (none: nothing that a plan does)."""
 
     node: str
@@ -23,7 +23,7 @@ class Remedy:
     exclude: tuple[str, ...]
 
 
-def remedies(program: ExportedProgram, plan: PrecisionPlan, comparison: Comparison) -> tuple[Remedy, ...]:
+def error_sources(program: ExportedProgram, plan: PrecisionPlan, comparison: Comparison) -> tuple[ErrorSource, ...]:
     """One for each culprit of `comparison`, the largest loss first, with what `plan` says of it."""
     reads, low = readings(program.graph_module), frozenset(plan.low_precision_nodes)
     return tuple(
@@ -34,21 +34,21 @@ def remedies(program: ExportedProgram, plan: PrecisionPlan, comparison: Comparis
     )
 
 
-def _of_node(node: str, plan: PrecisionPlan, reads: tuple[Row, ...], low: frozenset[str]) -> Remedy:
+def _of_node(node: str, plan: PrecisionPlan, reads: tuple[Row, ...], low: frozenset[str]) -> ErrorSource:
     if node in low:
-        return Remedy(node, plan.explain(node), (node,))
+        return ErrorSource(node, plan.explain(node), (node,))
     makers = tuple(dict.fromkeys(name for name, _ in reads if name in low))
     if makers:
-        return Remedy(node, f"{plan.explain(node)} It reads what was rounded before: {', '.join(makers)}.", makers)
+        return ErrorSource(node, f"{plan.explain(node)} It reads what was rounded before: {', '.join(makers)}.", makers)
     why = "It reads no low node: it amplifies what came before, or the model itself has it in half."
-    return Remedy(node, f"{plan.explain(node)} {why}", ())
+    return ErrorSource(node, f"{plan.explain(node)} {why}", ())
 
 
-def _of_weight(row: dict[str, Any], readers: list[str]) -> Remedy:
+def _of_weight(row: dict[str, Any], readers: list[str]) -> ErrorSource:
     """A weight has no plan of its own: it is stored low because all of its readers are."""
     lost = "overflow" if row["nonfinite_alone"] else "vanish or round away"
     finding = f"{row['node']} ({row['kind']}): its values {lost} in {row['dtype']}, in which it is stored."
-    return Remedy(row["node"], finding, tuple(readers))
+    return ErrorSource(row["node"], finding, tuple(readers))
 
 
 def in_true_values(comparison: Comparison, exponents: Mapping[str, int]) -> Comparison:
@@ -69,12 +69,12 @@ def in_true_values(comparison: Comparison, exponents: Mapping[str, int]) -> Comp
     )  # fmt: skip
 
 
-def report(program: ExportedProgram, plan: PrecisionPlan, comparison: Comparison, rows: int) -> str:
+def diagnosis_text(program: ExportedProgram, plan: PrecisionPlan, comparison: Comparison, rows: int) -> str:
     """What `calibcast diagnose` prints: the comparison, why the culprits have their types, and what to do.
 
     rows: of each table, and of the culprits that are explained.
     """
-    found = remedies(program, plan, comparison)
+    found = error_sources(program, plan, comparison)
     stored = len(plan.exponents)
     lines = [
         *([f"a rescaled program, in true values: {stored} tensors are stored as powers of two of them"] * bool(stored)),
@@ -82,12 +82,12 @@ def report(program: ExportedProgram, plan: PrecisionPlan, comparison: Comparison
     ]
     if found:
         lines.append("why, by the plan:")
-        lines += [f"  {remedy.finding}" for remedy in found[:rows]]
+        lines += [f"  {source.finding}" for source in found[:rows]]
     return "\n".join([*lines, "what to do:", *(f"  {line}" for line in _advice(comparison, found[:rows]))])
 
 
-def _advice(comparison: Comparison, found: tuple[Remedy, ...]) -> list[str]:
-    exclude = dict.fromkeys(name for remedy in found for name in remedy.exclude)
+def _advice(comparison: Comparison, found: tuple[ErrorSource, ...]) -> list[str]:
+    exclude = dict.fromkeys(name for source in found for name in source.exclude)
     if exclude:
         # A row of patterns that the command line takes as they stand.
         options = " ".join(f"--nodes-to-exclude '^{re.escape(name)}$'" for name in exclude)

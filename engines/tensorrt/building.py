@@ -13,8 +13,8 @@ import polars as pl
 from calibcast.calib.artifacts import load_json, parsed, save_json
 from calibcast.calib.artifacts import versions as own_versions
 from calibcast.calib.errors import BuildError
-from calibcast.calib.fingerprint import node_digests, weights_hash
 from calibcast.calib.marks import inserted_nodes
+from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.engines.ledger.inspection import EngineLayer, parse_inspector, parse_listing
 from calibcast.engines.ledger.ledger import ledger_of, plan_of, readers_of
 from calibcast.engines.runtimes import BuildRequest

@@ -83,7 +83,7 @@ class EngineCache:
             # What was copied is what will be read: nobody else can change it any more.
             check_sealed(target, content["files"], entry / _ENTRY)
         except (CalibcastError, OSError) as error:
-            _log.warning("the cached engine %s is damaged (%s) and is built anew", key[:12], error)
+            _log.warning("the cached engine %s is damaged (%s) and is built again", key[:12], error)
             shutil.rmtree(entry, ignore_errors=True)
             emptied(target)
             return None

@@ -121,7 +121,9 @@ class _Search:
 
 
 def _checked(search: _Search, check: Check | None) -> Rescaling:
-    """The best, run beside the original where there is data, and found anew without what gave other bits."""
+    """The best one. Where there is data, it is run beside the original; what gave other bits is left out, and the
+    search repeated.
+    """
     for _ in range(_ROUNDS):
         found = _best(search)
         if check is None or not found.changed:

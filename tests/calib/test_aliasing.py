@@ -96,7 +96,7 @@ COPIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("copy", COPIES)
 def test_write_to_a_copy_is_no_write_to_the_input(copy: str) -> None:
-    """What an op has made anew may be written to without the input being counted as written."""
+    """A new tensor that an op has made may be written to without the input being counted as written."""
     program = exported(lambda x: COPIES[copy](x).mul_(3) + 1, noise(3, 3))
     assert mutated_inputs(program) == set()
 

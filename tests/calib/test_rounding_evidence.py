@@ -296,7 +296,7 @@ def test_tables_with_it_are_saved_merged_and_compared(tmp_path: Path) -> None:
     parts = [calibrate(program, part, progress=False) for part in (batches[:2], batches[2:])]
     merged = RangeTable.merge(parts)
     assert merged.rounding["batches"].to_list() == [4] * merged.rounding.height
-    # The signs are drawn anew for each batch number, so the sums differ by the draw.
+    # New signs are drawn for each batch number, so the sums differ by the draw.
     assert merged.rounding["noise"].to_list() == pytest.approx(whole.rounding["noise"].to_list(), rel=0.5)
     assert merged.rounding["worst_batch"].max() == 3
     whole.save(tmp_path / "r.parquet")

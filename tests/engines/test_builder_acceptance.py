@@ -1,6 +1,6 @@
 """What the real TensorRT-RTX builder takes in fp32 as one network, it takes cast, strongly typed. Without a GPU.
 
-Builders run in one child process, started anew when it crashes. By default a third of the zoo, chosen to have every
+Builders run in one child process, started again when it crashes. By default a third of the zoo, chosen to have every
 kind of layer that it takes; the rest is slow.
 """
 

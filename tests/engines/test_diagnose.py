@@ -7,7 +7,7 @@ import pytest
 import torch
 from calibcast.engines.cli import _run
 from calibcast.engines.demo import load_digits, pixels_of, train
-from calibcast.engines.review.diagnosis import remedies, report
+from calibcast.engines.review.diagnosis import diagnosis_text, error_sources
 from calibcast.passes import classify, compare, insert_casts
 from torch import nn
 
@@ -107,7 +107,7 @@ def diagnosed(model, data, **rules):
     program = torch.export.export(model.eval(), (data[0],))
     plan = classify(program, calibrate(program, data, progress=False), **rules)
     comparison = compare(program, insert_casts(program, plan), data, progress=False)
-    return remedies(program, plan, comparison), report(program, plan, comparison, 12)
+    return error_sources(program, plan, comparison), diagnosis_text(program, plan, comparison, 12)
 
 
 ALL_LOW = {"data_max": torch.inf, "nodes_to_include": [".*"]}

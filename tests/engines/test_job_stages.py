@@ -1,4 +1,4 @@
-"""The stages of a job: what changed is made anew and nothing else; what was good stays when something goes wrong."""
+"""The stages of a job: what changed is made again, and nothing else; what was good stays when something goes wrong."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(job, capsys):
     assert "4 batches to verify with" in out
     assert "calibrate   ranges.parquet, ranges-early.parquet: skipped, as nothing changed" in out
     assert "plan        plan.json: would be made: data_max changed from None to 5.0" in out
-    assert "verify      verification.json: would be made: build is made anew" in out
+    assert "verify      verification.json: would be made: build is made again" in out
     assert {k: v for k, v in snapshot(job.parent).items() if "__pycache__" not in k} == {
         k: v for k, v in before.items() if "__pycache__" not in k
     }
@@ -181,7 +181,7 @@ def test_a_gate_that_says_no_is_exit_code_3_and_stays_no(job, capsys):
     assert run(job, capsys)[0] == 0
     assert manifest(job)["status"] == "done"
     assert_verdict(job, "passed 30 dB with ", "", passed=True)
-    assert made(run(job, capsys)[1])[0] == []  # the report that was written anew is the one that the manifest knows
+    assert made(run(job, capsys)[1])[0] == []  # the report that was rewritten is the one that the manifest knows
 
 
 def assert_verdict(job, begins, ends, passed):
@@ -212,7 +212,7 @@ def test_a_manifest_that_cannot_be_read_is_told_with_the_way_out(job, capsys):
     code, _, err = run(job, capsys)
     assert code == 1
     assert "manifest.json is not a readable job file" in err
-    assert "`calibcast run --redo` makes everything anew" in err
+    assert "`calibcast run --redo` makes everything again" in err
     assert run(job, capsys, "--redo")[0] == 0
 
 

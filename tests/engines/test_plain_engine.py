@@ -189,7 +189,7 @@ def runner(built, exported, gpu, monkeypatch):
 
 
 def test_the_runner_carries_state_and_gives_the_programs_answers(built, runner):
-    """Three calls of two sizes, by position and by name; `reset` begins anew."""
+    """Three calls of two sizes, by position and by name; `reset` puts the state back."""
     engine, module = runner(), copy.deepcopy(built[1].module())
     first = None
     for rows in (2, 4, 3):

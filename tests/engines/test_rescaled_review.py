@@ -13,7 +13,7 @@ from calibcast.calib.ranges import RangeTable
 from calibcast.engines import cli
 from calibcast.engines.html_report import html_report
 from calibcast.engines.html_report.payload import payload, unpacked
-from calibcast.engines.review.diagnosis import in_true_values, report
+from calibcast.engines.review.diagnosis import in_true_values
 from calibcast.engines.review.report_table import report_frame, report_table
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
@@ -92,7 +92,7 @@ def test_diagnose_speaks_of_true_values(made: Any, tmp_path: Path) -> None:
     peaks = dict(ranges.frame.select("node", "absmax").iter_rows())
     for node, peak in true.frame.select("node", "absmax_reference").iter_rows():
         assert peak == pytest.approx(peaks[node.removesuffix("_rescaled")])
-    text = report(fitted.program, plan, comparison, 6)
+    text = diagnosis_text(fitted.program, plan, comparison, 6)
     assert "a rescaled program, in true values" in text
     assert f"{peaks['add']:.4g}" in text
 

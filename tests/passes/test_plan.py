@@ -216,7 +216,7 @@ class TestFitting:
         assert str(insert_casts(loaded, plan).graph) == str(insert_casts(program, plan).graph)
 
     def test_a_plan_fits_another_export_of_the_model(self, export: Callable[..., Any], plan: PrecisionPlan) -> None:
-        """Exported anew with the same sizes, the model is the same program."""
+        """Exported again with the same sizes, the model is the same program."""
         plan.check(export(Net(), torch.randn(4, 8)))
         with pytest.raises(MismatchError, match="shape"):
             plan.check(export(Net(), torch.randn(5, 8)))

@@ -103,7 +103,7 @@ def _made(compiled: fx.GraphModule, engines: Mapping[str, Any], conversion: Conv
     places = dict(zip(engines, conversion.outputs, strict=True))
     if not source.held:
         return Made(places, {}, tuple(compiled.meta.get("_copyback_mutation_buffers", ())))
-    # Torch-TensorRT names placeholders anew, and keeps their order.
+    # Torch-TensorRT renames placeholders, and keeps their order.
     holders = [node.name for node in compiled.graph.nodes if node.op == "placeholder"][source.behind :]
     named = dict(zip(source.held, holders, strict=False))
     return Made(places, {named[n]: v for n, v in source.held.items()}, [named[name] for name in source.updated])

@@ -1,4 +1,4 @@
-"""Knowing a graph and its weights again: digests that do not depend on process, device or symbol names."""
+"""Recognise a graph and its weights: digests that do not depend on process, device or symbol names."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def inputs_hash(tensors: Iterable[Any]) -> str:
 
 
 def begin_inputs_hash(tensors: Iterable[Any]) -> Callable[[], str]:
-    """`inputs_hash`, begun now and finished by the call of what is returned.
+    """`inputs_hash` in two steps: start now, finish by calling what is returned.
 
-    Tensors on a GPU are brought to the host beside what runs there, so that it can be given the batch at once: it would
-    stand idle while its inputs are copied and hashed (4 ms of 12 for ResNet-50's 19 MB).
+    Tensors on a GPU are copied to the host in a side stream, so the batch can be used at once. Otherwise the GPU would
+    be idle while its inputs are copied and hashed (4 of 12 ms for the 19 MB of a ResNet-50).
     """
     copies = [_copied_beside(value) for value in tensors]
 

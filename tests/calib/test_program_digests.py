@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from calibcast.calib.fingerprint import inputs_hash, node_digests, weights_hash
 from calibcast.calib.graph_digests import fingerprint, first_difference
+from calibcast.calib.program_digests import inputs_hash, node_digests, weights_hash
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
@@ -267,7 +267,7 @@ def test_weights_hash_does_not_depend_on_strides() -> None:
 def test_weights_hash_is_the_same_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are hashed piece by piece; the size of a piece leaves no trace."""
     whole = weights_hash(block())
-    monkeypatch.setattr("calibcast.calib.fingerprint._CHUNK", 12)
+    monkeypatch.setattr("calibcast.calib.program_digests._CHUNK", 12)
     assert weights_hash(block()) == whole
 
 
