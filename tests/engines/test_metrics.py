@@ -45,7 +45,7 @@ def test_only_what_the_engine_alone_made_nonfinite_is_held_against_it():
     worse = compared([(torch.tensor([[math.nan, math.inf, -math.inf, math.nan, 2.0]]), reference)])
     assert worse.only_engine == 1
     assert "batch 0" in worse.problem
-    assert worse.max_abs == 0.0  # over what is finite in both
+    assert worse.row()["max_abs"] == 0.0  # over what is finite in both
 
 
 def test_integer_outputs_are_compared_without_top1():

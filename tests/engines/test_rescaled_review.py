@@ -13,7 +13,7 @@ from calibcast.calib.ranges import RangeTable
 from calibcast.engines import cli
 from calibcast.engines.html_report import html_report
 from calibcast.engines.html_report.payload import payload, unpacked
-from calibcast.engines.review.diagnosis import in_true_values
+from calibcast.engines.review.diagnosis import diagnosis_text, in_true_values
 from calibcast.engines.review.report_table import report_frame, report_table
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
