@@ -130,7 +130,7 @@ def table_rows(ranges: RangeTable, folder: Path) -> list[tuple[str, float, str]]
 
 
 def what_if_rows(program: ExportedProgram, ranges: RangeTable) -> list[tuple[str, float, str]]:
-    """What 5,000 nodes take, weights hashed and facts read anew in every call."""
+    """What 5,000 nodes take, weights hashed and facts read again in every call."""
     limits, types = [2.0, 3.0, 8.0, 512.0], [torch.float16, torch.bfloat16]
     return [
         ("what_if, 1 setting", seconds(lambda: what_if(program, ranges, 3.0)), "< 1 s"),

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import polars as pl
 from calibcast.calib.errors import MismatchError
 from calibcast.calib.range_schema import RangeData, Rescaled
-from calibcast.calib.rounding_scaling import Key, NumberScale, scaled_rounding
 from calibcast.calib.statistic_names import BINS
+
+# With numpy, which a table that is only read does not need.
+if TYPE_CHECKING:
+    from calibcast.calib.rounding_scaling import Key, NumberScale
 
 Table = TypeVar("Table", bound=RangeData)
 _LINEAR = ("min", "max", "absmax", "smallest", "mean", "rms")
@@ -37,6 +40,8 @@ def scaled_table(
     identity: rows of the nodes that were added, in the columns that say what a tensor is, with `after`: the row of the
     table behind which each stands, or -1. edges: of the rescaled program, where rounding was measured.
     """
+    from calibcast.calib.rounding_scaling import scaled_rounding
+
     frame = table.frame if identity is None else _with_added(table.frame, record, identity)
     k = [record.exponents.get(tensor_key(n, o), 0) for n, o in frame.select("node", "output").iter_rows()]
     hidden = _hidden(table.hidden, record.hidden)

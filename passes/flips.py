@@ -87,7 +87,7 @@ def low_at(flips: Mapping[str, float | None], data_max: float) -> list[str]:
 
 
 def _held(rule: DataMax, facts: NodeFacts) -> float:
-    """The number that the rule, its limit 0, holds to a limit: met while the limit is below."""
+    """The number that the rule compares with its limit: the rule is met while the limit is below it."""
     verdict = rule(facts)
     if verdict is None or verdict.evidence is None:
         return 0.0
@@ -95,7 +95,7 @@ def _held(rule: DataMax, facts: NodeFacts) -> float:
 
 
 def _settled(flips: Flips, followed: Mapping[str, Sequence[str]], ties: Sequence[NamedTie]) -> Flips:
-    """Hand thresholds on, in graph order, until ties no longer move any: each can only rise."""
+    """Pass thresholds on, in graph order, until ties change nothing any more: each can only rise."""
     while True:
         moved = False
         for name, others in followed.items():

@@ -19,7 +19,7 @@ from calibcast.passes.verdict import HIGH, LOW, Rule, Verdict
 
 @dataclass(frozen=True)
 class Included:
-    """What the user asked to be low whatever the rules say, legality apart."""
+    """Whether the user asked for it to be low, which overrides all rules but legality."""
 
     nodes: tuple[str, ...]
     targets: frozenset[str]

@@ -1,4 +1,4 @@
-"""What an operator gives when its fp32 inputs come in the low type: found by running it on fake tensors."""
+"""The output types of an operator whose fp32 inputs come in the low type, found by running it on fake tensors."""
 
 from __future__ import annotations
 

@@ -134,7 +134,8 @@ def _warn_of_refusals(nodes: Iterable[fx.Node], types: LowTypes) -> None:
 
 
 def _refused_by_kind(node: fx.Node, low_type: torch.dtype) -> str | None:
-    """What states its own type, reads bits or has a third type stays, whatever a hand-made plan says.
+    """Why a node stays in its exported type whatever the plan says: it states its own type, reads bits, or has a third
+    type.
 
     So does what would be given a number that its kernel refuses, which on fake tensors it does not.
     """

@@ -1,4 +1,4 @@
-"""What a graph says of its nodes: read once, whatever the settings, the low type and the decisions on other nodes.
+"""What a graph says about its nodes: read once for all settings, low types and decisions.
 
 The only reader of graphs on behalf of the rules; `FactReader` makes facts of outlines.
 """

@@ -169,7 +169,9 @@ class Interior:
         return self._lost_epsilon(facts)
 
     def _lost_epsilon(self, facts: NodeFacts) -> Verdict | None:
-        """An eps that vanishes does no harm where what it is added to is always larger than the low type's least."""
+        """An eps that becomes zero does no harm where what it is added to is always above the low type's smallest
+        value.
+        """
         if facts.epsilon is None or holds(facts.epsilon, facts.low):
             return None
         spread, tiny = facts.least_spread, facts.low.smallest_normal

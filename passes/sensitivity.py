@@ -1,4 +1,4 @@
-"""Whose values a reader is sensitive to beyond their magnitude: small ones that are divided by, offsets taken away."""
+"""Readers that are sensitive to more than a magnitude: they divide by small values, or take offsets away."""
 
 from __future__ import annotations
 

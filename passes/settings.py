@@ -1,4 +1,4 @@
-"""What `classify` is called with, checked, and the judge that comes of it."""
+"""The arguments of `classify`, checked, and the judge that they make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a tensor a low type would lose, from its histogram: exact at powers of two, else bounds."""
+"""How much of a tensor a low type would lose, from its histogram: exact at powers of two, bounds elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which decisions change between two range tables, judged from their tensors alone, without a program or torch."""
+"""Which decisions differ between two range tables, judged by tensors alone, without a program or torch."""
 
 from __future__ import annotations
 

@@ -202,7 +202,9 @@ def median_noise(tensor: TensorFacts, low: NumberFormat) -> float:
 
 
 def most_noise(rms: float, low: NumberFormat) -> float:
-    """Bound of the mean squared rounding error: of an element at most half a step of its own, or of a subnormal."""
+    """A bound of the mean squared rounding error: an element is off by at most half its own step, or half a
+    subnormal's.
+    """
     return (rms * low.eps) ** 2 / 12 + (low.smallest_normal * low.eps) ** 2 / 12
 
 

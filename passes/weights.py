@@ -76,7 +76,7 @@ class WeightReaders:
         return tensor is not None and _fits(tensor, low_type)
 
     def value(self, name: str, low_type: torch.dtype) -> torch.Tensor | None:
-        """What is to be converted: the weight, or the saturated mask; None where it is no tensor."""
+        """The weight or saturated mask to convert; None where it is no tensor."""
         tensor = state_tensor(self.program, self.targets[name])
         if tensor is None or name not in self.masks:
             return tensor
@@ -162,5 +162,5 @@ def _converted(tensor: torch.Tensor, low_type: torch.dtype) -> torch.Tensor:
 
 
 def _like(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-    # `requires_grad` decides how some operators decompose (embedding_bag), and so whether a builder takes them.
+    # `requires_grad` changes how some operators decompose (embedding_bag), and so whether a builder accepts them.
     return torch.nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else copy

@@ -1,4 +1,4 @@
-"""What the stages to come would refuse, asked before the first: hours of work should not end in a typo."""
+"""Checks that run before the first stage, so that hours of work do not end at a typo in the settings of the last."""
 
 from __future__ import annotations
 

@@ -12,8 +12,6 @@ class JobError(CalibcastError):
 class Stopped(BaseException):
     """A signal asked the job to stop. `code` is the exit code: 130 or 143. Not an Exception, so that a loader that
     catches everything does not swallow it.
-
-    No Exception: a loader that catches everything must not swallow it.
     """
 
     def __init__(self, signum: int) -> None:

@@ -1,4 +1,4 @@
-"""Batches on their way into the model: loaded, transformed and matched, or the reason why not."""
+"""Batches as the model's inputs: loaded, transformed and matched to its signature, or the reason why not."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class JobFolder:
         except OSError as error:
             raise ArtifactError(f"cannot lock {self.path}: {error}") from error
         try:
-            # Only for whom it keeps waiting: on a full disk the lock itself still holds.
+            # This only tells who holds the lock; on a full disk the lock itself still works.
             with suppress(OSError):
                 owner.write_text(
                     f"process {os.getpid()} on {platform.node()}, since {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

@@ -130,7 +130,7 @@ def _known_keys(table: str | None) -> str:
 
 
 def _keys(location: tuple[int | str, ...]) -> list[int | str]:
-    """A location without the names of union members, which pydantic puts in behind the key that they are of."""
+    """A location without the names of union members, which pydantic adds behind the key."""
     own = [part for part in location[2:] if isinstance(part, int) or not (part == "str" or part.startswith("tuple["))]
     return [*location[:2], *own]
 

@@ -28,7 +28,7 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f" {record.levelname.lower()}:"
-        # Messages may name modules, and modules may be called anything, also what a terminal obeys.
+        # Messages contain names of modules, and those can hold anything, also terminal controls.
         message = printable_lines(record.getMessage())
         return f"{datetime.fromtimestamp(record.created):%H:%M:%S}{self._rank}{level} {message}"
 
@@ -99,7 +99,7 @@ def logging_to_stderr(form: str, rank: int = 0, world: int = 1) -> Iterator[None
     handler.setFormatter(_Json(rank) if form == "json" else _Lines(rank, world))
     before = (LOGGER.level, LOGGER.propagate, warnings.showwarning)
     LOGGER.addHandler(handler)
-    # Of several processes, the first tells how it goes; the others speak when something is wrong.
+    # Of several processes, the first one reports progress; the others only report problems.
     LOGGER.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     LOGGER.propagate = False
     warnings.showwarning = lambda message, *_, **__: LOGGER.warning("%s", message)

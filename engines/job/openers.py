@@ -181,7 +181,9 @@ def _below(folder: str) -> list[str]:
 
 
 def _stamp(path: str, base: Path) -> list[Any]:
-    """What tells that a file changed. Its name is relative to the job, so that a job may move with its data."""
+    """What changes when a file changes. The name is relative to the job, so that a job can move together with its
+    data.
+    """
     if "://" in path:
         system, name = fsspec.core.url_to_fs(path)
         return [path, str(system.ukey(name))]

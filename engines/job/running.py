@@ -208,7 +208,7 @@ def _inputs(manifest: Manifest, stage: Stage) -> dict[str, str]:
 
 
 def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
-    """Until the end nobody should take the folder's artifacts for one whole."""
+    """Until the run has ended, the manifest says that the folder's artifacts do not belong together yet."""
     if manifest.status != "running" or not manifest.run:
         manifest.status, manifest.reason, manifest.job = "running", "", dict(job)
         manifest.run = {
@@ -223,7 +223,7 @@ def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
 
 
 def _drop_others(run: JobRun, manifest: Manifest, names: set[str], job: Mapping[str, Any]) -> None:
-    """Forget stages that the job has no more: what they made would be taken for one with artifacts to come."""
+    """Drop stages that the job no longer has: their files would be taken as part of the new run."""
     dropped = {name: manifest.stages.pop(name) for name in list(manifest.stages) if name not in names}
     if dropped:
         _begin(manifest, job)

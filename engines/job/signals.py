@@ -18,8 +18,6 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Signals:
     """Inside, SIGINT and SIGTERM raise `Stopped`: at once, or at the end of a `held` block. A second signal does not
     wait.
-
-    A second signal does not wait.
     """
 
     def __init__(self) -> None:

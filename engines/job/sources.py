@@ -210,7 +210,7 @@ def _one_by_one(source: Iterable[Any], wanted: _Merged | Iterator[int]) -> Itera
 
 
 class _Chosen(Sampler[Any]):
-    """What a sampler gives, without what is not wanted: so it is not loaded either."""
+    """A sampler without the batches that are not wanted, so that those are not loaded."""
 
     def __init__(self, sampler: Iterable[Any], wanted: _Merged, numbers: deque[int]) -> None:
         self._sampler, self._wanted, self._numbers = sampler, wanted, numbers

@@ -190,7 +190,7 @@ class JobRun:
         return {"summary": str(table), "batches": table.calibration.batches, "report": report.to_json()}
 
     def refuse_nothing(self, length: int | None) -> None:
-        """Before hours of work, not after: is there a batch to calibrate on, and one to verify with?
+        """Check before the work starts: is there a batch to calibrate on, and one to verify with?
 
         length: batches of [data], None where that is unknown. Raises JobError; also for [held_out] data that cannot
         be opened, or whose columns do not feed the model.

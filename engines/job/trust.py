@@ -1,4 +1,4 @@
-"""What a job notices about data that it should not trust: non-finite, constant and raising batches, by number."""
+"""What a job notices about data that are suspicious: non-finite, constant and failing batches, by number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calibcast.calib.batches import Signature
 from calibcast.calib.errors import GateError
 from calibcast.engines.job.settings import Limits
 
-# Numbers and messages kept of each kind; beyond that only counted, so that a bad night needs no more memory.
+# How many numbers and messages of each kind are kept. More are only counted, so that memory stays bounded.
 MOST_NUMBERS, MOST_MESSAGES = 100, 10
 
 
@@ -84,7 +84,7 @@ class DataReport:
 
     @property
     def constant_inputs(self) -> dict[str, float]:
-        """Inputs that had one value all over the data, with it."""
+        """Inputs whose elements were all equal in all batches, with that value."""
         return {name: low for name, low in self.lows.items() if low == self.highs[name]}
 
     def bad_share(self, total: int | None = None) -> float:

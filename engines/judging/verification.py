@@ -64,7 +64,7 @@ def verify(  # noqa: PLR0913 - the public contract
             engine's. None: where the engine is something other than its cast graph in PyTorch.
         carry_state: run the batches as a sequence: engine and program go on from what each of them has left in the
             buffers that it writes to, so that errors add up, until a batch is a `NewSequence`. Without, both begin
-            anew with each batch. Either way the engine's own state is put back (`engine.reset()`).
+            again with each batch. Either way the engine's own state is put back (`engine.reset()`).
         bounds: what the report is to be held against, by the names that `VerificationReport.require` takes:
             {"min_sqnr_db": 40}. The report keeps them, and says whether it passes; nothing is raised.
 

@@ -49,7 +49,8 @@ class Build:
 
 
 class Attempts:
-    """Builds of one request, the files of the best of which end up in `folder`.
+    """The builds of one request; the files of the best end up in `folder`. trial: what an engine must pass when
+    remedies are allowed.
 
     trial: what an engine has to stand if remedies may be applied. An engine that a builder makes need not be right:
     TensorRT-RTX 1.4 makes some of a NAFNet in bf16 that give NaN for whatever they are given.

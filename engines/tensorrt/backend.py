@@ -57,7 +57,9 @@ class TensorrtRuntime:
         self.device = torch.device("cuda")
         self._problem = adapter.missing()
         self._module = None if self._problem is not None else _loaded(self.folder, self.device)
-        self._flat = (self.folder / WIRING).is_file()  # asked once: a call takes microseconds, a file system does not
+        self._flat = (
+            self.folder / WIRING
+        ).is_file()  # checked once: a call takes microseconds, and looking at files takes longer
         self._plain = all(spec.is_leaf() for spec in self._signature.specs) and not self._signature.keywords
         self._accepted: set[tuple[Any, ...]] = set()
         self._outputs = program.call_spec.out_spec  # a property that takes 0.2 ms
@@ -228,7 +230,7 @@ class TensorrtBackend:
 
 @cache
 def _warned() -> str | None:
-    """Say once in a process that the GPU is outside of what the flavour supports, where it is; what was said."""
+    """Warn once per process when the GPU is not one that the flavour supports; returns the warning."""
     outside = gpu_warning()
     if outside is not None:
         warnings.warn(outside, stacklevel=5)

@@ -196,7 +196,7 @@ def _output_names(interpreter: Any, callers: Mapping[str, str]) -> list[str] | N
 
 def _places(given: Sequence[Any], network_tensor: type) -> list[int]:
     """As the interpreter does it: a tensor that was marked before, by identity, is not marked again; what is no tensor
-    of the network yet is made one, each anew."""
+    of the network yet becomes one, each time from the start."""
     places: dict[Any, int] = {}
     found = []
     for index, value in enumerate(given):
