@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import polars as pl
-from calibcast.calib.fingerprint import node_digests
 from calibcast.calib.flattening import flatten, without_qualified_name
+from calibcast.calib.program_digests import node_digests
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_table import LITERAL
 from torch import fx
