@@ -16,10 +16,12 @@ hold:
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -57,13 +59,11 @@ def planned(kind: str, subject: Subject, judge: Judge, ranges: RangeTable, low_t
     return classify(judge.program, unmeasured, low_type, **settings)  # type: ignore[arg-type]
 
 
-def judged(name: str, entry: Entry, types: list[str], write: object) -> list[Judged]:
-    """Every type and plan of one network; `write` gets each row."""
-    assert callable(write)
+def judged(name: str, entry: Entry, types: list[str]) -> Iterator[Judged]:
+    """Every type and plan of one network, as they come."""
     subject = entry.subject()
     judge = Judge.of(subject)
     ranges = calibrate(judge.program, subject.calibration, progress=False)
-    found = []
     for type_name in types:
         rows = {}
         for kind in PLANS:
@@ -71,23 +71,41 @@ def judged(name: str, entry: Entry, types: list[str], write: object) -> list[Jud
             try:
                 plan = planned(kind, subject, judge, ranges, TYPES[type_name])
             except BudgetError as error:
-                rows[kind] = Judged(name, type_name, kind, refused=error)
+                row = Judged(name, type_name, kind, refused=str(error).splitlines()[0][:150])
             else:
-                rows[kind] = judge.judged(name, type_name, kind, plan)
-            write(_row(rows[kind], judge, subject, time.perf_counter() - began))
-        found += list(at_equal_sqnr(rows, judge, ranges, subject.calibration, TYPES[type_name]).values())
-    return found
+                row = judge.judged(name, type_name, kind, plan)
+            if kind == "tune":
+                row = at_equal_sqnr(row, rows["rules"], judge, ranges, TYPES[type_name])
+            rows[kind] = replace(row, seconds=time.perf_counter() - began)
+            yield rows[kind]
 
 
-def _row(row: Judged, judge: Judge, subject: Subject, seconds: float) -> str:
-    head = f"| {row.network} | {row.type_name} | {row.plan} |"
-    if row.refused is not None:
-        return f"{head} refused: {str(row.refused).splitlines()[0][:150]} | | | | | | | {seconds:.1f} |"
-    return (
-        f"{head} {row.high} | {row.work_low:.1%} | {row.bytes_low:.1%} | {row.casts} | "
-        f"{row.calibration.pooled:.1f}, {row.calibration.worst:.1f} | {row.held_out.pooled:.1f}, "
-        f"{row.held_out.worst:.1f} | {subject.metric_name}: {judge.metric:.4g} -> {row.metric:.4g} | {seconds:.1f} |"
-    )
+class Result:
+    """What there is so far: lines of Markdown, and beside them, as JSON lines, the networks that are done."""
+
+    def __init__(self, output: Path, keep: bool) -> None:
+        self.output, self.done = output, output.with_suffix(".jsonl")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not keep:
+            self.done.unlink(missing_ok=True)
+        kept = self.done.read_text().splitlines() if self.done.exists() else []
+        self.rows = [Judged.loaded(row) for line in kept for row in json.loads(line)]
+        self.lines = ["# Trained networks\n", machine.header(), *HEADER, *(row.line() for row in self.rows)]
+
+    def write(self, line: str) -> None:
+        self.lines.append(line)
+        print(line, flush=True)
+        self.output.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+
+    def take(self, rows: Iterable[Judged]) -> None:
+        """The rows of one network, each written at once."""
+        taken = []
+        for row in rows:
+            taken.append(row)
+            self.write(row.line())
+        self.rows += taken
+        with self.done.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps([asdict(row) for row in taken]) + "\n")
 
 
 def main() -> None:
@@ -95,28 +113,22 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/trained_networks.md")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), metavar="NETWORK")
     parser.add_argument("--types", nargs="*", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--keep", action="store_true", help="the networks that an earlier run has finished")
     options = parser.parse_args()
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["# Trained networks\n", machine.header(), *HEADER]
-
-    def write(line: str) -> None:
-        lines.append(line)
-        print(line, flush=True)
-        output.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    found: list[Judged] = []
-    for name in options.networks:
+    result = Result(Path(options.output), options.keep)
+    finished = {row.network for row in result.rows}
+    for name in (name for name in options.networks if name not in finished):
         entry = NETWORKS[name]
         if entry.missing:
-            write(f"| {name} | | | not installed: {', '.join(entry.missing)} | | | | | | | |")
+            result.write(f"| {name} | | | not installed: {', '.join(entry.missing)} | | | | | | | |")
             continue
         try:
-            found += judged(name, entry, options.types, write)
+            result.take(judged(name, entry, options.types))
         except Exception as error:  # a row says so, and the others go on
-            write(f"| {name} | | | failed: {type(error).__name__}: {str(error).splitlines()[0][:200]} | | | | | | | |")
-    for line in laws(found):
-        write(line)
+            said = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            result.write(f"| {name} | | | failed: {said} | | | | | | | |")
+    for line in laws(result.rows):
+        result.write(line)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from calibcast.calib.errors import BudgetError
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.output_noise import channel_noise
 from calibcast.passes.cast_count import CastCounter
@@ -25,13 +25,16 @@ class Noise:
     pooled: float = math.nan
     worst: float = math.nan
 
+    def __str__(self) -> str:
+        return f"{self.pooled:.1f}, {self.worst:.1f}"
+
 
 @dataclass(frozen=True)
 class Judged:
     """One plan of one network in one type; or why there is none.
 
     bytes_high: of activations in fp32, in the exported sizes. equal_bytes: those of a plan that is tuned for no more
-    than the SQNR that today's rules have, where that was asked.
+    than the SQNR that today's rules have, where that was asked. metric_fp32: of the network as it is.
     """
 
     network: str
@@ -44,9 +47,28 @@ class Judged:
     casts: int = 0
     calibration: Noise = Noise()
     held_out: Noise = Noise()
+    metric_name: str = ""
+    metric_fp32: float = math.nan
     metric: float = math.nan
-    refused: BudgetError | None = None
+    seconds: float = math.nan
+    refused: str = ""
     equal_bytes: int | None = None
+
+    @classmethod
+    def loaded(cls, row: Mapping[str, Any]) -> Judged:
+        """From what `asdict` gave."""
+        return cls(**{**row, "calibration": Noise(**row["calibration"]), "held_out": Noise(**row["held_out"])})
+
+    def line(self) -> str:
+        """As a row of Markdown."""
+        if self.refused:
+            cells = [f"refused: {self.refused}", *[""] * 6]
+        else:
+            cells = [
+                str(self.high), f"{self.work_low:.1%}", f"{self.bytes_low:.1%}", str(self.casts), str(self.calibration),
+                str(self.held_out), f"{self.metric_name}: {self.metric_fp32:.4g} -> {self.metric:.4g}",
+            ]  # fmt: skip
+        return f"| {' | '.join([self.network, self.type_name, self.plan, *cells, f'{self.seconds:.1f}'])} |"
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,8 @@ class Judge:
             casts=counted.casts,
             calibration=self._noise(runner, self.subject.calibration),
             held_out=self._noise(runner, self.subject.held_out),
+            metric_name=self.subject.metric_name,
+            metric_fp32=self.metric,
             metric=self.subject.metric(lambda *inputs: _run(runner, inputs)),
         )  # fmt: skip
 

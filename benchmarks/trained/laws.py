@@ -12,27 +12,22 @@ from calibcast.passes.judge import default_budget
 from calibcast.passes.tuning import tune
 
 from benchmarks.trained.judgement import Judge, Judged
-from benchmarks.trained.subject import Batch
 
 GRACE_DB = 2.0  # of the budget, on data that the plan was not tuned on
 _SAME_DB = 0.5  # what is not better than this is equal
 
 
-def at_equal_sqnr(
-    rows: Mapping[str, Judged], judge: Judge, ranges: RangeTable, calibration: list[Batch], low_type: torch.dtype
-) -> dict[str, Judged]:
-    """The rows; where rules have fewer bytes in fp32 and lower SQNR, `tune` is asked again for just that SQNR."""
-    rules, tuned = rows["rules"], rows["tune"]
+def at_equal_sqnr(tuned: Judged, rules: Judged, judge: Judge, ranges: RangeTable, low_type: torch.dtype) -> Judged:
+    """`tuned`; where rules have fewer bytes in fp32, with what it takes to be as good as they are and no better."""
     if tuned.refused or tuned.bytes_high <= rules.bytes_high or not rules.calibration.worst > 0:
-        return dict(rows)
+        return tuned
     budget = min(rules.calibration.worst, default_budget(low_type))
     try:
-        plan = tune(judge.program, ranges, calibration, budget, low_precision_type=low_type)
+        plan = tune(judge.program, ranges, judge.subject.calibration, budget, low_precision_type=low_type)
     except BudgetError:
-        return dict(rows)
+        return tuned
     counted = judge.counter.count(plan.low_precision_nodes, plan.low_precision_type)
-    left = judge.counter.activation_bytes - counted.activation_bytes_low
-    return {**rows, "tune": replace(tuned, equal_bytes=left)}
+    return replace(tuned, equal_bytes=judge.counter.activation_bytes - counted.activation_bytes_low)
 
 
 def laws(found: Iterable[Judged]) -> Iterator[str]:
@@ -44,7 +39,7 @@ def laws(found: Iterable[Judged]) -> Iterator[str]:
     missed = [f"{_name(key)}: {_why(rows)}" for key, rows in asked.items() if not _within(rows["tune"])]
     yield "\n## Laws\n"
     yield from _law("`tune` is within the budget on held-out data (2 dB of grace) wherever any plan is", asked, missed)
-    tuned = {key: rows for key, rows in groups.items() if rows["tune"].refused is None}
+    tuned = {key: rows for key, rows in groups.items() if not rows["tune"].refused}
     wasted = [
         f"{_name(key)}: {rows['tune'].bytes_high} bytes in fp32, by rules {rows['rules'].bytes_high}"
         for key, rows in tuned.items()
@@ -64,7 +59,7 @@ def _name(key: tuple[str, str]) -> str:
 
 def _within(row: Judged) -> bool:
     """Within the budget on held-out data; a plan that is all fp32 shows nothing."""
-    if row.refused is not None or not row.bytes_low > 0:
+    if row.refused or not row.bytes_low > 0:
         return False
     budget = default_budget({"fp16": torch.float16, "bf16": torch.bfloat16}[row.type_name])
     return row.held_out.worst >= budget - GRACE_DB
@@ -73,7 +68,7 @@ def _within(row: Judged) -> bool:
 def _why(rows: Mapping[str, Judged]) -> str:
     others = ", ".join(name for name, row in rows.items() if _within(row))
     tuned = rows["tune"]
-    seen = "refused" if tuned.refused is not None else f"{tuned.held_out.worst:.1f} dB"
+    seen = "refused" if tuned.refused else f"{tuned.held_out.worst:.1f} dB"
     return f"{seen}, but within it are {others}"
 
 
