@@ -15,6 +15,7 @@ from benchmarks.trained.judgement import Judge, Judged
 
 GRACE_DB = 2.0  # of the budget, on data that the plan was not tuned on
 _SAME_DB = 0.5  # what is not better than this is equal
+_PLANS = ("rules", "tune", "whole-half", "data_max=inf")
 
 
 def at_equal_sqnr(tuned: Judged, rules: Judged, judge: Judge, ranges: RangeTable, low_type: torch.dtype) -> Judged:
@@ -31,10 +32,12 @@ def at_equal_sqnr(tuned: Judged, rules: Judged, judge: Judge, ranges: RangeTable
 
 
 def laws(found: Iterable[Judged]) -> Iterator[str]:
-    """Lines of Markdown: each law, in how many cases it holds, and where it does not."""
+    """Lines of Markdown: totals; then each law, in how many cases it holds, and where it does not."""
     groups: dict[tuple[str, str], dict[str, Judged]] = {}
     for row in found:
         groups.setdefault((row.network, row.type_name), {})[row.plan] = row
+    yield "\n## In all\n"
+    yield from (_total(plan, [rows[plan] for rows in groups.values() if plan in rows]) for plan in _PLANS)
     asked = {key: rows for key, rows in groups.items() if any(_within(row) for row in rows.values())}
     missed = [f"{_name(key)}: {_why(rows)}" for key, rows in asked.items() if not _within(rows["tune"])]
     yield "\n## Laws\n"
@@ -46,6 +49,16 @@ def laws(found: Iterable[Judged]) -> Iterator[str]:
         if _wastes(rows["tune"], rows["rules"])
     ]
     yield from _law("at equal SQNR `tune` has no more bytes in fp32 than the rules", tuned, wasted)
+
+
+def _total(plan: str, rows: list[Judged]) -> str:
+    """How often a plan is within the budget, and what it costs."""
+    within = [row for row in rows if _within(row)]
+    refused = sum(bool(row.refused) for row in rows)
+    return (
+        f"- {plan}: within the budget on held-out data (2 dB of grace) in {len(within)} of {len(rows)}, "
+        f"{refused} refused; {sum(row.high for row in rows)} fp32 nodes"
+    )
 
 
 def _law(text: str, cases: Mapping[tuple[str, str], object], failures: list[str]) -> Iterator[str]:
