@@ -57,7 +57,7 @@ def test_a_network_that_fails_is_a_row(monkeypatch, tmp_path):
 
 def judged(plan: str, worst: float, bytes_high: int = 0, **more) -> Judged:
     noise = Noise(worst, worst)
-    return Judged("net", "fp16", plan, bytes_low=0.5, bytes_high=bytes_high, calibration=noise, held_out=noise, **more)
+    return Judged("net", "fp16", plan, work_low=0.5, bytes_high=bytes_high, calibration=noise, held_out=noise, **more)
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ def _name(key: tuple[str, str]) -> str:
 
 
 def _within(row: Judged) -> bool:
-    """Within the budget on held-out data; a plan that is all fp32 shows nothing."""
-    if row.refused or not row.bytes_low > 0:
+    """Within the budget on held-out data; a plan that has all work in fp32 shows nothing."""
+    if row.refused or not row.work_low > 0.001:
         return False
     budget = default_budget({"fp16": torch.float16, "bf16": torch.bfloat16}[row.type_name])
     return row.held_out.worst >= budget - GRACE_DB
