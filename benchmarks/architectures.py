@@ -2,15 +2,18 @@
 
     python benchmarks/architectures.py -o benchmarks/results/architectures.md
     python benchmarks/architectures.py --only bert --only resnet --types fp16
+    python benchmarks/architectures.py --plans-only
 
-One row per model and type: ours, the same graph with everything low ("half"), Torch-TensorRT's own autocast where it
-is installed, and whether TensorRT-RTX builds the fp32 and the cast graph into one network. Everything runs in a child
-process, so that a crash costs one cell. Needs no GPU and no network.
+One row per model and type: the plan of the rules, that for the default budget with evidence of rounding, the same graph
+with everything low ("half"), Torch-TensorRT's own autocast where it is installed, and whether TensorRT-RTX builds the
+fp32 and the cast graph into one network; `--plans-only` leaves out the last two. Calibration, s: by the clock, for all
+batches. Everything runs in a child process, so that a crash costs one cell. Needs no GPU and no network.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -26,20 +29,27 @@ from benchmarks.zoo.coverage import coverage_table
 
 WORKER = [sys.executable, "-m", "benchmarks.zoo.worker"]
 HEADINGS = (
-    "model", "type", "nodes", "work", "bytes", "casts", "error", "half error", "misses",
+    "model", "type", "rules: nodes", "work", "bytes", "casts", "error", "half error", "misses", "calibration, s",
+    "budget: nodes", "work", "bytes", "casts", "error", "SQNR, dB", "predicted, dB", "misses", "calibration, s",
     "peer: nodes", "work", "bytes", "casts", "error", "RTX builds fp32", "RTX builds cast",
 )  # fmt: skip
 Row = dict[str, Any]
 
 
-def measured(worker: Worker, model: str, kind: str, fp32_builds: str) -> Row:
-    """All that a row says of a model in one type."""
+def measured(worker: Worker, model: str, kind: str, fp32_builds: str | None) -> Row:
+    """All that a row says of a model in one type. fp32_builds: None where neither peer nor builder is asked."""
 
     def ask(what: str) -> dict[str, Any]:
         return worker.ask({"ask": what, "model": model, "type": kind})
 
-    row = {"model": model, "type": kind, "ours": ask("ours"), "fp32": fp32_builds}
-    if has_torch_tensorrt():
+    row = {
+        "model": model,
+        "type": kind,
+        "ours": ask("ours"),
+        "budget": ask("budget"),
+        "fp32": fp32_builds or "not asked",
+    }
+    if fp32_builds is not None and has_torch_tensorrt():
         row["peer"] = ask("peer")
         row["cast"] = built(worker, model, kind)
     return row
@@ -75,16 +85,42 @@ def table(rows: Iterable[Row]) -> str:
 def cells(row: Row) -> list[str]:
     """The cells of a row, in the order of `HEADINGS`."""
     start = [row["model"], row["type"]]
-    found = [*start, *_ours(row["ours"]), *_peer(row.get("peer")), row["fp32"], row.get("cast", "not asked")]
+    found = [
+        *start,
+        *_ours(row["ours"]),
+        *_budget(row["budget"]),
+        *_peer(row.get("peer")),
+        row["fp32"],
+        row.get("cast", "not asked"),
+    ]
     return [cell.replace("|", "\\|") for cell in found]
 
 
 def _ours(answer: dict[str, Any]) -> list[str]:
     found = answer.get("result")
     if found is None:
-        return [answer["failure"], "", "", "", "", "", "**misses**"]
-    misses = f"**{'; '.join(found['misses'])}**" if found["misses"] else ""
-    return [*_shares(found["shares"]), _error(found["error"]), _error(found["half_error"]), misses]
+        return [answer["failure"], "", "", "", "", "", "**misses**", ""]
+    return [
+        *_shares(found["shares"]), _error(found["error"]), _error(found["half_error"]), _misses(found),
+        f"{found['seconds']:.1f}",
+    ]  # fmt: skip
+
+
+def _budget(answer: dict[str, Any]) -> list[str]:
+    found = answer.get("result")
+    if found is None:
+        return [answer["failure"], "", "", "", "", "", "", "**misses**", ""]
+    predicted = "none" if found["predicted_db"] is None else f"{found['predicted_db']:.1f}"
+    spread = ", spread" if found["spread"] else ""
+    seen = f"{-20 * math.log10(found['error']):.1f}" if found["error"] else "inf"
+    return [
+        *_shares(found["shares"]), _error(found["error"]), seen, f"{predicted}{spread}", _misses(found),
+        f"{found['seconds']:.1f}",
+    ]  # fmt: skip
+
+
+def _misses(found: dict[str, Any]) -> str:
+    return f"**{'; '.join(found['misses'])}**" if found["misses"] else ""
 
 
 def _peer(answer: dict[str, Any] | None) -> list[str]:
@@ -121,6 +157,9 @@ def summary(rows: list[Row]) -> str:
         ran = [row["ours"]["result"] for row in mine if "result" in row["ours"]]
         good = sum(not found["misses"] for found in ran)
         lines.append(f"- {kind}: of {len(mine)} models, {len(ran)} are cast and run, {good} without a miss.")
+        planned = [row["budget"]["result"] for row in mine if "result" in row["budget"]]
+        met = sum(not found["misses"] for found in planned)
+        lines.append(f"- {kind}, for the budget: {len(planned)} are cast and run, {met} without a miss.")
         theirs = [row["peer"] for row in mine if "peer" in row]
         if theirs:
             done = [answer["result"] for answer in theirs if "result" in answer]
@@ -150,24 +189,34 @@ def high_nodes(rows: Iterable[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def page(rows: list[Row]) -> str:
+    """All that is written of these rows."""
+    covered = coverage_table(ZOO[name] for name in dict.fromkeys(row["model"] for row in rows))
+    parts = [
+        "# Architectures", machine.header(), summary(rows), table(rows), "## What stays high by the rules, and why",
+        high_nodes(rows), "## What the zoo covers", covered,
+    ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=sorted(ZOO), metavar="NAME", help="a model; may be repeated")
     parser.add_argument("--types", default="fp16,bf16", help="low types, separated by commas")
+    parser.add_argument("--plans-only", action="store_true", help="ask neither the peer nor the builder")
     parser.add_argument("-o", "--output", help="Markdown file to write")
     arguments = parser.parse_args()
     rows: list[Row] = []
     with Worker(WORKER) as worker:
         for model in arguments.only or ZOO:
-            fp32 = built(worker, model, "fp32") if has_torch_tensorrt() else "not asked"
+            asked = has_torch_tensorrt() and not arguments.plans_only
+            fp32 = built(worker, model, "fp32") if asked else None
             for kind in arguments.types.split(","):
                 rows.append(measured(worker, model, kind, fp32))
                 print(" | ".join(cells(rows[-1])), file=sys.stderr, flush=True)
-    parts = [
-        "# Architectures", machine.header(), summary(rows), table(rows), "## What stays high, and why",
-        high_nodes(rows), "## What the zoo covers", coverage_table(ZOO[name] for name in arguments.only or ZOO),
-    ]  # fmt: skip
-    machine.write(arguments.output, "\n\n".join(parts))
+            if arguments.output:  # what there is, should it be stopped
+                Path(arguments.output).write_text(page(rows) + "\n", encoding="utf-8")
+    machine.write(arguments.output, page(rows))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ edges; seen: the same of that run.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import subprocess
@@ -59,7 +60,8 @@ class Subject:
         self.device = device
         self.runner = ProgramRunner(self.program, device)
         self.flat = self.runner.to_device(list(inputs))
-        self.module = model.to(device)
+        # A copy: moved itself, it would take the program's weights along, and leave its constants.
+        self.module = copy.deepcopy(model).to(device)
         low = [n.name for n in self.program.graph.nodes if n.op == "call_function"]
         masks = mask_tensors(self.program)
         self.checks = {kind: RoundedRunner(self.program, low, kind, masks, device) for kind in LOW_TYPES}

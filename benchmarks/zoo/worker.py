@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import time
 import warnings
 from dataclasses import asdict
 from functools import lru_cache
@@ -24,10 +25,12 @@ from torch.export import ExportedProgram
 
 from benchmarks.isolation import serve
 from benchmarks.zoo import ZOO
+from benchmarks.zoo.architecture import CALIBRATION_BATCHES
 from benchmarks.zoo.judgement import (
     TOLERANCE,
     Trial,
     everything_low,
+    excess_of,
     flat_inputs,
     outputs_of,
     shares_of,
@@ -44,6 +47,12 @@ def trial(model: str) -> Trial:
     return Trial.of(ZOO[model])
 
 
+@lru_cache(maxsize=1)
+def measured(model: str) -> Trial:
+    """The same with evidence of rounding from all calibration batches."""
+    return Trial.of(ZOO[model], CALIBRATION_BATCHES)
+
+
 def ours(model: str, low_type: torch.dtype) -> dict[str, Any]:
     """What calibcast's plan and cast graph are worth, and what stays high."""
     tried = trial(model)
@@ -57,6 +66,29 @@ def ours(model: str, low_type: torch.dtype) -> dict[str, Any]:
         "misses": outcome.misses,
         "high": high[:SHOWN],
         "high_count": len(high),
+        "seconds": tried.seconds,
+    }
+
+
+def budget(model: str, low_type: torch.dtype) -> dict[str, Any]:
+    """The same of a plan for the default budget, from evidence of rounding; and what that evidence took."""
+    tried = measured(model)
+    start = time.perf_counter()
+    plan = tried.plan(low_type)
+    planning = time.perf_counter() - start
+    outcome = tried.judged(plan, insert_casts(tried.program, plan))
+    by_rules = tried.plan_by_rules(low_type)
+    shares = shares_of(tried.program, by_rules, insert_casts(tried.program, by_rules))
+    half = tried.half_error(low_type, in_one_batch=True)
+    summary = plan.rounding
+    return {
+        "shares": asdict(outcome.shares),
+        "error": outcome.error,
+        "misses": [*outcome.misses, *excess_of(outcome, shares, half, TOLERANCE[low_type])],
+        "predicted_db": None if summary is None else summary.predicted_sqnr_db,
+        "spread": summary is not None and summary.spread,
+        "seconds": tried.seconds,
+        "planning": planning,
     }
 
 
@@ -126,7 +158,7 @@ def _cast(model: str, kind: str) -> tuple[ExportedProgram, PrecisionPlan]:
 
 def answer(job: dict[str, str]) -> Any:
     """Do one job."""
-    measures = {"ours": ours, "peer": peer}
+    measures = {"ours": ours, "budget": budget, "peer": peer}
     builds = {"build": build, "build_cast": build_cast, "build_decomposed": build_decomposed, "crash": crash}
     if job["ask"] in measures:
         return measures[job["ask"]](job["model"], TYPES[job["type"]])
