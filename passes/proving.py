@@ -39,10 +39,15 @@ class _Seen:
 
     worst: Worst = Worst()
     outputs: dict[int, float] = field(default_factory=dict)
-    changed: float = 0.0
+    integers: dict[int, tuple[int, int]] = field(default_factory=dict)  # of each such output: changed, of so many
     nonfinite: int = 0
     bad: Batch | None = None  # the first with something newly non-finite
     runs: int = 0
+
+    @property
+    def changed(self) -> float:
+        """The largest share of an output of integers that differed, over all batches: one of few is a toss-up."""
+        return max((changed / total for changed, total in self.integers.values()), default=0.0)
 
     def take(self, ours: Sequence[Any], theirs: Sequence[Any], batch: Batch) -> None:
         self.runs += 1
@@ -52,7 +57,8 @@ class _Seen:
 
     def _take(self, output: int, ours: torch.Tensor, theirs: torch.Tensor, batch: Batch) -> None:
         if not (theirs.is_floating_point() or theirs.is_complex()):
-            self.changed = max(self.changed, float((ours != theirs).double().mean()))
+            changed, total = self.integers.get(output, (0, 0))
+            self.integers[output] = changed + int((ours != theirs).sum()), total + theirs.numel()
             return
         lost = int((~ours.isfinite() & theirs.isfinite()).sum())
         self.nonfinite += lost

@@ -106,6 +106,18 @@ def test_integer_results_count() -> None:
     assert plan.proof.integers_changed == 0.0
 
 
+def test_one_toss_up_among_many_integers_is_none() -> None:
+    """One of a hundred changes in one of eight batches: an eighth of a percent in all, where half of one is allowed."""
+    near = torch.linspace(0.1, 0.9, 100).round(decimals=2).mul(256).floor().div(256) + 1 / 1024
+    one = near.clone()
+    one[7] = 1 - 2**-13  # float16 makes 1 of it
+    program = exported(lambda x: x.floor().long(), near)
+    batches = [one, *[near] * 7]
+    plan = tune(program, with_noise(program, batches, {}), batches)
+    assert plan.high_precision_nodes == ()
+    assert 0 < plan.proof.integers_changed <= 0.005
+
+
 def test_without_evidence_a_plan_is_proven_or_refused() -> None:
     """There is nothing to mend it by; the error says how to get that."""
     ranges = replace(calibrate(SURVIVAL, [X], progress=False), rounding=empty_rounding())
