@@ -50,8 +50,8 @@ class Proof:
     min_sqnr_db: the budget, of each channel of each output in each batch. sqnr_db: the least there was: in
     `worst_batch`, at `worst_output`, in its channel `worst_channel`. doubled_sqnr_db: the least with floating-point
     inputs times two. outputs: the least SQNR of each output. integers_changed: the largest share of the elements of an
-    integer or boolean output that differed, over all batches. nonfinite: elements that are NaN or Inf only under the plan. batches: how
-    many were run. runs: how many plans were, until this one.
+    integer or boolean output that differed, over all batches. nonfinite: elements that are NaN or Inf only under the
+    plan. batches: how many were run. runs: how many plans were, until this one.
     """
 
     min_sqnr_db: float
