@@ -26,7 +26,7 @@ def at_equal_sqnr(tuned: Judged, rules: Judged, judge: Judge, ranges: RangeTable
     try:
         plan = tune(judge.program, ranges, judge.subject.calibration, budget, low_precision_type=low_type)
     except BudgetError:
-        return tuned
+        return replace(tuned, equal_bytes=tuned.bytes_high)  # what rules give, `tune` does not find
     counted = judge.counter.count(plan.low_precision_nodes, plan.low_precision_type)
     return replace(tuned, equal_bytes=judge.counter.activation_bytes - counted.activation_bytes_low)
 
