@@ -32,7 +32,8 @@ from calibcast.engines.job.openers import digest
 from calibcast.engines.job.ranks import Ranks, connected, give, tell_all
 from calibcast.engines.job.several import run_several
 from calibcast.engines.job.signals import Signals
-from calibcast.engines.job.stages import JobRun, Stage
+from calibcast.engines.job.stage import Stage
+from calibcast.engines.job.stages import JobRun
 from calibcast.engines.locations import exits_refused
 
 Say = Callable[[str], None]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
-from calibcast.calib.artifacts import load_program, save_program, versions
-from calibcast.calib.batches import Signature, signature_of
+from calibcast.calib.artifacts import load_program, save_program
 from calibcast.calib.checkpoint import Checkpoint, merge_checkpoints
 from calibcast.calib.errors import BatchError, GateError
 from calibcast.calib.graph_digests import fingerprint
-from calibcast.calib.program_digests import node_digests, weights_hash
+from calibcast.calib.program_digests import node_digests
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.backends import chosen
 from calibcast.engines.building import MOST_TRIED, build
-from calibcast.engines.engine import Engine
 from calibcast.engines.job import ranks as ranks_module
+from calibcast.engines.job.context import JobContext
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.feed import Feeding, feed
 from calibcast.engines.job.folder import (
@@ -31,28 +29,19 @@ from calibcast.engines.job.folder import (
     MIXED,
     PLAN,
     RANGES,
-    VERIFICATION,
-    JobFolder,
-    Store,
 )
-from calibcast.engines.job.inputs import Inputs, inputs_of
-from calibcast.engines.job.job_file import JobFile
 from calibcast.engines.job.logs import tell
 from calibcast.engines.job.measuring import Task, counts, measure_shard
-from calibcast.engines.job.openers import OpenedData, code_digest, fingerprints, open_data
+from calibcast.engines.job.openers import code_digest, fingerprints
 from calibcast.engines.job.progress import Progress
 from calibcast.engines.job.ranks import Ranks
-from calibcast.engines.job.settings import Source
 from calibcast.engines.job.settling import early_part, settling
 from calibcast.engines.job.shares import Share
-from calibcast.engines.job.signals import Signals
 from calibcast.engines.job.sources import Done
+from calibcast.engines.job.stage import Stage, plain_settings
 from calibcast.engines.job.trust import DataReport, check_share
-from calibcast.engines.judging.bounds import Bounds
-from calibcast.engines.judging.report import VerificationReport
-from calibcast.engines.judging.report_file import load_report, save_report
-from calibcast.engines.judging.verification import verify
-from calibcast.engines.locations import load_function, load_model
+from calibcast.engines.job.verify_stage import verify_stage
+from calibcast.engines.locations import load_function
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.plan import PrecisionPlan
@@ -63,81 +52,19 @@ from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage. needs: stages whose files it reads. inputs: fingerprints of what else it is made of. settings: of
-    the job file, by key. work: does it, and returns what the manifest should say of it. judge: raises GateError when
-    a gate of the user's says no to that; asked again when the stage is skipped. restate: where a gate is another than
-    the one that the stage's files tell of, rewrites them, and returns what changes in the manifest."""
-
-    name: str
-    artifacts: tuple[str, ...]
-    needs: tuple[str, ...]
-    inputs: Mapping[str, str]
-    settings: Mapping[str, Any]
-    work: Callable[[], dict[str, Any]]
-    judge: Callable[[Mapping[str, Any]], None] = lambda result: None
-    restate: Callable[[], dict[str, Any]] = dict
-
-
-@dataclass(frozen=True)
-class JobRun:
-    """One run of a job in this process."""
-
-    file: JobFile
-    folder: JobFolder
-    ranks: Ranks
-    signals: Signals
-    bar: bool = True
-    store: Store | None = None
-
-    @cached_property
-    def program(self) -> ExportedProgram:
-        """The model, exported."""
-        model = self.file.job.model
-        return load_model(self.file.function(model.location), model.arguments)
-
-    @cached_property
-    def signature(self) -> Signature:
-        return signature_of(self.program)
-
-    @cached_property
-    def model_inputs(self) -> dict[str, str]:
-        """Fingerprints that every stage depends on."""
-        graph = fingerprint(node_digests(self.program))
-        return {"program": graph, "weights": weights_hash(self.program), "calibcast": versions()["calibcast"]}
-
-    @cached_property
-    def calibration_share(self) -> Share:
-        """This process's calibration batches."""
-        job = self.file.job
-        held = 0.0 if job.held_out is not None else job.data.held_out_share
-        return Share(held, False, job.data.max_batches, self.ranks.rank, self.ranks.world)
-
-    @cached_property
-    def held_out(self) -> tuple[Source, Share] | None:
-        """Where the held-out batches are; None when nothing is held out."""
-        job = self.file.job
-        most = job.verification.max_batches
-        if job.held_out is not None:
-            return job.held_out, Share(most=most)
-        return (job.data, Share(job.data.held_out_share, True, most)) if job.data.held_out_share > 0 else None
-
-    def opened(self, source: Source, ranks: Ranks) -> tuple[OpenedData, Inputs]:
-        """The data of a table, and how its batches become inputs."""
-        found = open_data(self.file, source, ranks.rank, ranks.world)
-        transform = None if source.transform is None else load_function(self.file.function(source.transform))
-        return found, inputs_of(source, self.signature, found.columns, transform)
+class JobRun(JobContext):
+    """A run, and its stages: how each is described, and what it does."""
 
     def stages(self) -> tuple[Stage, ...]:
         """All stages, in order."""
-        verification = () if self.held_out is None else (self._verify(self.held_out),)
+        verification = () if self.held_out is None else (verify_stage(self, self.held_out),)
         return (self._calibrate(), self._plan(), self._cast(), self._build(), *verification)
 
     def _calibrate(self) -> Stage:
         job = self.file.job
         settings = {
-            **_plain(job.calibration, "histogram", "on_nonfinite", "device", "rounding_batches", "carry_state"),
-            **_plain(job.limits, "on_nonfinite_inputs"),
+            **plain_settings(job.calibration, "histogram", "on_nonfinite", "device", "rounding_batches", "carry_state"),
+            **plain_settings(job.limits, "on_nonfinite_inputs"),
             "max_batches": job.data.max_batches,
             "held_out_share": self.calibration_share.held_out_share,
         }
@@ -218,7 +145,7 @@ class JobRun:
         check_share(report, self.file.job.limits)
 
     def _plan(self) -> Stage:
-        settings = _plain(self.file.job.plan)
+        settings = plain_settings(self.file.job.plan)
         code = {f"rule {rule}": code_digest(self.file, rule) for rule in self.file.job.plan.rules}
         inputs = {**self.model_inputs, **code}
         made = (PLAN, *((FITTED, FITTED_RANGES) if self.file.job.plan.rescale == "auto" else ()))
@@ -313,7 +240,9 @@ class JobRun:
 
     def _cast(self) -> Stage:
         inputs = {**self.model_inputs, "torch": torch.__version__}
-        return Stage("cast", (MIXED,), ("plan",), inputs, _plain(self.file.job.build, "keep_io_types"), self._insert)
+        return Stage(
+            "cast", (MIXED,), ("plan",), inputs, plain_settings(self.file.job.build, "keep_io_types"), self._insert
+        )
 
     def _insert(self) -> dict[str, Any]:
         plan = PrecisionPlan.load(self.folder.path / PLAN)
@@ -324,7 +253,9 @@ class JobRun:
 
     def _build(self) -> Stage:
         asked = self.file.job.build
-        settings = {name: v for name, v in _plain(asked).items() if name not in {"keep_io_types", "build_timeout"}}
+        settings = {
+            name: v for name, v in plain_settings(asked).items() if name not in {"keep_io_types", "build_timeout"}
+        }
         backend, _ = chosen(asked.backend, asked.ahead_of_time)
         inputs = {"backend": json.dumps([backend.name, backend.versions()], sort_keys=True)}
         return Stage("build", (ENGINE,), ("calibrate", "plan", "cast"), inputs, settings, self._engine)
@@ -348,75 +279,3 @@ class JobRun:
         share = replace(self.calibration_share, rank=0, world=1)
         items = feed(data.batches.read(share, Done()), inputs, self.signature)
         return [item.inputs for item in islice(items, MOST_TRIED) if item.error is None]
-
-    def _verify(self, held: tuple[Source, Share]) -> Stage:
-        source, share = held
-        settings = self.file.job.verification
-        code = {f"metric {name}": code_digest(self.file, location) for name, location in settings.metrics.items()}
-        inputs = {**self.model_inputs, **fingerprints(self.file, source), **code}
-        own = {**_plain(settings, "max_batches"), **_plain(self.file.job.limits, "on_nonfinite_inputs"),
-               **_plain(self.file.job.calibration, "carry_state"),
-               "held_out_share": share.held_out_share}  # fmt: skip
-        return Stage(
-            "verify", (VERIFICATION,), ("build",), inputs, own, self._compare, self._judge_engine, self._restate_verdict
-        )
-
-    def _compare(self) -> dict[str, Any]:
-        assert self.held_out is not None
-        source, share = self.held_out
-        data, inputs = self.opened(source, Ranks())  # all of it, not a shard
-        metrics = self.file.job.verification.metrics
-        functions = {name: load_function(self.file.function(location)) for name, location in metrics.items()}
-        total = counts(data.batches.length, share)[0]
-        items = feed(data.batches.read(share, Done()), inputs, self.signature)
-        feeding = Feeding(items, self.signature, self.file.job.limits, Progress("verify", total, bar=self.bar), total)
-        engine, judged = self._judged_engine()
-        bounds = self.file.job.verification.bounds
-        report = verify(
-            engine, self.program, feeding, feeding.inputs, metrics=functions, progress=False, bounds=bounds,
-            carry_state=self.file.job.calibration.carry_state,
-        )  # fmt: skip
-        save_report(self.folder.path / VERIFICATION, report)
-        data_report = feeding.report.to_json()
-        return {**_told(report, judged), "judged": judged, "metrics": dict(report.metrics), "report": data_report}
-
-    def _judged_engine(self) -> tuple[Engine, str]:
-        """The engine as it was saved; where it was built for a GPU that is not here, the cast program in PyTorch."""
-        if self.file.job.build.ahead_of_time and not torch.cuda.is_available():
-            mixed = load_program(self.folder.path / MIXED)
-            return build(mixed, backend="eager"), "the cast program in PyTorch: the engine needs a GPU"
-        engine = Engine.load(self.folder.path / ENGINE)
-        return engine, f"the {engine.backend} engine"
-
-    def _restate_verdict(self) -> dict[str, Any]:
-        """The report holds its bounds: with others, its verdict is another, though nothing is verified again."""
-        path, bounds = self.folder.path / VERIFICATION, Bounds.of(self.file.job.verification.bounds)
-        report = load_report(path)
-        if report.bounds == bounds:
-            return {}
-        report.bounds = bounds
-        save_report(path, report)
-        return _told(report)
-
-    def _judge_engine(self, result: Mapping[str, Any]) -> None:
-        for line in DataReport.from_json(result["report"]).lines():
-            tell(f"held-out data: {line}", 30, event="data")
-        load_report(self.folder.path / VERIFICATION).require(**self.file.job.verification.bounds)
-
-
-def _told(report: VerificationReport, judged: str = "") -> dict[str, Any]:
-    """What the manifest says of a report. `judged`: what it is of."""
-    verdict = report.verdict
-    return {
-        "summary": f"{report.batches} batches, {verdict}{f' ({judged})' if judged else ''}",
-        "verdict": str(verdict),
-        "passed": verdict.passed,
-        "bounds": report.bounds.set(),
-    }
-
-
-def _plain(table: Any, *names: str) -> dict[str, Any]:
-    """Settings as JSON gives them back, so that they can be compared; inf stays inf."""
-    found = table.model_dump(include=set(names)) if names else table.model_dump()
-    plain: dict[str, Any] = json.loads(json.dumps(found))
-    return plain
