@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from calibcast.calib import calibrate
+from calibcast.calib import hidden as hidden_module
 from calibcast.calib.ranges import RangeTable
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
@@ -62,3 +63,15 @@ def test_a_pool_with_one_window_is_the_sum_of_magnitudes():
     largest, least = hidden(Pooled(), x)
     assert largest == pytest.approx(float(x.abs().sum((2, 3)).max()), rel=1e-5)
     assert least == math.inf
+
+
+def test_large_tensors_are_taken_in_pieces_that_keep_slices_whole(monkeypatch):
+    """Each piece is some rows of a dimension that is not reduced; a small tensor is taken as it is."""
+    monkeypatch.setattr(hidden_module, "_STEP", 100)
+    x = torch.arange(1200.0).reshape(3, 40, 10)
+    small = x[:, :3]
+    assert hidden_module._pieces(small, [2])[0] is small
+    pieces = hidden_module._pieces(x, [2])
+    assert all(piece.numel() <= 100 and piece.shape[2] == 10 for piece in pieces)
+    assert torch.equal(torch.cat(pieces, 1), x)
+    assert [tuple(piece.shape) for piece in hidden_module._pieces(x, [1])] == [(3, 40, 1)] * 10
