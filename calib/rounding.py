@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from calibcast.calib.process_settings import HeldSetting
 
 
 def rounded(tensor: torch.Tensor, low_type: torch.dtype, saturate: bool = False) -> torch.Tensor:
@@ -52,20 +53,24 @@ def fp32_kernels() -> Iterator[None]:
 
     The flags of the process are restored, also after an error.
     """
-    flags = _flags()
-    before = [getattr(owner, name) for owner, name, _ in flags]
-    try:
-        for owner, name, exact in flags:
-            setattr(owner, name, exact)
+    with _PRECISIONS.held():
         yield
-    finally:
-        for (owner, name, _), value in zip(flags, before, strict=True):
-            setattr(owner, name, value)
 
 
-def _flags() -> list[tuple[Any, str, str]]:
+def _owners() -> tuple[Any, ...]:
     """Where torch keeps its fp32 precision, per backend and operator; "ieee" is what the type promises."""
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
-    owners = (backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
-    return [(owner, "fp32_precision", "ieee") for owner in owners]
+    return backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
+
+
+def _precisions() -> list[str]:
+    return [owner.fp32_precision for owner in _owners()]
+
+
+def _set_precisions(values: list[str]) -> None:
+    for owner, value in zip(_owners(), values, strict=True):
+        owner.fp32_precision = value
+
+
+_PRECISIONS = HeldSetting(_precisions, _set_precisions, ["ieee"] * len(_owners()))

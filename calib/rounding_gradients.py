@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from calibcast.calib.graph import base_op
 from calibcast.calib.operators import STEPS, operator_of
+from calibcast.calib.process_settings import HeldSetting
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
 Grads = dict[int, torch.Tensor]  # by column
@@ -105,7 +105,7 @@ class Gradients:
 
         Without cuDNN, whose recurrent layers have gradients in training only.
         """
-        with _without_cudnn():
+        with _CUDNN_OFF.held():
             call.raw = call.with_gradients(inputs) or ()
             return bool(call.raw and self._backwards(call, columns))
 
@@ -161,14 +161,12 @@ def _sound(grad: torch.Tensor) -> torch.Tensor:
     return grad if math.isfinite(abs(total.item())) else grad.nan_to_num(0.0, 0.0, 0.0)
 
 
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
+def _enable_cudnn(enabled: bool) -> None:
     cudnn: Any = torch.backends.cudnn
-    before, cudnn.enabled = cudnn.enabled, False
-    try:
-        yield
-    finally:
-        cudnn.enabled = before
+    cudnn.enabled = enabled
+
+
+_CUDNN_OFF = HeldSetting(lambda: torch.backends.cudnn.enabled, _enable_cudnn, False)
 
 
 def _is_foreign(call: Call) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from calibcast.calib.graph import size_hint
-from calibcast.passes.low_types import unlogged
+from calibcast.calib.process_settings import unlogged
+from calibcast.passes.low_types import FAKE_KERNELS
 from calibcast.passes.regions import flatten, qualified_name
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,7 +32,12 @@ def ran_low(program: ExportedProgram, low_type: torch.dtype, device_type: str) -
     none (a comparison), whose arguments are."""
     source, low = flatten(program.graph_module), set[str]()
     made: dict[fx.Node, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), unlogged(), _autocast(device_type, low_type):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        unlogged(FAKE_KERNELS),
+        _autocast(device_type, low_type),
+    ):
         for node in source.graph.nodes:
             recorded = pytree.tree_map(lambda value: _stand_in(value, device_type), node.meta.get("val"))
             made[node] = recorded

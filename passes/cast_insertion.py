@@ -20,6 +20,7 @@ from calibcast.calib.graph import base_op, dtype_name, size_hint
 from calibcast.calib.host_kernels import CastProgram
 from calibcast.calib.marks import mark_inserted
 from calibcast.calib.operators import ASSERTS, MASK_CHOICE
+from calibcast.calib.process_settings import FAKE_TENSORS
 from calibcast.calib.rounded_runner import with_numbers
 from calibcast.calib.rounding import rounded_number
 from calibcast.calib.rounding_edges import literals_of
@@ -56,7 +57,7 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     plan.check(program)
     # Without a low node, no cast is needed, and the graph stays as it was, `no_grad` regions included.
     source = flatten(program.graph_module) if plan.low_precision_nodes else program.graph_module
-    with paused():
+    with paused(), FAKE_TENSORS:
         types = NodeTypes.of(source, plan)
         masks = masks_to_saturate(program, source, plan.masks)
         weights = low_weights(program, source, types, masks)

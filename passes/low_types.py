@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from calibcast.calib.errors import PlanError, first_line
 from calibcast.calib.graph import size_hint
+from calibcast.calib.process_settings import FAKE_TENSORS, unlogged
 from calibcast.passes.dtype_arguments import with_low_dtype
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+# It logs a stack trace when a fake kernel raises; here that is expected, and tried again.
+FAKE_KERNELS = "torch._subclasses.fake_tensor"
 LOW_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for what is no tensor
 # AssertionError: a program's own check of a type, which is asked about like any other node.
@@ -71,14 +71,14 @@ class LowTypes:
             return first_line(error)
 
     def _run_symbolic(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        with self.mode, torch.no_grad(), _quiet(self.mode.shape_env), unlogged():
+        with FAKE_TENSORS, self.mode, torch.no_grad(), _quiet(self.mode.shape_env), unlogged(FAKE_KERNELS):
             # Copies, as an in-place op would change a fake tensor that nodes share.
             args, kwargs = fx.map_arg((args, kwargs), lambda n: pytree.tree_map(self._lowered, n.meta["val"]))
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _run_concrete(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """At the sizes of the export: some half-precision kernels take no symbols, such as those of lstm."""
-        with FakeTensorMode(), torch.no_grad(), unlogged():
+        with FakeTensorMode(), torch.no_grad(), unlogged(FAKE_KERNELS):
             args, kwargs = fx.map_arg((args, kwargs), lambda n: pytree.tree_map(self._stand_in, n.meta["val"]))
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -138,28 +138,3 @@ def _quiet(shape_env: Any) -> ExitStack:
         stack.enter_context(shape_env.suppress_guards())
         stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
     return stack
-
-
-class _OtherThreads(logging.Filter):
-    """Lets through what other threads log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._own = threading.get_ident()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.thread != self._own
-
-
-@contextmanager
-def unlogged() -> Iterator[None]:
-    """torch logs a stack trace when a fake kernel raises; here that is expected, and tried again.
-
-    For this thread alone, and without a switch that two threads could leave in the wrong position.
-    """
-    logger, others = logging.getLogger("torch._subclasses.fake_tensor"), _OtherThreads()
-    logger.addFilter(others)
-    try:
-        yield
-    finally:
-        logger.removeFilter(others)

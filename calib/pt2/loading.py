@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import importlib
-import logging
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from calibcast.calib.process_settings import unlogged
 from calibcast.calib.pt2.check import check_program_file
 from calibcast.calib.pt2.refusal import ALLOW, RefusedError, allowed_by_owner
 
-# They log the traceback of an error that is raised as well.
+# They log the traceback of an error that is raised as well, and says more.
 _LOUD = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
+
+# torch's reader keeps what it is reading in a variable of its module, and refuses a second one.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def load_checked(path: Path) -> torch.export.ExportedProgram:
     """The program at `path`. Raises RefusedError, and whatever torch raises for a damaged file."""
     check_program_file(path)
-    with warnings.catch_warnings(), _quiet(), torch.serialization.safe_globals(_vouched_for()):
+    with _ONE_AT_A_TIME, warnings.catch_warnings(), unlogged(*_LOUD), torch.serialization.safe_globals(_vouched_for()):
         # torch 2.11 says so of the file that it has mapped, which nobody writes to.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.export.load(str(path))
@@ -46,17 +48,3 @@ def _imported(name: str) -> Any:
     if not isinstance(found, type):
         raise RefusedError(f"{ALLOW} names {name!r}, which is no class: only classes can be allowed")
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's log of an error out of what the user sees: the error itself is raised, and says more."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from calibcast.calib.artifacts import save_json
+from calibcast.calib.process_settings import unlogged
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
-from calibcast.passes.low_types import unlogged
 from calibcast.passes.plan import PrecisionPlan
 from torch import nn
 
@@ -79,7 +79,7 @@ def test_what_is_said_meanwhile_on_other_threads_is_logged(caplog: pytest.LogCap
     """torch's logger is quiet for the thread that asks for it, and as it was afterwards, however uses overlap."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before = list(logger.filters), logger.disabled
-    first, second = unlogged(), unlogged()
+    first, second = unlogged(logger.name), unlogged(logger.name)
     first.__enter__()
     second.__enter__()
     with caplog.at_level(logging.WARNING, logger.name):

@@ -1,0 +1,155 @@
+"""What belongs to a thread or to the whole process is as it was, however calls on several threads overlap."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from calibcast.calib import BatchError, calibrate
+from calibcast.calib.gc_pause import paused
+from calibcast.calib.process_settings import HeldSetting, unlogged
+from calibcast.calib.pt2.loading import _LOUD, load_checked
+from calibcast.calib.rounding import _precisions, fp32_kernels
+from calibcast.calib.rounding_gradients import _CUDNN_OFF
+from calibcast.engines import build
+from calibcast.passes import PrecisionPlan, classify, compare, insert_casts
+from torch import nn
+
+X = torch.linspace(-1, 1, 32).reshape(4, 8)
+
+
+class Net(nn.Module):
+    """With a region that sets gradients, one of autocast, and one of vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = self.linear(x)
+        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            z = self.linear(y)
+        return torch.vmap(lambda row: row.sin() * 2)(z.float())
+
+
+def on_threads(work: Callable[[int], Any], count: int = 4) -> list[Any]:
+    results: list[Any] = [None] * count
+    failed: list[BaseException] = []
+    together = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        try:
+            together.wait()
+            results[number] = work(number)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    return results
+
+
+def state() -> tuple[Any, ...]:
+    levels = [(logging.getLogger(name).level, tuple(logging.getLogger(name).filters)) for name in _LOUD]
+    return gc.isenabled(), tuple(_precisions()), torch.backends.cudnn.enabled, levels, logging.root.manager.disable
+
+
+def test_each_thread_keeps_its_own_autograd_state() -> None:
+    """Half of the threads have gradients switched off, one of them is in inference mode; all run every stage."""
+    program = torch.export.export(Net().eval(), (X,))
+    alone = calibrate(program, [X, X * 2], progress=False).frame
+    before = state()
+
+    def work(number: int) -> tuple[bool, bool, bool, Any]:
+        torch.set_grad_enabled(number % 2 == 0)
+        with torch.inference_mode() if number == 3 else nullcontext():  # inference_mode(False) enables gradients
+            ranges = calibrate(program, [X, X * 2], progress=False)
+            mixed = insert_casts(program, classify(program, ranges))
+            PrecisionPlan.from_autocast(program, torch.float16)
+            compare(program, mixed, [X], progress=False)
+            result = build(mixed, backend="eager", progress=False)(X)
+            modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        assert not result.requires_grad
+        assert torch._C._functorch.maybe_current_level() is None
+        return *modes, torch.is_autocast_enabled("cpu"), ranges.frame
+
+    for number, (grads, inference, autocast, frame) in enumerate(on_threads(work)):
+        assert (grads, inference, autocast) == (number in {0, 2}, number == 3, False)
+        assert frame.equals(alone, null_equal=True)
+    assert state() == before
+    assert torch.is_grad_enabled()
+    assert (torch.ones(1, requires_grad=True) * 2).requires_grad
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_error_leaves_the_autograd_state_of_its_thread(enabled: bool) -> None:
+    class Picks(nn.Module):
+        def forward(self, x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+            with torch.set_grad_enabled(not torch.is_grad_enabled()):
+                return torch.vmap(lambda row: row.sin())(x)[i]
+
+    program = torch.export.export(Picks(), (X, torch.tensor([0])))
+
+    def work(number: int) -> tuple[bool, Any]:
+        torch.set_grad_enabled(enabled)
+        with pytest.raises(BatchError):
+            calibrate(program, [(X, torch.tensor([9]))], progress=False)
+        return torch.is_grad_enabled(), torch._C._functorch.maybe_current_level()
+
+    assert on_threads(work, 2) == [(enabled, None)] * 2
+
+
+SETTINGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "gc": paused,
+    "precision": fp32_kernels,
+    "cudnn": _CUDNN_OFF.held,
+    "loggers": lambda: unlogged(*_LOUD),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_overlapping_uses_leave_the_process_as_it_was(name: str) -> None:
+    """The first to come is the first to go: what the second found is not what is to stay."""
+    before = state()
+    first, second = SETTINGS[name](), SETTINGS[name]()
+    first.__enter__()
+    inside = state()
+    assert inside != before or name == "precision"
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert name == "loggers" or state() == inside  # the second still needs it
+    second.__exit__(None, None, None)
+    assert state() == before
+
+
+def test_a_setting_that_cannot_be_set_is_left_as_it_was() -> None:
+    kept = ["as it was"]
+
+    def write(value: str) -> None:
+        kept[:] = [value]
+        if value == "wanted":
+            raise RuntimeError("no")
+
+    setting = HeldSetting(lambda: kept[0], write, "wanted")
+    with pytest.raises(RuntimeError, match="no"), setting.held():
+        pytest.fail("it was entered")
+    assert kept == ["as it was"]
+
+
+def test_programs_that_are_loaded_at_once_leave_torchs_loggers(tmp_path: Any) -> None:
+    path = tmp_path / "p.pt2"
+    torch.export.save(torch.export.export(nn.Linear(8, 8).eval(), (X,)), path)
+    before = state()
+    on_threads(lambda _: load_checked(path), 4)
+    assert state() == before
