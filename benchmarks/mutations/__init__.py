@@ -1,0 +1,1 @@
+"""Mutation testing of `calib/` and `passes/`: which small changes of the code does no test notice?"""
