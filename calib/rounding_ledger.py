@@ -33,12 +33,15 @@ class Ledger:
     """Numbers that are being computed, and what is to be done with them."""
 
     def __init__(self) -> None:
-        self._sums: list[torch.Tensor] = []
+        self._sums: list[torch.Tensor | list[float]] = []
         self._notes: list[tuple[int, int, Note]] = []
 
     def await_(self, sums: Sequence[torch.Tensor], note: Note) -> None:
-        """Call `note` with the values of these tensors, flat, when they are asked for; in the order of the calls."""
-        flat = [part.reshape(-1) for part in sums]
+        """Call `note` with the values of these tensors, flat, when they are asked for; in the order of the calls.
+
+        On the CPU they are numbers at once: small tensors that lie between large ones keep the heap from shrinking.
+        """
+        flat = [part.reshape(-1) if part.is_cuda else part.reshape(-1).tolist() for part in sums]
         self._notes.append((len(self._sums), len(self._sums) + len(flat), note))
         self._sums.extend(flat)
 
@@ -50,18 +53,18 @@ class Ledger:
             note([number for part in values[begin:end] for number in part])
 
 
-def _on_host(parts: Sequence[torch.Tensor]) -> list[list[float]]:
+def _on_host(parts: Sequence[torch.Tensor | list[float]]) -> list[list[float]]:
     """The numbers of each tensor, by one copy for each device and type."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for i, part in enumerate(parts):
-        kinds.setdefault((part.device, part.dtype), []).append(i)
-    found: list[list[float]] = [[] for _ in parts]
-    for places in kinds.values():
-        numbers = torch.cat([parts[i] for i in places]).tolist()
-        begin = 0
-        for i in places:
-            found[i] = numbers[begin : begin + parts[i].numel()]
-            begin += parts[i].numel()
+        if isinstance(part, torch.Tensor):
+            kinds.setdefault((part.device, part.dtype), []).append((i, part))
+    found = [[] if isinstance(part, torch.Tensor) else part for part in parts]
+    for waiting in kinds.values():
+        numbers, begin = torch.cat([part for _, part in waiting]).tolist(), 0
+        for i, part in waiting:
+            found[i] = numbers[begin : begin + part.numel()]
+            begin += part.numel()
     return found
 
 
