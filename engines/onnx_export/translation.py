@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.errors import BuildError, first_line
-from calibcast.engines.onnx_export.readying import readied, translations
+from calibcast.engines.onnx_export.readying import COPY, readied, translations
 from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import stamp, stamped_name
 from calibcast.engines.tensorrt.program_device import copied
 from torch.export import ExportedProgram
@@ -62,7 +62,7 @@ def translated(program: ExportedProgram, own: Mapping[Any, Callable[..., Any]] |
     model = made.model
     _named(model)
     mutations = _mutations(model, written)
-    importlib.import_module("onnx_ir").passes.common.IdentityEliminationPass()(model)
+    _drop_copies(model)
     drop_promotions(model)
     _drop_zero_biases(model)
     origins = {node.name: names.get(graph_name(node), "") for node in every_node(model)}
@@ -127,6 +127,15 @@ def _retyped(node: Any) -> None:
         for cast in [use.node for use in output.uses()]:
             _replaced(cast.outputs[0], output)
             cast.graph.remove(cast, safe=True)
+
+
+def _drop_copies(model: Any) -> None:
+    """Take out what came of the copies before views. Not onnx_ir's pass for it, which breaks the bodies of loops."""
+    for node in list(model.graph):
+        copied_here = node.op_type == "Identity" and str(COPY) in node.metadata_props.get(_LINE, "")
+        if copied_here and not node.outputs[0].is_graph_output():
+            _replaced(node.outputs[0], node.inputs[0])
+            model.graph.remove(node, safe=True)
 
 
 def _drop_zero_biases(model: Any) -> None:

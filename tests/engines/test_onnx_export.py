@@ -306,3 +306,24 @@ def test_an_operator_of_ones_own_leaves_by_ones_own_function(tmp_path):
     table = {torch.ops.calibcast_onnx_test.doubled.default: lambda x: opset18.Add(x, x)}
     (found,) = answers(export_onnx(program, None, tmp_path / "own.onnx", table), ("x", np.ones(3, np.float32)))
     assert found.tolist() == [3.0, 3.0, 3.0]
+
+
+class Bags(nn.Module):
+    """Its embedding bags become a loop, whose body gives what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bag = nn.EmbeddingBag(10, 4, mode="sum")
+
+    def forward(self, ids, starts, x):
+        return self.bag(ids, starts).reshape(2, 2, 2).sum(1) + x
+
+
+def test_a_loop_keeps_what_its_body_hands_through(tmp_path):
+    args = (torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2]), torch.randn(2, 2))
+    program = export(Bags().eval(), args)
+    path = export_onnx(program, None, tmp_path / "bags.onnx")
+    names = [value.name for value in onnx.load(path).graph.input]
+    (found,) = answers(path, *zip(names, (value.numpy() for value in args), strict=True))
+    np.testing.assert_allclose(found, program.module()(*args).detach().numpy(), rtol=1e-5, atol=1e-6)
