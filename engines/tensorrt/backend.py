@@ -57,9 +57,8 @@ class TensorrtRuntime:
         self.device = torch.device("cuda")
         self._problem = adapter.missing()
         self._module = None if self._problem is not None else _loaded(self.folder, self.device)
-        self._flat = (
-            self.folder / WIRING
-        ).is_file()  # checked once: a call takes microseconds, and looking at files takes longer
+        # Checked once: a call takes microseconds, and looking at files takes longer.
+        self._flat = (self.folder / WIRING).is_file()
         self._plain = all(spec.is_leaf() for spec in self._signature.specs) and not self._signature.keywords
         self._accepted: set[tuple[Any, ...]] = set()
         self._outputs = program.call_spec.out_spec  # a property that takes 0.2 ms
