@@ -200,9 +200,10 @@ def tried(cover: Cover, kept: Path, options: argparse.Namespace) -> list[tuple[M
     until = time.monotonic() + 60 * options.minutes
     for mutant in drawn(ROOT, options.count, options.seed):
         tests = tests_of(mutant, cover, options.seconds)
-        if known.get(repr(mutant)) != "killed":
-            if time.monotonic() > until:
-                break
+        late = time.monotonic() > until
+        if late and repr(mutant) not in known:
+            break
+        if known.get(repr(mutant)) != "killed" and not late:
             known[repr(mutant)] = outcome(mutant, tests, limit=8 * options.seconds)
             kept.write_text(json.dumps(known))
             print(f"{known[repr(mutant)]:9} {len(tests):3} {mutant}", file=sys.stderr, flush=True)
