@@ -35,7 +35,10 @@ def _depth_of_product(node: fx.Node, base: str, shapes: list[list[int]]) -> int 
     if base in operators.PRODUCTS_OF_MATRICES:
         place = operators.operator_of(base).left
         left = shapes[place] if len(shapes) > place else shapes[0]
-        return left[-1] if left else 1
+        right = shapes[place + 1] if len(shapes) > place + 1 else []
+        # Two batches of matrices that give one matrix: the products of the batch are summed up, too.
+        batch = left[0] if len(left) == len(right) == 3 and node.meta["val"].dim() == 2 else 1
+        return batch * left[-1] if left else 1
     if len(shapes) > 1 and base in _CONVOLVES:
         return _convolution_depth(node, base, shapes[1])
     if len(shapes) > 1 and base in operators.ATTENTION:

@@ -30,6 +30,7 @@ DEPTHS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], int | None]] 
     "matmul": (torch.matmul, [(2, 4, 20), (2, 20, 3)], 20),
     "matmul of vectors": (torch.matmul, [(20,), (20,)], 20),
     "bmm": (torch.bmm, [(2, 4, 12), (2, 12, 3)], 12),
+    "addbmm": (torch.addbmm, [(3, 5), (7, 3, 4), (7, 4, 5)], 28),
     "baddbmm": (torch.baddbmm, [(2, 4, 3), (2, 4, 12), (2, 12, 3)], 12),
     "mv": (torch.mv, [(4, 9), (9,)], 9),
     "dot": (torch.dot, [(7,), (7,)], 7),
