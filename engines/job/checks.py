@@ -1,4 +1,4 @@
-"""Checks that run before the first stage, so that hours of work do not end at a typo in the settings of the last."""
+"""Checks that run before the first stage, so that a typo in the last stage's settings does not waste hours of work."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from calibcast.passes.regions import candidates
 from calibcast.passes.settings import Settings, low_type_of
 from torch.export import ExportedProgram
 
-# Arguments of `build` that are no keys of [build], and may stand among its settings; the others are the backend's.
+# Arguments of `build` that are not keys of [build] but are allowed in its settings; all other settings are the
+# backend's.
 _OF_BUILD = {"isolate", "cache", "cache_size"}
 _OF_THE_JOB = {"mixed", "plan", "ranges", "progress"}
 
 
 def check_job(file: JobFile, program: ExportedProgram, processes: int = 1) -> None:
-    """Ask of every stage what can be known without data: functions, patterns, settings, the backend, the device.
+    """Check for every stage what can be checked without data: functions, patterns, settings, the backend, the device.
 
-    processes: how many share the batches.
-    Raises JobError or LocationError for a mistake in the job file, BuildError for a backend that is not here.
+    processes: how many processes share the batches. Raises JobError or LocationError for a mistake in the job file,
+    BuildError for a backend that cannot be used here.
     """
     job = file.job
     if job.calibration.carry_state and processes > 1:

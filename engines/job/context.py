@@ -1,4 +1,4 @@
-"""What all stages of a job work with: its file and folder, the model, and the data."""
+"""What all stages of a job use: its file and folder, the model, and the data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class JobContext:
 
     @cached_property
     def model_inputs(self) -> dict[str, str]:
-        """Fingerprints that every stage depends on."""
+        """Fingerprints of the model and of calibcast, on which every stage depends."""
         graph = fingerprint(node_digests(self.program))
         return {"program": graph, "weights": weights_hash(self.program), "calibcast": versions()["calibcast"]}
 
@@ -68,7 +68,7 @@ class JobContext:
         return (job.data, Share(job.data.held_out_share, True, most)) if job.data.held_out_share > 0 else None
 
     def opened(self, source: Source, ranks: Ranks) -> tuple[OpenedData, Inputs]:
-        """The data of a table, and how its batches become inputs."""
+        """The data that a table of the job file names, and how its batches become inputs."""
         found = open_data(self.file, source, ranks.rank, ranks.world)
         transform = None if source.transform is None else load_function(self.file.function(source.transform))
         return found, inputs_of(source, self.signature, found.columns, transform)

@@ -6,7 +6,7 @@ from calibcast.calib.errors import CalibcastError
 
 
 class JobError(CalibcastError):
-    """The job file is wrong, or asks for what cannot be: exit code 2."""
+    """The job file is wrong, or asks for something impossible: exit code 2."""
 
 
 class Stopped(BaseException):

@@ -1,4 +1,4 @@
-"""Batches as the model's inputs: loaded, transformed and matched to its signature, or the reason why not."""
+"""Batches as the model's inputs: loaded, transformed and matched to its signature, or the error that prevented it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from calibcast.engines.job.trust import DataReport, check_share, refuse_nonfinit
 
 @dataclass(frozen=True)
 class Item:
-    """Batch `number`: as it came, as inputs, and flat; or the error that stopped it on the way."""
+    """Batch `number`: as loaded, as the model's inputs, and as flat inputs; or the error that occurred on the way."""
 
     number: int
     batch: Any = None
@@ -27,7 +27,7 @@ class Item:
 
 
 def feed(loaded: Iterable[Loaded], transform: Callable[[Any], Any], signature: Signature) -> Iterator[Item]:
-    """Each loaded batch through `transform` and against the program's signature."""
+    """Put each loaded batch through `transform`, and match it to the program's signature."""
     for item in loaded:
         if item.error is not None:
             yield Item(item.number, error=f"loading raised {type(item.error).__name__}: {_first_line(item.error)}")
@@ -51,7 +51,7 @@ def feed(loaded: Iterable[Loaded], transform: Callable[[Any], Any], signature: S
 
 
 class Feeding:
-    """Held-out batches for `verify`: those that can be used, with the inputs that were made of them already."""
+    """Held-out batches for `verify`: the usable ones, with the inputs that were already made of them."""
 
     def __init__(
         self, items: Iterator[Item], signature: Signature, limits: Limits, progress: Progress, total: int | None
@@ -84,7 +84,7 @@ class Feeding:
         return self._limits.on_nonfinite_inputs == "warn"
 
     def inputs(self, _: Any) -> Any:
-        """The inputs of the batch that was given last: a `transform`."""
+        """The inputs of the batch that was yielded last. `verify` uses this as its `transform`."""
         assert self._current is not None
         inputs = self._current.inputs
         return NewSequence(inputs) if self._current.flat.begins else inputs

@@ -1,4 +1,4 @@
-"""The folder of a job: one run at a time, digests of what lies in it, and its copy on an fsspec store."""
+"""The folder of a job: only one run at a time may use it, and an fsspec store may get a copy of it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ _LOCK, _OWNER = ".lock", ".lock-owner"
 
 @dataclass(frozen=True)
 class JobFolder:
-    """path: where stages work. url: the fsspec store that gets a copy, or None where `path` itself is the output."""
+    """path: the folder where stages work. url: the fsspec store that gets a copy; None where `path` itself is the
+    output."""
 
     path: Path
     url: str | None = None
 
     @classmethod
     def of(cls, file: JobFile) -> JobFolder:
-        """The folder that a job names."""
+        """The folder that a job file names."""
         output = file.job.output
         if "://" not in output.folder:
             return cls(file.local(output.folder))
@@ -51,11 +52,11 @@ class JobFolder:
         return self.url or str(self.path)
 
     def checkpoint(self, rank: int, world: int) -> Path:
-        """Where a process keeps its running statistics."""
+        """The file in which a process saves its running statistics."""
         return self.path / "checkpoints" / f"rank-{rank}-of-{world}.npz"
 
     def prepare(self) -> None:
-        """Make the folder, and clear what a killed run has left half-written. Raises ArtifactError."""
+        """Make the folder, and check that it can be written to. Raises ArtifactError."""
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{os.getpid()}"
@@ -65,7 +66,7 @@ class JobFolder:
             raise ArtifactError(f"cannot write into {self.path}: {error}. Give a folder that is writable.") from error
 
     def sweep(self) -> None:
-        """Remove temporary files of runs that were killed. Only under the lock."""
+        """Remove temporary files of runs that were killed. Call it only under the lock."""
         for name in (MANIFEST, *ARTIFACTS):
             for left in self.path.glob(f".{name}.*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
@@ -74,7 +75,8 @@ class JobFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder. Raises CalibcastError at once when another run has it; a killed run holds nothing."""
+        """Hold the folder's lock. Raises CalibcastError at once when another run has it; a killed run does not hold
+        it."""
         lock = filelock.FileLock(self.path / _LOCK, blocking=False)
         owner = self.path / _OWNER
         try:
@@ -100,7 +102,7 @@ class JobFolder:
 
 
 class Store:
-    """The copy of a job's folder on an fsspec store: one put per file, the manifest last."""
+    """The copy of a job's folder on an fsspec store. Files are written one by one, the manifest last."""
 
     def __init__(self, url: str, folder: Path) -> None:
         self._folder = folder
@@ -110,7 +112,7 @@ class Store:
         self._seen = self._manifest()
 
     def pull(self) -> None:
-        """Bring the artifacts of an earlier run here, where this machine has none."""
+        """Copy the artifacts of an earlier run from the store, where this machine has none."""
         if self._seen is None or (self._folder / MANIFEST).exists():
             return
         with _told(self._url):
@@ -122,7 +124,8 @@ class Store:
             self._system.get_file(f"{self._root}/{MANIFEST}", str(self._folder / MANIFEST))
 
     def push(self) -> int:
-        """Put what changed, the manifest last; how many files. Raises CalibcastError when another run has written."""
+        """Write the changed files to the store, the manifest last. Returns how many. Raises CalibcastError when another
+        run has written there meanwhile."""
         if self._manifest() != self._seen:
             raise CalibcastError(
                 f"another run has written to {self._url} since this one began: its artifacts stay. This run's are in "
@@ -140,19 +143,19 @@ class Store:
         return len(changed) + 1
 
     def put(self, name: str) -> None:
-        """Put one file of the folder."""
+        """Write one file of the folder to the store."""
         with _told(self._url):
             self._system.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
             self._system.put_file(str(self._folder / name), f"{self._root}/{name}")
 
     def fetch(self, name: str) -> None:
-        """Get one file, where the store has it and the folder has not."""
+        """Copy one file from the store, if the store has it and the folder does not."""
         with _told(self._url):
             if not (self._folder / name).exists() and self._system.exists(f"{self._root}/{name}"):
                 self._system.get_file(f"{self._root}/{name}", str(self._folder / name))
 
     def drop(self, name: str) -> None:
-        """Remove one file from the store, where it has it."""
+        """Remove one file from the store, if it is there."""
         with _told(self._url):
             if self._system.exists(f"{self._root}/{name}"):
                 self._system.rm_file(f"{self._root}/{name}")
@@ -167,7 +170,8 @@ class Store:
 
 
 def _files_of(manifest: dict[str, Any]) -> dict[str, str]:
-    """The artifacts that a manifest lists. Whoever can write to the store must not choose where they go here."""
+    """The artifacts that a manifest lists, with their digests. The names are checked: someone who can write to the
+    store must not choose where files go on this machine."""
     listed = {name: found for stage in manifest["stages"].values() for name, found in stage["files"].items()}
     return {check_plain(name, MANIFEST): found for name, found in listed.items()}
 
@@ -178,5 +182,5 @@ def _told(url: str) -> Iterator[None]:
         yield
     except CalibcastError:
         raise
-    except Exception as error:  # each store has its own errors
+    except Exception as error:  # each store raises errors of its own
         raise ArtifactError(f"{url}: {type(error).__name__}: {error}") from error

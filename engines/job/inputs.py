@@ -1,4 +1,4 @@
-"""From a batch of a dataset to the model's inputs: the transform, then the columns."""
+"""From a batch of a dataset to the model's inputs: first the transform, then the columns."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from calibcast.engines.job.settings import Data, Source
 
 @dataclass(frozen=True)
 class Inputs:
-    """A `transform` for calibration and verification.
+    """Makes the model's inputs from a batch: the `transform` of calibration and verification.
 
-    columns: model input -> column, or columns to stack along a new last dimension; None: the batch is taken as it is.
+    columns: model input -> column, or several columns to stack along a new last dimension; None: the batch itself is
+    the input.
     """
 
     signature: Signature
@@ -26,7 +27,7 @@ class Inputs:
     transform: Callable[[Any], Any] | None
 
     def __call__(self, batch: Any) -> Any:
-        """The inputs of `batch`. Raises BatchError when a column is missing or no tensor."""
+        """The inputs of `batch`. Raises BatchError when a column is missing or is not a tensor."""
         made = batch if self.transform is None else self.transform(batch)
         if self.columns is None or not isinstance(made, Mapping):
             return made
@@ -46,7 +47,7 @@ class Inputs:
                 "Make it a tensor in transform."
             )
         wanted = next((leaf.dtype for leaf in self.signature.leaves if leaf.name == name), None)
-        # Files such as CSV do not tell 1 from 1.0.
+        # Files such as CSV do not distinguish 1 from 1.0, so integers are cast where the model takes floats.
         whole = not (value.is_floating_point() or value.is_complex())
         return value.to(wanted) if wanted is not None and wanted.is_floating_point and whole else value
 
@@ -56,7 +57,8 @@ def inputs_of(
 ) -> Inputs:
     """How batches of `source`, which has these columns (None: unknown), become inputs.
 
-    Raises JobError when `columns` names no input, or when nothing says which column feeds an input.
+    Raises JobError when `columns` names an input that the model does not have, or when nothing says which column feeds
+    an input.
     """
     for name in source.columns:
         if name not in signature.names:
@@ -93,7 +95,7 @@ def _refuse_missing(source: Source, columns: tuple[str, ...]) -> None:
 
 
 def _required(signature: Signature) -> list[str]:
-    """Inputs that hold a tensor; constants of the export need not be given."""
+    """The inputs that data must give: those that hold a tensor. Constants of the export need not be given."""
     tensors = {leaf.name for leaf in signature.leaves if leaf.dtype is not None}
     return [name for name in signature.names if name in tensors or not any(n.startswith(name) for n in tensors)]
 

@@ -1,4 +1,5 @@
-"""Reading a job file: TOML, checked against the settings, every mistake named with its place and the known keys."""
+"""Reading a job file: TOML that is checked against the settings. Every mistake is reported with its place and the known
+keys."""
 
 from __future__ import annotations
 
@@ -16,14 +17,14 @@ from calibcast.engines.job.settings import SOURCES, Job, Source
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-# Of [data], and meaningless in [held_out].
+# Keys of [data] that have no meaning in [held_out].
 _NOT_INHERITED = {"max_batches", "held_out_share"}
 
 
 @dataclass(frozen=True)
 class JobFile:
-    """A job as read from `path`. Paths in it are relative to the folder of the file. name: of the model, in a job of
-    several."""
+    """A job as read from `path`. Paths in it are relative to the folder of the file. name: the model's name, in a job
+    of several models."""
 
     path: Path
     job: Job
@@ -35,7 +36,7 @@ class JobFile:
         return self.path.resolve().parent
 
     def local(self, path: str) -> Path:
-        """The path that the file means by `path`."""
+        """A path given in the file, as a path from here."""
         return self.base / Path(path).expanduser()
 
     def function(self, location: str) -> str:
@@ -53,7 +54,8 @@ def load_job(path: Path) -> JobFile:
 
 
 def load_jobs(path: Path) -> tuple[JobFile, ...]:
-    """Read and check a job file: one job, or one for each of its [[models]]. Raises JobError that lists mistakes."""
+    """Read and check a job file: one job, or one for each of its [[models]]. Raises JobError that lists every
+    mistake."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -75,7 +77,7 @@ def _checked(path: Path, raw: dict[str, Any], text: str, name: str = "") -> JobF
     except ValidationError as error:
         found = [_mistake(detail, raw, text) for detail in error.errors(include_url=False)]
         mistakes = [mistake for mistake in found if mistake is not None]
-        # Each once, in the order of the file; a union complains once for each of its members.
+        # Report each mistake once, in the order of the file: pydantic reports a union once for each of its members.
         lines = [text for _, text, _ in sorted(mistakes, key=lambda mistake: mistake[0])]
         tables = [_known_keys(table) for _, _, table in mistakes]
         title = f"{path}: the model {name}:" if name else f"{path}:"
@@ -99,7 +101,7 @@ def _mistake(detail: ErrorDetails, raw: dict[str, Any], text: str) -> tuple[int,
     path = _keys(detail["loc"])
     table = str(path[0]) if path and path[0] in Job.model_fields else None
     if table == "held_out" and len(path) > 1 and path[1] not in raw["held_out"]:
-        return None  # inherited, so it is told of [data]
+        return None  # inherited from [data], which reports it
     key = str(path[1]) if table and len(path) > 1 else str(path[0]) if path and not table else None
     line = _line(text, table, key) or 0
     what = _what(detail, table, key, path)
@@ -130,7 +132,7 @@ def _known_keys(table: str | None) -> str:
 
 
 def _keys(location: tuple[int | str, ...]) -> list[int | str]:
-    """A location without the names of union members, which pydantic adds behind the key."""
+    """A location without the names of union members, which pydantic adds after the key."""
     own = [part for part in location[2:] if isinstance(part, int) or not (part == "str" or part.startswith("tuple["))]
     return [*location[:2], *own]
 
@@ -151,7 +153,7 @@ def _type(value: Any) -> str:
 
 
 def _line(text: str, table: str | None, key: str | None) -> int | None:
-    """The line where a key, or else its table, stands; tomllib does not keep it."""
+    """The line of a key, or else of its table; tomllib does not keep line numbers."""
     section: str | None = None
     found = None
     for number, line in enumerate(text.splitlines(), 1):

@@ -1,4 +1,4 @@
-"""The table of a job file's keys, for people: made from the models that check them."""
+"""The table of a job file's keys for the README, made from the pydantic models that check them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job says on stderr: plain lines, or one JSON object a line."""
+"""A job's messages on stderr: plain lines, or one JSON object a line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f" {record.levelname.lower()}:"
-        # Messages contain names of modules, and those can hold anything, also terminal controls.
+        # Messages contain names of modules, which can contain anything, also control characters of a terminal.
         message = printable_lines(record.getMessage())
         return f"{datetime.fromtimestamp(record.created):%H:%M:%S}{self._rank}{level} {message}"
 
@@ -48,7 +48,7 @@ class _Json(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes to `stream`, or to the stderr of the moment, above a bar that may be there."""
+    """Writes to `stream`, or to the current stderr, above a progress bar if there is one."""
 
     def __init__(self, stream: TextIO | None) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Handler(logging.Handler):
 
 
 class _Wrapped(io.TextIOBase):
-    """A stderr for those who know nothing of JSON: each line that they write is logged as one."""
+    """A stderr for code that knows nothing of JSON: each line written to it is logged as one message."""
 
     def __init__(self, logger: logging.Logger, stream: TextIO) -> None:
         self._logger, self._stream, self._line = logger, stream, ""
@@ -83,16 +83,18 @@ class _Wrapped(io.TextIOBase):
         return self._stream.fileno()
 
     def finish(self) -> None:
-        """Say what stands in the last line without an end."""
+        """Log the last line, if it has no newline yet."""
         if self._line:
             self.write("\n")
 
 
 @contextmanager
 def logging_to_stderr(form: str, rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Within, what calibcast, other libraries and Python's warnings log goes to stderr in `form` ("text" or "json").
+    """Inside the block, everything that calibcast, other libraries and Python's warnings log goes to stderr in `form`
+    ("text" or "json").
 
-    What anybody prints goes to stderr, too: stdout is for results, which are written to the one of before.
+    Whatever is printed goes to stderr, too. Stdout is for results, which are written to the stdout from before the
+    block.
     """
     stderr = sys.stderr
     handler = _Handler(stderr if form == "json" else None)
@@ -106,7 +108,7 @@ def logging_to_stderr(form: str, rank: int = 0, world: int = 1) -> Iterator[None
     try:
         with _others(handler), ExitStack() as stack:
             if form == "json":
-                printed = logging.Logger("printed")  # of no other logger's level
+                printed = logging.Logger("printed")  # not in the logger tree, so no other logger's level applies
                 printed.addHandler(handler)
                 wrapped = _Wrapped(printed, stderr)
                 stack.callback(wrapped.finish)
@@ -122,7 +124,7 @@ def logging_to_stderr(form: str, rank: int = 0, world: int = 1) -> Iterator[None
 
 @contextmanager
 def _others(handler: logging.Handler) -> Iterator[None]:
-    """Within, `handler` stands for those of the root logger that write to a terminal or a pipe themselves."""
+    """Inside the block, `handler` replaces the root logger's handlers that write to a stream."""
     root = logging.getLogger()
     before = list(root.handlers)
     root.handlers = [handler, *(other for other in before if type(other) is not logging.StreamHandler)]
@@ -134,7 +136,8 @@ def _others(handler: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def _turned(stderr: TextIO, wrapped: _Wrapped) -> Iterator[None]:
-    """Within, handlers that libraries gave their own loggers, as torch does, write to `wrapped` in place of stderr."""
+    """Inside the block, handlers that libraries such as torch gave their own loggers write to `wrapped` in place of
+    stderr."""
     loggers = [log for log in logging.root.manager.loggerDict.values() if isinstance(log, logging.Logger)]
     handlers = [handler for log in loggers for handler in log.handlers if isinstance(handler, logging.StreamHandler)]
     turned = [(handler, handler.stream) for handler in handlers if handler.stream in (stderr, sys.__stderr__)]
@@ -148,5 +151,5 @@ def _turned(stderr: TextIO, wrapped: _Wrapped) -> Iterator[None]:
 
 
 def tell(message: str, level: int = logging.INFO, **event: Any) -> None:
-    """Log a message, with fields for those who read JSON."""
+    """Log a message; `event` holds fields for the JSON format."""
     LOGGER.log(level, "%s", message, extra={"event": event})

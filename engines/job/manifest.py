@@ -1,4 +1,4 @@
-"""The manifest: what each stage was made of, what it made, and whether the whole may be trusted."""
+"""The manifest: what each stage was made from, what it made, and whether the result can be trusted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATUSES = ("running", "done", "rejected", "failed", "stopped")
 
 @dataclass(frozen=True)
 class Record:
-    """One stage: fingerprints of its inputs, its settings, the digests of the files that it wrote, what came out."""
+    """One stage: fingerprints of its inputs, its settings, digests of the files that it wrote, and its result."""
 
     inputs: dict[str, str]
     settings: dict[str, Any]
@@ -31,7 +31,7 @@ class Record:
 
 @dataclass
 class Manifest:
-    """The manifest of a folder, as it is on disk or is about to be."""
+    """The manifest of a folder: as it is on disk, or as it will be written."""
 
     folder: Path
     status: str = "running"
@@ -42,7 +42,8 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:
-        """The manifest of `folder`; None when there is none. Raises ArtifactError for a foreign or damaged one."""
+        """The manifest of `folder`; None when there is none. Raises ArtifactError for a damaged file, or one of another
+        kind."""
         path = folder / MANIFEST
         if not path.exists():
             return None
@@ -66,7 +67,7 @@ class Manifest:
         save_json(self.folder / MANIFEST, _KIND, content)
 
     def why(self, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any], artifacts: Iterable[str]) -> str:
-        """Why `stage` must run; empty when what it made before still holds."""
+        """Why `stage` must run; empty when its earlier results are still valid."""
         record = self.stages.get(stage)
         if record is None:
             return "not made yet"

@@ -1,4 +1,4 @@
-"""The calibration of one process's share of the batches: it can be resumed, and checks its data."""
+"""The calibration of one process's share of the batches. It can be resumed, and it checks its data."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from calibcast.engines.job.sources import Batches, Done
 from calibcast.engines.job.trust import DataReport, check_share, refuse_nonfinite
 from torch.export import ExportedProgram
 
-# A stream does not say how long it is, so the share of bad batches is judged after this many.
+# A stream does not tell its length, so the share of bad batches is first judged after this many batches.
 _ENOUGH_TO_JUDGE = 100
 
 
 @dataclass(frozen=True)
 class Task:
-    """What to calibrate, on which batches, how, and where the checkpoint goes.
+    """What to calibrate, on which batches and how, and where the checkpoint goes.
 
-    made_of: fingerprints of all that decides the numbers. kept: called when a checkpoint was written.
+    made_of: fingerprints of everything that the statistics depend on. kept: called after a checkpoint was written.
     """
 
     program: ExportedProgram
@@ -48,7 +48,8 @@ class Task:
 
 
 def measure_shard(task: Task, signals: Signals, bar: bool = True) -> Checkpoint:
-    """Measure this process's batches, or go on where a checkpoint at `task.path` ends. Returns the finished checkpoint.
+    """Measure this process's batches, continuing from a checkpoint at `task.path` if there is one. Returns the final
+    checkpoint.
 
     Raises GateError for data beyond the limits, BatchError for a source that cannot go on, Stopped for a signal;
     the checkpoint is written before any of these.
@@ -78,7 +79,7 @@ def measure_shard(task: Task, signals: Signals, bar: bool = True) -> Checkpoint:
 
 
 def counts(length: int | None, share: Share) -> tuple[int | None, int | None]:
-    """How many batches this process has, and all together; None where that is unknown."""
+    """How many batches this process has, and how many all processes have together; None where that is unknown."""
     if length is None:
         return None, None
     alone = Share(share.held_out_share, share.held_out, share.most)
@@ -86,7 +87,7 @@ def counts(length: int | None, share: Share) -> tuple[int | None, int | None]:
 
 
 class _Shard:
-    """One process's share: what was noticed of its data, and how far it is."""
+    """One process's share: how far it is, and what was noticed about its data."""
 
     def __init__(self, task: Task, run: Run) -> None:
         self._task, self._run = task, run
@@ -96,7 +97,7 @@ class _Shard:
         self.keeper = Keeper(run, task.path, pace, task.made_of, self._notes, task.kept)
 
     def resume(self) -> None:
-        """Go on where an earlier run of the same task was, or start."""
+        """Continue from the checkpoint of an earlier run of the same task, or start."""
         path = self._task.path
         for left in path.parent.glob(f".{path.name}.*"):  # half-written by a process that was killed
             left.unlink(missing_ok=True)
@@ -114,7 +115,7 @@ class _Shard:
             self._report, self._early = DataReport.from_json(found.notes["report"]), Early(found.early)
 
     def take(self, item: Item) -> None:
-        """Measure one batch, or note why not."""
+        """Measure one batch, or note why it cannot be measured."""
         error = item.error
         if error is None:
             nonfinite = self._report.look(item.number, self._run.signature, item.flat)
@@ -129,7 +130,7 @@ class _Shard:
         self._early.note(self.keeper.position + 1, self._run.observer.total)
 
     def counted(self, items: Iterable[Item], progress: Progress) -> Iterator[tuple[Any, Item]]:
-        """Each item with its batch as it came. Raises GateError after one too many that could not be used."""
+        """Each item with its batch as loaded. Raises GateError when too many batches could not be used."""
         for item in items:
             yield item.batch, item
             self.check()

@@ -1,4 +1,4 @@
-"""`calibcast merge`: one range table from tables and from checkpoints that a job left behind."""
+"""`calibcast merge`: one range table from range tables and from checkpoints that a job left behind."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _log = logging.getLogger("calibcast")
 def merge_files(paths: Sequence[Path]) -> RangeTable:
     """One table from range tables (`.parquet`) and checkpoints (`.npz`) of one program.
 
-    Checkpoints of one run keep their batch numbers; those of a later table are counted on from the earlier ones.
-    Raises ArtifactError for a file that is neither, MismatchError for other programs, or the same process twice.
+    Checkpoints of one run keep their batch numbers; each following table's numbers continue after the earlier ones.
+    Raises ArtifactError for a file that is neither, MismatchError for files of different programs or two of the same
+    process.
     """
     shards = {path: Checkpoint.load(path) for path in paths if path.suffix == ".npz"}
     tables = {path: RangeTable.load(path) for path in paths if path.suffix != ".npz"}

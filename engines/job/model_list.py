@@ -1,4 +1,4 @@
-"""[[models]]: from one job file to the job of each of its models."""
+"""[[models]]: makes the job of each model from one job file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def models_of(raw: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Name and raw job of each model: the file's tables, over which go those of the model itself, key by key.
+    """Name and raw job of each model: the file's tables, where the model's own keys replace those of the file.
 
-    A model's artifacts go to a folder of its name in that of the job. Raises JobError.
+    A model's artifacts go to a folder of its name inside the job's folder. Raises JobError.
     """
     models = raw["models"]
     if "model" in raw:

@@ -1,4 +1,4 @@
-"""Opening the data of a job: which source it names, what its fingerprint is, and its batches."""
+"""Opening the data of a job: its source, its fingerprint, and its batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _BUILDERS = {"parquet": "parquet", "json_lines": "json", "csv": "csv"}
 
 @dataclass(frozen=True)
 class OpenedData:
-    """batches: of the data. columns: their names, where the source has any. about: what they are, for people."""
+    """batches: the batches of the data. columns: names of the columns, where the source has any. about: a description
+    for users."""
 
     batches: Batches
     columns: tuple[str, ...] | None
@@ -38,12 +39,13 @@ class OpenedData:
 
 
 def fingerprints(file: JobFile, source: Source) -> dict[str, str]:
-    """What changes when the data, or the way that they are read, change. Reads no data."""
+    """Fingerprints that change when the data, or the way they are read, change. Reads no data."""
     return {"data": _fingerprint(file, source), "how the data are read": _reading(file, source)}
 
 
 def open_data(file: JobFile, source: Source, rank: int = 0, world: int = 1) -> OpenedData:
-    """Open what a table of a job file names. Raises JobError for what is not there, CalibcastError for what fails."""
+    """Open the data that a table of a job file names. Raises JobError for data that do not exist, CalibcastError for
+    data that cannot be opened."""
     if source.kind == "loader":
         assert source.loader is not None
         make, sharded = _loader(file, source, rank, world)
@@ -101,7 +103,7 @@ def _loaded(file: JobFile, source: Source, datasets: Any) -> Any:
 
 
 def _loader(file: JobFile, source: Source, rank: int, world: int) -> tuple[Callable[[], Any], bool]:
-    """A function that makes the user's loader, and whether it gives this process's shard."""
+    """A function that makes the user's loader, and whether the loader gives only this process's shard."""
     assert source.loader is not None
     location = file.function(source.loader)
     names = set(inspect.signature(load_function(location)).parameters)
@@ -114,18 +116,18 @@ def _loader(file: JobFile, source: Source, rank: int, world: int) -> tuple[Calla
 
 @contextmanager
 def _told(kind: str) -> Iterator[None]:
-    """What datasets raises, in one message."""
+    """Turn what datasets raises into one message."""
     try:
         yield
     except CalibcastError:
         raise
-    except Exception as error:  # datasets, pyarrow, fsspec and the hub each have their own
+    except Exception as error:  # datasets, pyarrow, fsspec and the hub each raise errors of their own
         why = ", from ".join(f"{type(cause).__name__}: {first_line(cause)}" for cause in _causes(error))
         raise CalibcastError(f"[data] {_spelt(kind)} cannot be opened: {why}") from error
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what it comes from; `datasets` says only that something went wrong."""
+    """An error and its causes: the error of `datasets` itself says only that something went wrong."""
     found = [error]
     while (cause := found[-1].__cause__ or found[-1].__context__) is not None and len(found) < 4:
         found.append(cause)
@@ -160,7 +162,7 @@ def _reading(file: JobFile, source: Source) -> str:
 
 
 def _fingerprint(file: JobFile, source: Source) -> str:
-    """A digest of the files that the data come from: names, sizes and times of change, as `make` goes by."""
+    """A digest of the files that the data come from: names, sizes and modification times, much as `make` does."""
     watched = [p for p in _files(file, source.watch)] if source.watch else []
     place = source.folder or source.images or source.recorded
     if place is not None:
@@ -181,7 +183,7 @@ def _below(folder: str) -> list[str]:
 
 
 def _stamp(path: str, base: Path) -> list[Any]:
-    """What changes when a file changes. The name is relative to the job, so that a job can move together with its
+    """Values that change when a file changes. The name is relative to the job, so that a job can move together with its
     data.
     """
     if "://" in path:
@@ -192,7 +194,7 @@ def _stamp(path: str, base: Path) -> list[Any]:
 
 
 def code_digest(file: JobFile, location: str) -> str:
-    """A digest of the file that a `file.py:function` stands in. What it imports is not looked at."""
+    """A digest of the file in `file.py:function`. Files that it imports are not included."""
     path = Path(file.function(location).rpartition(":")[0])
     try:
         return digest(location, path.read_text(encoding="utf-8"))
@@ -201,7 +203,7 @@ def code_digest(file: JobFile, location: str) -> str:
 
 
 def digest(*values: Any) -> str:
-    """A short digest of values that JSON can write."""
+    """A short digest of values that have a JSON form."""
     return str(xxhash.xxh3_128(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest())
 
 

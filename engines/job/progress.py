@@ -1,4 +1,4 @@
-"""How far a stage is: a bar on a terminal, a line now and then in a log."""
+"""The progress of a stage: a bar on a terminal, else a line in the log from time to time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _EVERY_SECONDS = 10.0
 
 
 class Progress:
-    """Counts the batches of a stage: rate, time left, memory.
+    """Counts the batches of a stage, and shows rate, time left and memory.
 
-    start: finished before, by a run that this one goes on from. bar: show one, where stderr is a terminal; False
-    for JSON lines.
+    start: batches that the resumed run had finished. bar: show a progress bar where stderr is a terminal; False for
+    JSON lines.
     """
 
     def __init__(self, stage: str, total: int | None, start: int = 0, bar: bool = True, quiet: bool = False) -> None:
@@ -39,7 +39,7 @@ class Progress:
             self._tell(now)
 
     def close(self) -> None:
-        """The stage is over, or was stopped: take the bar away and say where it was."""
+        """End the progress of a stage that is over or was stopped: remove the bar, or log the last position."""
         if self._bar is not None:
             self._bar.set_postfix_str(f"{memory_mb():.0f} MB")
             self._bar.close()
@@ -62,13 +62,14 @@ class Progress:
 
 
 def memory_mb() -> float:
-    """Resident memory of this process, MB, and what it has allocated on a GPU."""
+    """Resident memory of this process plus what it has allocated on a GPU, MB."""
     device = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
     return resident_mb() + device
 
 
 def resident_mb() -> float:
-    """Resident memory of this process, MB: what it has now, or where that is not told its peak."""
+    """Resident memory of this process, MB: the current value, or the peak where the system does not tell the current
+    one."""
     status = Path("/proc/self/statm")
     if status.exists():
         import resource

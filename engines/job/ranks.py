@@ -1,4 +1,4 @@
-"""Several processes under torchrun: who this one is, and what they tell each other. No pickle: bytes only."""
+"""Several processes under torchrun: this process's rank, and messages between processes. No pickle: bytes only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch.distributed as dist
 from calibcast.calib.errors import CalibcastError
 from calibcast.engines.job.errors import JobError
 
-# Shards may be uneven by hours; a process that died closes its connections, and is noticed at once.
+# Shards may differ by hours, so wait long. A process that died closes its connections, which is noticed at once.
 _PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`: `rank` over all machines, `local` on its own."""
+    """This process among `world` processes: `rank` counts over all machines, `local` on this machine."""
 
     rank: int = 0
     world: int = 1
@@ -32,7 +32,8 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """What torchrun has put into the environment; one process without it. Raises JobError when it is not usable."""
+        """The values that torchrun sets in the environment; a single process without them. Raises JobError when they
+        are not usable."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         try:
@@ -46,7 +47,7 @@ class Ranks:
 
 @contextmanager
 def connected(ranks: Ranks) -> Iterator[None]:
-    """Within, the processes can tell each other things. Nothing to do for one alone."""
+    """Inside the block, the processes can send each other bytes. Does nothing for a single process."""
     if ranks.world == 1:
         yield
         return
@@ -60,7 +61,7 @@ def connected(ranks: Ranks) -> Iterator[None]:
 
 
 def tell_all(ranks: Ranks, content: bytes = b"") -> bytes:
-    """The first process's `content`, in every process."""
+    """Send the first process's `content` to all. Every process returns it."""
     if ranks.world == 1:
         return content
     with _told("hear from"):
@@ -73,14 +74,14 @@ def tell_all(ranks: Ranks, content: bytes = b"") -> bytes:
 
 
 def give(content: bytes) -> None:
-    """To the first process, which `take`s it."""
+    """Send `content` to the first process, which receives it with `take`."""
     with _told("reach"):
         dist.send(torch.tensor([len(content)]), 0)
         dist.send(_tensor(content), 0)
 
 
 def take(rank: int) -> bytes:
-    """What process `rank` gives. Raises CalibcastError when it is lost."""
+    """Receive what process `rank` sends with `give`. Raises CalibcastError when that process is lost."""
     with _told("hear from", rank):
         size = torch.empty(1, dtype=torch.int64)
         dist.recv(size, rank)

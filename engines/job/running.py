@@ -1,4 +1,4 @@
-"""`run_job`: the stages in order, those that changed, and what is left behind when something goes wrong."""
+"""`run_job`: runs, in order, the stages that changed, and records the status also when something goes wrong."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ _SAVED = b"saved"
 
 
 def run_job(path: Path, say: Say, bar: bool = True, redo: bool = False) -> None:
-    """Run the job at `path`, of one model or of several: what is up to date is skipped, a calibration that was killed
-    goes on.
+    """Run the job at `path`, of one model or of several. Stages that are up to date are skipped; a killed calibration
+    continues.
 
-    Under torchrun, every process calls this; the first writes the artifacts. `say` gets the results, line by line.
+    Under torchrun, every process calls this; the first one writes the artifacts. `say` gets the results, line by line.
 
     Raises:
-        JobError: the job file is wrong. GateError: a gate said no; the evidence is written. Stopped: a signal came; a
-        checkpoint is written. Other CalibcastErrors: as the stages raise them. What was good stays.
+        JobError: the job file is wrong. GateError: a gate said no; the report is written. Stopped: a signal came; a
+        checkpoint is written. Other CalibcastErrors: as the stages raise them. Results of finished stages stay.
     """
     files = load_jobs(path)
     if files[0].name is None:
@@ -73,7 +73,7 @@ def _run_one(file: JobFile, say: Say, bar: bool, redo: bool) -> None:
 
 
 def plan_job(path: Path, say: Say) -> None:
-    """Say what `run_job` would do, and what is already there. Writes nothing."""
+    """Report what `run_job` would do, and what is up to date. Writes nothing."""
     for file in load_jobs(path):
         _plan_one(file, say)
 
@@ -116,7 +116,7 @@ def _say_stages(run: JobRun, manifest: Manifest, say: Say) -> None:
 
 @contextmanager
 def _there(folder: JobFolder) -> Iterator[Path]:
-    """Where what a run would find lies: in the job's folder, or for a while in a copy of what the store has."""
+    """The folder with the artifacts that a run would find: the job's folder, or a temporary copy of the store."""
     with TemporaryDirectory(prefix="calibcast-dry-run-") as copy:
         if folder.url is not None and not (folder.path / MANIFEST).exists():
             Store(folder.url, Path(copy)).pull()
@@ -137,7 +137,7 @@ def _described(path: Path, made_of: Mapping[str, str]) -> str:
 
 
 def _lead(run: JobRun, say: Say, redo: bool) -> None:
-    """What the process that writes does."""
+    """Run the stages in the first process, which writes the artifacts."""
     with exits_refused():
         check_job(run.file, run.program, run.ranks.world)
     run.folder.sweep()
@@ -190,7 +190,7 @@ def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any
 
 
 def _why(manifest: Manifest, stage: Stage, redone: set[str]) -> str:
-    """Why a stage must run; `redone` are the stages before it that would run first."""
+    """Why a stage must run; empty when it need not. redone: earlier stages that would run again."""
     for need in stage.needs:
         if need in redone:
             return f"{need} is made again"
@@ -202,14 +202,14 @@ def _unchanged(manifest: Manifest, stage: Stage) -> str:
 
 
 def _inputs(manifest: Manifest, stage: Stage) -> dict[str, str]:
-    """All fingerprints that a stage is made of: its own inputs, and the files of the stages before."""
+    """All fingerprints that a stage depends on: its own inputs, and the files of the stages that it needs."""
     before = {f"the result of {need}": digest(manifest.stages[need].files) for need in stage.needs
               if need in manifest.stages}  # fmt: skip
     return {**stage.inputs, **before}
 
 
 def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
-    """Until the run has ended, the manifest says that the folder's artifacts do not belong together yet."""
+    """Mark the manifest as running: until the run ends, the folder's artifacts do not belong together."""
     if manifest.status != "running" or not manifest.run:
         manifest.status, manifest.reason, manifest.job = "running", "", dict(job)
         manifest.run = {
@@ -224,7 +224,7 @@ def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
 
 
 def _drop_others(run: JobRun, manifest: Manifest, names: set[str], job: Mapping[str, Any]) -> None:
-    """Drop stages that the job no longer has: their files would be taken as part of the new run."""
+    """Remove stages that the job no longer has: their files would be mistaken for results of the new run."""
     dropped = {name: manifest.stages.pop(name) for name in list(manifest.stages) if name not in names}
     if dropped:
         _begin(manifest, job)
@@ -237,7 +237,7 @@ def _drop_others(run: JobRun, manifest: Manifest, names: set[str], job: Mapping[
 
 
 def _clear_remains(run: JobRun, manifest: Manifest, stage: Stage) -> None:
-    """Remove a folder of ours that lost its own manifest, as when a run was killed while it replaced it."""
+    """Remove an artifact folder that lost its own manifest because a run was killed while replacing it."""
     record = manifest.stages.get(stage.name)
     for artifact in stage.artifacts:
         path = run.folder.path / artifact
@@ -267,7 +267,7 @@ def _files_of(run: JobRun, stage: Stage) -> dict[str, str]:
 
 
 def _finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status: str, reason: str) -> None:
-    """Write the verdict, unless it stands there already, and bring everything to the store."""
+    """Write the final status, unless the manifest has it already, and copy everything to the store."""
     if (manifest.status, manifest.reason) != (status, reason) or manifest.job != job:
         manifest.status, manifest.reason, manifest.job = status, reason, job
         manifest.run = {**manifest.run, "finished": _now()}
@@ -277,7 +277,7 @@ def _finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status: str, r
 
 
 def _try_to_finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status: str, reason: str) -> None:
-    """After a failure, which may be that nothing can be written."""
+    """Write the status after a failure. The failure may be that nothing can be written."""
     try:
         manifest.status, manifest.reason, manifest.job = status, reason, job
         manifest.save()
@@ -286,7 +286,7 @@ def _try_to_finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status:
 
 
 def _follow(run: JobRun) -> None:
-    """The other processes calibrate their share, and do nothing else."""
+    """Run a process other than the first: calibrate its share, and nothing else."""
     decided = tell_all(run.ranks)
     if not decided:
         return
@@ -297,9 +297,7 @@ def _follow(run: JobRun) -> None:
 
 
 def _drop_checkpoint(run: JobRun) -> None:
-    """The table is written: remove the checkpoints that led to it, also those of a run with another number of
-    processes.
-    """
+    """Remove the checkpoints after the table is written, also those of a run with another number of processes."""
     own = run.folder.checkpoint(run.ranks.rank, run.ranks.world)
     every = {own, *own.parent.glob("rank-*.npz")} if run.ranks.first else {own}
     for path in every:

@@ -1,4 +1,4 @@
-"""What a job file may say. The table of keys in the README is made from these models."""
+"""The tables and keys of a job file. The table of keys in the README is made from these models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Table(BaseModel):
     @field_validator("*")
     @classmethod
     def _no_nan(cls, value: Any) -> Any:
-        """TOML has nan: a bound that nothing holds, or that everything does."""
+        """Refuse nan, which TOML allows: as a bound it would reject everything or nothing."""
         every = value.values() if isinstance(value, dict) else [value]
         if any(isinstance(one, float) and math.isnan(one) for one in every):
             raise ValueError("nan is no limit; leave the key out, or give a number")
@@ -37,7 +37,7 @@ class Model(_Table):
 
 
 class Source(_Table):
-    """Where batches come from: exactly one of the first keys, to `recorded`."""
+    """Where batches come from: exactly one of the keys from `folder` to `recorded` is set."""
 
     folder: str | None = Field(None, description="a folder written by `Dataset.save_to_disk`")
     parquet: str | Names | None = Field(None, description="Parquet files: paths or globs")
@@ -245,7 +245,7 @@ class Job(_Table):
 
 
 def _refuse_torn_sequences(data: Data, held_out: Source | None) -> None:
-    """Raise ValueError for data whose batches would not follow one another as they were recorded."""
+    """Raise ValueError for data whose batches would not come in their original order."""
     if held_out is None and data.held_out_share > 0:
         raise ValueError("[calibration] carry_state = true, but [data] held_out_share takes batches out of the middle "
                          "of sequences: give [held_out], or set held_out_share = 0")  # fmt: skip

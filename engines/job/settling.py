@@ -1,4 +1,4 @@
-"""Have the ranges settled? What the last tenth of the data changed."""
+"""Have the ranges settled? It compares the statistics before and after the last tenth of the data."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from calibcast.calib.statistics import Statistics
 from calibcast.passes.plan import PrecisionPlan
 
 TAIL = 0.1
-# Copies of the statistics are kept at positions that grow by so much: one is then near nine tenths of any length,
-# which a stream does not tell in advance, and never more than four are held.
+# Copies of the statistics are kept at positions that grow by this factor. So one copy is near nine tenths of any length
+# (a stream does not tell its length in advance), and never more than four are held.
 _GROWTH = 1.05
 
 
 class Early:
-    """Copies of the statistics at earlier positions, of which one is just before the last tenth."""
+    """Copies of the statistics at earlier positions. One of them is just before the last tenth."""
 
     def __init__(self, copies: Mapping[int, Statistics] | None = None) -> None:
         self.copies: dict[int, Statistics] = dict(copies or {})
 
     def note(self, position: int, total: Statistics) -> None:
-        """`position` batches are finished: keep a copy where one is due, and drop what is too old by now."""
+        """Call it when `position` batches are finished: keeps a copy when one is due, and drops those that are too
+        old."""
         newest = max(self.copies, default=0)
         if position >= newest * _GROWTH:
             self.copies[position] = total.to("cpu", copy=True)
@@ -35,7 +36,7 @@ class Early:
 
 
 def before_tail(position: int, copies: Mapping[int, Any]) -> int:
-    """The latest copy that leaves out at least a tenth of `position` batches; 0 when there is none."""
+    """The position of the latest copy that leaves out at least a tenth of `position` batches; 0 when there is none."""
     return max((p for p in copies if p <= (1 - TAIL) * position), default=0)
 
 
@@ -51,8 +52,9 @@ def early_part(checkpoint: Checkpoint) -> Checkpoint | None:
 class Settling:
     """What the last batches changed.
 
-    batches, last: all, and how many of them were last. tensors: measured on data. growing: those whose peak grew in
-    the last batches, furthest first, with the factor. moved: nodes that were decided otherwise before.
+    batches: how many there were. last: how many of them are the last part. tensors: how many were measured on data.
+    growing: tensors whose peak grew in the last part, largest factor first, with the factor. moved: nodes whose
+    decision changed.
     """
 
     batches: int
@@ -76,7 +78,7 @@ class Settling:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest: the furthest twenty by name; None where a tensor grew from nothing."""
+        """For the manifest: the twenty that grew most, by name; None as factor where a tensor grew from zero."""
         growing = {
             "tensors": self.tensors,
             "growing": len(self.growing),
@@ -86,12 +88,12 @@ class Settling:
 
 
 def settling(early: RangeTable, whole: RangeTable, before: PrecisionPlan, after: PrecisionPlan) -> Settling:
-    """Compare what was measured and decided before the last tenth with what is now."""
+    """Compare the ranges and the decisions before the last tenth with those after it."""
     keys = ["node", "output"]
     data = whole.frame.filter(pl.col("kind").is_in(["input", "activation"]) & pl.col("absmax").is_not_null())
     both = data.join(early.frame.select([*keys, pl.col("absmax").alias("before")]), on=keys, maintain_order="left")
     grew = both.filter(pl.col("before").is_null() | (pl.col("absmax") > pl.col("before")))
-    # From nothing, or from zero, any growth is without bound.
+    # Growth from zero, or from no value, counts as infinite.
     factor = pl.when(pl.col("before") > 0).then(pl.col("absmax") / pl.col("before")).otherwise(float("inf"))
     rows = grew.select("node", "output", factor.alias("factor")).sort("factor", descending=True, maintain_order=True)
     names = tuple((f"{node}[{output}]" if output else node, float(by)) for node, output, by in rows.iter_rows())
@@ -103,6 +105,6 @@ def settling(early: RangeTable, whole: RangeTable, before: PrecisionPlan, after:
 
 
 def _batches(table: RangeTable) -> int:
-    """How many batches were measured; what the table says of itself is of all the data, also in its early part."""
+    """How many batches were measured, from the rows: the table's own count is of all data, also in an early table."""
     seen = table.frame.filter(pl.col("kind").is_in(["input", "activation"]))["batches"].max()
     return int(seen) if isinstance(seen, int) else 0

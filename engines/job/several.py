@@ -15,15 +15,15 @@ from calibcast.engines.job.manifest import Manifest
 from calibcast.engines.job.ranks import Ranks
 
 KIND = "job of several models"
-# The worst first: what one model is, the whole job is.
+# The worst first: the job's status is the worst status of its models.
 _WORST = ("stopped", "failed", "rejected", "running", "done")
 
 
 def run_several(files: Sequence[JobFile], run_one: Callable[[JobFile], None], say: Callable[[str], None]) -> None:
-    """Run each model's job, also where one before it failed; then write the manifest of all and give the verdict.
+    """Run each model's job, even after one has failed; then write the common manifest and give the verdict.
 
-    Raises GateError when gates said no and nothing else went wrong, CalibcastError for other failures, and Stopped at
-    once.
+    Raises GateError when the only failures are gates that said no, CalibcastError for other failures, and Stopped
+    without running the other models.
     """
     failed: dict[str, CalibcastError] = {}
     stopped: Stopped | None = None
@@ -48,7 +48,7 @@ def run_several(files: Sequence[JobFile], run_one: Callable[[JobFile], None], sa
 
 
 def _write(files: Sequence[JobFile], failed: Mapping[str, CalibcastError], say: Callable[[str], None]) -> None:
-    """Only the process that writes artifacts does."""
+    """Write the common manifest, in the process that writes artifacts; the others do nothing."""
     if not Ranks.here().first:
         return
     rows = {str(file.name): _row(file, failed.get(str(file.name))) for file in files}
@@ -63,11 +63,11 @@ def _write(files: Sequence[JobFile], failed: Mapping[str, CalibcastError], say: 
 
 
 def _row(file: JobFile, error: CalibcastError | None) -> dict[str, Any]:
-    """What became of one model."""
+    """The manifest's row for one model."""
     folder = JobFolder.of(file)
     found = Manifest.load(folder.path)
     status, reason = ("failed", "") if found is None else (found.status, found.reason)
-    if error is not None and status == "done":  # it failed before it could say so
+    if error is not None and status == "done":  # it failed before it could write its own status
         status = "failed"
     return {
         "status": status,

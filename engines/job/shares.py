@@ -1,4 +1,4 @@
-"""Which batches of a source a process takes: by their numbers in the order of one process alone."""
+"""Which batches of a source a process takes, by the numbers that they have in the order of a single process."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 
-# Multiples of the golden ratio, modulo one, are spread evenly over any share, also those of every second or third
-# number (Knuth, The Art of Computer Programming, volume 3, section 6.4); in 32-bit integers, to be exact.
+# Multiples of the golden ratio, modulo one, are spread evenly, and so are the multiples by every second or third number
+# (Knuth, The Art of Computer Programming, volume 3, section 6.4). They are computed in 32-bit integers, so that they
+# are exact.
 _GOLDEN, _WHOLE = 2654435769, 1 << 32
 
 
 @dataclass(frozen=True)
 class Share:
-    """The numbers of a part of the batches, of one process among several.
+    """Selects a part of the batches, for one process among several.
 
-    held_out_share: of all batches, evenly spread: a batch is on the same side whatever the length, and the first one
-    is always held out.
-    held_out: take these, or the others. most: at most so many, over all processes. rank, world: every world-th of
-    them, from the rank-th on: the same batches as one process has, so that counts and extrema are the same.
+    held_out_share: the share of all batches that is held out, evenly spread. Whether a batch is held out does not
+    depend on the length; the first one always is. held_out: take the held-out batches, else the others. most: at most
+    this many, over all processes. rank, world: take every world-th of them, from the rank-th on. Together the processes
+    have the same batches as a single process, so counts and extrema are the same.
     """
 
     held_out_share: float = 0.0
@@ -28,13 +29,14 @@ class Share:
     world: int = 1
 
     def numbers(self, length: int | None) -> Iterator[int]:
-        """The numbers of this process's batches, ascending; without end where the length is unknown."""
+        """The numbers of this process's batches, ascending; endless where the length is unknown."""
         every = count() if length is None else range(length)
         mine = (number for number in every if self._is_held_out(number) == self.held_out)
         return islice(islice(mine, self.most), self.rank, None, self.world)
 
     def own_numbers(self) -> Iterator[int]:
-        """As `numbers`, of a loader that already gives only this process's shard: its k-th is k * world + rank."""
+        """Like `numbers`, for a loader that already gives only this process's shard: its k-th batch has number k *
+        world + rank."""
         of_all = islice((number for number in count() if self._is_held_out(number) == self.held_out), self.most)
         return (number for number in of_all if number % self.world == self.rank)
 

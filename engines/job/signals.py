@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, taken where the statistics are whole: between two batches, never inside one."""
+"""SIGTERM and Ctrl-C, handled where the statistics are consistent: between two batches, never inside one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Signals:
-    """Inside, SIGINT and SIGTERM raise `Stopped`: at once, or at the end of a `held` block. A second signal does not
-    wait.
+    """Inside the block, SIGINT and SIGTERM raise `Stopped`: at once, or at the end of a `held` block. A second signal
+    does not wait.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         return self
 
@@ -36,7 +36,7 @@ class Signals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A signal that comes inside raises at the end, when all is consistent again."""
+        """A signal that arrives inside the block raises at its end, when the statistics are consistent again."""
         self._held += 1
         try:
             yield
@@ -51,7 +51,7 @@ class Signals:
             raise Stopped(number)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a loader's worker has inherited the handler, and nothing to save
+        if os.getpid() != self._owner:  # a loader's worker inherited the handler and has nothing to save
             os._exit(128 + number)
         if self._held and not self._seen:
             self._pending, self._seen = number, True

@@ -1,4 +1,4 @@
-"""Batches by number: from a dataset in random access, from a stream, from the user's loader."""
+"""Numbered batches: from a dataset with random access, from a stream, or from the user's loader."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Done:
-    """What an earlier run has finished: so many of this process's batches, and the hash of the last of them."""
+    """What an earlier run has finished: how many of this process's batches, and the hash of the last one."""
 
     count: int = 0
     last: str = ""
@@ -39,14 +39,14 @@ class Batches(Protocol):
 
     @property
     def length(self) -> int | None:
-        """How many batches there are for all processes; None where that is unknown."""
+        """How many batches there are over all processes; None where that is unknown."""
 
     def read(self, share: Share, done: Done) -> Iterator[Loaded]:
-        """The batches of `share`, without those that are done. Raises BatchError when the source cannot go on."""
+        """The batches of `share`, without those in `done`. Raises BatchError when the source cannot continue."""
 
 
 class _Rows:
-    """A `datasets.Dataset` as batches in random access: what a DataLoader's workers index."""
+    """A `datasets.Dataset` as batches with random access, for a DataLoader's workers."""
 
     def __init__(self, dataset: Any, batch_size: int) -> None:
         self._dataset, self._size = dataset, batch_size
@@ -59,13 +59,13 @@ class _Rows:
 
 
 def as_it_is(batch: Any) -> Any:
-    """A batch, not collated."""
+    """The batch itself: a `collate_fn` that changes nothing."""
     return batch
 
 
 @dataclass(frozen=True)
 class RowBatches:
-    """Batches of a `datasets.Dataset`: only those that are asked for are read."""
+    """Batches of a `datasets.Dataset`: only the wanted ones are read."""
 
     dataset: Any
     batch_size: int
@@ -86,7 +86,8 @@ class RowBatches:
 
 @dataclass(frozen=True)
 class StreamBatches:
-    """Batches of a `datasets.IterableDataset`. Every process reads it all, and decodes only its own batches."""
+    """Batches of a `datasets.IterableDataset`. Every process reads the whole stream, and decodes only its own
+    batches."""
 
     dataset: Any
     batch_size: int
@@ -107,19 +108,19 @@ class StreamBatches:
                 continue
             try:
                 yield Loaded(loaded.number, dict(formatter.format_batch(loaded.batch)))
-            except Exception as error:  # an image that cannot be decoded raises what its library likes
+            except Exception as error:  # an image that cannot be decoded raises any error of its library
                 yield Loaded(loaded.number, error=error)
 
 
 class LoaderBatches:
-    """Batches of the user's own loader, which is created again for each pass.
+    """Batches of the user's own loader, which is made again for each pass.
 
-    make: gives a DataLoader, or any iterable. sharded: it gives this process's shard, not everything.
+    make: returns a DataLoader, or any iterable. sharded: the loader gives only this process's shard.
     """
 
     def __init__(self, make: Callable[[], Iterable[Any]], sharded: bool = False) -> None:
         self._make, self._sharded = make, sharded
-        self._made: list[Any] = []  # made to ask for its length, and not read yet
+        self._made: list[Any] = []  # loaders made to ask for the length, and not read yet
 
     @property
     def length(self) -> int | None:
@@ -143,7 +144,7 @@ class LoaderBatches:
         _warn_of_repeats(loader)
         sharded = self._gives_shard(loader)
         numbers = share.own_numbers() if sharded else share.numbers(None)
-        # The last finished batch is read again, and not run, to see whether the order repeats.
+        # The last finished batch is read again, but not run, to check that the order repeats.
         merged = _Merged(iter(numbers), max(done.count - 1, 0), share.world if sharded else 1, share.rank * sharded)
         chosen = _only(loader, merged)
         items = _one_by_one(loader, merged) if chosen is None else _one_by_one(*chosen)
@@ -158,7 +159,8 @@ class LoaderBatches:
 
 
 class _Merged:
-    """Tells, of everything that a source gives in turn, which are wanted: the numbers after the first `skipped`."""
+    """Tells which of a source's consecutive batches are wanted: those in `numbers`, after the first `skipped` of
+    them."""
 
     def __init__(self, numbers: Iterator[int], skipped: int, step: int = 1, first: int = 0) -> None:
         self._numbers, self._step, self._at = numbers, step, first - step
@@ -172,7 +174,7 @@ class _Merged:
         return self._next is None
 
     def advance(self) -> int | None:
-        """The number of what comes next, where it is wanted."""
+        """Move to the next batch: its number if it is wanted, else None."""
         self._at += self._step
         if self._at != self._next:
             return None
@@ -181,7 +183,8 @@ class _Merged:
 
 
 def _one_by_one(source: Iterable[Any], wanted: _Merged | Iterator[int]) -> Iterator[Loaded]:
-    """Number the batches of `source`. A batch that raises is passed on as an error, unless the source ends with it."""
+    """Number the batches of `source`. A batch that raises is passed on as an error. Raises BatchError when the source
+    gives nothing after an error."""
     try:
         batches = iter(source)
     except Exception as error:
@@ -210,7 +213,7 @@ def _one_by_one(source: Iterable[Any], wanted: _Merged | Iterator[int]) -> Itera
 
 
 class _Chosen(Sampler[Any]):
-    """A sampler without the batches that are not wanted, so that those are not loaded."""
+    """A sampler that leaves out the unwanted batches, so that they are not loaded."""
 
     def __init__(self, sampler: Iterable[Any], wanted: _Merged, numbers: deque[int]) -> None:
         self._sampler, self._wanted, self._numbers = sampler, wanted, numbers
@@ -226,7 +229,7 @@ class _Chosen(Sampler[Any]):
 
 
 def _only(loader: Any, wanted: _Merged) -> tuple[Iterable[Any], Iterator[int]] | None:
-    """A DataLoader that loads only what is wanted, and the numbers of what it gives; None where that cannot be."""
+    """A DataLoader that loads only the wanted batches, and their numbers; None where `loader` does not allow it."""
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         return None
     numbers: deque[int] = deque()  # filled ahead of the batches, as far as the workers prefetch

@@ -1,4 +1,4 @@
-"""A stage of a job, and its settings in the form in which they are compared."""
+"""A stage of a job, and its settings in the form that the manifest compares."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. needs: stages whose files it reads. inputs: fingerprints of what else it is made of. settings: of
-    the job file, by key. work: does it, and returns what the manifest should say of it. judge: raises GateError when
-    a gate of the user's says no to that; asked again when the stage is skipped. restate: where a gate is another than
-    the one that the stage's files tell of, rewrites them, and returns what changes in the manifest."""
+    """One stage. needs: stages whose files it reads. inputs: fingerprints of everything else that it depends on.
+    settings: those of the job file, by key. work: does the stage, and returns its result for the manifest. judge:
+    raises GateError when a gate of the user refuses that result; also called when the stage is skipped. restate: where
+    a gate differs from the one recorded in the stage's files, rewrites them, and returns what changes in the
+    manifest."""
 
     name: str
     artifacts: tuple[str, ...]
@@ -26,7 +27,7 @@ class Stage:
 
 
 def plain_settings(table: Any, *names: str) -> dict[str, Any]:
-    """Settings as JSON gives them back, so that they can be compared; inf stays inf."""
+    """Settings as they come back from JSON, so that they can be compared with a manifest's; inf stays inf."""
     found = table.model_dump(include=set(names)) if names else table.model_dump()
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain

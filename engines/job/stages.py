@@ -1,4 +1,4 @@
-"""The stages of a job: what each is made of, and what it does."""
+"""The stages of a job: what each depends on, and what it does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from torch.export import ExportedProgram
 
 @dataclass(frozen=True)
 class JobRun(JobContext):
-    """A run, and its stages: how each is described, and what it does."""
+    """A run of a job, with its stages."""
 
     def stages(self) -> tuple[Stage, ...]:
         """All stages, in order."""
@@ -87,7 +87,7 @@ class JobRun(JobContext):
         )  # fmt: skip
 
     def made_of(self) -> dict[str, str]:
-        """Fingerprints of all that decides the statistics of a shard."""
+        """Fingerprints of everything that the statistics of a shard depend on."""
         stage = self._calibrate()
         settings = {name: json.dumps(value) for name, value in stage.settings.items()}
         return {**stage.inputs, **settings, "number of processes": str(self.ranks.world)}
@@ -117,10 +117,10 @@ class JobRun(JobContext):
         return {"summary": str(table), "batches": table.calibration.batches, "report": report.to_json()}
 
     def refuse_nothing(self, length: int | None) -> None:
-        """Check before the work starts: is there a batch to calibrate on, and one to verify with?
+        """Check before the work starts that there is a batch to calibrate on, and one to verify with.
 
-        length: batches of [data], None where that is unknown. Raises JobError; also for [held_out] data that cannot
-        be opened, or whose columns do not feed the model.
+        length: number of batches of [data]; None where it is unknown. Raises JobError where there is none, and for
+        [held_out] data that cannot be opened or whose columns do not feed the model.
         """
         if self.file.job.held_out is not None:
             held_out, _ = self.opened(self.file.job.held_out, Ranks())
@@ -169,7 +169,7 @@ class JobRun(JobContext):
         return result
 
     def _fitted(self, table: RangeTable) -> tuple[PrecisionPlan, str]:
-        """The plan of the rescaled program, which is written with its ranges, and what was done."""
+        """Rescale the program, and write it with its ranges. Returns its plan, and what was done as text."""
         feeding, device = self._calibration_batches(MOST_CHECKED, "rescale")
         fitted = rescale(
             self.program, table, dataloader=feeding, transform=feeding.inputs, device=device, **self._arguments
@@ -191,7 +191,7 @@ class JobRun(JobContext):
 
     @property
     def _planned(self) -> ExportedProgram:
-        """The program that the plan is of."""
+        """The program that the plan belongs to."""
         return self.program if self.file.job.plan.rescale == "off" else load_program(self.folder.path / FITTED)
 
     @property
@@ -199,7 +199,8 @@ class JobRun(JobContext):
         return RangeTable.load(self.folder.path / (RANGES if self.file.job.plan.rescale == "off" else FITTED_RANGES))
 
     def _proven(self, program: ExportedProgram, table: RangeTable) -> PrecisionPlan | None:
-        """The plan that has been run on calibration batches; None where that was not asked for, or cannot be mended.
+        """The plan, run on calibration batches and mended; None where that was not asked for, or rounding was not
+        measured.
 
         Raises BudgetError, a GateError, where no plan meets the budget.
         """
@@ -210,7 +211,7 @@ class JobRun(JobContext):
         return tune(program, table, feeding, transform=feeding.inputs, device=device, **self._arguments)
 
     def _calibration_batches(self, most: int, name: str) -> tuple[Feeding, str | None]:
-        """The first of the batches that were calibrated on, and the device to run them on."""
+        """The first calibration batches, and the device to run them on."""
         job = self.file.job
         data, inputs = self.opened(job.data, Ranks())
         share = replace(self.calibration_share, most=min(most, job.data.max_batches or most), rank=0, world=1)
@@ -272,7 +273,7 @@ class JobRun(JobContext):
         return {"summary": f"backend {engine.backend} ({engine.why})", "backend": engine.backend}
 
     def _to_try(self) -> list[Any]:
-        """Calibration batches for the run after the build, where there is one: on a GPU."""
+        """Calibration batches for the trial after the build; empty where there is none, as without a GPU."""
         if self.file.job.build.ahead_of_time or not torch.cuda.is_available():
             return []
         data, inputs = self.opened(self.file.job.data, Ranks())

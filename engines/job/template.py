@@ -1,4 +1,4 @@
-"""What `calibcast init` writes: a job that runs as it is, on data that calibcast ships."""
+"""What `calibcast init` writes: a job that runs without changes, on data that calibcast ships."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def agreement(output, reference, batch):
 
 
 def write_template(folder: Path) -> list[Path]:
-    """Write job.toml, functions.py and digits.parquet into `folder`; which files. Overwrites nothing.
+    """Write job.toml, functions.py and digits.parquet into `folder`. Returns their paths. Overwrites nothing.
 
     Raises JobError where one of them exists, ArtifactError where they cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What a job notices about data that are suspicious: non-finite, constant and failing batches, by number."""
+"""What a job reports about suspicious data: non-finite, constant and failing batches, by number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_NUMBERS, MOST_MESSAGES = 100, 10
 
 @dataclass
 class Seen:
-    """How many batches had something, and the numbers of the first of them."""
+    """How many batches had some property, and the numbers of the first ones."""
 
     count: int = 0
     batches: list[int] = field(default_factory=list)
@@ -36,11 +36,11 @@ class Seen:
 
 @dataclass
 class DataReport:
-    """What was noticed so far, by this process or, merged, by all.
+    """What was noticed so far, by this process or, when merged, by all processes.
 
-    batches: looked at. raised: could not be loaded, transformed, matched or run; `messages` says why of the first.
-    nonfinite: an input has NaN or Inf. constant: by input, batches in which all its elements are equal. lows, highs:
-    by input, the extremes over all batches.
+    batches: how many were looked at. raised: batches that could not be loaded, transformed, matched or run; `messages`
+    says why for the first ones. nonfinite: batches in which an input has NaN or Inf. constant: for each input, batches
+    in which all its elements are equal. lows, highs: for each input, the extremes over all batches.
     """
 
     batches: int = 0
@@ -52,7 +52,7 @@ class DataReport:
     highs: dict[str, float] = field(default_factory=dict)
 
     def look(self, number: int, signature: Signature, flat: Iterable[Any]) -> list[str]:
-        """Look at the inputs of a batch: the names of those that have NaN or Inf."""
+        """Look at the inputs of a batch. Returns the names of inputs that have NaN or Inf."""
         found = [
             leaf.name
             for leaf, value in zip(signature.leaves, flat, strict=True)
@@ -79,16 +79,16 @@ class DataReport:
         self.batches += not looked_at
         self.raised.add(number)
         if len(self.messages) < MOST_MESSAGES:
-            # Errors of `calib` say which batch it was; so does whoever shows these.
+            # Errors of `calib` begin with the batch's number. Remove it, since `lines` and `check_share` add it.
             self.messages[str(number)] = re.sub(rf"^batch {number}( is |[:,] )", _rest, message)
 
     @property
     def constant_inputs(self) -> dict[str, float]:
-        """Inputs whose elements were all equal in all batches, with that value."""
+        """Inputs whose elements all had the same value in all batches, with that value."""
         return {name: low for name, low in self.lows.items() if low == self.highs[name]}
 
     def bad_share(self, total: int | None = None) -> float:
-        """The share of raising batches: of `total`, or of those looked at."""
+        """The share of batches that raised, among `total` or, without it, among those looked at."""
         return self.raised.count / max(total or self.batches, 1)
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class DataReport:
 
     @classmethod
     def merged(cls, reports: Iterable[DataReport]) -> DataReport:
-        """One report of several processes, in the order of the batches."""
+        """One report from those of several processes, in the order of the batches."""
         total = cls()
         for report in reports:
             total.batches += report.batches
@@ -120,7 +120,7 @@ class DataReport:
         return total
 
     def lines(self) -> list[str]:
-        """What a person should know; empty when there is nothing."""
+        """What the user should know; empty when there is nothing."""
         found = []
         if self.raised.count:
             first = "; ".join(f"batch {number}: {message}" for number, message in list(self.messages.items())[:3])
@@ -138,7 +138,8 @@ class DataReport:
 
 
 def check_share(report: DataReport, limits: Limits, every: int | None = None) -> None:
-    """Raise GateError when more of `every` (None: the batches looked at) batches raised than the limit allows."""
+    """Raise GateError when a larger share of the batches raised than the limit allows. every: how many batches there
+    are; None: those looked at so far."""
     share = report.bad_share(every)
     if share > limits.max_bad_share:
         first = "; ".join(f"batch {number}: {message}" for number, message in list(report.messages.items())[:3])
@@ -149,7 +150,7 @@ def check_share(report: DataReport, limits: Limits, every: int | None = None) ->
 
 
 def refuse_nonfinite(batch: str, inputs: Iterable[str]) -> None:
-    """Raise the GateError of `limits.on_nonfinite_inputs = "stop"`. batch: which one, for people."""
+    """Raise the GateError of `limits.on_nonfinite_inputs = "stop"`. batch: the batch's name in the message."""
     raise GateError(
         f"the gate says no: {batch} has NaN or Inf in {', '.join(inputs)}, and limits.on_nonfinite_inputs is "
         '"stop". Mend the data, or set it to "skip" to leave such batches out.'
@@ -157,7 +158,8 @@ def refuse_nonfinite(batch: str, inputs: Iterable[str]) -> None:
 
 
 def _extremes(value: torch.Tensor) -> tuple[float, float]:
-    """The least and the largest element. torch compares no uint16 and no float8: wider types hold them exactly."""
+    """The least and the largest element. torch cannot compare types such as uint16 and float8, so they are widened,
+    which is exact."""
     if value.dtype.itemsize <= 4 and not value.dtype.is_signed and value.dtype not in (torch.uint8, torch.bool):
         value = value.to(torch.int64)
     elif value.dtype.is_floating_point and value.dtype.itemsize == 1:

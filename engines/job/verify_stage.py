@@ -1,4 +1,4 @@
-"""The stage `verify`: the engine against the fp32 model on held-out batches, and the gate."""
+"""The stage `verify`: compares the engine with the fp32 model on held-out batches, and applies the gate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from calibcast.engines.locations import load_function
 
 
 def verify_stage(run: JobContext, held: tuple[Source, Share]) -> Stage:
-    """The stage that holds the engine against the fp32 model on the held-out batches `held`."""
+    """The stage that compares the engine with the fp32 model on the held-out batches `held`."""
     source, share = held
     settings = run.file.job.verification
     code = {f"metric {name}": code_digest(run.file, location) for name, location in settings.metrics.items()}
@@ -64,7 +64,7 @@ def _compare(run: JobContext) -> dict[str, Any]:
 
 
 def _judged_engine(run: JobContext) -> tuple[Engine, str]:
-    """The engine as it was saved; where it was built for a GPU that is not here, the cast program in PyTorch."""
+    """The saved engine, or the cast program in PyTorch where the engine needs a GPU and there is none; and its name."""
     if run.file.job.build.ahead_of_time and not torch.cuda.is_available():
         mixed = load_program(run.folder.path / MIXED)
         return build(mixed, backend="eager"), "the cast program in PyTorch: the engine needs a GPU"
@@ -73,7 +73,7 @@ def _judged_engine(run: JobContext) -> tuple[Engine, str]:
 
 
 def _restate_verdict(run: JobContext) -> dict[str, Any]:
-    """The report holds its bounds: with others, its verdict is another, though nothing is verified again."""
+    """The report contains its bounds. When they have changed, its verdict is made again, without a new verification."""
     path, bounds = run.folder.path / VERIFICATION, Bounds.of(run.file.job.verification.bounds)
     report = load_report(path)
     if report.bounds == bounds:
@@ -90,7 +90,7 @@ def _judge_engine(run: JobContext, result: Mapping[str, Any]) -> None:
 
 
 def _told(report: VerificationReport, judged: str = "") -> dict[str, Any]:
-    """What the manifest says of a report. `judged`: what it is of."""
+    """What the manifest says about a report. judged: what was verified."""
     verdict = report.verdict
     return {
         "summary": f"{report.batches} batches, {verdict}{f' ({judged})' if judged else ''}",

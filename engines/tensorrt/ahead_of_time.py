@@ -1,8 +1,8 @@
 """Building TensorRT-RTX engines on a machine without a GPU, in a process of its own.
 
-TensorRT-RTX compiles for a family of GPUs without asking one (NVIDIA calls it ahead-of-time compilation), but
-Torch-TensorRT asks torch.cuda on its way. Stand-ins answer here. They must not outlive the build, and the builder may
-crash: so only a builder process calls `pretend_gpu`.
+TensorRT-RTX compiles for a family of GPUs and needs none of them (NVIDIA calls this ahead-of-time compilation). But
+Torch-TensorRT asks torch.cuda about the GPU while it compiles, so stand-ins for those functions answer here. They must
+not outlive the build, and the builder may crash, so only a builder process calls `pretend_gpu`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from calibcast.calib.errors import BuildError
 from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import INSTALL, installed_flavour
 
 RTX = "torch-tensorrt-rtx"
-# Where an ahead-of-time engine of TensorRT-RTX loads by default: compute capability 8.0 and later. Where NVIDIA
-# supports it is less (`compatibility.RTX_CAPABILITIES`).
+# By default an ahead-of-time engine of TensorRT-RTX loads on compute capability 8.0 and later. NVIDIA supports it on
+# fewer GPUs (`compatibility.RTX_CAPABILITIES`).
 # https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
 LEAST_CAPABILITY = (8, 0)
 _MEMORY = 1 << 36
@@ -60,7 +60,8 @@ def require_ahead_of_time() -> None:
 
 
 def pretend_gpu() -> None:
-    """Let torch.cuda answer what Torch-TensorRT asks. For the rest of this process: never call it in a user's."""
+    """Let torch.cuda answer what Torch-TensorRT asks. It lasts until this process ends: never call it in a user's
+    process."""
     if torch.cuda.is_available():
         return
     for name, answer in _STAND_INS.items():

@@ -1,4 +1,4 @@
-"""Building an engine, and again with one remedy after another where that is allowed."""
+"""Building an engine and, where remedies are allowed, building it again with one remedy after another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from torch.export import ExportedProgram
 _log = logging.getLogger("calibcast")
 
 _WHOLE = ("the whole program in PyTorch",)
-# What is wrong with the engine in a folder, which was made of this program; None if nothing, or if it cannot be run.
+# What is wrong with the engine in a folder that was built from this program; None if nothing is, or if it cannot be
+# run.
 Trial = Callable[[Path, ExportedProgram], str | None]
 
 
@@ -35,8 +36,8 @@ Trial = Callable[[Path, ExportedProgram], str | None]
 class Build:
     """A build that succeeded.
 
-    remedies: what was done for it. widened: nodes that it keeps in fp32. problem: what its trial found, if anything.
-    seen: all that its trial saw, as plain data.
+    remedies: the remedies that it needed. widened: nodes that it keeps in fp32. problem: what its trial found wrong, if
+    anything. seen: everything that its trial measured, as plain data.
     """
 
     result: BuilderResult
@@ -49,11 +50,10 @@ class Build:
 
 
 class Attempts:
-    """The builds of one request; the files of the best end up in `folder`. trial: what an engine must pass when
-    remedies are allowed.
+    """The builds of one request; the files of the best one end up in `folder`.
 
-    trial: what an engine has to stand if remedies may be applied. An engine that a builder makes need not be right:
-    TensorRT-RTX 1.4 makes some of a NAFNet in bf16 that give NaN for whatever they are given.
+    trial: the test that an engine must pass. An engine that builds may still be wrong: some engines that TensorRT-RTX
+    1.4 builds of a NAFNet in bf16 give NaN for every input.
     """
 
     def __init__(self, request: BuildRequest, job: BuilderJob, folder: Path, trial: Trial) -> None:
@@ -99,7 +99,8 @@ class Attempts:
         return Build(result, job, program, tuple(self._applied), widen)
 
     def _tried(self, job: BuilderJob, widen: tuple[str, ...]) -> Build:
-        """Build and try the engine out. Raises BuilderError: what is refused is no remedy, and loses no engine."""
+        """Build and try the engine out. Raises BuilderError also for what is refused: then this remedy failed, and
+        engines that were built before are not lost."""
         try:
             build = self._attempt(job, widen)
         except BuildError as error:
@@ -109,12 +110,13 @@ class Attempts:
         return self._judged(build)
 
     def _judged(self, build: Build) -> Build:
-        """A build with what the trial that was just made has seen of it."""
+        """The build together with what the last trial measured."""
         judgement = getattr(self._trial, "judgement", None)
         return build if judgement is None else replace(build, seen=judgement.record())
 
     def _remedied(self, first: BuilderError) -> Build:
-        """Build with one known remedy after another; where none helps, look for the operators that it fails at."""
+        """Build with one known remedy after another; where none helps, search for the operators that the builder fails
+        at."""
         job, failure, widen = self._job, first, tuple[str, ...]()
         for remedy in remedies(first, self._program, job.settings):
             _log.warning("%s; trying to %s", failure, remedy.text)
@@ -132,7 +134,8 @@ class Attempts:
         return self._left_out(job, failure) or self._given_up(first, failure)
 
     def _left_out(self, job: BuilderJob, failure: BuilderError) -> Build | None:
-        """The build with those nodes in PyTorch that converters fail at; None where they name none, or too many."""
+        """The build that keeps in PyTorch the nodes that converters fail at; None where a failure names no node, or
+        where too many nodes fail."""
         for _ in range(MOST_BISECTIONS):
             nodes = unconverted(failure, self._program, job.in_pytorch)
             if not nodes:
@@ -147,8 +150,8 @@ class Attempts:
         return None
 
     def _bisected(self, failure: BuilderError) -> Build | None:
-        """The build with the shortest stretch of nodes in PyTorch that was found, or all of them there; None where not
-        even the program in PyTorch stands the trial, or nothing was found that can be built without a GPU."""
+        """The build with the shortest stretch of nodes in PyTorch that was found, or with all nodes there. None where
+        even the program in PyTorch fails the trial, or where the search found nothing and builds ahead of time."""
         if self._job.ahead_of_time and failure.kind == "wrong":
             return None  # no engine can be tried here, and a search would find nothing
         nodes = computing_nodes(self._program)
@@ -176,7 +179,7 @@ class Attempts:
         return replace(self._restored(key), remedies=(*self._applied, told))
 
     def _in_pytorch(self) -> Build | None:
-        """The program as it is, in PyTorch, beside no engine; None if it does not stand the trial either."""
+        """The whole program in PyTorch, without an engine; None if it fails the trial too."""
         emptied(self._folder)
         result = write_in_pytorch(self._program, self._folder, self._job)
         if self._trial(self._folder, self._program) is not None:
@@ -209,7 +212,7 @@ class Attempts:
         return replace(self._restored(names), remedies=(*self._applied, remedy))
 
     def _given_up(self, first: BuilderError, last: BuilderError) -> Build:
-        """The engine as it is, where there is one: `verify` judges on real data, and a trial does not."""
+        """The first engine, where there is one, although it failed its trial: `verify` will judge it on real data."""
         tried = "; ".join(self._applied) or "nothing that is known to help"
         if () in self._kept:
             _log.warning("%s, and no remedy was found (%s): verify it before use", first, tried)
@@ -241,7 +244,7 @@ def _build_here(job: BuilderJob, program: ExportedProgram, folder: Path) -> Buil
         return compile_job(job, program, folder, event)
     except BuildError:
         raise
-    except Exception as error:  # the builder, its converters and the partitioner each raise their own
+    except Exception as error:  # the builder, its converters and the partitioner each raise errors of their own
         raise failure_of(type(error).__name__, str(error), node=heard.get("node", "")) from error
 
 

@@ -44,9 +44,9 @@ _MOST_SIZES = 1024
 
 
 class TensorrtRuntime:
-    """Engines on a GPU and what runs beside them; or, without a GPU, their files alone, which can be saved.
+    """Engines on a GPU and the PyTorch parts that run beside them. Without a GPU: only their files, which can be saved.
 
-    files: what was built. It is kept, as the files are what is saved.
+    files: the folder of what was built. It is kept, because `save` copies these files.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class TensorrtRuntime:
         self._flat = (self.folder / WIRING).is_file()
         self._plain = all(spec.is_leaf() for spec in self._signature.specs) and not self._signature.keywords
         self._accepted: set[tuple[Any, ...]] = set()
-        self._outputs = program.call_spec.out_spec  # a property that takes 0.2 ms
+        self._outputs = program.call_spec.out_spec  # read once: this property takes 0.2 ms
 
     @property
     def folder(self) -> Path:
@@ -81,11 +81,12 @@ class TensorrtRuntime:
             return self._module(*args, **kwargs)
 
     def _known(self, args: tuple[Any, ...]) -> bool:
-        """Whether these are flat inputs on the GPU, of sizes that were checked before: most calls of most engines."""
+        """Whether these are flat inputs on the GPU of sizes that were checked before, as in most calls of most
+        engines."""
         return self._plain and _sizes(args) in self._accepted
 
     def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The flat inputs on the GPU. Raises BatchError for what the engine was not built for."""
+        """The flat inputs on the GPU. Raises BatchError for inputs that the engine was not built for."""
         flat = self._signature.flatten_call(args, kwargs)
         for leaf, value, profile in zip(self._signature.leaves, flat, self._profiles, strict=True):
             check_profile(leaf, value, profile)
@@ -96,7 +97,7 @@ class TensorrtRuntime:
         return moved
 
     def owning(self, files: tempfile.TemporaryDirectory[str]) -> TensorrtRuntime:
-        """This engine, whose files are in `files` and go with it."""
+        """This engine, which now owns the folder `files`: the folder is deleted with it."""
         self._files = files
         return self
 
@@ -112,20 +113,21 @@ class TensorrtRuntime:
 
 
 def _sizes(values: Sequence[Any]) -> tuple[Any, ...] | None:
-    """Shapes and types of tensors on a GPU; None where something else is among them."""
+    """Shapes, types and layouts of tensors on a GPU; None if any value is something else."""
     if not all(isinstance(value, torch.Tensor) and value.is_cuda for value in values):
         return None
     return tuple([(value.shape, value.dtype, value.layout) for value in values])
 
 
-# How the owner names engines that Torch-TensorRT has saved itself, with pickled objects inside.
+# The name by which a model's owner allows engines that Torch-TensorRT saved itself, with pickled objects inside.
 _WHOLE_ENGINE = "torch_tensorrt.runtime.TorchTensorRTModule"
 
 
 def check_whole(folder: Path) -> None:
     """Raise ArtifactError for a program with TensorRT's objects inside, unless its owner has allowed it by name.
 
-    Torch-TensorRT loads it with pickle. What calibcast could take apart (`engine_files`) is never saved so.
+    Torch-TensorRT loads such a program with pickle. Engines that calibcast could take apart (`engine_files`) are never
+    saved in this way.
     """
     path = folder / WHOLE
     if (folder / WIRING).is_file() or not path.is_file() or _WHOLE_ENGINE in allowed_by_owner():
@@ -146,7 +148,7 @@ def _loaded(folder: Path, device: torch.device) -> Any:
         raise ArtifactError(f"{folder} holds neither {WIRING} nor {WHOLE}: the engine was not saved whole")
     try:
         return adapter.load_module(str(folder / WHOLE))
-    except Exception as error:  # torch_tensorrt.load and what it calls
+    except Exception as error:  # from torch_tensorrt.load and what it calls
         raise ArtifactError(f"{folder / WHOLE} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
@@ -237,8 +239,8 @@ def _warned() -> str | None:
 
 
 class EngineTrial:
-    """Runs engines where one can run here. What it has seen of the last is in `judgement`, and the engine in `last`:
-    setting one up takes time and memory."""
+    """Tries engines out where they can run here. What it measured of the last engine is in `judgement`. The engine
+    itself is in `last`, for reuse, because setting one up takes time and memory."""
 
     def __init__(self, request: BuildRequest, shapes: list[Profile]) -> None:
         self._request, self._shapes = request, shapes
@@ -247,7 +249,8 @@ class EngineTrial:
         self.last: TensorrtRuntime | None = None
 
     def __call__(self, folder: Path, program: ExportedProgram) -> str | None:
-        """What is wrong with the engine in `folder`, made of `program`; None where nothing is, or it cannot be run."""
+        """What is wrong with the engine in `folder`, built from `program`; None if nothing is, or if it cannot be
+        run."""
         self.judgement = self.last = None
         if not self._possible:
             return None
@@ -277,12 +280,13 @@ class EngineTrial:
 
 
 def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
-    """Runs an engine once where one can run here."""
+    """The trial of a request's engines."""
     return EngineTrial(request, shapes)
 
 
 def _check_names(settings: Mapping[str, Any], ahead_of_time: bool) -> None:
-    """Before a process is started: does Torch-TensorRT have these settings? It cannot be asked without a GPU."""
+    """Check, before a process is started, that Torch-TensorRT has these settings. Without a GPU it cannot be asked
+    here."""
     if ahead_of_time and not torch.cuda.is_available():
-        return  # the builder process asks
+        return  # the builder process checks them
     adapter.check_setting_names(settings, adapter.setting_names() | {"weakly_typed"})

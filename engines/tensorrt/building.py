@@ -1,4 +1,4 @@
-"""From a request to an engine's files: out of the cache, or built, with what a failure calls for."""
+"""From a request to an engine's files: taken from the cache, or built, with remedies where a build fails."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ LAYERS, _KIND = "layers.json", "layers"
 def build_files(
     request: BuildRequest, job: BuilderJob, folder: Path, versions: Mapping[str, str], trial: Trial
 ) -> tuple[ExportedProgram, dict[str, Any]]:
-    """Put the engine's files into `folder`; the program that was built, and the record of it for the manifest.
+    """Put the engine's files into `folder`. Returns the program that was built, and its record for the manifest.
 
-    trial: what an engine has to stand where remedies may be applied.
+    trial: the test that an engine must pass.
 
     Raises BuildError that names the nodes at which the builder failed, and what can be done.
     """
@@ -69,7 +69,7 @@ def cache_of(request: BuildRequest) -> EngineCache | None:
 
 
 def key_of(request: BuildRequest, job: BuilderJob, versions: Mapping[str, str]) -> str:
-    """The cache's key of a request: any difference that an engine could show gives another."""
+    """The cache's key of a request: any difference that could change the engine gives another key."""
     plan = request.plan
     return cache_key(
         {
@@ -88,7 +88,7 @@ def key_of(request: BuildRequest, job: BuilderJob, versions: Mapping[str, str]) 
 def _plain(name: str, value: Any) -> Any:
     try:
         return encoded(name, value)
-    except BuildError:  # only a build in this process can have it
+    except BuildError:  # only a build in this process can have such a setting
         return repr(value)
 
 
@@ -117,7 +117,8 @@ def _built(
 
 
 def _write_layers(folder: Path, result: BuilderResult) -> None:
-    """What the ledger is made from, beside the engine: the networks' layers, and what the engines said of theirs."""
+    """Write what the ledger is made from beside the engine: the networks' layers, and the layers that the engines
+    report."""
     save_json(
         folder / LAYERS,
         _KIND,
@@ -128,7 +129,7 @@ def _write_layers(folder: Path, result: BuilderResult) -> None:
 def ledger_in(
     folder: Path, plan: PrecisionPlan | None, program: ExportedProgram, layers: Sequence[EngineLayer]
 ) -> pl.DataFrame:
-    """The ledger of the engine whose files are in `folder`. layers: of its engines, by `layers_of`."""
+    """The ledger of the engine whose files are in `folder`. layers: what `layers_of` gives for this folder."""
     content = load_json(folder / LAYERS, _KIND)
     with parsed(folder / LAYERS, _KIND):
         made, torch_types = content["made"], content["torch_types"]
@@ -137,7 +138,8 @@ def ledger_in(
 
 
 def layers_of(folder: Path) -> list[EngineLayer]:
-    """The layers of the engines in `folder`: as the inspector told them at build time, else from their own listing."""
+    """The layers of the engines in `folder`: from the inspector's output at build time, else from the listing inside
+    the engine files."""
     inspected = load_json(folder / LAYERS, _KIND).get("inspected")
     if inspected:
         return [layer for text in inspected for layer in parse_inspector(text)]

@@ -4,8 +4,8 @@
     CACHE/KEY.lock      held while KEY is being built or removed
     CACHE/.new-KEY-*    an entry that is being written, under KEY's lock
 
-The folder is its owner's alone. An entry that was damaged or changed counts as none.
-Two processes that want the same engine build it once: the second waits for the first.
+Only its owner may read or write the folder. A damaged or changed entry is treated as missing. Two processes that want
+the same engine build it once: the second waits for the first.
 """
 
 from __future__ import annotations
@@ -50,14 +50,15 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 
 
 class EngineCache:
-    """Finished engines on disk, the least recently used removed when they take more than `size` bytes."""
+    """Finished engines on disk. When they take more than `size` bytes, the least recently used are removed."""
 
     def __init__(self, folder: Path, size: int = DEFAULT_SIZE) -> None:
         self.folder, self.size = folder, size
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """Hold `key`: nobody else builds, reads or removes it meanwhile. Waits for who does."""
+        """Hold `key`: nobody else builds, reads or removes its entry meanwhile. Waits while another process holds
+        it."""
         try:
             _private(self.folder)
         except OSError as error:
@@ -68,7 +69,7 @@ class EngineCache:
             yield
 
     def find(self, key: str, target: Path) -> Mapping[str, Any] | None:
-        """Copy the entry of `key` to `target` and give its record; None where there is none that is whole.
+        """Copy the entry of `key` to `target` and return its record; None where there is no intact entry.
 
         A damaged entry is removed. Call it with the key locked.
         """
@@ -80,7 +81,7 @@ class EngineCache:
             with parsed(entry / _ENTRY, _KIND):
                 record: Mapping[str, Any] = content["record"]
                 _copy(entry, content["files"], target)
-            # What was copied is what will be read: nobody else can change it any more.
+            # Check the copy, not the entry: the copy is what will be read, and nobody else can change it.
             check_sealed(target, content["files"], entry / _ENTRY)
         except (CalibcastError, OSError) as error:
             _log.warning("the cached engine %s is damaged (%s) and is built again", key[:12], error)
@@ -88,19 +89,19 @@ class EngineCache:
             emptied(target)
             return None
         with suppress(OSError):
-            os.utime(entry)  # its time says when it was last used
+            os.utime(entry)  # the entry's time says when it was last used
         return record
 
     def keep(self, key: str, source: Path, record: Mapping[str, Any]) -> None:
-        """Put the files of `source` under `key`, whole or not at all, and remove what is too much.
+        """Put the files of `source` under `key`, all or none, and remove old entries when the cache is over its size.
 
-        What fails here is said and costs nothing: the engine is built, and only the next build takes as long. Call it
-        with the key locked.
+        A failure here is only logged: the engine has been built, and the next build of it will just take as long again.
+        Call it with the key locked.
         """
         try:
             self._put(key, source, record)
             self._trim(key)
-        except (OSError, shutil.Error, ArtifactError) as error:  # a full disk: the engine itself is built, and stays
+        except (OSError, shutil.Error, ArtifactError) as error:  # such as a full disk: the engine is built, and stays
             _log.warning("the engine %s was built, but is not kept in the cache %s: %s", key[:12], self.folder, error)
 
     def _put(self, key: str, source: Path, record: Mapping[str, Any]) -> None:
@@ -128,7 +129,7 @@ class EngineCache:
             _log.warning("the engine cache holds %.1f GiB, more than its %.1f GiB", total / GIB, self.size / GIB)
 
     def _sweep(self, kept: str) -> None:
-        """Remove what killed processes left half-written: who writes an entry holds its key."""
+        """Remove half-written entries of killed processes. A process that is still writing an entry holds its key."""
         for left in self.folder.glob(f"{_UNFINISHED}*"):
             key = left.name.removeprefix(_UNFINISHED).partition("-")[0]
             if key == kept:
@@ -149,13 +150,13 @@ class EngineCache:
 
 
 def emptied(folder: Path) -> None:
-    """Remove what is in a folder, which is its owner's alone then: it holds weights."""
+    """Empty a folder. Only its owner can read it afterwards, since it will hold weights."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _private(folder: Path) -> None:
-    """Make the folder its owner's alone: whoever can write here chooses what is run. Raises OSError."""
+    """Close the folder to everyone but its owner: anyone who can write here chooses what is run. Raises OSError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not hasattr(os, "getuid"):
         return
@@ -167,7 +168,8 @@ def _private(folder: Path) -> None:
 
 
 def _copy(entry: Path, files: Mapping[str, str], target: Path) -> None:
-    """Copy the listed files of an entry, and nothing else. Raises ArtifactError for a name that leads out."""
+    """Copy the listed files of an entry, and nothing else. Raises ArtifactError for a name that leads out of the
+    folder."""
     for name in files:
         source, place = entry / check_plain(name, entry / _ENTRY), target / name
         if source.is_symlink():
@@ -182,7 +184,7 @@ def _is_entry(folder: Path) -> bool:
 
 
 def _last_used(entry: Path) -> float:
-    """When it was last used; 0 where another process has just removed it."""
+    """When the entry was last used; 0 where another process has just removed it."""
     try:
         return entry.stat().st_mtime
     except FileNotFoundError:
@@ -191,7 +193,7 @@ def _last_used(entry: Path) -> float:
 
 def _size(folder: Path) -> int:
     total = 0
-    for place, _, names in os.walk(folder):  # passes by what another process has just removed
+    for place, _, names in os.walk(folder):  # skips what another process has just removed
         for name in names:
             with suppress(FileNotFoundError):
                 total += (Path(place) / name).stat().st_size

@@ -1,4 +1,4 @@
-"""Whether an engine that was built somewhere can run here: a clear refusal instead of what TensorRT would say."""
+"""Whether an engine that was built elsewhere can run here: a clear refusal in place of TensorRT's own error."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from calibcast.calib.errors import MismatchError
 from calibcast.engines.tensorrt.ahead_of_time import LEAST_CAPABILITY, RTX
 from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import installed_flavour
 
-# Distributions whose version an engine file depends on, with those that carry the same version beside them.
+# Libraries whose version an engine file depends on.
 LIBRARIES = ("tensorrt", "tensorrt-rtx")
-# Compute capabilities in NVIDIA's support matrices of TensorRT-RTX 1.0 to 1.6 (12.1 from 1.5 on): Turing, Ampere and
-# Ada of GeForce and RTX cards, Blackwell of the same. Data-centre GPUs (8.0, 9.0, 10.0) are not among them.
+# Compute capabilities in NVIDIA's support matrices of TensorRT-RTX 1.0 to 1.6 (12.1 from 1.5 on): GeForce and RTX cards
+# of Turing, Ampere, Ada and Blackwell. Data-centre GPUs (8.0, 9.0, 10.0) are not among them.
 # https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix.html
 RTX_CAPABILITIES = ((7, 5), (8, 6), (8, 9), (12, 0), (12, 1))
 # TensorRT 10 and 11. https://docs.nvidia.com/deeplearning/tensorrt/latest/getting-started/support-matrix.html
@@ -22,8 +22,9 @@ LEAST_OF_TENSORRT = (7, 5)
 def check_compatible(built_with: Mapping[str, str], present: Mapping[str, str], ahead_of_time: bool) -> None:
     """Raise MismatchError unless an engine built with `built_with` loads where `present` is (`Backend.versions`).
 
-    An engine loads under the TensorRT version that built it. One built ahead of time loads from compute capability 8.0
-    on (where NVIDIA supports it is for `supported_gpu` to say); any other on the GPU model that it was built for.
+    An engine loads only under the TensorRT version that built it. An engine built ahead of time loads on compute
+    capability 8.0 and later (`supported_gpu` says where NVIDIA supports it). Any other engine loads only on the GPU
+    model that it was built for.
     """
     for library in LIBRARIES:
         ours, theirs = present.get(library), built_with.get(library)
@@ -68,15 +69,15 @@ def supported_gpu(flavour: str, capability: tuple[int, int]) -> bool:
     """Whether NVIDIA's support matrix of a flavour lists GPUs of this compute capability.
 
     flavour: a distribution, "torch-tensorrt-rtx" or "torch-tensorrt". An engine may build, and even run, on a GPU that
-    is not listed: nobody promises then that it is right.
+    is not listed, but then nobody promises that it is right.
     """
     return capability in RTX_CAPABILITIES if flavour == RTX else capability >= LEAST_OF_TENSORRT
 
 
 def gpu_warning() -> str | None:
-    """That the GPU here is outside of NVIDIA's support for the installed flavour, and what to use instead.
+    """A warning that NVIDIA does not support the installed flavour on this GPU, with what to use instead.
 
-    None where it is supported, or where there is no GPU or no flavour.
+    None where NVIDIA supports it, or where there is no GPU or no flavour.
     """
     found, here = installed_flavour(), gpu_facts()
     if found is None or not here:

@@ -1,12 +1,12 @@
-"""A compiled program as files: its engines as TensorRT wrote them, what runs in PyTorch as programs, and their wiring.
+"""A compiled program as files: engines as TensorRT wrote them, PyTorch parts as exported programs, and their wiring.
 
     wiring.json      which part is called with which values, in order
     NAME.engine      one serialised TensorRT engine
     NAME.pt2         nodes that TensorRT did not take, as an exported program
-    state.safetensors      what the program keeps between calls, as it begins, and constants that it gives
-    state_now.safetensors  the same as it was when the engine was saved, where it had been called
+    state.safetensors      the state kept between calls, at its initial values, and constants that the program returns
+    state_now.safetensors  the same state when the engine was saved, if the engine had been called before
 
-No part is pickled, and none knows the GPU or the process that it was built in.
+No part is pickled, and no part refers to the GPU or the process that it was built in.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ STATE, STATE_NOW = "state.safetensors", "state_now.safetensors"
 
 
 class WiringError(Exception):
-    """A compiled graph with more in it than engines and PyTorch parts: it has no such files."""
+    """A compiled graph holds more than engines and PyTorch parts, so it cannot be written as such files."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a compiled module does not tell by itself.
+    """Facts about a compiled module that the module itself does not tell.
 
-    places: of an engine, for each value that the graph takes from it, its place among the engine's outputs; outputs
-    that are one tensor have one place. held: the values of placeholders behind the program's inputs: state that
-    was lifted out. updated: of the state, in order, what the last outputs of the graph are the new values of.
+    places: for each engine, the index among its outputs of each value that the graph takes from it; outputs that are
+    the same tensor share one index. held: placeholder -> value, for the placeholders after the program's inputs: the
+    state that was lifted out. updated: names of the state that the last outputs of the graph are new values of, in
+    order.
     """
 
     places: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -50,8 +51,8 @@ class Made:
 
 
 def write_parts(module: fx.GraphModule, folder: Path, made: Made | None = None) -> None:
-    """Write a module compiled by Torch-TensorRT. Raises WiringError for one that cannot be taken apart, and BuildError
-    for one that takes from an engine what the engine does not give."""
+    """Write a module compiled by Torch-TensorRT. Raises WiringError for a module that cannot be taken apart, and
+    BuildError for a module that takes an output that its engine does not have."""
     writer = _Writer(module, folder, made or Made())
     for node in module.graph.nodes:
         writer.add(node)
@@ -65,7 +66,7 @@ class _Writer:
 
     def __init__(self, module: fx.GraphModule, folder: Path, made: Made) -> None:
         self._module, self._folder, self._made = module, folder, made
-        self._same: dict[str, Any] = {}  # a node -> what else it is
+        self._same: dict[str, Any] = {}  # a node's name -> the reference that stands for it
         self.steps: list[dict[str, Any]] = []
         self.parts: dict[str, dict[str, Any]] = {}
         self.held: dict[str, torch.Tensor] = {}
@@ -93,7 +94,8 @@ class _Writer:
         self.steps.append({"state": name})
 
     def _pick(self, node: fx.Node) -> None:
-        """One of the outputs of a part. An engine with one output gives a tensor, of which item 0 would be a row."""
+        """Take one output of a part. An engine with one output returns the tensor itself, whose item 0 would be a
+        row."""
         maker, index = node.args
         part = self.parts.get(str(maker.target)) if isinstance(maker, fx.Node) else None
         if part is None or part["kind"] != "engine" or not isinstance(index, int):
@@ -132,7 +134,7 @@ class _Writer:
 
 
 def given_outputs(part: Mapping[str, Any]) -> list[str]:
-    """The outputs that an engine gives its caller: those behind the last that is not updated in place."""
+    """The outputs that an engine returns to its caller: all but the last ones that are updated in place."""
     names, aliased = list(part["outputs"]), part.get("aliased_io") or {}
     while names and names[-1] in aliased:
         names.pop()
@@ -158,7 +160,7 @@ def _written(name: str, part: Any, folder: Path) -> dict[str, Any]:
         "inputs": list(part.input_binding_names),
         "outputs": list(part.output_binding_names),
         "requires_output_allocator": bool(part.requires_output_allocator),
-        # An output that is an input, updated in place: output -> [input, how].
+        # An output that is an input updated in place: output -> [input, how].
         **({"aliased_io": {output: list(pair) for output, pair in aliased.items()}} if aliased else {}),
     }
 
@@ -180,7 +182,7 @@ def _hint(size: Any) -> int:
 
 
 def read_parts(folder: Path, device: torch.device) -> fx.GraphModule:
-    """Make the parts ready on `device` and wire them: a module from flat inputs to a tuple of flat outputs.
+    """Load the parts on `device` and wire them up. The module takes flat inputs and returns a tuple of flat outputs.
 
     Needs a GPU. Raises ArtifactError when a file is missing or damaged, BuildError when TensorRT refuses an engine.
     """
@@ -203,7 +205,7 @@ def read_parts(folder: Path, device: torch.device) -> fx.GraphModule:
 
 
 def set_state(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> None:
-    """Put values into the state of a module of `read_parts`, in place. Raises ArtifactError for what does not fit."""
+    """Set the state of a module of `read_parts`, in place. Raises ArtifactError for values that do not fit."""
     for name, now in state_of(module).items():
         if name not in values or values[name].shape != now.shape or values[name].dtype != now.dtype:
             raise ArtifactError(f"the saved state has no {name} of {now.dtype}, {list(now.shape)}")
@@ -211,7 +213,7 @@ def set_state(module: fx.GraphModule, values: Mapping[str, torch.Tensor]) -> Non
 
 
 def state_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:
-    """What a module of `read_parts` keeps between calls, on its device: the very tensors."""
+    """What a module of `read_parts` keeps between calls, on its device: the tensors themselves, not copies."""
     return dict(module.named_buffers(recurse=False))
 
 
@@ -242,7 +244,7 @@ def _loaded(name: str, part: dict[str, Any], folder: Path, device: torch.device)
             requires_output_allocator=part["requires_output_allocator"],
             **({"aliased_io": _pairs(part["aliased_io"])} if part.get("aliased_io") else {}),
         )
-    except Exception as error:  # TensorRT through a C++ extension
+    except Exception as error:  # TensorRT's, through a C++ extension
         raise BuildError(
             f"TensorRT does not take {path.name}: {type(error).__name__}: {str(error)[:500]}. The engine is damaged, "
             "or it fails to set itself up on this GPU (an execution context); for half-precision attention build with "
@@ -280,6 +282,7 @@ def _wired(root: torch.nn.Module, steps: list[dict[str, Any]]) -> fx.GraphModule
 
 
 def _kept(graph: fx.Graph, given: Any) -> Any:
-    """An output that is state itself, as it is now: the caller's must not change with the next call."""
+    """An output for the caller. If it is state itself, a copy of it: the caller's must not change with the next
+    call."""
     is_state = isinstance(given, fx.Node) and given.op == "get_attr"
     return graph.call_function(torch.clone, (given,)) if is_state else given

@@ -1,4 +1,4 @@
-"""Which sizes an engine is built for: those that calibration saw."""
+"""Which sizes an engine is built for: the sizes that calibration saw."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from calibcast.engines.tensorrt.builder.job import Profile
 
 
 def profiles(signature: Signature, ranges: RangeTable | None) -> list[Profile]:
-    """(smallest, most frequent, largest) shape of each input: the sizes that calibration saw, else the exported range.
+    """(smallest, most frequent, largest) shape of each input, from the sizes that calibration saw, else from the
+    exported range.
 
     Raises BuildError for a dynamic size that nothing bounds.
     """

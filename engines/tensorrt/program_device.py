@@ -1,4 +1,4 @@
-"""Moving a program to a device without touching the caller's."""
+"""Moving a program to a device without changing the caller's program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.export.passes import move_to_device_pass
 
 
 def copied(program: ExportedProgram) -> ExportedProgram:
-    """A program with a graph of its own, whose weights are shared."""
+    """A copy of the program with its own graph; the weights are shared."""
     with SERIALISING:
         graph = copy.deepcopy(program.graph)
     for old, new in zip(program.graph.nodes, graph.nodes, strict=True):

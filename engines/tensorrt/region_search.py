@@ -1,6 +1,6 @@
-"""The smallest part of a program that has to stay in PyTorch for the rest to become a right engine, found by bisecting.
+"""The smallest part of a program that has to stay in PyTorch so that the rest becomes a correct engine, by bisection.
 
-The last remedy: what a builder fails at is not always named, and not always a matter of precision.
+This is the last remedy, because a builder does not always name what it fails at, and precision is not always the cause.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from calibcast.engines.tensorrt.builder.isolation import CONVERTING, BuilderErro
 from torch import fx
 from torch.export import ExportedProgram
 
-# Two searches of so many halvings: the parts that are told apart are a 64th of the program.
+# Two searches of six halvings each: they can tell apart parts that are a 64th of the program.
 MOST_BUILDS = 12
 _PARTS = 64
 
@@ -20,7 +20,8 @@ _PARTS = 64
 def unconverted(failure: BuilderError, program: ExportedProgram, left_out: Collection[str]) -> list[fx.Node]:
     """The nodes to leave in PyTorch when a converter fails, besides those `left_out` already; empty when none is named.
 
-    First the node that it fails at; when it fails at a second one of that operator, all of them.
+    At first this is the node that the converter fails at. When a second node of that operator fails, it is all nodes of
+    that operator.
     """
     nodes = computing_nodes(program)
     named = [node for node in nodes if node.name == failure.node and failure.stage == CONVERTING]
@@ -33,7 +34,7 @@ def unconverted(failure: BuilderError, program: ExportedProgram, left_out: Colle
 
 
 class _EnoughError(Exception):
-    """As many builds as are allowed."""
+    """All allowed builds have been made."""
 
 
 def computing_nodes(program: ExportedProgram) -> list[fx.Node]:
@@ -44,10 +45,12 @@ def computing_nodes(program: ExportedProgram) -> list[fx.Node]:
 def smallest_region(
     count: int, helps: Callable[[int, int], bool], most: int = MOST_BUILDS
 ) -> tuple[tuple[int, int] | None, int]:
-    """The shortest stretch of `count` nodes found that, in PyTorch, makes the rest build and be right; and the builds.
+    """The shortest stretch of `count` nodes found such that, with it in PyTorch, the rest builds and is right; and the
+    number of builds.
 
-    helps: whether the nodes from the first place up to the second one do, asked at most `most` times; all of them are
-    known to. It looks for the earliest end that helps, then for the latest start. None if nothing but all helps.
+    helps: whether it helps to keep the nodes [start, end) in PyTorch. It is asked at most `most` times. Keeping all
+    nodes there is known to help. The search looks for the earliest end that helps, then for the latest start. None if
+    no shorter stretch than all nodes was found.
     """
     cuts = sorted({round(part * count / _PARTS) for part in range(_PARTS + 1)})
     best: tuple[int, int] | None = None
@@ -72,7 +75,7 @@ def smallest_region(
 
 
 def _least(places: Sequence[int], helps: Callable[[int], bool]) -> int:
-    """The first place that helps, of some of which those behind one that helps do too, and the last is known to."""
+    """The first place that helps. If a place helps, all places after it do too, and the last one is known to help."""
     fails, works = -1, len(places) - 1
     while works - fails > 1:
         middle = (fails + works) // 2
@@ -84,7 +87,7 @@ def _least(places: Sequence[int], helps: Callable[[int], bool]) -> int:
 
 
 def described(nodes: Sequence[fx.Node]) -> str:
-    """A stretch of nodes for people: how many, from where to where, and in which modules."""
+    """A stretch of nodes as text for users: how many, the first and the last, and their modules."""
     modules = list(dict.fromkeys(path for node in nodes if (path := module_path(node))))
     inside = f", in {', '.join(modules[:3])}{' and more' if len(modules) > 3 else ''}" if modules else ""
     if len(nodes) == 1:

@@ -1,4 +1,4 @@
-"""From a build that failed to the nodes that it failed at, what can be done, and doing it."""
+"""What follows from a build that failed: the nodes that it failed at, the remedies, and the advice to the user."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torch.export import ExportedProgram
 
 FAILED = "the builder failed on it in the low type"
 _SHOWN = 6
-# More nodes than these are no region that a user could be pointed at.
+# A region of more nodes than this is too large to point a user at.
 _MOST = 64
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Something to try after a failure: other settings, or nodes to keep in fp32."""
+    """Something to try after a failure: other settings, or nodes to keep in fp32 (`widen`)."""
 
     text: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -38,8 +38,8 @@ def attention_nodes(program: ExportedProgram) -> list[fx.Node]:
 
 
 def region_of(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the nodes that a failure points at: those whose layers it names, else the one being converted, else
-    attention that is not decomposed, which is what builders fail at most; () where nothing points anywhere."""
+    """Names of the nodes that a failure points at: the node being converted, else the nodes whose layers it names, else
+    attention that is not decomposed, which builders fail at most often. () where the failure points at nothing."""
     names = {node.name for node in program.graph.nodes if node.op == "call_function"}
     if failure.stage == CONVERTING and failure.node in names:
         return (failure.node,)
@@ -82,7 +82,8 @@ def remedies(failure: BuilderError, program: ExportedProgram, settings: Mapping[
 
 
 def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
-    """Where a builder names some nodes, others of the same operator fail too: each operator whole, the rarest first."""
+    """Remedies that keep all nodes of an operator in fp32, the rarest operator first: where a builder names some nodes,
+    others of the same operator often fail too."""
     operators = nodes_alike(program, lambda node: base_op(node.target))
     named = sorted((names for names in operators if set(names) & set(low)), key=len)
     return [
@@ -93,7 +94,7 @@ def _by_operator(program: ExportedProgram, low: Sequence[str]) -> list[Remedy]:
 
 
 def nodes_alike(program: ExportedProgram, kind: Callable[[fx.Node], Hashable]) -> list[tuple[str, ...]]:
-    """Names of the nodes that can be kept in fp32, those of one kind together, in graph order."""
+    """Names of the nodes that can be kept in fp32, grouped by `kind`, in graph order."""
     alike, able = dict[Hashable, list[str]](), widenable(program)
     for node in program.graph.nodes:
         if node in able:
@@ -106,7 +107,7 @@ def advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[st
     region = region_of(failure, program, settings)
     place = f" at {_described(region, program)}" if region else f" while {failure.stage or 'starting'}"
     if not region and failure.stage == RUNNING and (inside := computing_nodes(program)):
-        place += f", somewhere in {described(inside)}"  # only more builds would tell where
+        place += f", somewhere in {described(inside)}"  # only more builds would show where
     options = remedies(failure, program, settings)
     if options:
         what = ", or ".join(option.text for option in options)
@@ -147,7 +148,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def raised(plan: PrecisionPlan | None, reasons: Mapping[str, str]) -> PrecisionPlan | None:
-    """The plan with the nodes of `reasons` kept high because the builder does not take them low."""
+    """The plan with the nodes of `reasons` kept high, because the builder does not take them in the low type."""
     if plan is None or not reasons:
         return plan
 
@@ -167,12 +168,12 @@ def raised(plan: PrecisionPlan | None, reasons: Mapping[str, str]) -> PrecisionP
 
 
 def settings_for(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bool) -> tuple[dict[str, Any], str]:
-    """Settings that the plan's own verdicts and the program's types ask for, and why.
+    """Settings that the plan's verdicts and the program's types require, and why.
 
     - Attention that is masked and computes in fp32 is decomposed for TensorRT-RTX: fused, its results are wrong.
     - Attention that stays high between low nodes is decomposed for TensorRT-RTX, whose builder (1.6) crashes on it.
-    - A node that was forced low although something inside it may overflow gets fp32 accumulation; attention is then
-      decomposed as well, as its hidden values are only reachable so.
+    - A node that was forced low although something inside it may overflow gets fp32 accumulation. Attention is then
+      decomposed as well, since the setting reaches the values inside it only then.
     """
     found: dict[str, Any] = {}
     reasons = []
@@ -188,7 +189,7 @@ def settings_for(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: b
 
 
 def _decomposed(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bool, forced: Sequence[str]) -> str:
-    """Why attention has to be decomposed; empty where it need not be. forced: nodes that may overflow inside."""
+    """Why attention has to be decomposed; empty where it need not be. forced: low nodes that may overflow inside."""
     attention = {node.name: node for node in attention_nodes(program)}
     if not attention.keys().isdisjoint(forced):
         return "so that attention accumulates in fp32"
@@ -204,8 +205,9 @@ def _decomposed(plan: PrecisionPlan | None, program: ExportedProgram, is_rtx: bo
 
 
 def _is_masked_fp32(node: fx.Node) -> bool:
-    """Fused by TensorRT-RTX 1.4 (an H100, 2026-11-25), such attention has a relative error of 1.3, whichever the mask:
-    bool, -inf, the lowest fp32, -1e4. Decomposed, causal, without a mask or in fp16, it is right."""
+    """Whether this is attention with a mask, in fp32. Fused by TensorRT-RTX 1.4 (on an H100, 2026-11-25), it has a
+    relative error of 1.3 with every mask: bool, -inf, the lowest fp32, -1e4. Attention that is decomposed, causal,
+    without a mask or in fp16 is right."""
     query = node.all_input_nodes[0].meta.get("val")
     masked = isinstance(argument_of(node, "attn_mask"), fx.Node)
     return masked and isinstance(query, torch.Tensor) and query.dtype == torch.float32

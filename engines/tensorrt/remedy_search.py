@@ -1,4 +1,5 @@
-"""Which operators a builder fails at, where its failure names none: found by building again, some of them in fp32."""
+"""Which operators a builder fails at, where its failure names none: found by building again with some of them in
+fp32."""
 
 from __future__ import annotations
 
@@ -11,25 +12,25 @@ from calibcast.engines.tensorrt.remedies import nodes_alike
 from torch import fx
 from torch.export import ExportedProgram
 
-# Builds of a search. Twelve operators, one of them to blame, take six.
+# Most builds of a search. Twelve operators, one of them to blame, take six builds.
 MOST_BUILDS = 12
 
 
 class _EnoughError(Exception):
-    """As many builds as are allowed."""
+    """All allowed builds have been made."""
 
 
 def can_search(failure: BuilderError) -> bool:
-    """Whether it may be an operator's fault, and not the machine's."""
+    """Whether the cause of the failure may be an operator, and not the machine."""
     return failure.kind in {"context", "wrong"} or (
         failure.kind in {"crash", "refused"} and failure.stage in {BUILDING, WRITING}
     )
 
 
 def operator_groups(program: ExportedProgram) -> list[tuple[str, ...]]:
-    """Names of the nodes that can be kept in fp32, by operator, the rarest first: what is found is among the first.
+    """Names of the nodes that can be kept in fp32, by operator, the rarest first: the search prefers the first groups.
 
-    Grouped convolutions, which have kernels of their own, are apart from others.
+    Grouped convolutions are a group of their own, because they have kernels of their own.
     """
     return sorted(nodes_alike(program, _operator), key=len)
 
@@ -45,8 +46,8 @@ def smallest_choice(
 ) -> tuple[str, ...] | None:
     """The fewest nodes found that, kept in fp32, make the build succeed; None if not even all of them do.
 
-    helps: whether a build succeeds with these nodes in fp32, which is asked at most `most` times; for none it is known
-    not to. Looks for one group after another that has to be among them, each by halving those that may be.
+    helps: whether a build succeeds with these nodes in fp32. It is asked at most `most` times. Without any nodes in
+    fp32 the build is known to fail. The search finds one necessary group after another, each by halving the candidates.
     """
     asked: dict[frozenset[int], bool] = {frozenset(): False}
 
@@ -70,7 +71,7 @@ def smallest_choice(
 
 
 def _halve(candidates: list[int], ask: Callable[[Sequence[int]], bool]) -> None:
-    """Ask until the fewest are known: all of `candidates` help, and none of them does not."""
+    """Ask until the fewest candidates that help are known. All `candidates` together help; none at all does not."""
     found: list[int] = []
     while not ask(found):
         fails, helps = 0, len(candidates)

@@ -1,4 +1,4 @@
-"""Running an engine once, beside its program: that one was built does not make it right."""
+"""Running an engine once and comparing it with its program: an engine that builds may still be wrong."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 _log = logging.getLogger("calibcast")
-# An engine may be so much below its plan, or its plan's proof: its kernels round in other places.
+# An engine's SQNR may be this many dB below its cast graph's, or the plan's proof: its kernels round in other places.
 GRACE_DB = 6.0
-# More is not asked of an engine: fp32 layers may run in TF32, whose mantissa has 10 bits as that of fp16.
+# No engine has to be better than this: fp32 layers may run in TF32, whose mantissa has 10 bits like fp16's.
 MOST_ASKED_DB = 46.0
 
 
 @dataclass(frozen=True)
 class SeenOutput:
-    """What one output of an engine was like. asked_db: the least SQNR that it had to have. cast_db: what the cast graph
-    has in PyTorch. engine_db: what the engine has. Both against fp32. nonfinite: NaN or Inf of the engine's alone."""
+    """One output of an engine as measured against fp32. asked_db: the least SQNR that it must have. cast_db: SQNR of
+    the cast graph in PyTorch. engine_db: SQNR of the engine. nonfinite: how many values are NaN or Inf only in the
+    engine."""
 
     output: str
     asked_db: float
@@ -41,11 +42,11 @@ class SeenOutput:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What running an engine has shown.
+    """The result of running an engine.
 
     problem: what is wrong with the engine; None when it is right, or could not be tried (`why_not`). plan_problem: what
-    is wrong with the plan, which no other engine would mend. batches: how many were run. made_up: they were not the
-    user's.
+    is wrong with the plan; another engine would not mend it. batches: how many were run. made_up: whether the batches
+    were made up here rather than the user's.
     """
 
     outputs: tuple[SeenOutput, ...] = ()
@@ -67,11 +68,12 @@ def trial_inputs(
     device: torch.device,
     examples: Sequence[Any] = (),
 ) -> list[Any]:
-    """Flat inputs of the most frequent sizes: uniform between what calibration saw, else between -1 and 1.
+    """Flat inputs of the most frequent sizes: uniform over the range that calibration saw, else between -1 and 1.
 
-    Whole numbers and truth values are those of `examples`, flat inputs that the program was exported with, repeated to
-    the size: what masks out everything, or is no place in a table, says nothing about an engine. Without one, whole
-    numbers are 0, which is a place in every table, and truth values are true, which masks nothing out.
+    Integers and booleans come from `examples`, the flat inputs that the program was exported with, repeated to the
+    size. Random ones could mask out everything, or index outside a table, and would say nothing about the engine.
+    Without an example, integers are 0, which is a valid index of every table, and booleans are true, which masks
+    nothing out.
     """
     generator = torch.Generator().manual_seed(0)
     leaves, nodes = signature_of(program).leaves, program.graph_signature.user_inputs
@@ -90,7 +92,7 @@ def trial_inputs(
 
 
 def _repeated(example: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Integers or truth values of a shape: an example's from its first element on, again and again where it ends."""
+    """Integers or booleans of a shape: the example, repeated along each dimension as often as needed."""
     fits = isinstance(example, torch.Tensor) and example.dtype == dtype and example.dim() == len(shape)
     if not fits or not example.numel():
         return torch.full(shape, dtype == torch.bool, dtype=dtype)
@@ -102,14 +104,15 @@ def _repeated(example: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch
 
 
 def _seen(name: str, ranges: RangeTable | None) -> tuple[float, float]:
-    """The least and the largest value of the input whose node this is."""
+    """The least and the largest value that calibration saw in the input whose node is `name`; -1 and 1 where
+    unknown."""
     rows = None if ranges is None else ranges.frame.filter((pl.col("kind") == "input") & (pl.col("node") == name))
     found = (-1.0, 1.0) if rows is None or not len(rows) else (rows["min"][0], rows["max"][0])
     return found if all(value is not None and math.isfinite(value) for value in found) else (-1.0, 1.0)
 
 
 def trial_problem(run: Callable[..., Any], program: ExportedProgram, flat: Sequence[Any]) -> str | None:
-    """What is wrong with an engine, by one batch: see `judged`."""
+    """What is wrong with an engine, judged on one batch: see `judged`."""
     return judged(run, program, [flat]).problem
 
 
@@ -120,20 +123,21 @@ def judged(
     reference: ExportedProgram | None = None,
     proven_db: Sequence[float] = (),
 ) -> Judgement:
-    """Run an engine, and its cast graph in PyTorch, and hold both against fp32.
+    """Run an engine, and its cast graph in PyTorch, and compare both with fp32.
 
-    An engine is wrong if it raises, gives NaN or Inf where its program gives numbers, or is more than 6 dB below what
-    its program has in PyTorch or its plan was proven to have.
+    An engine is wrong if it raises, if it gives NaN or Inf where its program gives numbers, or if its SQNR is more than
+    6 dB below what its program has in PyTorch or what its plan was proven to have.
 
-    run: the engine. batches: flat inputs on its device, to which copies of the programs are moved. reference: the fp32
-    program; None: the cast graph with all that can be in fp32. proven_db: of each output, by the plan's proof.
+    run: the engine. batches: flat inputs on its device; copies of the programs are moved there. reference: the fp32
+    program; None: the cast graph with every node in fp32 that can be. proven_db: SQNR of each output by the plan's
+    proof.
     """
     device = next((value.device for flat in batches for value in flat if isinstance(value, torch.Tensor)), None)
     try:
         held = _Held(program, reference, device, proven_db)
         for flat in batches:
             held.expect(flat)
-    except (NodeError, RuntimeError) as error:  # not the engine's fault, such as a lack of memory
+    except (NodeError, RuntimeError) as error:  # not the engine's fault: a lack of memory, for example
         _log.warning("the engine was not tried out, as its program does not run on such inputs: %s", error)
         return Judgement(why_not=f"its program does not run on such inputs: {error}")
     try:
@@ -142,16 +146,16 @@ def judged(
             held.take(index, pytree.tree_leaves(run(*args, **kwargs)))
             if callable(reset := getattr(run, "reset", None)):
                 reset()
-    except torch.OutOfMemoryError as error:  # for which the copy of the program may be to blame
+    except torch.OutOfMemoryError as error:  # the copy of the program may be to blame
         _log.warning("the engine was not tried out, for want of memory: %s", error)
         return Judgement(why_not=f"for want of memory: {error}")
-    except Exception as error:  # the runtime's own, whatever it is
+    except Exception as error:  # any error of the runtime
         return Judgement(problem=f"the engine does not run: {type(error).__name__}: {error}", batches=len(batches))
     return held.judgement(len(batches))
 
 
 class _Held:
-    """An engine and its cast graph, held against fp32 on a few batches."""
+    """Compares an engine and its cast graph with fp32 on a few batches."""
 
     def __init__(
         self,
@@ -171,14 +175,15 @@ class _Held:
         self._wrong = self._total = 0
 
     def expect(self, flat: Sequence[Any]) -> None:
-        """Run the programs. Inputs moved by as little as TF32 rounds tell how much of an error is the model's own."""
+        """Run the programs. Inputs changed by as little as TF32's rounding show how much error the model itself
+        amplifies."""
         wanted, cast, moved = self._wide.run(flat), self._cast.run(flat), self._wide.run(_moved(flat))
         self._compare("cast", cast, wanted)
         self._compare("moved", moved, wanted)
         self._expected.append((wanted, cast))
 
     def take(self, index: int, given: Sequence[Any]) -> None:
-        """What the engine gave for batch `index`."""
+        """Compare what the engine gave for batch `index`."""
         wanted, cast = self._expected[index]
         self._compare("engine", given, wanted)
         for ours, theirs in zip(given, cast, strict=True):
@@ -212,9 +217,9 @@ class _Held:
     def _seen(self, position: int) -> SeenOutput | None:
         engine, cast, moved = (self._errors[kind][position] for kind in ("engine", "cast", "moved"))
         if not engine.elements or not engine.powers[1]:
-            return None  # nothing to be held against: no numbers, or all of them 0
+            return None  # nothing to compare with: no numbers, or all of them 0
         able = min(cast.sqnr_db, moved.sqnr_db, MOST_ASKED_DB)
-        # What its cast graph misses of the proof here is not the engine's to have.
+        # Where the cast graph itself is below the proof here, the engine need not be better than the cast graph.
         asked = max(able, min(self._proven[position], cast.sqnr_db)) - GRACE_DB
         return SeenOutput(engine.output, asked, cast.sqnr_db, engine.sqnr_db, engine.only_engine)
 

@@ -1,4 +1,4 @@
-"""Keeping chosen nodes of a cast graph in fp32 after all: casts around each, nothing else changed."""
+"""Putting chosen nodes of a cast graph back to fp32: casts around each node, nothing else changed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _LOW = {torch.float16, torch.bfloat16}
 
 
 def widened(program: ExportedProgram, names: Collection[str]) -> ExportedProgram:
-    """A copy of `program` in which the nodes `names` compute in fp32, and others read results in the types they had.
+    """A copy of `program` in which the nodes `names` compute in fp32, while other nodes read the results in the types
+    that these had.
 
-    Weights stay as they are stored. Between two of the nodes nothing is rounded, except where something is written in
+    Weights stay as they are stored. Between two of the nodes nothing is rounded, unless the program writes something in
     place. Raises BuildError for a node that states a type itself.
     """
     result = copied(program)
@@ -35,7 +36,8 @@ def widened(program: ExportedProgram, names: Collection[str]) -> ExportedProgram
 
 
 def with_movement(program: ExportedProgram, names: Collection[str]) -> tuple[str, ...]:
-    """`names`, and the low nodes that only move what these make: a cast stands behind them as well as before them."""
+    """`names`, and the low nodes that only move the results of these: a cast after such a node does as well as one
+    before it."""
     found, able = set(names), widenable(program)
     for node in program.graph.nodes:
         low = [source for source in node.all_input_nodes if _is_low(source)]
@@ -48,7 +50,7 @@ def with_movement(program: ExportedProgram, names: Collection[str]) -> tuple[str
 def widenable(program: ExportedProgram) -> frozenset[fx.Node]:
     """The nodes that can be kept in fp32: they make low tensors of others, and do not state their type.
 
-    A view is none if what it shows is written in place anywhere: in fp32 it would show something else.
+    A view of memory that is written in place anywhere is not one of them: in fp32 it would no longer share that memory.
     """
     nodes, roots = program.graph.nodes, storage_roots(program.graph_module)
     written = frozenset[fx.Node]().union(*(roots[n] for node in nodes for n in written_arguments(node)))
@@ -56,7 +58,8 @@ def widenable(program: ExportedProgram) -> frozenset[fx.Node]:
 
 
 def _makes_low(node: fx.Node) -> bool:
-    """What regions and operators of users do with another type is theirs to say."""
+    """Whether the node is an aten or prims operator that makes low tensors, states no type and writes nothing in place.
+    Regions and users' own operators are excluded, since we do not know what they do with another type."""
     aten = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in {"aten", "prims"}
     if not aten or _states_type(node) or written_arguments(node):
         return False
@@ -73,14 +76,15 @@ def _is_low(node: fx.Node) -> bool:
 
 
 class _Widening:
-    """One walk over a graph. `_wide` maps what others read, a cast back, to what it is a cast of."""
+    """One walk over a graph. `_wide` maps each cast back to the low type, which other nodes read, to the fp32 node that
+    it casts."""
 
     def __init__(self, program: ExportedProgram, names: Collection[str]) -> None:
         self._graph, self._signature, self._names = program.graph, program.graph_signature, names
         self._wide: dict[fx.Node, fx.Node] = {}
         self._casts: dict[fx.Node, fx.Node] = {}
-        self._bypassed: set[fx.Node] = set()  # casts that were there, and are no longer read by all
-        # A value that is written in place has to be the same for all: nothing may read what it was before its cast.
+        self._bypassed: set[fx.Node] = set()  # casts of the program that some reader no longer needs
+        # If anything is written in place, no reader may go around a cast: all must see the same value.
         self._written = any(written_arguments(node) for node in program.graph.nodes)
 
     def run(self) -> None:
@@ -124,7 +128,7 @@ class _Widening:
         return self._casts[source]
 
     def _give_back(self, node: fx.Node) -> None:
-        """Let `node` be in fp32, and its readers have it in the type that it had."""
+        """Make `node` fp32, and give its readers a cast of it to the type that it had."""
         before = node.meta["val"].dtype
         if before not in _LOW:
             return
@@ -136,7 +140,7 @@ class _Widening:
         self._wide[back] = node
 
     def _undone(self, node: fx.Node) -> fx.Node | None:
-        """What the cast back is of that `node` widens again, and does nothing else to."""
+        """The fp32 node behind `node`, where `node` only widens a cast back to the low type again; else None."""
         if self._written or node.target is not CAST or node.meta["val"].dtype != torch.float32:
             return None
         before = self._wide.get(node.args[0])  # type: ignore[arg-type]
@@ -150,12 +154,12 @@ class _Widening:
 
 
 def _same_but_type(cast: fx.Node, before: fx.Node) -> bool:
-    """Whether a cast changes neither place nor strides, as a `to` of the user's may."""
+    """Whether a cast changes neither device nor strides, as a `to` that the user wrote may."""
     return set(cast.kwargs) == {"dtype"} and place_of(cast.meta["val"]) == place_of(before.meta["val"])
 
 
 def _fp32(value: Any) -> Any:
-    """A recorded value in fp32, its strides as they were: `to` would make what was expanded dense."""
+    """A recorded value in fp32 with its strides kept: `to` would make an expanded tensor dense."""
     if not isinstance(value, torch.Tensor) or value.dtype not in _LOW:
         return value
     return value.new_empty_strided(value.size(), value.stride(), dtype=torch.float32)
@@ -170,11 +174,11 @@ def _cast(graph: fx.Graph, source: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def restated(program: ExportedProgram) -> ExportedProgram:
-    """`program` with the type of what its converter widens said once more behind it; itself where it has none.
+    """`program` with casts after each node that its converter would widen; `program` itself if there is no such node.
 
-    Torch-TensorRT's converters give fp32 of a half table of an embedding bag, and of a cumsum that states a half type
-    (seen in 2.14), against the graph, and the next layer refuses. A cast to fp32 and back changes no value, and makes
-    the low type true in TensorRT too.
+    Torch-TensorRT's converters return fp32 for an embedding bag with a half table, and for a cumsum that states a half
+    type (seen in 2.14). The graph says half, so the next layer fails. A cast to fp32 and back changes no value, and
+    makes the type half in TensorRT too.
     """
     names = [node.name for node in program.graph.nodes if _mistyped(node)]
     if not names:
@@ -195,7 +199,7 @@ def restated(program: ExportedProgram) -> ExportedProgram:
 
 
 def _mistyped(node: fx.Node) -> list[fx.Node]:
-    """Of an embedding bag or a cumsum, its low outputs."""
+    """The low outputs of an embedding bag or a cumsum; empty for other nodes."""
     base = base_op(node.target) if node.op == "call_function" else ""
     if base in WIDE_SUMS:
         outputs = [node]

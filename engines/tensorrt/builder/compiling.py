@@ -1,4 +1,4 @@
-"""Compiling a program into the files of an engine: what a builder process does, and `isolate=False` here."""
+"""Compiling a program into the files of an engine: in a builder process, or with `isolate=False` in this one."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ from calibcast.engines.tensorrt.program_device import copied, on_device
 from torch import fx
 from torch.export import ExportedProgram
 
-# What Torch-TensorRT saves by itself, for a compiled module that has no files of ours.
+# The file that Torch-TensorRT saves itself, for a compiled module that cannot be written as files of ours.
 WHOLE = "engine.pt2"
 
 
 def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: Event) -> BuilderResult:
-    """Compile `program` into the files of `folder`. Raises what the builder raises; `program` is not changed."""
+    """Compile `program` and write the engine's files to `folder`. Raises what the builder raises; `program` is not
+    changed."""
     start = time.perf_counter()
     moved = copied(program) if job.ahead_of_time else copied(on_device(program, torch.device(job.device)))
     stamp(moved)
@@ -95,7 +96,7 @@ def _compiled(job: BuilderJob, program: ExportedProgram, source: Lifted) -> fx.G
     except AssertionError as error:
         if "require_full_compilation" not in str(error):
             raise
-        # Torch-TensorRT does not say which nodes; a dry run leaves them where they can be seen.
+        # Torch-TensorRT does not say which nodes; a dry run leaves them in the graph, where they can be listed.
         _refuse_partial(run(require_full_compilation=False, dryrun=True), settings)
 
 
@@ -118,7 +119,8 @@ def _own_inputs(compiled: fx.GraphModule, source: Lifted) -> list[fx.Node]:
 def _asked(
     compiled: fx.GraphModule, engines: Mapping[str, Any], sizes: Mapping[str, Bounds], own: Mapping[fx.Node, Profile]
 ) -> dict[str, dict[str, Profile]]:
-    """The profile that each engine's inputs should have: of the program's inputs as asked, of others by their sizes."""
+    """The profile that each engine's inputs should have: as asked for the program's inputs, computed from the sizes for
+    others."""
 
     def wanted(source: Any) -> Profile | None:
         if not isinstance(source, fx.Node):
@@ -143,7 +145,7 @@ def _check_profiles(asked: Mapping[str, Mapping[str, Profile]], built: Mapping[s
 
 
 def write_in_pytorch(program: ExportedProgram, folder: Path, job: BuilderJob) -> BuilderResult:
-    """Write `program` itself in the place of an engine: what is left when no engine can be had."""
+    """Write `program` itself in place of an engine, when no engine can be built."""
     folder.mkdir(parents=True, exist_ok=True)
     save_program(on_device(program, torch.device(job.device)), folder / WHOLE)
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
@@ -182,7 +184,7 @@ def _engines(compiled: fx.GraphModule) -> dict[str, Any]:
 def _outside(
     compiled: fx.GraphModule, settings: Mapping[str, Any], in_pytorch: Collection[str]
 ) -> dict[str, tuple[str, list[str]]]:
-    """The nodes that run in PyTorch: by name, why, and which floating types they give."""
+    """The nodes that run in PyTorch: name -> (why, the floating types of its results)."""
     parts = [part for name, part in compiled.named_children() if "_run_on_acc" not in name]
     graphs = [compiled.graph, *(part.graph for part in parts if isinstance(part, fx.GraphModule))]
     chosen = set(settings.get("torch_executed_ops") or ())

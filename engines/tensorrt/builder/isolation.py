@@ -1,4 +1,5 @@
-"""Running a builder process: its progress shown, its crash, hang and memory survived, its failure told as data."""
+"""Running a builder process: it shows progress, survives the builder's crash, hang or lack of memory, and returns a
+failure as data."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 _ROOT = PACKAGE_ROOT
-_TAIL = 20_000  # characters of a builder's own output that are read for names
+_TAIL = 20_000  # characters of a builder's own output that are searched for names
 LOADING, CONVERTING = "loading the program", "converting the graph"
 BUILDING, WRITING, RUNNING = "building the engine", "writing the engine", "running the engine"
 _STAGES = {"lower": "lowering the graph", "build": BUILDING, "write": WRITING, "load": LOADING}
@@ -34,10 +35,11 @@ _MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate m
 
 @dataclass(eq=False)  # not frozen: Python sets the traceback of an exception
 class BuilderError(Exception):
-    """A build that failed. kind: crash, hang, memory, unsupported, context, refused; or wrong, when run once.
+    """A build that failed. kind: crash, hang, memory, unsupported, context, refused; or wrong, when the engine ran and
+    failed its trial.
 
-    message: what was said. stage: how far it came. node: the last that was converted. log: the end of what the
-    builder and its libraries printed. layers: names and nodes of the layers of the networks that were made.
+    message: the error's text. stage: how far the build came. node: the last node that was converted. log: the end of
+    what the builder and its libraries printed. layers: name and node of each layer of the networks made so far.
     """
 
     kind: str
@@ -53,7 +55,7 @@ class BuilderError(Exception):
 
 @dataclass
 class _Progress:
-    """The last that was heard of a builder."""
+    """The latest news of a builder."""
 
     bar: Any
     stage: str = "starting"
@@ -64,7 +66,7 @@ class _Progress:
     since: float = field(default_factory=time.perf_counter)
 
     def pass_time(self) -> None:
-        """Count the time since this was last asked for the stage that it was spent in."""
+        """Add the time since the last call to the current stage."""
         now = time.perf_counter()
         self.seconds[self.stage] = round(self.seconds.get(self.stage, 0.0) + now - self.since, 4)
         self.since = now
@@ -87,7 +89,7 @@ class _Progress:
 
 
 def prepare_builder() -> None:
-    """Start a builder for a build that is sure to come, unless one is there: it imports meanwhile."""
+    """Start a builder, unless one is there, for a build that is sure to come, so that it can import meanwhile."""
     worker.prepare(module_search_path(_ROOT), ())
 
 
@@ -96,10 +98,11 @@ def build_isolated(
 ) -> BuilderResult:
     """Build in a process of its own; the engine's files come to `folder`.
 
-    timeout: seconds after which the builder process counts as hung and is ended; None waits for ever.
-    Raises BuilderError for whatever goes wrong in there, and BuildError for a setting that cannot be told to it.
+    timeout: seconds after which the builder process counts as hung and is ended; None waits for ever. Raises
+    BuilderError for anything that goes wrong in the builder, and BuildError for a setting that cannot be passed to it.
     """
-    # What the caller can import, the builder can, and from the same places: custom operators come with their modules.
+    # The builder can import what the caller can, from the same places: importing their modules registers custom
+    # operators.
     imports = custom_modules(program)
     builder = worker.take(module_search_path(_ROOT), imports)
     good = False
@@ -130,9 +133,9 @@ def _log_of(builder: Worker, work: Path) -> str:
 
 
 def _run(builder: Worker, work: Path, heard: _Progress, timeout: float | None) -> int | None:
-    """0 when the builder has answered, else its exit status, or None when it was ended for taking too long."""
+    """0 when the builder has answered, else its exit status, or None when it took longer than `timeout`."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    builder.ask(work)  # whether it has ended meanwhile is told by its lines
+    builder.ask(work)  # if it has ended meanwhile, the end of its lines tells
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
@@ -157,7 +160,7 @@ def _answer(work: Path, code: int | None, heard: _Progress, log: str, timeout: f
     except ArtifactError:
         raise _crash(code, place) from None
     if result.error is not None:
-        if result.error[0] == BuildError.__name__:  # ours already, such as an unknown setting
+        if result.error[0] == BuildError.__name__:  # already an error of ours, such as an unknown setting
             raise BuildError(result.error[1])
         raise failure_of(*result.error, **place)
     return result
@@ -180,7 +183,7 @@ def failure_of(
     log: str = "",
     layers: tuple[Mapping[str, Any], ...] = (),
 ) -> BuilderError:
-    """An exception of the builder, by its class name and text, as a BuilderError of the kind that it is."""
+    """The BuilderError, with its kind, for an exception of the builder, given by class name (`kind`) and text."""
     text = f"{message}\n{_errors_of(log[-4000:])}".lower()
     found = "refused"
     if any(word in text for word in _MEMORY_WORDS):
@@ -195,25 +198,25 @@ def failure_of(
     return BuilderError(found, said, stage, node, log, layers)
 
 
-# Behind it FX's interpreter tells of the node as it is after lowering; the errors here name it as it was exported.
+# After this text, FX's interpreter describes the node as it is after lowering; the errors here use the exported name.
 _TRACED = "\n\nWhile executing "
 
-# What is only a warning: TensorRT leaves out a tactic that needs more memory than there is, and takes another.
+# Lines that only warn: TensorRT skips a tactic that needs more memory than there is, and takes another.
 _WARNINGS = re.compile(r"\[(?:W|I|V|D)\]|\b(?:WARNING|INFO|DEBUG|VERBOSE)\b|skipping tactic", re.IGNORECASE)
-# Unless it had to leave out all of them.
+# TensorRT had to skip all tactics.
 _NO_TACTIC = "could not find any implementation"
 
 
 def _errors_of(log: str) -> str:
-    """The lines of a log that tell of errors; all of them where no tactic was left."""
+    """The lines of a log that report errors; all lines where no tactic was left."""
     if _NO_TACTIC in log.lower():
         return log
     return "\n".join(line for line in log.splitlines() if not _WARNINGS.search(line))
 
 
 def _no_engine(kind: str, message: str, log: str) -> str:
-    """What TensorRT said when it gave None for an engine, at which Torch-TensorRT only stumbles: over the type of None
-    in 2.11, with an empty assertion, or in 2.14 with words that give no reason. Empty otherwise."""
+    """What TensorRT said when it returned None instead of an engine; empty otherwise. Torch-TensorRT itself gives no
+    reason then: 2.11 fails on the type of None or with an empty assertion, 2.14 with a message that names no cause."""
     stumbled = message in {"", f"{kind}()"} or "NoneType" in message or "returned None" in message
     if not stumbled:
         return ""

@@ -1,4 +1,4 @@
-"""What a builder process is told, and what it answers: plain files in one folder, written by one side, read by both."""
+"""The job that a builder process gets, and its answer: plain files in one folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]  # smallest, most frequent, largest
 
-# Who compiles.
+# The two compilers.
 TENSORRT, INDUCTOR = "tensorrt", "inductor"
 PROGRAM, JOB, RESULT, BUILT = "program.pt2", "job.json", "result.json", "built"
 _KIND, _RESULT = "builder job", "builder result"
@@ -25,9 +25,9 @@ _KIND, _RESULT = "builder job", "builder result"
 
 @dataclass(frozen=True)
 class BuilderJob:
-    """One build. profiles: of each flat input. device: where the engine is to run. settings: of Torch-TensorRT.
-    imports: modules that register the program's custom operators. in_pytorch: nodes of the program that TensorRT is not
-    to take. compiler: TENSORRT or INDUCTOR, whose settings they are then."""
+    """One build. profiles: one for each flat input. device: where the engine will run. settings: those of the compiler.
+    imports: modules that register the program's custom operators. in_pytorch: nodes of the program that stay out of
+    TensorRT. compiler: TENSORRT or INDUCTOR."""
 
     profiles: tuple[Profile, ...]
     settings: Mapping[str, Any]
@@ -39,7 +39,7 @@ class BuilderJob:
     compiler: str = TENSORRT
 
     def save(self, folder: Path) -> None:
-        """Write the job. Raises BuildError for a setting that cannot be told to another process."""
+        """Write the job. Raises BuildError for a setting that cannot be passed to another process."""
         content = {**asdict(self), "settings": {name: encoded(name, value) for name, value in self.settings.items()}}
         save_json(folder / JOB, _KIND, content)
 
@@ -62,7 +62,7 @@ class BuilderJob:
 
 
 def custom_modules(program: ExportedProgram) -> tuple[str, ...]:
-    """The modules in which custom operators of `program` were defined with `torch.library.custom_op`."""
+    """The modules that define custom operators of `program` with `torch.library.custom_op`."""
     definitions = importlib.import_module("torch._library.custom_ops").OPDEFS
     targets = {step.node.target for step in walk(program.graph_module)}
     names = {target._schema.name for target in targets if isinstance(target, torch._ops.OpOverload)}
@@ -74,9 +74,10 @@ def custom_modules(program: ExportedProgram) -> tuple[str, ...]:
 class BuilderResult:
     """How a build went. error: None when it is done; else its kind (a class name) and message.
 
-    layers: the networks' layers before fusion. torch_nodes: node -> why it runs in PyTorch. torch_types: of these,
-    the floating types that each gives. seconds: of the build alone. inspected: JSON of TensorRT's inspector, per
-    engine, where a GPU was there to ask it. stages: seconds of each stage, as they were heard of from outside.
+    layers: the networks' layers before fusion. torch_nodes: node -> why it runs in PyTorch. torch_types: the floating
+    types of the results of each of these nodes. seconds: of the build alone. inspected: JSON of TensorRT's inspector
+    for each engine, where there was a GPU. stages: seconds of each stage, measured by the process that waits for the
+    builder.
     """
 
     error: tuple[str, str] | None = None
@@ -113,7 +114,7 @@ def encoded(name: str, value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple, set, frozenset)):
         items = [encoded(name, item) for item in value]
-        # A set has no order of its own, and a cache key needs one.
+        # A set has no order, but a cache key needs one.
         ordered = sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
         return {"kind": type(value).__name__, "items": ordered}
     if isinstance(value, torch.dtype):

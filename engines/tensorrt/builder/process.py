@@ -1,11 +1,10 @@
-"""The work of a builder process: programs compiled with Torch-TensorRT or Inductor, one after another.
+"""The main program of a builder process: it compiles programs with Torch-TensorRT or Inductor, one after another.
 
     python -m calibcast.engines.tensorrt.builder.process
 
-Folders come on the standard input, a line each; each holds a job and its program, and the engine's files, the answer
-and the log are written there. What happens on the way is told on the standard output as one JSON object a line. The
-process ends when the input does, or when nothing was asked for a while. A crash of the builder ends this process and
-no other.
+It reads names of folders from the standard input, one a line. Each folder holds a job and its program; the engine's
+files, the answer and the log are written there. Events go to the standard output, one JSON object a line. The process
+ends when its input ends, or when no job has come for a while. A crash of the builder ends this process and no other.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from calibcast.engines.tensorrt.builder.worker import ANSWERED, EARLY, IDLE, LOG
 
 
 def work(folder: Path, event: Event) -> None:
-    """Do the job of `folder`, and write the answer, whatever it says."""
+    """Do the job of `folder`, and write the answer, also when the build fails."""
     job = BuilderJob.load(folder)
     try:
         event({"stage": "load"})
@@ -43,7 +42,7 @@ def work(folder: Path, event: Event) -> None:
             importlib.import_module(name)
         compiled = compile_inductor if job.compiler == INDUCTOR else compile_job
         result = compiled(job, load_program(folder / PROGRAM), folder / BUILT, event)
-    except Exception as error:  # the builder, its converters and the partitioner each raise their own
+    except Exception as error:  # the builder, its converters and the partitioner each raise errors of their own
         result = BuilderResult(error=(type(error).__name__, str(error).strip()[:8000] or repr(error)))
     result.save(folder)
 
@@ -63,26 +62,26 @@ def main() -> NoReturn:
         sys.stderr.flush()
         event({"stage": ANSWERED})
         _give_back()
-    # Not through the interpreter's end: CUDA and TensorRT libraries may crash in their destructors.
+    # Leave without the interpreter's clean-up: CUDA and TensorRT libraries may crash in their destructors.
     sys.stderr.flush()
     os._exit(0)
 
 
 def _warm_up(early: bool) -> None:
-    """Import what every build needs, before the first is asked for. early: lower a program once, too, for what torch
-    does at its first."""
+    """Import what every build needs before the first job comes. early: also lower a small program once, so that what
+    torch does only the first time is done."""
     pretend_gpu()
     importlib.import_module("torch._export.serde.serialize")
     try:
         adapter.load_package()
-    except BuildError as error:  # told again, to whom it concerns, by the first job
+    except BuildError as error:  # the first job will report it
         print(error, file=sys.stderr)
     if early:
         torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)).run_decompositions().module()
 
 
 def _asked() -> Iterator[Path]:
-    """The folders on the standard input, until it ends or none comes for a while."""
+    """The folders from the standard input, until it ends or none comes for IDLE seconds."""
     stream = os.fdopen(0, "rb", buffering=0)
     while select.select([stream], [], [], IDLE)[0]:
         line = stream.readline()
@@ -92,7 +91,7 @@ def _asked() -> Iterator[Path]:
 
 
 def _print_to(path: Path) -> None:
-    """Let what Python and C++ print go to a file."""
+    """Send what Python and C++ print to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -102,12 +101,12 @@ def _print_to(path: Path) -> None:
 
 
 def _give_back() -> None:
-    """Free what a build leaves behind: a kept builder takes little."""
+    """Free the memory that a build leaves behind, so that a kept builder takes little."""
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # where the C library is another one
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 

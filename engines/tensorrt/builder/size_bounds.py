@@ -1,4 +1,4 @@
-"""Sizes inside a program, from those of its inputs: what an engine's optimization profile has to be."""
+"""Bounds of the sizes inside a program, computed from those of its inputs, for engines' optimization profiles."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 Bounds = tuple[int, int, int]  # least, most frequent, largest
-# So many sizes of a symbol are tried one by one. Above, and for several symbols, bounds come from interval arithmetic,
-# which may be wider than need be (of `s - s // 2`), and never too narrow.
+# Up to this many sizes of a symbol are tried one by one. For more, and for several symbols, bounds come from interval
+# arithmetic, which may be wider than needed (for `s - s // 2`), but never too narrow.
 _TRIED = 4096
 
 
 def sizes_in_graph(program: ExportedProgram, profiles: Sequence[Profile]) -> dict[str, Bounds]:
-    """`symbol_sizes` of a program by torch's own names, which its graph has; a signature has the user's names."""
+    """`symbol_sizes` of a program by the user's names, which its signature has, and also by torch's names, which its
+    graph has."""
     found = symbol_sizes(signature_of(program), profiles)
     called = dimension_names(program)
     return found | {symbol.name: found[name] for symbol, name in called.items() if name in found}
@@ -30,7 +31,8 @@ def sizes_in_graph(program: ExportedProgram, profiles: Sequence[Profile]) -> dic
 def symbol_sizes(signature: Signature, profiles: Sequence[Profile]) -> dict[str, Bounds]:
     """The bounds of each symbol in the sizes of a program's inputs, by the symbol's name.
 
-    profiles: of each flat input. A symbol that stands alone nowhere is solved for: `2 * s` of 8 is `s` of 4.
+    profiles: one for each flat input. A symbol that is nowhere a size by itself is solved for: where `2 * s` is 8, `s`
+    is 4.
     """
     found: dict[str, Bounds] = {}
     compound: list[tuple[Any, Bounds]] = []
@@ -79,7 +81,7 @@ def bounds_of(size: Any, sizes: Mapping[str, Bounds]) -> Bounds | None:
 
 
 def _tried(ranges: Sequence[Bounds]) -> Iterator[tuple[int, ...]]:
-    """Values of the symbols: all, of one symbol with few; else the corners."""
+    """Values of the symbols to try: every value of a single symbol with few values, else the corners of the ranges."""
     if len(ranges) == 1 and ranges[0][2] - ranges[0][0] <= _TRIED:
         return ((value,) for value in range(ranges[0][0], ranges[0][2] + 1))
     return product(*((low, high) for low, _, high in ranges))
@@ -99,9 +101,9 @@ def shape_bounds(shape: Sequence[Any], sizes: Mapping[str, Bounds]) -> Profile |
 
 
 def check_profile_read_back(engine: str, asked: Mapping[str, Profile], built: Mapping[str, Profile]) -> None:
-    """Raise BuildError where an engine's own profile, read back from TensorRT, is not what was asked.
+    """Raise BuildError where an engine's own profile, read back from TensorRT, is not the profile that was asked for.
 
-    asked, built: by the name of the engine's input. Inputs that have no dynamic size have no profile in `built`.
+    asked, built: profiles by the name of the engine's input. Inputs without a dynamic size have none in `built`.
     """
     for name, wanted in asked.items():
         if name in built:

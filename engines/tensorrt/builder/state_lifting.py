@@ -1,7 +1,8 @@
-"""Programs that write to their buffers, for a Torch-TensorRT that does not lift such buffers itself.
+"""Lifting the buffers that a program writes, for a Torch-TensorRT that does not lift them itself.
 
-2.14 does: written buffers become inputs of the engine, and their new values its last outputs. 2.11 bakes a buffer into
-the engine and forgets what is written. So the same is done to the program before it is compiled.
+Version 2.14 does: written buffers become inputs of the engine, and their new values its last outputs. Version 2.11
+makes a buffer a constant of the engine and loses what is written to it. So here the program is changed in the same way
+before it is compiled.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Lifted:
-    """A program whose written buffers are positional inputs behind its own, and their new values its last outputs.
+    """A program whose written buffers are positional inputs after its own, and their new values its last outputs.
 
     held: placeholder -> its value, in the order of the inputs. updated: placeholders, in the order of the outputs.
-    behind: how many flat inputs come before those. A program that has no such buffers is itself.
+    behind: how many flat inputs come before the placeholders in `held`. A program without such buffers stays as it is.
     """
 
     program: ExportedProgram
@@ -36,7 +37,7 @@ class Lifted:
 
 
 def writes_buffers(program: ExportedProgram) -> bool:
-    """Whether a call of the program changes a buffer of it."""
+    """Whether a call of the program changes one of its buffers."""
     return bool(mutated_inputs(program) & program.graph_signature.inputs_to_buffers.keys())
 
 
@@ -67,7 +68,7 @@ def lifted(program: ExportedProgram) -> Lifted:
 
 
 def _moved_inputs(graph: fx.Graph, program: ExportedProgram, state: Collection[str]) -> list[InputSpec]:
-    """Move the placeholders `state` behind those of the positional arguments, as inputs of the user's."""
+    """Move the placeholders `state` behind those of the positional arguments, and make them user inputs."""
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     user = [name for name, spec in specs.items() if spec.kind == InputKind.USER_INPUT]
@@ -85,7 +86,8 @@ def _moved_inputs(graph: fx.Graph, program: ExportedProgram, state: Collection[s
 
 
 def _moved_outputs(graph: fx.Graph, program: ExportedProgram) -> tuple[list[OutputSpec], list[str]]:
-    """Put the new values of buffers last, as outputs of the user's; and which buffers they are of."""
+    """Put the new values of buffers last, as user outputs. Returns the output specs, and the buffers of these
+    values."""
     output = graph.output_node()
     given: Any = output.args[0]
     pairs = list(zip(given, program.graph_signature.output_specs, strict=True))
@@ -97,7 +99,8 @@ def _moved_outputs(graph: fx.Graph, program: ExportedProgram) -> tuple[list[Outp
 
 
 def _calls(program: ExportedProgram, more_inputs: int, more_outputs: int) -> list[ModuleCallEntry]:
-    """The call of the whole program, with so many positional inputs and outputs more."""
+    """The call signature of the whole program, with `more_inputs` and `more_outputs` added to its positional inputs and
+    outputs."""
 
     def flat(spec: pytree.TreeSpec) -> Any:
         return pytree.tree_unflatten([0] * spec.num_leaves, spec)

@@ -1,7 +1,7 @@
-"""The one place that knows Torch-TensorRT: its import, its flavours, its keyword names from 2.11 to 2.14.
+"""The one place that knows Torch-TensorRT's public side: its import, its flavours, its keyword names from 2.11 to 2.14.
 
-It touches nothing but public calls: `torch_tensorrt.dynamo.compile`, `Input`, `save`, `load`. What changed between
-the supported versions:
+It uses only public calls: `torch_tensorrt.dynamo.compile`, `Input`, `save`, `load`. What changed between the supported
+versions:
 
 - 2.11: `use_explicit_typing` is a keyword (on by default), and weak typing (`enabled_precisions`) is still there
   where the TensorRT underneath has it, which is up to 10.x and never TensorRT-RTX.
@@ -23,7 +23,7 @@ from calibcast.calib.errors import BuildError, known
 from calibcast.engines.tensorrt.builder.job import Profile
 
 FLAVOURS = {"torch-tensorrt": "tensorrt", "torch-tensorrt-rtx": "rtx"}  # distribution -> our extra
-# Settings that only some versions have, and what they take.
+# Settings that only some versions have, and what they need.
 _NEEDS = {
     "build_route": "TensorRT's Global Performance Tuner needs TensorRT 11.1 (not TensorRT-RTX) and a Torch-TensorRT "
     "after 2.14, which takes its route under this name"
@@ -66,7 +66,7 @@ def load_package() -> Any:
         raise BuildError(f"Torch-TensorRT is not installed: {INSTALL}")
     try:
         return importlib.import_module("torch_tensorrt")
-    except Exception as error:  # its import loads libraries and asks the driver: anything may come
+    except Exception as error:  # its import loads libraries and asks the driver, so it can raise anything
         raise BuildError(
             f"{found[0]} {found[1]} is installed but does not import: {type(error).__name__}: {error}"
         ) from error
@@ -79,7 +79,7 @@ def compile_program(
     settings: dict[str, Any],
     weakly_typed: frozenset[torch.dtype] | None = None,
 ) -> Any:
-    """Build `program` in exactly the types of its graph; a `torch.fx.GraphModule` with engines in it.
+    """Build `program` in exactly the types of its graph. Returns a `torch.fx.GraphModule` with engines in it.
 
     `weakly_typed` names the types that TensorRT may choose from, where the installed version still does that.
     """
@@ -108,7 +108,7 @@ def _require_weak_typing(names: set[str]) -> None:
 
 
 def input_spec(shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], dtype: torch.dtype) -> Any:
-    """A `torch_tensorrt.Input` from (smallest, most frequent, largest) shape."""
+    """A `torch_tensorrt.Input` from the (smallest, most frequent, largest) shapes."""
     package = load_package()
     low, usual, high = shapes
     if low == high:
@@ -127,7 +127,7 @@ def load_module(path: str) -> Any:
 
 
 def check_setting_names(settings: Iterable[str], names: set[str]) -> None:
-    """Raise BuildError for a setting that is not among `names`, with what is like it."""
+    """Raise BuildError for a setting that is not among `names`, with similar names."""
     for name in settings:
         if name not in names:
             needs = f". {_NEEDS[name]}" if name in _NEEDS else f"; {known(name, names)}"
@@ -141,8 +141,8 @@ def setting_names() -> set[str]:
 
 
 def inspected(engine: bytes) -> tuple[str, dict[str, Profile]]:
-    """What TensorRT's engine inspector says of a serialised engine, as JSON, and the engine's own profile of each
-    dynamic input. Needs a GPU: it deserialises."""
+    """The output of TensorRT's engine inspector for a serialised engine, as JSON, and the engine's own profile of each
+    dynamic input. Needs a GPU, because it deserialises the engine."""
     load_package()  # binds the name `tensorrt` to the flavour that is installed
     trt = importlib.import_module("tensorrt")
     found = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(engine)
@@ -163,12 +163,13 @@ def read_profile(shapes: Any) -> Profile:
 
 
 def lifts_buffers() -> bool:
-    """Whether the installed Torch-TensorRT makes inputs and outputs of buffers that a program writes (2.14), or bakes
-    them into the engine and forgets what is written (2.11)."""
+    """Whether the installed Torch-TensorRT makes inputs and outputs of the buffers that a program writes (2.14).
+    Otherwise (2.11) they become constants of the engine, and what is written is lost."""
     return importlib.util.find_spec("torch_tensorrt.dynamo.lowering._buffer_lifting") is not None
 
 
-# What TensorRT may be installed as: Torch-TensorRT 2.14 asks for `tensorrt-cu13`, and `tensorrt` itself is not there.
+# Distributions that bring TensorRT: Torch-TensorRT 2.14 requires `tensorrt-cu13`, and then `tensorrt` itself is not
+# there.
 _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
@@ -176,8 +177,8 @@ _DISTRIBUTIONS = {
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the flavour and of the TensorRT underneath, as `tensorrt` or `tensorrt-rtx` whatever the name of the
-    distribution that brought it."""
+    """Versions of the flavour and of the TensorRT under it. The latter is called `tensorrt` or `tensorrt-rtx`, whatever
+    the name of the distribution that brought it."""
     found = installed_flavour()
     versions = {} if found is None else {found[0]: found[1]}
     for library, names in _DISTRIBUTIONS.items():

@@ -1,18 +1,19 @@
-"""What calibcast touches inside Torch-TensorRT and TensorRT, beyond their public calls, and why.
+"""What calibcast changes inside Torch-TensorRT and TensorRT, beyond their public calls, and why.
 
-Read in 2.11.0 and 2.14.0. Everything is put back when the `with` block ends:
+Checked against the sources of 2.11.0 and 2.14.0. Everything is restored when the `with` block ends:
 
 - `TRTInterpreter.run_node`, wrapped: each layer that a node makes gets that node's name as its `metadata`, which
   TensorRT carries through fusion into the engine.
 - `TRTInterpreter._populate_trt_builder_config`, wrapped: a progress monitor, and detailed profiling verbosity, without
   which an engine does not tell the types of its layers.
 - `partitioning.common.extract_var_range_info`, replaced for sizes that we know: 2.14 takes the most frequent size from
-  the export's example, and 2.11 all but that from the export. The profile that TensorRT was given is read back.
+  the export's example, and 2.11 takes the other two from the export. The profile that TensorRT was given is read back.
 - `is_node_supported` of both partitioners' support tests, wrapped: chosen nodes stay in PyTorch.
-- `TRTInterpreter.output`, wrapped: outputs that are one tensor become one output of the engine, and nobody says which.
-- ahead of time only: `tensorrt.Runtime`, which `TRTInterpreter.run` deserialises the finished engine with, and
-  `TorchTensorRTModule.setup_engine`, which makes it ready to run. Both need a GPU, and building needs neither. And
-  `_compiler.to_torch_device`, by which weights of what stays in PyTorch are moved to a GPU.
+- `TRTInterpreter.output`, wrapped: outputs that are the same tensor become one output of the engine, and neither
+  library says which ones did.
+- ahead of time only: `tensorrt.Runtime`, with which `TRTInterpreter.run` deserialises the finished engine, and
+  `TorchTensorRTModule.setup_engine`, which makes it ready to run. Both need a GPU, and building needs neither. Also
+  `_compiler.to_torch_device`, which moves the weights of what stays in PyTorch to a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import read_profi
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-# fx metadata that torch.export copies to what a node decomposes to, and the key of ours in it.
+# The fx metadata that torch.export copies to the nodes that a node decomposes to, and our key in it.
 _CUSTOM, _KEY = "custom", "calibcast"
 _SUPPORT_TESTS = (
     ("_adjacency_partitioner", "OpSupportTester"),
@@ -44,7 +45,8 @@ Event = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class NetworkLayer:
-    """One layer of a TensorRT network before fusion. `engine`: which network, in order. `node`: who made it."""
+    """One layer of a TensorRT network before fusion. engine: the index of the network. node: the node that made the
+    layer."""
 
     engine: int
     name: str
@@ -57,10 +59,10 @@ class NetworkLayer:
 
 @dataclass
 class Conversion:
-    """What was seen while networks were made: grows during a build.
+    """What was seen while networks were made; it grows during a build.
 
-    profiles: of each network, by the name of its input: what TensorRT was given. outputs: of each network, for each
-    value that it gives in the graph, its place among the engine's outputs.
+    profiles: for each network, input name -> the profile that TensorRT was given. outputs: for each network, the index
+    among the engine's outputs of each value that the network gives in the graph.
     """
 
     layers: list[NetworkLayer] = field(default_factory=list)
@@ -76,7 +78,8 @@ class Conversion:
 def stamp(program: ExportedProgram) -> None:
     """Give every node its own name as metadata, for lowering to carry along. Changes `program`'s metadata.
 
-    Not to placeholders: torch looks for one by its name when it lowers, and finds another node that is called so.
+    Placeholders get none: when torch lowers, it looks a placeholder up by its name, and would find another node of that
+    name.
     """
     for step in walk(program.graph_module):
         if step.node.op == "placeholder":
@@ -85,12 +88,13 @@ def stamp(program: ExportedProgram) -> None:
 
 
 def stamped_name(node: torch.fx.Node) -> str:
-    """The name that `stamp` gave, of the node that this one comes from; "" when lowering lost it."""
+    """The name that `stamp` gave to the node that this one comes from; "" when lowering lost it."""
     return str((node.meta.get(_CUSTOM) or {}).get(_KEY, ""))
 
 
 def layer_metadata(node: str) -> str:
-    """The metadata of a layer that `node` made. `calib`'s names hold no bracket, and TensorRT joins several."""
+    """The metadata of a layer that `node` made. TensorRT joins the metadata of layers that it fuses; the brackets keep
+    names apart, since `calib`'s names contain none."""
     return f"[node:{node}]"
 
 
@@ -102,11 +106,11 @@ def watched_conversion(
     in_pytorch: Collection[str] = (),
     names: Mapping[str, str] | None = None,
 ) -> Iterator[Conversion]:
-    """Watch the conversions in this block; `event` is called with what happens, as plain data.
+    """Watch the conversions in this block; `event` is called with each event, as plain data.
 
     sizes: the bounds of each symbol in the sizes of the program's inputs, for the engines' profiles. in_pytorch: nodes
-    that no engine takes, by the names that `stamp` gave. names: node -> the caller's name of the output that it is,
-    which the engine that gives it calls so.
+    to keep out of engines, by the names that `stamp` gave. names: node -> the caller's name of the output that it is;
+    the engine's output gets this name.
     """
     interpreter = importlib.import_module("torch_tensorrt.dynamo.conversion._TRTInterpreter")
     conversion = Conversion()
@@ -139,7 +143,7 @@ def watched_conversion(
 def _with_sizes(original: Callable[..., Any], sizes: Mapping[str, Bounds]) -> Callable[..., Any]:
     def extract(symbolic_integer: Any, *args: Any, **kwargs: Any) -> Any:
         found = bounds_of(symbolic_integer.node.expr, sizes)
-        if found is None:  # a symbol that no input has, such as how many values are not zero
+        if found is None:  # a symbol of no input, such as the number of nonzero values
             return original(symbolic_integer, *args, **kwargs)
         return {"min": found[0], "opt": found[1], "max": found[2]}
 
@@ -154,7 +158,7 @@ def _refusing(original: Callable[..., bool], names: frozenset[str]) -> Callable[
 
 
 def _profiles_given(interpreter: Any) -> dict[str, Profile]:
-    """What TensorRT says of the profile of each dynamic input of a network that is about to be built."""
+    """The profile of each dynamic input of a network that is about to be built, read back from TensorRT."""
     network, given = interpreter.ctx.net, interpreter.optimization_profiles or ()
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     dynamic = [i for i in inputs if not i.is_shape_tensor and -1 in tuple(i.shape)]
@@ -184,7 +188,7 @@ def _placed(
 def _output_names(interpreter: Any, callers: Mapping[str, str]) -> list[str] | None:
     """Names for the outputs of a network: the caller's where they are the program's, else TensorRT's usual ones.
 
-    2.14 reads them, and puts outputs that are updated in place behind; 2.11 has no such names, and passes them by.
+    2.14 reads these names, and puts outputs that are updated in place last. 2.11 has no such names, and ignores them.
     """
     last = next(node for node in interpreter.module.graph.nodes if node.op == "output")
     given = [callers.get(stamped_name(node), "") for node in pytree.tree_leaves(last.args[0])]
@@ -195,8 +199,8 @@ def _output_names(interpreter: Any, callers: Mapping[str, str]) -> list[str] | N
 
 
 def _places(given: Sequence[Any], network_tensor: type) -> list[int]:
-    """As the interpreter does it: a tensor that was marked before, by identity, is not marked again; what is no tensor
-    of the network yet becomes one, each time from the start."""
+    """The index of each value among the engine's outputs, as the interpreter numbers them: it marks the same tensor
+    object only once, and makes a new tensor each time of a value that is not a tensor of the network yet."""
     places: dict[Any, int] = {}
     found = []
     for index, value in enumerate(given):
@@ -248,7 +252,7 @@ def _described(layer: Any, engine: int, node: str) -> NetworkLayer:
 def _shape(tensor: Any) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in tensor.shape)
-    except ValueError:  # of unknown rank while the network is being made
+    except ValueError:  # its rank is unknown while the network is being made
         return ()
 
 
@@ -284,7 +288,7 @@ def _with_progress(original: Callable[..., Any], trt: Any, conversion: Conversio
 
 
 class _Undeserialised:
-    """Stands for `tensorrt.Runtime` where no GPU is: gives serialised bytes back for an engine."""
+    """Stands in for `tensorrt.Runtime` where there is no GPU: returns the serialised bytes in place of an engine."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -294,7 +298,7 @@ class _Undeserialised:
 
 
 class _Bytes:
-    """Stands for an engine that was built and is not deserialised."""
+    """Stands in for an engine that was built and is not deserialised."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
@@ -307,7 +311,7 @@ class _Bytes:
 
 
 class _Idle:
-    """Stands for an engine that is not set up."""
+    """Stands in for an engine that is not set up."""
 
     requires_native_multidevice = False
     _unowned = False

@@ -1,8 +1,8 @@
 """A builder process that is kept for the next build: starting one takes seconds, most of them imports.
 
-One is kept at most, for as long as it is of use: it is started before it is needed where a build is sure to come, ends
-by itself when nobody has asked it for a while (and gives its memory and its CUDA context back), ends with this process,
-and is never used again after a build that failed, hung or crashed.
+At most one is kept. It is started early where a build is sure to come. It ends by itself when no job has come for a
+while, which frees its memory and its CUDA context, and it ends with this process. It is never used again after a build
+that failed, hung or crashed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import IO
 
 PROCESS = "calibcast.engines.tensorrt.builder.process"
 LOG, ANSWERED, EARLY = "builder.log", "answered", "--early"
-# Seconds after which a builder that nobody asks ends by itself. The parent takes none that is about to.
+# Seconds without a job after which a builder ends by itself. The parent does not take a builder that is about to end.
 IDLE = 60.0
 _LATE = IDLE - 10.0
 _Key = tuple[object, ...]
-# torch, polars and pytest set these in a running process.
+# torch, polars and pytest set these environment variables in a running process.
 _SET_ON_THE_WAY = {"TORCHINDUCTOR_CACHE_DIR", "_RJEM_MALLOC_CONF", "PYTEST_CURRENT_TEST"}
 
 
 @dataclass(eq=False)
 class Worker:
-    """A builder process. Give it the folder of one job after another, and read its lines."""
+    """A builder process. `ask` gives it the folder of a job; its answers come as `lines`."""
 
     key: _Key
     process: subprocess.Popen[bytes]
@@ -42,7 +42,7 @@ class Worker:
     since: float = field(default_factory=time.monotonic)
 
     def ask(self, folder: Path) -> bool:
-        """Give it a job; False when it has ended meanwhile."""
+        """Give the builder a job; False when its process has ended meanwhile."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(f"{folder}\n".encode())
@@ -52,26 +52,26 @@ class Worker:
         return True
 
     def said_at_start(self) -> str:
-        """What it and its libraries have printed before its first job."""
+        """What the builder and its libraries printed before its first job."""
         self.start_log.seek(0)
         return self.start_log.read().decode(errors="replace")
 
     def end(self) -> int:
-        """End it and what it has started; its exit status."""
+        """End the builder and the processes that it started. Returns its exit status."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         for stream in (self.process.stdin, self.start_log):
             try:
                 if stream is not None:
                     stream.close()
-            except OSError:  # what was not written to it yet is of no use any more
+            except OSError:  # data not yet written to it are no longer needed
                 pass
         return self.process.wait()
 
 
 def started(search_path: str, imports: tuple[str, ...] = (), early: bool = False) -> Worker:
-    """A new builder. search_path: where it imports from. imports: modules that its job will have it import. early:
-    there is time to get ready before the first job."""
+    """A new builder. search_path: where it imports from. imports: modules that its job will import. early: there is
+    time to get ready before the first job."""
     log = tempfile.TemporaryFile(prefix="calibcast-builder-")  # noqa: SIM115 - it lives as long as the worker
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", PROCESS, *([EARLY] if early else [])],
@@ -79,7 +79,7 @@ def started(search_path: str, imports: tuple[str, ...] = (), early: bool = False
         stdout=subprocess.PIPE,
         stderr=log,
         env={**os.environ, "PYTHONPATH": search_path},
-        start_new_session=True,  # so that what the builder starts ends with it
+        start_new_session=True,  # so that processes that the builder starts end with it
     )
     worker = Worker(_key(search_path, imports), process, log)
     threading.Thread(target=_read, args=(process, worker.lines), daemon=True).start()
@@ -94,13 +94,14 @@ def _read(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes | Non
 
 
 def _key(search_path: str, imports: tuple[str, ...]) -> _Key:
-    """What makes a builder one for a job: it imports the same, from the same places, in the same surroundings."""
+    """What a builder and a job must have in common: the search path, the imports, the working folder and the
+    environment."""
     surroundings = tuple(sorted((name, value) for name, value in os.environ.items() if name not in _SET_ON_THE_WAY))
     return search_path, imports, os.getcwd(), surroundings
 
 
 class _Shelf:
-    """Where the one worker that is kept stands."""
+    """Holds the one worker that is kept."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -109,7 +110,7 @@ class _Shelf:
     def take(self, search_path: str, imports: tuple[str, ...], early: bool = False) -> Worker:
         with self._lock:
             kept, self._kept = self._kept, None
-        if kept is None or kept.owner != os.getpid():  # a fork has its parent's, which is not its own to use
+        if kept is None or kept.owner != os.getpid():  # a forked process must not use its parent's
             return started(search_path, imports, early)
         late = time.monotonic() - kept.since > _LATE
         if late or kept.process.poll() is not None or kept.key != _key(search_path, imports):
