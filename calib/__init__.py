@@ -1,4 +1,4 @@
-"""Measure: batches through an exported program to a table of ranges."""
+"""Calibration: run batches through an exported program, and measure the range of every tensor."""
 
 from typing import TYPE_CHECKING
 

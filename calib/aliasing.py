@@ -1,4 +1,4 @@
-"""Which nodes may share storage, and which inputs a graph writes into: read off the operators' schemas."""
+"""Which nodes may share storage, and which inputs a graph writes into: read from the operators' schemas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Roots = dict[fx.Node, frozenset[fx.Node]]
 
 
 def storage_roots(graph_module: fx.GraphModule) -> Roots:
-    """For each node, the nodes that made the storage its output may live in (itself, where it made its own)."""
+    """For each node: the nodes that created the storage that its output may use (itself if it created its own)."""
     roots: Roots = {}
     for node in graph_module.graph.nodes:
         shared = shared_arguments(node)
@@ -42,7 +42,7 @@ def shared_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def picks_fresh(node: fx.Node) -> bool:
-    """Whether `node` picks one output of an operator whose outputs share no storage: values and indices of `topk`."""
+    """Whether `node` picks one output of an operator whose outputs share no storage with its arguments: `topk`."""
     if node.target is not getitem:
         return False
     maker = node.args[0]
@@ -67,7 +67,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """What a region node passes to its child graph."""
+    """The nodes that a region node passes to its child graph."""
     return [argument for argument in node.args[REGION_CHILD[node.target] + 1 :] if isinstance(argument, fx.Node)]
 
 

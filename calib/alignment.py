@@ -9,16 +9,16 @@ import polars as pl
 
 _GROUP = ("kind", "module", "op", "output")
 _LIKENESS = (("shape", "before", "after"), ("shape", "after"), ("shape", "before"), ("shape",))
-# Above this many rows of one operator in one module, groups of different size are aligned from the start only.
+# Above this many rows of one operator in one module, groups of different size are paired in order from their start.
 _MOST_ALIKE = 1500
 
 
 def aligned(old: pl.DataFrame, new: pl.DataFrame, same_graph: bool) -> pl.DataFrame:
     """Pairs of row numbers, `old_row` and `new_row`, null where the other side has none; in the order of `new`.
 
-    Both frames have `node`, `output`, `op`, `module`, `kind` and `shape`, in graph order. In the same graph,
-    names decide. In a model that was exported again, or changed, the numbers in names shift: weights and inputs are
-    matched by name, computed tensors by their module, their operator, and their place among the tensors of both.
+    Both frames have `node`, `output`, `op`, `module`, `kind` and `shape`, in graph order. If the graph is
+    the same, rows match by name. If the model was exported again, or changed, the numbers in names shift. Then weights
+    and inputs match by name, and computed tensors by their module, their operator, and their position within these.
     Where a module has more or fewer of an operator than before, the longest runs with equal shapes and neighbours are
     matched first.
     """
@@ -51,7 +51,7 @@ def _numbered(frame: pl.DataFrame, name: str) -> pl.DataFrame:
 
 
 def _uneven(mine: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
-    """Pairs of the groups that have more or fewer members than before."""
+    """Pairs from the groups that have more or fewer members than before."""
     groups = mine.group_by(_GROUP).len("old").join(theirs.group_by(_GROUP).len("new"), on=_GROUP, how="inner")
     uneven = groups.filter(pl.col("old") != pl.col("new")).select(_GROUP)
     found: list[tuple[int, int]] = []
@@ -64,7 +64,7 @@ def _uneven(mine: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
 
 
 def _longest_runs(old: pl.DataFrame, new: pl.DataFrame) -> Iterator[tuple[int, int]]:
-    """Pairs by the longest runs that look alike; what is left over, by looking less closely."""
+    """Pair the longest runs of similar rows; then pair the rows left over by less strict criteria (`_LIKENESS`)."""
     if old.height + new.height > _MOST_ALIKE:
         yield from zip(old["old_row"], new["new_row"], strict=False)
         return
@@ -80,7 +80,7 @@ def _longest_runs(old: pl.DataFrame, new: pl.DataFrame) -> Iterator[tuple[int, i
 
 
 def _completed(pairs: pl.DataFrame, left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
-    """With the rows of either side that have no partner: new ones in their place, gone ones at the end."""
+    """The pairs, and the rows that have no partner: new rows in their place, removed rows at the end."""
     every = right.select("new_row").join(pairs, on="new_row", how="left", maintain_order="left")
     gone = left.select("old_row").join(pairs, on="old_row", how="anti", maintain_order="left")
     return pl.concat(

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and say what they are."""
+"""Artifact files: written whole or not at all, with a header that says what kind of file it is."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
-# torch.export.save, and torch.compile too, teach pickle about fake tensors for as long as they work, and fail when
-# another thread is at it. Hold this around anything that might, to build engines from several threads.
+# torch.export.save and torch.compile register fake tensors with pickle while they run, and fail if another thread does
+# the same. Hold this lock around such calls, so that several threads can build engines.
 SERIALISING = threading.RLock()
 
 
@@ -44,9 +44,9 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed onto it only when the block ends without an error.
+    """Give a temporary path beside `path`, and rename it to `path` only when the block ends without an error.
 
-    A symbolic link stays one: what it points to is written.
+    A symbolic link stays a link: the file that it points to is written.
     Raises ArtifactError when the folder is missing or not writable.
     """
     target = followed(path)
@@ -58,7 +58,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; an artifact is for others to read.
+        # mkstemp makes files private; others must be able to read an artifact.
         os.chmod(temporary, _usual_mode(target.parent))
         os.replace(temporary, target)
     except OSError as error:
@@ -68,8 +68,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _usual_mode(folder: Path) -> int:
-    """The mode that a new file in `folder` gets. Reading the umask would change it for all threads, so a file is made
-    instead.
+    """The mode that a new file in `folder` gets. It is read from a new file, since reading the umask means changing it
+    for all threads.
     """
     probe = folder / f".{uuid.uuid4().hex}"
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -119,7 +119,7 @@ def check_header(header: dict[str, Any], kind: str, source: Path) -> None:
 
 @contextmanager
 def parsed(source: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Turn what goes wrong while the fields of an artifact are read into an ArtifactError that names the file."""
+    """Turn an error raised while the fields of an artifact are read into an ArtifactError that names the file."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -127,7 +127,7 @@ def parsed(source: str | os.PathLike[str], kind: str) -> Iterator[None]:
 
 
 def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
-    """Load a `.pt2` file, after a look at all that could run code (`calib.pt2`).
+    """Load a `.pt2` file, after checking everything in it that could run code (`calib.pt2`).
 
     Raises ArtifactError when it is missing, truncated, not a program, or needs more than tensors and plain containers.
     """
@@ -144,7 +144,7 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         raise ArtifactError(
             f"{path} is not loaded, since loading it could run code or take any amount of memory: {error}"
         ) from error
-    except Exception as error:  # torch.load raises whatever its zip reader and deserialiser meet
+    except Exception as error:  # torch.load passes on any error of its zip reader and deserialiser
         import torch
 
         raise ArtifactError(
@@ -158,7 +158,7 @@ def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[
     """Save a program as `.pt2`, whole or not at all."""
     import torch
 
-    # torch.export.save warns unless a name ends in .pt2, which a temporary one does not; a stream has no name.
+    # torch.export.save warns if a file name does not end in .pt2, as the temporary one. A stream has no name.
     with SERIALISING, written_whole(path) as temporary, _Patient(io.FileIO(temporary, "wb")) as stream:
         torch.export.save(program, stream)
         if stream.error is not None:

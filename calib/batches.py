@@ -1,4 +1,4 @@
-"""From whatever a dataloader gives to the flat inputs of a program, or an error that says what did not fit."""
+"""Turn what a dataloader gives into the flat inputs of a program, or raise an error that says what did not fit."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Signature:
         return f"({', '.join(f'{leaf.name}: {leaf}' for leaf in self.leaves)})"
 
     def flatten(self, batch: Any, index: int) -> list[Any]:
-        """The flat inputs that `batch` means. Raises BatchError that names batch, argument and what came."""
+        """The flat inputs in `batch`. Raises a BatchError that names the batch, the argument and what came instead."""
         at = Place(index)
         return self._flat(*self._as_call(batch, at), at)
 
     def flatten_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """The flat inputs of a call. Raises BatchError that names the argument and what came."""
+        """The flat inputs of a call. Raises a BatchError that names the argument and what came instead."""
         return self._flat(args, kwargs, Place(None))
 
     def _flat(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], at: Place) -> list[Any]:
@@ -99,12 +99,12 @@ class Signature:
         raise BatchError(f"{at} is a {type(batch).__name__}; the program takes {self}. {at.hint}")
 
     def _is_two_arguments(self, batch: tuple[Any, ...] | list[Any]) -> bool:
-        """Whether a pair of a tuple and a dict is what the program takes: a sequence, and a dict with these keys."""
+        """Whether the program takes two arguments like this pair: a sequence, and a dict with these keys."""
         pair = len(self.positional) == 2 and all(map(_has_structure, batch, self.specs[:2]))
         return pair and _type_of(self.specs[1]) is not None
 
     def _constants(self, name: str, spec: pytree.TreeSpec, start: int, at: Place) -> list[Any]:
-        """Stand in for an argument that was left out, which only constants of the export allow."""
+        """The values of an argument that was left out. Only arguments that the export made constant may be left out."""
         leaves = self.leaves[start : start + spec.num_leaves]
         if any(leaf.dtype is not None or leaf.sizes for leaf in leaves):
             raise BatchError(f"{at}: input {name!r} is missing; the program takes {self}. {at.hint}")
@@ -174,7 +174,7 @@ def _is_call(batch: tuple[Any, ...] | list[Any]) -> bool:
 
 
 def _has_structure(value: Any, spec: pytree.TreeSpec) -> bool:
-    """Whether the leaves of `value`, read as `spec`, are no containers."""
+    """Whether `value` can be read as `spec`, and none of its leaves is then a container."""
     flat: list[Any] = []
     try:
         _conform(value, spec, Place(None), flat)
@@ -184,8 +184,8 @@ def _has_structure(value: Any, spec: pytree.TreeSpec) -> bool:
 
 
 def _conform(value: Any, spec: pytree.TreeSpec, at: Place, flat: list[Any]) -> None:
-    """Append the leaves of `value`, read as `spec`: collate functions turn tuples into lists, and tokenizers
-    give mappings that are no dicts."""
+    """Append the leaves of `value`, read as `spec`. Container types may differ: collate functions turn tuples into
+    lists, and tokenizers give mappings that are not dicts."""
     if spec.is_leaf():
         flat.append(value)
         return
@@ -221,7 +221,7 @@ def numbered(
 ) -> Iterator[tuple[int, Any, FlatInputs]]:
     """Number the batches of `dataloader` from `first` on: (index, the batch as it came, the program's flat inputs).
 
-    A batch or what `transform` gives may be a `NewSequence`; its flat inputs say so.
+    A batch, or what `transform` returns, may be a `NewSequence`; then `begins` of its flat inputs is true.
 
     Raises BatchError when the dataloader or `transform` raises, when a batch does not match, or when none comes.
     """

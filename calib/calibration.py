@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 _log = logging.getLogger("calibcast")
 HALF_MAX = 65504.0  # largest finite fp16 value, IEEE 754 binary16
-# Counting what has passed fp16's limit waits for the device, which should have the next batch by then.
+# Counting the tensors above fp16's limit waits for the device and delays the next batch, so it is done only this often.
 _TELL_SECONDS = 0.5
 
 
@@ -47,24 +47,24 @@ def calibrate(  # noqa: PLR0913 - the public contract
 ) -> RangeTable:
     """Run `dataloader` through `program` and record the range of every floating-point tensor.
 
-    Memory is a fixed number of bytes per tensor, whatever the number of batches; the program and its buffers are
-    left as they were, and every batch starts from the program's saved state.
+    Memory is a fixed number of bytes per tensor, whatever the number of batches. The program and its buffers are
+    not changed, and every batch starts from the program's saved state.
 
     Args:
         program: from `torch.export.export`, of a model in eval mode.
         dataloader: any iterable of batches: a tensor, a tuple or list of positional inputs, a dict by input name,
             a pair `(args, kwargs)`, or anything that `transform` turns into one of these.
-        transform: from a batch to the model's inputs.
+        transform: a function from a batch to the model's inputs.
         max_batches: stop after this many batches.
         histogram: also count fp32 exponents (256 bins a tensor).
         device: where to run; None is where the program is. A copy of the program is moved, not the program.
         on_nonfinite: NaN or Inf in a batch: "warn" records and warns, "skip" leaves the batch out, "stop" raises.
         progress: show a bar on a terminal.
         checkpoint: a file that keeps what was measured, written every `checkpoint_batches` batches or
-            `checkpoint_seconds`, whichever comes first. Where it exists, calibration goes on from it: the batches
-            before are read, not run, and the table is the one of an uninterrupted run, bit for bit (on the CPU, with
-            as many threads). The loader's order must repeat; a DataLoader's generators are set back to their seeds.
-            Removed at the end.
+            `checkpoint_seconds`, whichever comes first. If it exists, calibration goes on from it: earlier batches
+            are read but not run, and the table equals that of an uninterrupted run bit for bit (on the CPU, with the
+            same number of threads). The loader's order must repeat; a DataLoader's generators are set back to their
+            seeds. The file is removed at the end.
         carry_state: start each batch from what the previous one left in the buffers that the program writes to (a KV
             cache, a counter), instead of from the program's saved state. A `NewSequence` batch starts from the saved
             state again.
@@ -102,7 +102,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
 
 
 def _rest(keeper: Keeper, dataloader: Iterable[Any]) -> Iterable[Any]:
-    """What is left of the loader: all of it, or with a checkpoint what comes after its last batch."""
+    """The batches that are left: all of the loader, or with a checkpoint those after the checkpoint's last batch."""
     if keeper.path is not None:
         refuse_unseeded(dataloader)
         rewind(dataloader)

@@ -1,4 +1,4 @@
-"""One calibration under way: what it works with, and what it has seen so far."""
+"""One running calibration: what it works with, and what it has measured so far."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ON_NONFINITE = ("warn", "skip", "stop")
 
 @dataclass
 class Run:
-    """What a calibration works with, and has seen so far beside the observer's statistics."""
+    """What a calibration works with, and what it has recorded so far besides the observer's statistics."""
 
     program: ExportedProgram
     runner: ProgramRunner
@@ -64,9 +64,9 @@ class Run:
         return captured_or_plain(self.runner, self.observer)
 
     def measure(self, index: int, flat: list[Any]) -> bool:
-        """Run batch `index` and take in what it gave. False: it was left out as non-finite.
+        """Run batch `index` and add its measurements. False: the batch was left out because of NaN or Inf.
 
-        Raises BatchError when a node raises; nothing of the batch is taken in then.
+        Raises BatchError when a node raises; then nothing of the batch is added.
         """
         hashed = begin_inputs_hash(flat) if self.batches < MAX_HASHES else None
         if getattr(flat, "begins", False):
@@ -88,7 +88,7 @@ class Run:
         return undefined_tensors(self.program)
 
     def watch(self, name: str, node: fx.Node, result: Any, arguments: dict[fx.Node, Any]) -> None:
-        """Measure what a node gave. Weights are measured once, before the first batch."""
+        """Measure the result of a node. Weights are measured once, before the first batch."""
         if name in self._weight_names:
             return
         if name in self._undefined:
@@ -107,7 +107,7 @@ class Run:
                     count_size(dimension, str(int(size)))
 
     def calibration(self) -> Calibration:
-        """What was measured on so far."""
+        """The record of the program and of the batches measured so far."""
         digests, weights = self._identity
         return Calibration(
             digests=digests,
@@ -119,22 +119,22 @@ class Run:
         )
 
     def measured(self) -> Measured:
-        """What was measured, on the host; where it runs on the host, the next batch changes it."""
+        """What was measured so far, on the host. If the program runs on the host, the next batch changes it."""
         total = self.observer.total.to("cpu")
         return Measured(tuple(self.specs), total, self.calibration(), self.evidence.record)
 
     def table(self) -> RangeTable:
-        """What was measured, brought to the host."""
+        """What was measured so far, as a table on the host."""
         return RangeTable(**vars(self.measured().data()))
 
     def checkpoint(self, position: int, made_of: Mapping[str, str], last: str = "", **more: Any) -> Checkpoint:
-        """What was measured after `position` batches; write or copy it before the next one, which changes it."""
+        """What was measured after `position` batches. Write or copy it before the next batch, which changes it."""
         return Checkpoint(**vars(self.measured()), position=position, made_of=made_of, last=last, **more)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, in place of the weights' measurement and of its batches.
+        """Go on from a checkpoint, instead of measuring the weights and the checkpoint's batches again.
 
-        Raises MismatchError when it is of another program.
+        Raises MismatchError when the checkpoint is of another program or of other weights.
         """
         if tuple(self.specs) != checkpoint.specs or self._identity != (
             checkpoint.calibration.digests,
@@ -163,7 +163,7 @@ def prepare(
     refuse_training(program)
     specs = tensor_specs(program)
     if not specs:
-        raise ProgramError("the program has no floating-point tensor, so there is no range to measure and no type")
+        raise ProgramError("the program has no floating-point tensor, so no range to measure, no type to choose")
     try:
         runner = ProgramRunner(program, device, carry_state=carry_state)
         observer = observer_for(specs, runner.device, histogram, mask_tensors(program))
@@ -174,7 +174,7 @@ def prepare(
 
 
 def measure_weights(run: Run) -> None:
-    """Parameters, buffers and constants: once, in chunks, where they are."""
+    """Measure parameters, buffers and constants: once, in chunks, on the device that holds them."""
     targets = input_targets(run.program)
     with on(run.runner.device):
         run.observer.start(0)

@@ -1,4 +1,4 @@
-"""One call as a file: its tensors by safetensors, and how they and plain data make up its arguments as JSON."""
+"""One call as a file: its tensors as safetensors, and JSON that says how they and plain data form the arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def save_call(path: Path, begins: bool, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """Write a call; the bytes that it takes. begins: a new sequence begins with it."""
+    """Write a call, and return the file's size in bytes. begins: whether a new sequence begins with this call."""
     tensors: dict[str, torch.Tensor] = {}
     structure = _told((args, dict(kwargs)), tensors, "the call")
     text = json.dumps({"version": _VERSION, "begins": begins, "call": structure})
@@ -29,7 +29,7 @@ def save_call(path: Path, begins: bool, args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def size_of_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """The bytes that a call takes at most: those of its tensors, and room for each name, shape and place."""
+    """The most bytes that a call's file can take: those of its tensors, and room for each name, shape and place."""
     leaves = torch.utils._pytree.tree_leaves((args, dict(kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _HEADER + _ENTRY * len(leaves)
@@ -49,7 +49,7 @@ def load_call(path: Path) -> tuple[bool, tuple[Any, ...], dict[str, Any]]:
 
 
 def _told(value: Any, tensors: dict[str, torch.Tensor], at: str) -> Any:
-    """A value as JSON; its tensors are put into `tensors`, copied, on the host."""
+    """A value as JSON. Copies of its tensors, on the host, are added to `tensors`."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()

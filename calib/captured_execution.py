@@ -83,7 +83,7 @@ def _key(flat: Sequence[Any]) -> _Key:
 def captured_or_plain(runner: ProgramRunner, observer: Any) -> Callable[[Sequence[Any], int, Watch], Any]:
     """How to run a batch with this observer: captured where both are on a GPU, else by the interpreter.
 
-    The observer's batch is started by the call.
+    The returned function also starts the observer's batch.
     """
     if isinstance(observer, DeviceObserver) and runner.device.type == "cuda" and not runner.carries_state:
         return CapturedRunner(runner, observer).run_batch

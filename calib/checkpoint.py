@@ -30,11 +30,11 @@ _HEADER, _TOTAL, _ROUNDING = "header", "total", "rounding"
 
 @dataclass(frozen=True)
 class Checkpoint(Measured):
-    """What a calibration has seen after `position` batches of its loader, left-out ones included.
+    """What a calibration has measured after `position` batches of its loader, skipped batches included.
 
-    made_of: fingerprints of what is calibrated, and how; a run with others must not go on from here. last: a hash of
-    the last batch, to notice a loader whose order does not repeat. early: statistics at earlier positions. notes: of
-    the caller, for JSON.
+    made_of: fingerprints of what is calibrated, and how; a run with other fingerprints must not go on from here. last:
+    a hash of the last batch, to notice a loader whose order does not repeat. early: statistics at earlier positions.
+    notes: the caller's own data, as JSON values.
     """
 
     position: int
@@ -115,7 +115,7 @@ class Checkpoint(Measured):
         return RangeTable(**vars(self.data()))
 
     def difference(self, made_of: Mapping[str, str]) -> str | None:
-        """The first thing in which a run made of `made_of` differs from the one that wrote this; None if nothing."""
+        """The name of the first fingerprint that differs between `made_of` and this checkpoint; None if all agree."""
         for name in [*made_of, *self.made_of]:
             if made_of.get(name) != self.made_of.get(name):
                 return name
@@ -123,10 +123,10 @@ class Checkpoint(Measured):
 
 
 def merge_checkpoints(parts: Sequence[Checkpoint]) -> Checkpoint:
-    """One checkpoint from those of the shards of one run, whose batches have numbers of their own.
+    """Merge the checkpoints of the shards of one run. No two shards have a batch of the same number.
 
-    Counts, min, max and histograms are exact and in any order, sums are within 1e-12 relative. `early` and `notes`
-    are left to the caller. Raises MismatchError for shards of different runs.
+    Counts, min, max and histograms are exact in any order of the shards; sums are within 1e-12 relative. `early` and
+    `notes` are left to the caller. Raises MismatchError for shards of different runs.
     """
     if not parts:
         raise MismatchError("nothing to merge: give at least one checkpoint")
@@ -151,7 +151,7 @@ def _arrays(prefix: str, statistics: Statistics) -> dict[str, Any]:
 def _statistics(prefix: str, arrays: Mapping[str, Any], rows: int) -> Statistics:
     own = {name.removeprefix(f"{prefix}."): a for name, a in arrays.items() if name.startswith(f"{prefix}.")}
     names = {item.name for item in fields(Statistics)}
-    # Without histograms there is no such array; anything else that is missing was written by another version.
+    # The array of histograms may be missing. If another array is missing, another version wrote the file.
     if set(own) | {"histograms"} != names | {"histograms"}:
         raise ValueError(f"arrays {sorted(own)}, expected {sorted(names)}")
     empty = dict(Statistics.empty(0, histogram=True).arrays())
@@ -169,7 +169,7 @@ def _rounding_header(record: RoundingRecord) -> dict[str, Any]:
 
 
 def _rounding(header: Mapping[str, Any] | None, arrays: Mapping[str, Any]) -> RoundingRecord:
-    """What a checkpoint has of it; nothing in those of versions that did not measure it."""
+    """The rounding record of a checkpoint; empty for a version that did not measure rounding."""
     if header is None:
         return RoundingRecord()
     edges = tuple(Edge(str(node), str(name), int(output)) for node, name, output in header["edges"])
@@ -181,7 +181,7 @@ def _rounding(header: Mapping[str, Any] | None, arrays: Mapping[str, Any]) -> Ro
 
 
 class Pace:
-    """When the next checkpoint is due: every so many batches or seconds, whichever comes first."""
+    """When the next checkpoint is due: after `batches` batches or `seconds` seconds, whichever comes first."""
 
     def __init__(self, batches: int, seconds: float) -> None:
         self._batches, self._seconds = batches, seconds
@@ -193,5 +193,5 @@ class Pace:
         return self._count >= self._batches or time.monotonic() - self._since >= self._seconds
 
     def reset(self) -> None:
-        """A checkpoint was written."""
+        """Start to count again, because a checkpoint was written."""
         self._count, self._since = 0, time.monotonic()

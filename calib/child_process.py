@@ -1,4 +1,4 @@
-"""The import path of a child process: that of this process, and calibcast's own folder."""
+"""The import path of a child process: the path of this process, and calibcast's own folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import calibcast
 
-# The folder that holds the package `calibcast`; not resolved, since in a checkout the packages in it are links.
+# The folder that holds the package `calibcast`. Links are not resolved: in a checkout, the packages in it are links.
 PACKAGE_ROOT = Path(str(calibcast.__file__)).absolute().parents[1]
 
 

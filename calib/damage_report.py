@@ -24,7 +24,7 @@ _SECONDS = 120.0  # damaged bytes can make a reader loop for ever
 
 
 def damage_report(source: Path) -> str | None:
-    """Why `source` cannot be read as a range table; None when nothing is wrong that reading it shows."""
+    """Why `source` cannot be read as a range table; None when reading it shows nothing wrong."""
     # The child imports the same packages as the caller, from the same places.
     try:
         done = subprocess.run(

@@ -1,7 +1,7 @@
 """An observer for GPUs: one kernel per tensor instead of about twenty, and no waiting between nodes.
 
-The size of a row, and whether it equals another row, is known on the host when a node is watched. It is noted there and
-copied to the device once per input size, not once per batch.
+The host knows the size of a row, and whether it equals another row, when a node is watched. It notes both, and
+copies them to the device once per input size, not once per batch.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from calibcast.calib.statistic_names import BINS
 from torch import fx
 
 _log = logging.getLogger("calibcast")
-# Elements of a block: eight for each thread of a program, 32 of a tile. As many programs as the 132 multiprocessors of
-# an H100 or H200 hold at once. Each has a place of its own: 20 KB a tensor. Four warps took 0.86 of the time of eight
-# for histograms, and as long for ranges (H100, 25.7 million elements).
+# BLOCK: elements of a block, eight for each thread of a program (32 with tiles). PROGRAMS: as many as the 132
+# multiprocessors of an H100 or H200 hold at once. Each writes to a place of its own: 20 KB a tensor in all. WARPS: four
+# took 0.86 of the time of eight for histograms, and as long for ranges (H100, 25.7 million elements).
 BLOCK, WARPS, PROGRAMS = 1024, 4, 396
-# Elements of a tensor that int32 counts, and the steps of all programs beyond them.
+# The most elements of a tensor: int32 must also hold the positions that programs step to beyond its end.
 _MOST = (1 << 31) - (1 << 20)
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-# Of `sum_slices`: elements that a program takes at a time.
+# Elements that a program of `sum_slices` takes at a time.
 _GROUP = 4096
 # A program takes about 0.15 us per step (H100). Above this many steps, torch's own sums are faster, since they split a
 # slice among programs.
@@ -40,10 +40,10 @@ _STEPS = 512
 
 @dataclass
 class Layout:
-    """What one way of running a program writes into which row.
+    """Which rows one way of running a program writes.
 
-    sizes: of the tensors that were measured, by row. equals: rows whose tensor was measured for another. attention:
-    rows of attention operators, whose keys lie apart.
+    sizes: elements of each measured tensor, by row. equals: each row whose tensor was already measured for another row,
+    to that row. attention: rows of attention operators; the sums of their keys are in a tensor of their own.
     """
 
     sizes: dict[int, int] = field(default_factory=dict)
@@ -52,11 +52,11 @@ class Layout:
     _tensors: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def tensors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows, for which row their tensors were measured, and of what size (int64 [3, R]); attention. Made once."""
+        """int64 [3, R]: rows, the row that each one's tensor was measured for, its size; and `attention`. Made once."""
         if self._tensors is None:
             roots = {row: row for row in self.sizes} | self.equals
             lists = (list(roots), list(roots.values()), [self.sizes[root] for root in roots.values()])
-            # From pinned memory: copied from any other, the host would wait for the device.
+            # Pinned memory: to copy from any other memory, the host would wait for the device.
             pinned = device.type == "cuda"
             where, attention = (
                 torch.tensor(rows, dtype=torch.int64, pin_memory=pinned).to(device, non_blocking=True)
@@ -69,7 +69,7 @@ class Layout:
 class DeviceObserver(Observer):
     """An `Observer` whose batch is measured by one fused kernel a tensor. Needs Triton, which comes with torch on GPUs.
 
-    Tensors that the kernel does not take (float64, ones of more than two strides) are measured as `Observer` does.
+    Tensors that the kernel does not take (float64, or more than two strides) are measured as in `Observer`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DeviceObserver(Observer):
         self._decoded = False
 
     def start(self, index: int, layout: Layout | None = None) -> None:
-        """Begin batch `index`. `layout`: of a run that is replayed, in which nothing is watched."""
+        """Begin batch `index`. `layout`: that of the captured run, for a replay, in which no node is watched."""
         super().start(index)
         self._bins.zero_()
         self._keys.zero_()
@@ -145,7 +145,7 @@ class DeviceObserver(Observer):
             self.layout.attention.append(row)
 
     def _places_of(self, slices: Slices) -> SlicesInMemory | None:
-        """What `sum_slices` takes; None where it does not, or not well."""
+        """Where the slices lie, for `sum_slices`; None where it cannot take them, or would be slow."""
         x = slices.x
         if x.device != self._values.device or x.dtype not in _TYPES or x.is_neg() or x.numel() > _MOST:
             return None
@@ -183,7 +183,7 @@ class DeviceObserver(Observer):
 def _group(places: SlicesInMemory) -> tuple[int, int]:
     """How many slices a program takes at a time, and how many elements of each."""
     columns = min(_power(places.length), 1024) if places.apart == 1 else 1
-    # At least as many slices as lie in one line of memory, at most so many that all programs have some.
+    # At least as many slices as lie in one cache line, but not so many that some programs have none.
     fair = _power(max(1, places.count // (2 * PROGRAMS)))
     return min(_GROUP // columns, 1024, max(32, fair) if columns == 1 else 1024, _power(places.count)), columns
 
@@ -204,12 +204,12 @@ def _start_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one: Triton launches there, and graphs are captured there, wherever the tensors are."""
+    """Make a GPU the current one: Triton launches and CUDA graphs use the current GPU, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _power(number: int) -> int:
-    """The least power of two that is not smaller."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
@@ -240,7 +240,7 @@ def observer_for(specs: Sequence[TensorSpec], device: torch.device, histogram: b
 
 
 def _try_out(device: torch.device, histogram: bool) -> None:
-    """Measure a tensor in each way that the kernels go, which compiles them. Raises RuntimeError for a wrong one."""
+    """Measure a tensor with each variant of the kernels, which compiles them. Raises RuntimeError if one is wrong."""
     kinds = ("dense", "gaps", "masked")
     specs = [TensorSpec(kind, 0, "", "", "", "activation", "float32", ()) for kind in kinds]
     observer = DeviceObserver(specs, device, histogram, frozenset({"masked"}))

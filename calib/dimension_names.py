@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 
 def dimension_names(program: ExportedProgram) -> dict[sympy.Symbol, str]:
-    """A name for each symbol that is a size of an input: that of the user's `Dim`, else `x[0]`, input and dimension.
+    """A name for each symbol that is a size of an input: that of the user's `Dim`, else input and dimension (`x[0]`).
 
     A program keeps the names of its `Dim`s until it is saved: a `.pt2` file does not have them.
     """
@@ -36,7 +36,7 @@ def renamed(expression: Any, names: Mapping[sympy.Symbol, str]) -> Any:
 
 
 def _input_sizes(program: ExportedProgram) -> Iterator[tuple[sympy.Symbol, str]]:
-    """Symbols with their names: the user's first."""
+    """Symbols with their names; the user's names come first."""
     inputs = set(program.graph_signature.user_inputs)
     seen: list[tuple[sympy.Symbol, str]] = []
     for node in program.graph.nodes:
@@ -55,6 +55,6 @@ def _of_dims(size: torch.SymInt) -> Iterator[tuple[sympy.Symbol, str]]:
     environment = size.node.shape_env
     named = getattr(environment, "source_name_to_debug_name", {})
     for source, symbol in getattr(environment, "source_to_var", {}).items():
-        name = named.get(source, source)  # the root of `2 * batch` is there by its name
+        name = named.get(source, source)  # the root of `2 * batch` is listed by its own name
         if isinstance(symbol, sympy.Symbol) and name.isidentifier():
             yield symbol, name

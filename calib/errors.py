@@ -1,13 +1,13 @@
 """Every error that calibcast raises on purpose. Catch the base to catch them all.
 
 CalibcastError
-├── ProgramError    the exported program cannot be used: train mode, nothing floating, a node that failed
+├── ProgramError    the exported program cannot be used: train mode, no floating-point tensor, or a node failed
 ├── BatchError      a batch or the dataloader: count, dtype, shape, key, or it raised (`ranges`: what was measured)
 ├── ArtifactError   a file is truncated, foreign, newer, or not what it claims to be
 │   └── ChangedFileError  a file is not the one that its manifest was written for (a MismatchError as well)
 ├── MismatchError   two things that do not belong together: ranges, plan or engine of another program
 ├── PlanError       a plan cannot be made or used: unknown name, target, pattern, dtype
-│   ├── SettingError  what it was asked for is out of range, or names nothing
+│   ├── SettingError  a setting is out of range, or names something that does not exist
 │   └── BudgetError   no plan meets the budget (`proof`, `edges`: the best there is, and what costs most)
 ├── BuildError      an engine cannot be built: unknown backend, missing package, the builder said no
 └── GateError       a gate that the user set said no (`report`: the evidence)
@@ -56,7 +56,7 @@ class PlanError(CalibcastError):
 
 
 class SettingError(PlanError):
-    """What a plan was asked for is out of range, or names nothing."""
+    """A setting of a plan is out of range, or names something that does not exist."""
 
 
 class BuildError(CalibcastError):
@@ -74,7 +74,7 @@ class GateError(CalibcastError):
 class BudgetError(PlanError, GateError):
     """No plan meets the user's budget of rounding noise.
 
-    `report` is the proof of the best plan, also in `proof`; `edges` are those that cost most under it.
+    `report` and `proof` both hold the proof of the best plan. `edges` are the edges that cost most under that plan.
     """
 
     def __init__(self, message: str, proof: Any = None, edges: Iterable[Any] = ()) -> None:
@@ -83,7 +83,7 @@ class BudgetError(PlanError, GateError):
 
 
 def known(name: str, names: Iterable[str], most: int = 8) -> str:
-    """Say which names there are, nearest to `name` first: the tail of an unknown-name message."""
+    """The end of a message about an unknown name: the names that exist, those nearest to `name` first."""
     every = sorted(set(names))
     near = difflib.get_close_matches(name, every, n=most, cutoff=0.4)
     if near:
@@ -93,7 +93,7 @@ def known(name: str, names: Iterable[str], most: int = 8) -> str:
 
 
 def require_kind(value: Any, kind: type, argument: str, remedy: str, error: type[CalibcastError]) -> None:
-    """Raise `error` unless `value` is of a class: what came for which argument, and how to get what belongs there."""
+    """Raise `error` unless `value` is a `kind`. It says what came for which argument, and how to get what is needed."""
     if not isinstance(value, kind):
         came = "None" if value is None else f"a {type(value).__name__}"
         raise error(f"{argument} is {came}, expected a {kind.__name__}. {remedy}")

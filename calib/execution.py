@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 # `name` is qualified inside regions; `arguments` holds the tensors that it read, by node.
 Watch = Callable[[str, fx.Node, Any, dict[fx.Node, Any]], None]
 # around(name, node, values, call): runs a node in its own way, given the values of the nodes that it reads, and
-# `call(args, kwargs)`, which runs the operator. Not asked inside autocast regions.
+# `call(args, kwargs)`, which runs the operator. Not called inside autocast regions.
 Around = Callable[[str, fx.Node, dict[fx.Node, Any], Callable[[Any, Any], Any]], Any]
 
 
@@ -45,7 +45,7 @@ class NodeError(Exception):
 
 
 class Ran(NamedTuple):
-    """A node that has just run: its name (qualified inside regions), its result, and by node what it has read."""
+    """A node that has just run: its name (qualified inside regions), its result, and the values it read, by node."""
 
     name: str
     node: fx.Node
@@ -56,8 +56,8 @@ class Ran(NamedTuple):
 class _SteppedInterpreter(fx.Interpreter):
     """`fx.Interpreter` that enters regions, stops after each node, and can move device arguments.
 
-    Each value is freed after its last reader has run. What a region sets for its thread is set for one node at a
-    time, so that two programs can be run in turns.
+    Each value is freed after its last reader has run. What a region sets for the thread (autocast) is set for one node
+    at a time, so that two programs can be run in turns.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class _SteppedInterpreter(fx.Interpreter):
         self._blocks = tuple(blocks(self.graph.nodes))
 
     def steps(self, *operands: Any) -> Generator[Ran, None, Any]:
-        """Run the graph, yielding after each node; what is returned is the graph's result."""
+        """Run the graph, and yield after each node. Returns the graph's result."""
         self.env, self.args_iter = {}, iter(operands)
         result = None
         for block in self._blocks:
@@ -93,10 +93,9 @@ class _SteppedInterpreter(fx.Interpreter):
             del self.env[used]
 
     def _region_whole(self, nodes: Sequence[fx.Node]) -> list[Ran]:
-        """Run a flat region in one step, since the thread state that it sets must not be seen outside. Results are
-        plain tensors. What its nodes read is not given: inside, those tensors are wrapped.
+        """Run a flat region in one step, since the thread state that it sets must not be seen outside.
 
-        Results come as plain tensors, without what was read: inside, that is wrapped.
+        Results are plain tensors. What the nodes read is left out: inside the region, those tensors are wrapped.
         """
         written = any(written_arguments(node) for node in nodes)
         done: list[Ran] = []
@@ -153,7 +152,7 @@ class _SteppedInterpreter(fx.Interpreter):
 
 
 def _exhausted(steps: Generator[Ran, None, Any]) -> tuple[Any, list[Ran]]:
-    """What steps return, and what they yield on the way."""
+    """Run all steps: what they return, and what they yield on the way."""
     ran: list[Ran] = []
     while True:
         try:
@@ -166,11 +165,11 @@ class ProgramRunner:
     """Runs a program on flat inputs, on its own device or on another, without gradient state.
 
     Every call starts from the program's saved state: buffers that the graph writes into are copied for each
-    call, so nothing leaks from batch to batch, and shards of the data give what the whole gives. `around` runs each
-    operator in its own way.
+    call. So no batch affects another, and shards of the data give the same results as the whole. around: a function
+    that runs each operator in its own way.
 
-    carry_state: instead, each call goes on from what the one before left in the buffers, until `reset`. The program's
-    own buffers stay as they are.
+    carry_state: instead, each call starts from what the previous call left in the buffers, until `reset`. The program's
+    own buffers do not change.
     """
 
     def __init__(
@@ -187,7 +186,7 @@ class ProgramRunner:
         self._mutated = mutated_inputs(program)
         specs = [spec for spec in program.graph_signature.input_specs if spec.kind != InputKind.USER_INPUT]
         held = {spec.arg.name: t for spec in specs if (t := state_tensor(program, spec.target)) is not None}
-        # Where they are on the device already, shared, not copied; what is written is copied for each call.
+        # Tensors that are on the device already are shared, not copied. What is written into is copied for each call.
         written = copies_of_written(held, self._mutated, self.device) if self._moved else {}
         self._state = {name: written.get(name, t.detach().to(self.device)) for name, t in held.items()}
         self._objects = {spec.arg.name: program.constants.get(spec.target) for spec in specs}
@@ -195,7 +194,7 @@ class ProgramRunner:
 
     @property
     def carries_state(self) -> bool:
-        """Whether a call goes on from the one before."""
+        """Whether a call starts from what the previous one left."""
         return self._carried is not None
 
     @property
@@ -222,7 +221,7 @@ class ProgramRunner:
     def operands(self, flat: Sequence[Any], state: Mapping[str, torch.Tensor] = {}) -> list[Any]:
         """The values of the program's placeholders: flat user inputs, copied where they are written into, and state.
 
-        state: what takes the place of the program's saved state, by placeholder.
+        state: tensors that replace those of the program's saved state, by placeholder.
         """
         inputs, held = iter(flat), self._state | dict(state)
         values = []
@@ -238,13 +237,13 @@ class ProgramRunner:
 
     @property
     def moved_to(self) -> torch.device | None:
-        """Where device arguments in the graph are moved to; None where the program runs at home."""
+        """The device that replaces device arguments in the graph; None where the program runs on its own device."""
         return self._moved
 
     def steps(self, flat: Sequence[Any]) -> Generator[Ran, None, list[Any]]:
-        """Run on the flat user inputs, stopping after each node: before anything can change what it gave.
+        """Run on the flat user inputs, and stop after each node, before anything can change its result.
 
-        What is returned are the flat user outputs. Raises NodeError where a node raises.
+        Returns the flat user outputs. Raises NodeError where a node raises.
         """
         written = copies_of_written(self._state | self.state, self._mutated)
         values = self.operands(flat, written)
@@ -311,7 +310,7 @@ def output_names(program: ExportedProgram) -> list[str]:
 
 
 def tensors_of(node: fx.Node, result: Any) -> list[tuple[int, torch.Tensor]]:
-    """The tensors in the result of `node`, with their positions; none for what only passes tensors on."""
+    """The tensors in the result of `node`, with their positions; none for a node that only passes tensors on."""
     if node.target is getitem or node.target in REGION_CHILD:
         return []
     if isinstance(result, torch.Tensor):

@@ -1,4 +1,4 @@
-"""What kind of file was given in place of another: "it is a plan; a range table was expected"."""
+"""Say what kind of file was given instead of the expected one: "it is a plan; a range table was expected"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MOST = 64 << 20  # calibcast writes no JSON file larger than this
 
 
 def told_kind(path: Path, expected: str) -> str:
-    """The tail of a message, `. It is a plan; a range table was expected`; empty where the file cannot be told."""
+    """The tail of a message, `. It is a plan; a range table was expected`; empty where the kind is unknown."""
     try:
         found = _kind(path)
     except (OSError, ValueError, zipfile.BadZipFile, RecursionError):

@@ -1,7 +1,7 @@
 """Regions that export leaves flat: nodes between a marker that sets something for the thread and one that undoes it.
 
-`torch.vmap`, `torch.func.jvp` and `associative_scan` leave them, and `torch.autocast` where export could not make a
-graph of its own of it. Between the markers tensors are wrapped, and what is set stays set until the region is left.
+`torch.vmap`, `torch.func.jvp` and `associative_scan` leave such regions, and so does `torch.autocast` where export
+could not give it a graph of its own. Between the markers, tensors are wrapped, and the setting holds until the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 
 class _Marker(NamedTuple):
-    """leave: what ends a region in the graph. undo: the same, called with what the marker that began it gave."""
+    """leave: the function that ends a region. undo: the same, called with the result of the marker that began it."""
 
     leave: Any
     undo: Callable[[Any], Any]
@@ -26,10 +26,10 @@ class _Marker(NamedTuple):
 
 
 def _markers() -> dict[Any, _Marker]:
-    """What begins a region, of those that the installed torch has: torch 2.11 traces fewer than 2.14.
+    """The markers that begin a region, as far as the installed torch has them: torch 2.11 traces fewer than 2.14.
 
-    Source: `_allowed_torch_functions` in torch/_export/verifier.py, which lists all that a program may hold beside
-    operators. `_set_grad_enabled` is among them, and means nothing without gradients.
+    Source: `_allowed_torch_functions` in torch/_export/verifier.py, which lists all that a program may hold besides
+    operators. `_set_grad_enabled` is in that list, too; it has no effect without gradients.
     """
     found = {
         autocast_mode._enter_autocast: _Marker(
@@ -63,7 +63,7 @@ _LEAVES = {marker.leave for marker in MARKERS.values()}
 
 
 class Block(NamedTuple):
-    """Nodes that run together. region: what the user wrote that they are in, such as "torch.vmap"; "" outside."""
+    """Nodes that run together. region: the user's call that made the region, such as "torch.vmap"; "" outside one."""
 
     nodes: tuple[fx.Node, ...]
     region: str
@@ -92,25 +92,25 @@ def blocks(nodes: Iterable[fx.Node]) -> Iterator[Block]:
 
 
 def flat_regions(graph: fx.Graph) -> dict[fx.Node, str]:
-    """The nodes inside flat regions, markers included, and what the user wrote that they are in."""
+    """The nodes inside flat regions, markers included, each with the user's call that made its region."""
     return {node: block.region for block in blocks(graph.nodes) if block.region for node in block.nodes}
 
 
 class OpenRegions:
-    """The markers of one thread that have run, and have not been taken back."""
+    """The markers of one thread that have run and have not been undone."""
 
     def __init__(self) -> None:
         self._open: list[tuple[_Marker, Any]] = []
 
     def note(self, node: fx.Node, result: Any) -> None:
-        """Take note of a node that has run."""
+        """Record a node that has run."""
         if node.target in MARKERS:
             self._open.append((MARKERS[node.target], result))
         elif node.target in _LEAVES:
             self._open.pop()
 
     def leave_all(self) -> None:
-        """Take back, the last first, what is still set: after an error, or where the graph leaves a region open."""
+        """Undo what is still set, the last marker first: after an error, or where the graph leaves a region open."""
         with ExitStack() as stack:
             for marker, result in self._open:
                 stack.callback(marker.undo, result)
@@ -119,7 +119,7 @@ class OpenRegions:
 
 @contextmanager
 def open_regions() -> Iterator[OpenRegions]:
-    """Inside, regions may be entered; afterwards all have been left, whatever happened."""
+    """Inside, regions may be entered; afterwards all have been left, also after an error."""
     opened = OpenRegions()
     try:
         yield opened
@@ -128,10 +128,9 @@ def open_regions() -> Iterator[OpenRegions]:
 
 
 def unwrapped(value: Any, copy: bool = False) -> Any:
-    """Plain tensors in place of those that a region wraps: all samples of a `vmap`, the values of a `jvp`. copy: give
-    copies, because a later node of the region writes in place.
+    """Plain tensors in place of those that a region wraps: all samples of a `vmap`, the values of a `jvp`.
 
-    copy: give copies, as something later in the region writes in place.
+    copy: give copies, because a later node of the region writes in place.
     """
     return pytree.tree_map_only(torch.Tensor, lambda tensor: _plain(tensor, copy), value)
 

@@ -1,4 +1,4 @@
-"""Flattening `torch.no_grad` regions, which mean nothing in inference and would hide their nodes."""
+"""Flatten `torch.no_grad` regions: they have no effect in inference, and would hide their nodes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NAME = "calibcast_name"
 
 
 def flatten(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """The graph with `torch.no_grad` regions inlined: in inference they mean nothing, and would hide their nodes.
+    """The graph with `torch.no_grad` regions inlined: they have no effect in inference, and would hide their nodes.
 
-    The caller's graph is not changed; one without such regions is returned itself. Inlined nodes keep their
-    qualified name, read by `qualified_name`.
+    The caller's graph is not changed; a graph without such regions is returned as it is. Inlined nodes keep their
+    qualified name, which `qualified_name` reads.
     """
     if not any(node.target is GRAD_REGION for node in graph_module.graph.nodes):
         return graph_module
@@ -38,12 +38,12 @@ def qualified_name(node: fx.Node) -> str:
 
 
 def without_qualified_name(node: fx.Node) -> None:
-    """Let an inlined node be known by its own name, in a program that is to stand for itself."""
+    """Remove the qualified name of an inlined node, so that a new program knows the node by its own name."""
     node.meta.pop(_NAME, None)
 
 
 def _inline(source: fx.GraphModule, prefix: str, graph: fx.Graph, values: dict[fx.Node, Any]) -> Any:
-    """Copy the nodes of `source` into `graph`; `values` maps its nodes to what stands for them there."""
+    """Copy the nodes of `source` into `graph`; `values` maps its nodes to their values in `graph`."""
     for node in source.graph.nodes:
         if node in values:
             continue
@@ -69,8 +69,8 @@ def _copy(node: fx.Node, prefix: str, graph: fx.Graph, values: Mapping[fx.Node, 
     made = graph.node_copy(node, lambda n: values[n])
     made.meta = copy.copy(node.meta)
     made.meta[_NAME] = prefix + node.name
-    # fx renames copies that look like builtins (`input` becomes `input_1`) or that it has seen; names are identity
-    # here. A name with dots cannot be one of the program's own, so the underscored one is made unlike them.
+    # fx renames a copy whose name is a builtin (`input` becomes `input_1`) or already used. Here a name identifies its
+    # node, so it is set again. `__` replaces the dots of a qualified name, to make it unlike the program's own names.
     made.name = (prefix + node.name).replace(".", "__")
     made.target = prefix + str(node.target) if node.op == "get_attr" else node.target
     return made

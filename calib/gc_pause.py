@@ -14,8 +14,8 @@ def paused() -> Iterator[None]:
     """Inside, nothing is collected; afterwards the collector is as it was before.
 
     Reference counting still frees what is in no cycle. A full collection visits every object of the process, which
-    takes 0.3 s for a program of 5,000 nodes. It runs after about 100,000 new objects, and deciding on such a program
-    makes as many in about that time.
+    takes 0.3 s for a program of 5,000 nodes. It runs after about 100,000 new objects, and planning such a program
+    makes that many in about the same time.
     """
     with _COLLECTOR.held():
         yield

@@ -84,7 +84,7 @@ def walk(graph_module: fx.GraphModule, prefix: str = "") -> Iterator[Step]:
 
 
 def size_hint(size: Any) -> int:
-    """A size as a number: of a symbolic one the value at export, or 1 where there was none."""
+    """A size as a number; for a symbolic size its value at export, or 1 where there was none."""
     if isinstance(size, int):
         return size
     hint = size.node.hint
@@ -93,7 +93,7 @@ def size_hint(size: Any) -> int:
 
 @cache
 def base_op(target: Any) -> str:
-    """As the table calls it: `add` for `aten.add_.Tensor`, `div` for `aten.divide.Tensor`; "" for what is not ATen."""
+    """The name in the operator table: `add` for `aten.add_.Tensor`, `div` for `aten.divide.Tensor`; "" if not ATen."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in {"aten", "prims"}:
         return ""
     name = target._schema.name.split("::", 1)[1]
@@ -101,12 +101,12 @@ def base_op(target: Any) -> str:
 
 
 def is_bitcast(target: Any) -> bool:
-    """Whether it reads the bits of its input as another type: other numbers, or another number of them."""
+    """Whether an operator reads the bits of its input as another type: the values change, or how many there are."""
     return base_op(target) != "" and target._overloadname in operator_of(base_op(target)).bitcasts
 
 
 def is_transposed(node: fx.Node) -> bool:
-    """Whether it is a transposed convolution, by its operator or by an argument."""
+    """Whether `node` is a transposed convolution, by its operator or by an argument."""
     known = operator_of(base_op(node.target))
     if known.transposed_at is not None:
         return argument_at(node, known.transposed_at) is True
@@ -125,7 +125,7 @@ def tensor_values(node: fx.Node) -> list[tuple[int, torch.Tensor]]:
 
 @cache
 def _arguments(target: Any) -> dict[str, tuple[int, Any]]:
-    """Position and default of each argument of an operator, by name, as reading a schema is slow."""
+    """Position and default of each argument of an operator, by name. Cached, because reading a schema is slow."""
     return {argument.name: (i, argument.default_value) for i, argument in enumerate(target._schema.arguments)}
 
 
@@ -147,12 +147,12 @@ def argument_at(node: fx.Node, position: int) -> Any:
 
 
 def as_list(value: Any) -> list[Any]:
-    """Of an argument that may be one number, several or none: `dim`, `kernel_size`."""
+    """A list from an argument that may be one number, several or none: `dim`, `kernel_size`."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def producer_of(node: fx.Node) -> tuple[fx.Node, int | None]:
-    """The node that made the tensor, and which of its outputs it is, looking through `getitem`."""
+    """The node that made a tensor, and which of its outputs the tensor is. For `getitem`: the node that it reads."""
     if node.target is getitem and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
         return node.args[0], node.args[1]
     return node, None
@@ -222,10 +222,10 @@ def state_tensor(program: ExportedProgram, target: str) -> torch.Tensor | None:
 
 
 def tensor_specs(program: ExportedProgram, wanted: Callable[[torch.dtype], bool] = is_measurable) -> list[TensorSpec]:
-    """Every tensor of the program of a `wanted` type (floating point), in the order in which it comes to be.
+    """Every tensor of the program of a `wanted` type (floating point), in the order in which they are made.
 
-    Inputs, parameters, buffers, constants, and each output of each node, inside regions too; `getitem` and
-    the region nodes themselves only pass on what already has a row.
+    Inputs, parameters, buffers, constants, and each output of each node, inside regions too. `getitem` and region nodes
+    have no spec: they only pass on tensors that have one.
     """
     kinds, targets = input_kinds(program), input_targets(program)
     names = dimension_names(program)
@@ -278,7 +278,7 @@ def program_device(program: ExportedProgram) -> torch.device:
 
 
 def same_device(one: torch.device, other: torch.device) -> bool:
-    """Whether both are the same device: `cuda` is the current one, `cuda:1` another than `cuda:0`."""
+    """Whether both are the same device: `cuda` means the current one, and `cuda:1` is not `cuda:0`."""
     return one.type == other.type and _index(one) == _index(other)
 
 

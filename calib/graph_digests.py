@@ -1,4 +1,4 @@
-"""Two graphs by the digests of their nodes: one digest of all, and the first node in which they differ."""
+"""Compare graphs by the digests of their nodes: one digest of a whole graph, and the first node that differs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def fingerprint(digests: dict[str, str]) -> str:
-    """One digest of the whole graph from those of its nodes."""
+    """One digest of the whole graph, from the digests of its nodes."""
     text = "\n".join(f"{name} {digest}" for name, digest in digests.items())
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,6 +1,6 @@
-"""How large sums inside an operator get, which no tensor shows: in norms, means, sums and attention.
+"""How large the sums inside norms, means, sums and attention get. No tensor of the program shows these sums.
 
-Measured along the reduced dimensions, because bounds from peaks alone (n times the square of the peak) are a hundred
+They are measured along the reduced dimensions: bounds from peaks alone (n times the square of the peak) are a hundred
 times too wide for a layer norm.
 """
 
@@ -20,13 +20,13 @@ from torch import fx
 
 # Elements of scratch at a time: squares of a large activation would double the memory that a forward pass needs.
 _STEP = 1 << 21
-# Of the mean square: fp32 sums are right to some 1e-6 of it.
+# A share of the mean square. fp32 sums are right to about 1e-6 of the mean square.
 _DOUBTFUL = 1e-4
 
 
 @dataclass(frozen=True)
 class SlicesInMemory:
-    """Where slices lie: `count` of them, of `length` elements that are `apart` from each other.
+    """Where slices lie in memory: `count` slices of `length` elements, which are `apart` elements from each other.
 
     Slice i begins at (i // width) * pitch + (i % width) * step.
     """
@@ -43,7 +43,7 @@ class SlicesInMemory:
 class Slices:
     """What an operator sums: the slices of `x` along `dimensions`.
 
-    squares: sums of squares, else of magnitudes. spread: 0 if none is wanted, 1 for the mean square of a slice, 2 for
+    squares: it sums squares, else magnitudes. spread: 0 if no spread is wanted, 1 for the mean square of a slice, 2 for
     its mean square deviation.
     """
 
@@ -53,7 +53,7 @@ class Slices:
     spread: int = 0
 
     def in_memory(self) -> SlicesInMemory | None:
-        """Where they lie; None where it takes more strides to say."""
+        """Where the slices lie; None if that takes more strides than `SlicesInMemory` has."""
         shape, strides, reduced = self.x.shape, self.x.stride(), set(self.dimensions)
         inside = memory_levels((shape[d], strides[d]) for d in reduced)
         between = memory_levels((shape[d], strides[d]) for d in range(self.x.dim()) if d not in reduced)
@@ -68,11 +68,11 @@ class Slices:
 def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tensor | None:
     """What `node` has just formed inside: float64 [2], on the tensor's device; None for an operator that hides nothing.
 
-    The first is the largest magnitude: of sums (and of means, before the division) the largest sum of |x| along the
-    reduced dimensions; of norms and variances the largest sum of squares; of attention the largest logit that the
-    lengths of queries and keys allow, before scaling (|q . k| is at most |q| |k|: Cauchy-Schwarz). The second is the
-    least mean square deviation of a slice (of an RMS norm the mean square), by whose root a norm divides; inf for what
-    is no norm.
+    The first number is the largest magnitude. For sums (and means, before the division) it is the largest sum of |x|
+    along the reduced dimensions; for norms and variances the largest sum of squares; for attention the largest logit
+    that the lengths of queries and keys allow, before scaling (|q . k| is at most |q| |k|: Cauchy-Schwarz). The second
+    number is the least mean square deviation of a slice (for an RMS norm the least mean square). A norm divides by its
+    root. For sums and attention it is inf.
     """
     base = base_op(node.target)
     if is_pool(base) and not _pools_all(node, base):
@@ -87,7 +87,7 @@ def hidden_values(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> torch.Tens
 
 
 def slices_of(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> tuple[Slices, ...]:
-    """What `node` sums inside: of attention the queries and the keys, of any other operator one tensor, or nothing."""
+    """What `node` sums inside: for attention queries and keys, for other operators one tensor; else ()."""
     base = base_op(node.target)
     sums = base in SUMS and (not is_pool(base) or _pools_all(node, base))
     summed = 2 if base in ATTENTION else int(base in SQUARES or sums)
@@ -108,7 +108,7 @@ def slices_of(node: fx.Node, arguments: Mapping[fx.Node, Any]) -> tuple[Slices, 
 
 
 def is_pool(base: str) -> bool:
-    """Whether it sums over windows."""
+    """Whether an operator sums over windows."""
     return operator_of(base).along == WINDOW
 
 
@@ -122,9 +122,9 @@ def _summable(x: torch.Tensor) -> bool:
 
 
 def reduced_dimensions(node: fx.Node, base: str, rank: int) -> list[int]:
-    """The dimensions of its first argument that the operator sums over, counted from 0, of a tensor of `rank`.
+    """The dimensions of its first argument, a tensor of `rank`, that the operator sums over, counted from 0.
 
-    Of a group norm, those of its input with the channels split into [groups, channels per group].
+    For a group norm: the dimensions of its input with the channels split into [groups, channels per group].
     """
     known = operator_of(base)
     if known.along == LAST:
@@ -157,13 +157,13 @@ def _widest(whole: int, parts: int) -> int:
 
 
 def group_count(node: fx.Node, base: str) -> int | None:
-    """Of a group norm, how many groups it has."""
+    """The number of groups of a group norm; None for another operator."""
     place = operator_of(base).groups_at
     return None if place is None else int(node.args[place])  # type: ignore[arg-type]
 
 
 def _pooled(node: fx.Node, base: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The operator itself gives the means of |x|; times the elements of a window, they are its sums."""
+    """The largest sum of |x| over a window: the operator itself gives the means, times the elements of a window."""
     x = args[0]
     pieces = _pieces(x, list(range(1, x.dim())))
     means = torch.stack([node.target(p.abs().float(), *args[1:], **kwargs).amax() for p in pieces])  # type: ignore[operator]
@@ -180,7 +180,7 @@ def _measured(slices: Slices) -> tuple[torch.Tensor, torch.Tensor | None]:
     mean_squares = sums.double() / terms
     if slices.spread == 1:
         return sums.amax(), mean_squares.amin()
-    if x.device.type == "cpu":  # where asking costs nothing: of values far from zero, the difference is rounding alone
+    if x.device.type == "cpu":  # reading is free here; far from zero, the difference is only rounding error
         spread = mean_squares - (_sums(x, dimensions, None).double() / terms).square()
         if bool((spread >= _DOUBTFUL * mean_squares).all()):
             return sums.amax(), spread.amin()
@@ -188,7 +188,7 @@ def _measured(slices: Slices) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _pair(largest: torch.Tensor, least: torch.Tensor | None = None) -> torch.Tensor:
-    # What is not a number bounds nothing.
+    # NaN gives no bound: the largest becomes inf, the least 0.
     largest = torch.nan_to_num(largest.double(), nan=math.inf, posinf=math.inf)
     least = torch.full_like(largest, math.inf) if least is None else torch.nan_to_num(least.double(), 0.0, math.inf)
     return torch.stack([largest, least])
@@ -208,7 +208,7 @@ def _sums(x: torch.Tensor, dimensions: list[int], of: Callable[[torch.Tensor], t
 
 
 def _variances(x: torch.Tensor, dimensions: list[int]) -> torch.Tensor:
-    """Mean square deviations of the slices along `dimensions`, in some order: slower than sums, and exact."""
+    """Mean square deviations of the slices along `dimensions`, in some order: slower than `_sums`, but exact."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts = (x,) if len(dimensions) == x.dim() else _pieces(x, dimensions)
     return torch.cat([part.to(wide).var(dimensions, correction=0).reshape(-1).double() for part in parts])

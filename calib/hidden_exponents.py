@@ -1,4 +1,4 @@
-"""By which power of two what an operator forms inside shrinks, when its inputs are stored as 2^-k of themselves."""
+"""By which power of two the sums inside an operator shrink, when its inputs are stored as 2^-k times their values."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.export import ExportedProgram
 
 
 def hidden_exponents(program: ExportedProgram, exponents: Mapping[tuple[str, int], int]) -> dict[str, tuple[int, int]]:
-    """By node: k of its largest sum (`hidden_max`) and of its least mean square (`hidden_min`); 0 left out.
+    """By node: k of its largest sum (`hidden_max`) and k of its least mean square (`hidden_min`), unless both are 0.
 
-    program: the rescaled one. exponents: of its tensors, by node and output.
+    program: the rescaled program. exponents: k of its tensors, by node and output.
     """
     found: dict[str, tuple[int, int]] = {}
     for step in walk(program.graph_module):

@@ -1,4 +1,4 @@
-"""Half precision on the CPU, where torch lacks some kernels and has wrong ones.
+"""Half precision on the CPU, where torch lacks some kernels, and some that it has are wrong.
 
 A plan must not depend on the machine on which it is tried, and a GPU has these kernels. So on a CPU these operators run
 in fp32 and their results are rounded, as a half-precision kernel that accumulates in fp32 would do.
@@ -31,9 +31,9 @@ def call_anywhere(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 class CastProgram(ExportedProgram):
-    """An exported program whose `module()` runs on a host, too, whatever half-precision kernels torch has there.
+    """An exported program whose `module()` runs on a host, too, even if torch lacks half-precision kernels there.
 
-    For torch it is an `ExportedProgram` like any other; what `torch.export.load` gives back is one of torch's own.
+    torch treats it as any other `ExportedProgram`; `torch.export.load` gives back torch's own class.
     """
 
     def module(self, check_guards: bool = True) -> fx.GraphModule:
@@ -55,7 +55,7 @@ def _forward_on_host(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
 
 
 class _HostKernels(TorchFunctionMode):
-    """While it is on, operators are called by `call_anywhere`."""
+    """While this mode is active, `call_anywhere` calls the operators."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

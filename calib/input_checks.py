@@ -30,7 +30,7 @@ class Place:
 
     @property
     def hint(self) -> str:
-        """What to do about something of another structure."""
+        """What to do about an input that has another structure."""
         if self.batch is None:
             return "Call it as the model is called."
         return "Give transform=, a function from your batch to the model's inputs."
@@ -41,7 +41,7 @@ class Place:
         return "before the call" if self.batch is None else "in transform="
 
     def only(self, batches: str) -> str:
-        """What is said of batches alone."""
+        """The text `batches`, which is about batches only; "" for a call."""
         return "" if self.batch is None else batches
 
 
@@ -69,7 +69,7 @@ def check_leaf(leaf: Leaf, value: Any, at: Place) -> None:
             raise BatchError(f"{at}: expected {leaf}, got a {type(value).__name__}. {at.hint}")
         return
     if leaf.dtype is None:
-        # A tensor compares element by element: only a plain True is equality.
+        # A tensor compares element by element, so only a plain True means equal.
         if value is not leaf.constant and (value == leaf.constant) is not True:
             came = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
             raise BatchError(f"{at}: the program was exported with {leaf}, got {came}. Export it with that value.")
@@ -100,7 +100,7 @@ def _shape(leaf: Leaf, value: Any) -> tuple[int, ...]:
 
 
 def sizes_of_symbols(inputs: Iterable[tuple[Leaf, Any]]) -> dict[Any, int]:
-    """What each symbolic size is in this batch: what it is where it stands alone for the first time."""
+    """The value of each symbolic size in this batch, read from the first dimension that is this symbol alone."""
     sizes: dict[Any, int] = {}
     for leaf, value in inputs:
         for expected, size in zip(leaf.sizes, _shape(leaf, value), strict=True):

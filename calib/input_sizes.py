@@ -20,7 +20,7 @@ def merge_sizes(first: Sizes, second: Sizes) -> Sizes:
 
 
 def count_size(counts: dict[str, int], size: str, count: int = 1) -> None:
-    """Count a size. Of more than 64, the smallest and largest stay and the rarest other goes."""
+    """Count a size. If there are more than 64, remove the rarest, but never the smallest or the largest."""
     counts[size] = counts.get(size, 0) + count
     if len(counts) > MAX_SIZES:
         ends = {min(counts, key=int), max(counts, key=int)}

@@ -1,8 +1,8 @@
 """Range statistics of one tensor: two ways of computing the same numbers.
 
-On the host, a reading costs nothing, so the kernel branches: what finite, nonzero, well-scaled data cannot have is
-not searched for. On a device, every reading would wait for the device, so the kernel is branch-free and leaves its
-results there. A test holds them to each other.
+On the host, reading a result costs nothing, so the kernel branches: it does not search for what finite, nonzero,
+well-scaled data cannot have. On a device, each reading would wait for the device, so the kernel has no branches and
+leaves its results there. A test checks that both give the same.
 
 The statistics of a tensor are `VALUES` (float64) and `COUNTS` (int64), and a histogram of the 256 biased exponents
 of fp32 (IEEE 754: bin 0 zeros and subnormals, bin 255 Inf and NaN, bin e the magnitudes [2^(e-127), 2^(e-126))).
@@ -90,7 +90,7 @@ class HostKernel:
         tally._add((low, high, smallest, total, squares), times)
 
     def _smallest(self, x: torch.Tensor, low: float, high: float, tally: Tally, times: int) -> float:
-        """Smallest nonzero magnitude; on the way, zeros are counted and exponents handed on. All of `x` is finite."""
+        """Smallest nonzero magnitude of `x`, which is finite. It also counts zeros and collects exponents."""
         scratch = self._scratch[: x.numel()]
         if self._counter is not None:
             torch.bitwise_and(x.view(torch.int32), _MAGNITUDE, out=scratch)
@@ -103,7 +103,7 @@ class HostKernel:
         return smallest
 
     def _double(self, x: torch.Tensor, tally: Tally, times: int) -> None:
-        """float64 values, exactly and not fast. Magnitudes beyond fp32 count in its last finite bin and first bin."""
+        """Measure float64, exactly but slowly. Magnitudes beyond fp32's range count in its last finite or first bin."""
         finite = _count_nonfinite(x, tally, times)
         magnitude = finite.abs()
         nonzero = magnitude[magnitude > 0]
@@ -124,7 +124,7 @@ class ExponentCounter:
 
     `torch.bincount` is slow where neighbours are equal (0.95 ns per element on the output of a ReLU), since its steps
     then wait for each other. Counting pairs in 65536 bins halves the steps and takes 0.45 ns; the two marginals add up
-    to the histogram. It pays from a quarter of a million elements on.
+    to the histogram. This is faster from a quarter of a million elements on.
     """
 
     _CAPACITY = 1 << 21
@@ -248,7 +248,7 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def memory_levels(dimensions: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """How many elements lie how far apart, from the innermost: (size, stride) of dimensions, joined where possible."""
+    """(size, stride) of the dimensions, the innermost first, joined where they form one run of equal steps."""
     levels: list[tuple[int, int]] = []
     for size, stride in sorted(dimensions, key=lambda dimension: dimension[1]):
         if size == 1:
@@ -302,8 +302,8 @@ def _count_nonfinite(x: torch.Tensor, tally: Tally, times: int) -> torch.Tensor:
 def _moments(x: torch.Tensor, low: float, high: float) -> tuple[float, float]:
     """Sum and sum of squares of finite fp32 values.
 
-    fp32 accumulation is enough for well-scaled data. Far from zero, 400.05 against 400.10, it would lose the
-    variance, so values are taken relative to the middle of their range, and the shift is undone in float64.
+    fp32 accumulation is enough for well-scaled data. Far from zero (values like 400.05 and 400.10) it would lose the
+    variance. So values are taken relative to the middle of their range, and the shift is undone in float64.
     """
     peak, spread = max(abs(low), abs(high)), high - low
     if peak == 0.0:
@@ -322,7 +322,7 @@ def _moments(x: torch.Tensor, low: float, high: float) -> tuple[float, float]:
 def _smallest_nonzero(bits: torch.Tensor, scratch: torch.Tensor) -> tuple[float, bool]:
     """Smallest nonzero magnitude of fp32 bit patterns, and whether there is a zero.
 
-    Less one, and without the sign, both zeros become the largest integer, and the rest keep their order.
+    After subtracting one and clearing the sign, both zeros become the largest integer, and the rest keep their order.
     """
     torch.sub(bits, 1, out=scratch)
     least, most = torch.aminmax(scratch.bitwise_and_(_MAGNITUDE))
@@ -335,7 +335,7 @@ def _count_zeros(x: torch.Tensor, scratch: torch.Tensor) -> int:
 
 
 def _as_float(pattern: int) -> float:
-    """The magnitude with this fp32 bit pattern; inf for a pattern beyond it, which stands for "none"."""
+    """The magnitude with this fp32 bit pattern; inf for a larger pattern, which stands for "none"."""
     if pattern >= _INFINITY:
         return math.inf
     return float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32))

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def lazy_names(package: str, places: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` (PEP 562) of `package`, whose names, by the keys, are in the modules `places`."""
+    """`__getattr__` and `__dir__` (PEP 562) of `package`. places: each public name, to the module that defines it."""
 
     def get(name: str) -> Any:
         if name not in places:

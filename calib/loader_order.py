@@ -15,7 +15,7 @@ _SHUFFLES = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def refuse_unseeded(dataloader: Any) -> None:
-    """Raise BatchError for a DataLoader that shuffles without a generator: its order is another in every process."""
+    """Raise BatchError for a DataLoader that shuffles without a generator: its order differs in every process."""
     if isinstance(dataloader, DataLoader):
         for sampler in _samplers(dataloader):
             if isinstance(sampler, _SHUFFLES) and sampler.generator is None:
@@ -39,8 +39,8 @@ def rewind(dataloader: Any) -> None:
 def resumed(dataloader: Iterable[Any], position: int, last: str) -> Iterator[Any]:
     """The batches of `dataloader` after the first `position`, which are read and dropped.
 
-    Raises BatchError when the loader ends before, or when the batch at `position - 1` is not the one whose hash is
-    `last` (where both are known): then the data or the order are others than they were.
+    Raises BatchError when the loader ends earlier, or when the hash of the batch at `position - 1` is not `last` (if
+    both are known): then the data or their order changed.
     """
     batches = iter(dataloader)
     batch: Any = None

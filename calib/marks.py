@@ -1,4 +1,4 @@
-"""Mark the nodes that calibcast inserts, so that they are not recognised by their names.
+"""Mark the nodes that calibcast inserts, to recognise them by the mark and not by their names.
 
 The mark is kept under torch's own key for a user's annotations: it survives lowering, and saving as `.pt2`.
 """

@@ -1,9 +1,9 @@
-"""Which tensors are attention masks: large negative values there mean "not this one", and are no magnitudes.
+"""Which tensors are attention masks: large negative values there mean "not this one", and do not count as magnitudes.
 
-A mask value is at or below -1e4. It comes from a number in the graph, an input or a buffer, passes through where,
-masked_fill, arithmetic, movement and selection (topk), and is read by nothing but softmax and attention, and by
-comparisons that come out alike once it is saturated. What a model computes itself, such as attention logits of -1e5,
-does not come from such a place, and stays a magnitude like any other.
+A mask value is at or below -1e4. It comes from a number in the graph, an input or a buffer. It may pass through where,
+masked_fill, arithmetic, movement and selection (topk). Its only readers are softmax, attention, and comparisons whose
+result stays the same once it is saturated. A value that the model computes itself, such as an attention logit of -1e5,
+does not come from these places, and counts as a magnitude.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from calibcast.calib.sentinels import PASSES, Sentinels, is_float, reads_order, 
 from torch import fx
 from torch.export import ExportedProgram
 
-# Parameters are left out: a learned bias is a magnitude. Inside regions every operand may carry what came from outside.
+# Parameters are left out: a learned bias is a magnitude. Inside regions every operand may carry a mask from outside.
 _SOURCES = frozenset({"input", "buffer", "constant"})
 
 
@@ -28,18 +28,18 @@ def mask_tensors(program: ExportedProgram) -> frozenset[str]:
 
 
 def mask_sources(program: ExportedProgram) -> set[str]:
-    """The placeholders by which a mask may come in."""
+    """The placeholders through which a mask may come in."""
     return {name for name, kind in input_kinds(program).items() if kind in _SOURCES}
 
 
 def mask_nodes(graph_module: fx.GraphModule, sources: set[str]) -> set[fx.Node]:
-    """The same of one graph, its regions left out. `sources`: placeholders that a mask may come in by."""
+    """The nodes of masks in one graph, without its regions. `sources`: placeholders through which one may come in."""
     sentinels = sentinels_of(graph_module, sources)
     return sentinels.keys() & _read_as_masks_only(graph_module, sentinels) if sentinels else set()
 
 
 def is_mask_argument(node: fx.Node, reader: fx.Node) -> bool:
-    """Whether `reader` is a softmax or an attention, and takes `node` where a mask goes."""
+    """Whether `reader` is a softmax or an attention, and `node` is the argument in which it reads a mask."""
     place = operator_of(base_op(reader.target)).mask_at
     return place is not None and argument_at(reader, place) is node and node not in reader.args[:place]
 
@@ -55,16 +55,16 @@ def _masks_of(graph_module: fx.GraphModule, sources: set[str], prefix: str) -> I
 
 
 def _read_as_masks_only(graph_module: fx.GraphModule, sentinels: Sentinels) -> set[fx.Node]:
-    """The nodes whose values reach nothing but softmax, attention and safe comparisons, going backward from these."""
+    """The nodes whose values reach nothing but softmax, attention and safe comparisons. It walks the graph backward."""
     roots = storage_roots(graph_module)
-    # A write into storage shows wherever that storage is read, so all its holders stand or fall together.
+    # A write into storage shows wherever that storage is read, so either all its holders are masks or none is.
     holders: dict[fx.Node, set[fx.Node]] = {}
     for node, its_roots in roots.items():
         for root in its_roots:
             holders.setdefault(root, set()).add(node)
     placed = dict.fromkeys(graph_module.graph.nodes, True)
     changed = True
-    while changed:  # again only where a write reaches a holder that was met after it
+    while changed:  # repeats only where a write reaches a holder that the walk visits after it
         changed = False
         for node in reversed(graph_module.graph.nodes):
             if placed[node] and not all(
@@ -90,9 +90,9 @@ def _reads_as_mask(
     if asks_for_size_or_type or is_mask_argument(node, reader) or reads_order(reader, sentinels):
         return True
     if reader.target is getitem and not is_float(reader):
-        return not reader.users  # which of several equal ones was taken is up to the kernel
+        return not reader.users  # indices: the kernel decides which of several equal values it takes
     base = base_op(reader.target)
     if reader.target is not getitem and base not in PASSES:
-        return base.endswith("_like") or base.startswith("new_")  # these look at the type alone
+        return base.endswith("_like") or base.startswith("new_")  # these read only shape and type
     written = {other for target in written_arguments(reader) for root in roots[target] for other in holders[root]}
     return placed[reader] and all(placed[other] for other in written)

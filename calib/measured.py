@@ -1,4 +1,4 @@
-"""What was measured on some batches, and the one way in which such parts merge: shards, ranks, tables of other days."""
+"""What was measured on some batches, and how such parts are merged: shards, ranks, tables of other days."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Measured:
         return RangeData(frame, self.calibration, hidden, self.rounding.frame())
 
     def numbered_from(self, first: int) -> Measured:
-        """The same of batches that are numbered from `first` on, in place of 0."""
+        """The same, with the batches numbered from `first` on instead of from 0."""
         skipped = tuple(index + first for index in self.calibration.skipped)
         return replace(
             self,
@@ -54,10 +54,10 @@ class Measured:
 
 
 def merge_measured(parts: Sequence[Measured], noun: str) -> Measured:
-    """One from several, whose batches have numbers of their own. noun: what a message calls a part.
+    """Merge several parts. No two parts have a batch of the same number. noun: what a message calls a part.
 
-    Counts, min, max and histograms are exact and in any order, sums are within 1e-12 relative; weights count once.
-    Raises MismatchError for parts of other programs or weights.
+    Counts, min, max and histograms are exact in any order of the parts; sums are within 1e-12 relative. Weights count
+    once. Raises MismatchError for parts of different programs or weights.
     """
     first = parts[0]
     statistics, calibration, rounding = first.statistics.to("cpu", copy=True), first.calibration, first.rounding

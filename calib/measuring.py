@@ -1,4 +1,4 @@
-"""The loop that measures batch after batch, and the file from which another process goes on after the last one kept."""
+"""The loop that measures batch after batch, and the file from which another process goes on if this one ends."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Item = TypeVar("Item")
 
 
 class Keeper:
-    """How far a run is in its batches, kept in a file when it is due.
+    """How many batches a run has done, saved in a file from time to time.
 
-    path: None keeps nothing. made_of: fingerprints of all that decides the numbers; a run with others must not go on
-    from this one's file. more: what else to write, by field of `Checkpoint`. kept: called when the file was written.
+    path: the file; None saves nothing. made_of: fingerprints of everything that decides the results; a run with other
+    fingerprints must not go on from this file. more: what else to write, by field of `Checkpoint`. kept: called when
+    the file was written.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Keeper:
         self._last: Any = None  # the batch itself: it is hashed only when the file is written
 
     def resume(self) -> Checkpoint | None:
-        """Bring the run to where the file was written; with no file, measure the weights, which come first.
+        """Bring the run to the state in the file; without a file, measure the weights, which come first.
 
         Raises ArtifactError for a file that is no checkpoint, MismatchError for one of another run.
         """
@@ -52,7 +53,7 @@ class Keeper:
         return found
 
     def advance(self, batch: Any) -> None:
-        """One more batch is done with, measured or left out. Writes the file when it is due."""
+        """Count one more batch, measured or left out. Writes the file when it is due."""
         self.position += 1
         self._last, self.last_hash = batch, ""
         if self._pace is not None and self._pace.tick():
@@ -76,7 +77,7 @@ def measure_all(
     keeper: Keeper,
     held: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Take each of `items`, pairs of a batch as it came and what `take` measures, and keep how far it is.
+    """Call `take` for each of `items`, and let `keeper` count it. items: a batch as it came, and what `take` measures.
 
     held: a context in which no signal stops the process in the middle of a batch.
     Raises BatchError as `take` and the loader do, with the table of what was measured before.

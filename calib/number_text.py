@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def percent(share: float) -> str:
-    """`99.5%`; never 0% of something, nor 100% of less than all; `-` where there is nothing to share."""
+    """A share as text: `99.5%`. Only nothing is 0%, and only all is 100%; NaN, a share of nothing, is `-`."""
     if share != share:
         return "-"
     if 0 < share < 0.001:

@@ -1,7 +1,7 @@
-"""What ATen operators do: the one table. Every other file asks it, and names no operator itself.
+"""What ATen operators do, in one table. Every other file looks operators up here, and names none itself.
 
-Without torch, which takes seconds to import. `operator_of("add")` is an entry; the sets below are those that are asked
-for most. An entry is made in the file of its kind: movement, arithmetic, sums, unsupported.
+This package does not import torch, which takes seconds. `operator_of("add")` is an entry; the sets below are the most
+used selections. The entries are in one file for each kind: movement, arithmetic, functions, sums, unsupported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BY_NAME = {name: entry for entry in OPERATORS for name in (entry.name, *entry.a
 
 
 def operator_of(name: str) -> Operator:
-    """The entry of an operator, named without overload and in-place mark; of one that has none, an empty entry."""
+    """The entry of an operator, named without overload and in-place mark; an empty entry if the table has none."""
     return _BY_NAME.get(name) or Operator(name, never_low=name.startswith(NEVER_LOW_PREFIXES))
 
 
@@ -35,7 +35,7 @@ def canonical(name: str) -> str:
 
 
 def _all(field: str, *values: object) -> frozenset[str]:
-    """The names of the operators whose `field` is one of `values`; without values, of which it is said at all."""
+    """The names of the operators whose `field` is one of `values`; without values, those whose `field` is set."""
     return frozenset(e.name for e in OPERATORS if (getattr(e, field) in values if values else e.says(field)))
 
 

@@ -61,7 +61,7 @@ ARITHMETIC: tuple[Operator, ...] = (
     operator("square", power=2.0, error=SHARE, hands_on=True),
     operator("reciprocal", error=SHARE, power=-1.0, poles=_AT_FIRST),
     operator("rsqrt", error=SHARE, power=-0.5, poles=_AT_FIRST),
-    # The number that they make a tensor of.
+    # Operators that make a tensor from a number.
     operator("full", literals=("fill_value",), fills=True, checks_numbers=True),
     operator("full_like", literals=("fill_value",), fills=True, checks_numbers=True),
     operator("new_full", literals=("fill_value",), fills=True, checks_numbers=True),

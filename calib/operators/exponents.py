@@ -1,16 +1,17 @@
-"""What each operator asks of the exponents of its tensors: one table, to be checked against the mathematics.
+"""Which exponents each operator requires of its tensors: one table, to be checked against the mathematics.
 
-A tensor of exponent k is stored as 2^-k times its true value. The table says which exponents leave an operator's
-result true: `out = input + weight = bias` reads k_out = k_input + k_weight = k_bias. Names are those of the schema;
-`out` is every floating-point result, `out0` the first; `j` is any integer, so `2 j` is any even one; `sum tensors` is
-the sum over a list, and `moved` are all tensors that an operator takes. `weight = 0` asks for the true value. A number
-in the call is a tensor of one element: it is rewritten as 2^-k times itself, and k is free where the equations leave it
-so. 0 has every exponent. Of an argument that is not given nothing is asked, but that a weight that is not given is a 1,
-whose exponent is 0, as is that of an integer.
+A tensor of exponent k is stored as 2^-k times its true value. The table says which exponents keep an operator's result
+correct: `out = input + weight = bias` means k_out = k_input + k_weight = k_bias. Names are those of the schema. `out`
+is every floating-point result, `out0` the first. `j` is any integer, so `2 j` is any even one. `sum tensors` is the sum
+over a list, and `moved` are all tensors that an operator takes. `weight = 0` requires the true value. A number in the
+call counts as a tensor of one element: it is replaced by 2^-k times itself, for any k that the equations allow. The
+number 0 has every exponent. An argument that is not given sets no condition, except a weight: it is then a 1, whose
+exponent is 0. The exponent of an integer is 0, too.
 
-What is not in the table has exponents 0, but that movers hand on what they take. Source: the algebra of each operator,
-which is linear, homogeneous, a power, or picks among its inputs; a product with a power of two is exact in binary
-floating point (IEEE 754) short of overflow and subnormal numbers, which `passes.rescaling.exactness` rules out.
+The exponents of operators that are not in the table are 0, but movers pass on those of their input. Source: the algebra
+of each operator, which is linear, homogeneous, a power, or picks among its inputs. A product with a power of two is
+exact in binary floating point (IEEE 754), except for overflow and subnormal numbers, which `passes.rescaling.exactness`
+rules out.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ empty empty_like new_empty empty_strided new_empty_strided empty_permuted :
 
 # These read one tensor's values, and only the shape or type of another.
 OF_THE_FIRST = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to", "_to_copy"})
-# x^n for a number n: products, or a root, of which `torch.pow` has kernels that are exact in powers of two.
+# x^n for a number n: products, or a root, for which `torch.pow` has kernels that are exact for powers of two.
 POWER = "pow"
 POWERS = {
     2.0: "out = 2 self",
@@ -96,7 +97,7 @@ POWERS = {
     -2.0: "out = 0 - 2 self",
     -0.5: "self = 0 - 2 out",
 }
-# Given these, an operator computes or updates statistics, or rounds: the table does not speak of that.
+# With these arguments, an operator computes or updates statistics, or rounds: the table does not cover that.
 NOT_WHEN = {"batch_norm": "training", "instance_norm": "running_mean", "div": "rounding_mode"}
 
 

@@ -1,7 +1,7 @@
 """Functions of one number, steps, and look-ups.
 
-A slope is bounded where it is at most about 1 (`gelu` reaches 1.13). Poles are at the values that the mathematics gives
-them, of a slope that is unbounded as well as of the result: acos is 0 at 1, and its slope infinite.
+A slope counts as bounded if it is at most about 1 (`gelu` reaches 1.13). Poles are where the mathematics puts them:
+where the result is unbounded, or its slope is. For example, acos is 0 at 1, and its slope is infinite there.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ FUNCTIONS: tuple[Operator, ...] = (
     operator("rrelu", error=SAME, training=Training(flag=3)),
     operator("atan arctan", error=SAME),
     operator("asinh arcsinh", error=SAME),
-    # Of an argument of 500, they see what is left above a whole number of periods.
+    # They remove whole periods from their argument: from 500, only the rest matters.
     *alike("sin cos", error=SAME, takes_offset=True),
     operator("tan", error=EXPONENT, poles=(Pole(0, math.pi / 2), Pole(0, -math.pi / 2)), takes_offset=True),
     *alike("exp cosh sinh", error=EXPONENT),
     operator("exp2 special_exp2", error=EXPONENT),
     operator("expm1 special_expm1", error=EXPONENT),
-    # log x: d(log x) = dx / x. Far from its pole it takes a share for what it is.
+    # log x: d(log x) = dx / x. Far from its pole, a relative error becomes an absolute error of the same size.
     *alike("log log2 log10", error=LOGARITHM, poles=(Pole(0),)),
     operator("log1p special_log1p", poles=(Pole(0, -1.0),)),
     operator("xlogy special_xlogy", poles=(Pole(1),)),
-    # The host rounds 1 - eps before it clamps by it, which makes 1 of it in bfloat16.
+    # The host rounds 1 - eps before it clamps to it; in bfloat16 the result is 1.
     operator("logit special_logit", poles=(Pole(0), Pole(0, 1.0)), wrong_on_host=True),
     operator("acos arccos", poles=_AT_ONE),
     operator("asin arcsin", poles=_AT_ONE),
@@ -56,8 +56,8 @@ FUNCTIONS: tuple[Operator, ...] = (
     *alike("floor ceil round frac", error=STEP, steps=True, takes_offset=True),
     operator("trunc fix", error=STEP, steps=True, takes_offset=True),
     *alike("sign sgn heaviside", steps=True),
-    # Coordinates of an image: an error is one of so many pixels. The kernels were found to be wrong by comparing 400
-    # calls with the same in fp32, rounded (torch 2.14): NaN, or reads out of bounds, on images from 192 pixels on.
+    # Coordinates in an image: their error is a distance in pixels. 400 calls were compared with the same calls in fp32,
+    # rounded (torch 2.14). The kernels are wrong (NaN, or reads out of bounds) on images from 192 pixels on.
     *alike("grid_sampler grid_sampler_2d grid_sampler_3d", places=1, wrong_on_host=True),
     *alike(
         "embedding embedding_bag _embedding_bag index_put index_add index_copy scatter_add scatter_reduce", error=SAME

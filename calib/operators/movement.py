@@ -26,7 +26,7 @@ MOVEMENT: tuple[Operator, ...] = (
     operator("copy", moves=True, overwrites=True),
     operator("fill_diagonal", moves=True, checks_numbers=True),
     operator("view", moves=True, bitcasts=("dtype",)),
-    # Their composite kernels give views, which their schemas do not say.
+    # Their composite kernels give views, although their schemas do not say so.
     *alike(
         """
         atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid unsafe_chunk unsafe_split unsafe_split_with_sizes
@@ -35,7 +35,7 @@ MOVEMENT: tuple[Operator, ...] = (
         moves=True,
         shares=0,
     ),
-    # In evaluation they give back their input itself.
+    # In evaluation they return their input itself.
     *alike(
         "dropout feature_dropout alpha_dropout feature_alpha_dropout",
         moves=True,
@@ -47,11 +47,11 @@ MOVEMENT: tuple[Operator, ...] = (
     operator("conj_physical", shares=0),
     operator("cartesian_prod", shares=0, fresh_of_several=True),
     *alike("max_pool1d max_pool2d max_pool3d", error=SAME, hands_on=True, keeps_rounded=True),
-    # A type that the user wrote down: `.to(dtype)` and what it becomes.
+    # Conversions that the user wrote: `.to(dtype)`, and the operators that it becomes.
     *alike("to _to_copy convert_element_type", converts=True),
     operator("type_as", converts=True, shares=0),
     operator("_assert_tensor_metadata", asserts=True),
-    # `eq` and `ne` see two values that a cast has made one, and so are not among those that see only order.
+    # `eq` and `ne` notice when a cast makes two values equal, so they are not among those that only read the order.
     *alike("kthvalue msort amax amin", error=SAME, selects=True),
     *alike("max min", error=SAME, selects=True),
     *alike("topk sort", error=ORDER, selects=True, takes_offset=True),

@@ -1,16 +1,16 @@
-"""What can be said of an ATen operator: one entry of the table."""
+"""One entry of the table: the facts about an ATen operator."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# What an operator forms inside that no tensor shows.
+# What an operator forms inside, which no tensor shows.
 SUM, SQUARES, EXPONENTIALS, LOGITS = "sum", "sum of squares", "sum of exponentials", "attention logits"
-# Along which dimensions of its input: those of its argument `dim` (all, without one); the last ones, as many as
-# `normalized_shape` has; the groups of its channels; all after the channels; a window that moves.
+# The dimensions of its input along which it forms that: those of its argument `dim` (all, without one); the last ones,
+# as many as `normalized_shape` has; the groups of its channels; all after the channels; a window that moves.
 DIM, LAST, GROUPS, SPATIAL, WINDOW = "dim", "last", "groups", "spatial", "window"
-# How it forms sums of products.
+# The kind of product that it sums.
 CONVOLUTION, TRANSPOSED, MATRIX, CONTRACTION, RECURRENT, ATTENTION = (
     "convolution",
     "transposed convolution",
@@ -19,19 +19,20 @@ CONVOLUTION, TRANSPOSED, MATRIX, CONTRACTION, RECURRENT, ATTENTION = (
     "recurrent",
     "attention",
 )
-# What an error of an argument becomes. A share of the value stays a share (products, powers); it stays as large as it
-# was, or gets smaller (a slope of at most about 1); as it is, it becomes a share of the result (exponentials); a share
-# becomes an error as it is (logarithms); it tips elements over to the next step; it changes an order.
+# What an error of an argument becomes in the result. SHARE: a relative error stays relative (products, powers). SAME:
+# an absolute error stays as large, or gets smaller (a slope of at most about 1). EXPONENT: an absolute error becomes a
+# relative one (exponentials). LOGARITHM: a relative error becomes an absolute one (logarithms). STEP: it moves elements
+# to another step. ORDER: it changes the order of elements.
 SHARE, SAME, EXPONENT, LOGARITHM, STEP, ORDER = "share", "same", "exponent", "logarithm", "step", "order"
-# What it does to a mask: picks it or something else, or computes with it.
+# What it does to a mask: it chooses between the mask and other values, or computes with it.
 CHOOSES, COMPUTES = "chooses", "computes"
 
 
 @dataclass(frozen=True, slots=True)
 class Pole:
-    """Where a result grows without bound, or with unbounded slope, as one argument comes near to a value.
+    """A value of one argument near which the result, or its slope, grows without bound.
 
-    argument: its position. at: the value. exponent: position of a number that has to be negative for it, as of `pow`.
+    argument: its position. at: the value. exponent: position of a number that must be negative for a pole, as in `pow`.
     """
 
     argument: int = 0
@@ -41,10 +42,10 @@ class Pole:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Where an operator is told to behave as in training.
+    """The arguments that make an operator behave as in training.
 
-    flag: the argument that says so. share: the one that says how much is dropped; of 0 nothing is. statistics: the one
-    for running statistics, without which a norm has its batch's own in evaluation, too.
+    flag: the argument that says so. share: the argument that says how much is dropped; 0 drops nothing. statistics: the
+    argument with running statistics; without them, a norm uses the batch's own statistics in evaluation, too.
     """
 
     flag: int
@@ -61,58 +62,58 @@ class Operator:
     name: as torch calls it. aliases: other names under which torch exports the same operator (`divide` of `div`).
 
     Movement:
-        moves: its results are elements of its arguments. In evaluation, `dropout` does that.
-        shares: the argument that it may give back itself, or a view of, though its schema says nothing.
-        fresh_of_several: but not where it is given several tensors.
-        writes_nothing: in place it only drops gradient history, whatever its schema says.
+        moves: its results are elements of its arguments. In evaluation, this is true for `dropout`.
+        shares: the argument that it may return, or return a view of, although its schema does not say so.
+        fresh_of_several: if it gets several tensors, `shares` does not apply, and its result is new.
+        writes_nothing: its in-place form only drops gradient history, although its schema says that it writes.
 
     Sums:
         hides, along: what it forms inside, and along which dimensions.
-        groups_at: the argument that says how many groups of channels.
-        window: over how many dimensions its window goes.
-        adaptive: it is told the size of its result, not that of its window.
-        centred: it takes the mean away before it squares.
-        product: how it sums products, if it does.
-        left: where the left operand of the product is.
-        transposed_at: the argument that makes a transposed convolution of it.
+        groups_at: the argument with the number of groups of channels.
+        window: the number of dimensions of its window.
+        adaptive: its argument is the size of its result, not that of its window.
+        centred: it subtracts the mean before it squares.
+        product: the kind of product that it sums, if any.
+        left: the position of the left operand of the product.
+        transposed_at: the argument that makes it a transposed convolution.
 
     Masks, which are numbers at or below -1e4 that stand for "not this one":
-        mask_at: the argument where it reads one.
-        masks: what else it does to one.
-        selects: it gives elements chosen by their order. compares: it asks for that order.
+        mask_at: the argument in which it reads a mask.
+        masks: what else it does to a mask.
+        selects: it gives elements chosen by their order. compares: it compares elements by their order.
 
     Types:
-        converts: it gives its input in a type that it states.
+        converts: it converts its input to a type that it states.
         asserts: it only checks a type.
         bitcasts: overloads that read the bits of their input as another type.
 
     Numbers:
         literals: arguments that become values of a tensor.
         epsilon: the argument that it adds to a variance. variance_at: the argument that is this variance, where it is
-            given; the mean stands before it.
-        fills: its result is such a number, everywhere.
-        checks_numbers: its half-precision kernels raise where such a number is too large; others make inf of it.
+            given; the argument before it is the mean.
+        fills: every element of its result is such a literal.
+        checks_numbers: its half-precision kernels raise if a literal is too large; other operators turn it into inf.
 
     Sensitivity:
-        keeps_rounded: it adds no rounding to what is rounded already: its results are elements of its input, negated or
+        keeps_rounded: if its input is rounded, its result needs no rounding: it has elements of its input, negated or
             set to zero.
         steps: its floating-point results change in steps, which its gradient does not show.
-        bias_along: the dimension of its result along which its bias lies, which is added to it; counted from the end.
-        error: what an error of its first argument becomes; of products, sums and norms, what they are says it.
-        places: the argument with coordinates, from -1 to 1, by which it looks elements of the first up.
-        poles: where a small difference of an argument makes a large one of its result.
-        keeps_poles: it is small where its input is, so a pole of its reader is one of its input.
-        hands_on: of a small input it makes a small result, and of one that is off by a share one off by such a share.
+        bias_along: the dimension of its result along which its bias is added, counted from the end.
+        error: what an error of its first argument becomes. Products, sums and norms have their own fields instead.
+        places: the argument with coordinates, from -1 to 1, at which it reads elements of its first argument.
+        poles: where a small change of an argument makes a large change of its result.
+        keeps_poles: its result is small where its input is, so a pole of its reader is also a pole of its input.
+        hands_on: a small input gives a small result, and a relative error of the input a similar one of the result.
         adds: it gives the sum or the difference of its first two arguments. subtracts: the difference.
-        powers: its first argument to the power of its second. power: to a power of its own.
+        powers: its first argument to the power of its second. power: to this fixed power.
         averages: it divides its sum by the number of terms.
-        takes_offset: it may take away what all elements have in common, and leave what tells them apart.
+        takes_offset: it may remove an offset that all elements share, and leave only their differences.
 
-    wrong_on_host: its half-precision kernels for CPUs are there, and wrong.
+    wrong_on_host: its half-precision kernels for CPUs exist, but are wrong.
     never_low: no target runs it in half precision.
 
     Memory and state:
-        empties: it makes a tensor without values.
+        empties: it makes an uninitialised tensor.
         overwrites: it writes all of its first argument, and reads none of it.
         training: how it is told to behave as in training.
     """
@@ -165,7 +166,7 @@ class Operator:
     training: Training | None = None
 
     def says(self, field: str) -> bool:
-        """Whether the entry says something in a field; position 0 is something."""
+        """Whether a field of the entry is set; position 0 counts as set."""
         value = getattr(self, field)
         return value is not None and value is not False and value not in ("", ())
 
@@ -177,5 +178,5 @@ def operator(names: str, **does: Any) -> Operator:
 
 
 def alike(names: str, **does: Any) -> tuple[Operator, ...]:
-    """Operators of which the same is said."""
+    """Several operators whose entries differ only in the name."""
     return tuple(Operator(name, **does) for name in names.split())

@@ -52,17 +52,18 @@ REDUCTIONS: tuple[Operator, ...] = (
     operator("batch_norm", epsilon="eps", variance_at=4, takes_offset=True, training=_TRAINS),
     operator("_native_batch_norm_legit_no_training", epsilon="eps", variance_at=4, takes_offset=True),
     *alike("_native_batch_norm_legit native_batch_norm", training=_TRAINS),
-    # exp(x - max x): an offset is taken away first, and what is summed is at most 1 each.
+    # exp(x - max x): an offset is subtracted first, and each term of the sum is at most 1.
     operator("softmax special_softmax", error=EXPONENT, hides=EXPONENTIALS, mask_at=0, takes_offset=True),
     *alike("_softmax _safe_softmax", error=EXPONENT, hides=EXPONENTIALS, mask_at=0, takes_offset=True),
-    # The host's kernel rounds the logarithm of the sum before it takes it away: of a confident row that is all.
+    # The host's kernel rounds the logarithm of the sum before it subtracts it. In a confident row, it is the
+    # whole result.
     operator("log_softmax special_log_softmax", error=SAME, hides=EXPONENTIALS, takes_offset=True, wrong_on_host=True),
     operator("_log_softmax", error=SAME, hides=EXPONENTIALS, takes_offset=True, wrong_on_host=True),
     operator("logsumexp", error=SAME, hides=EXPONENTIALS, takes_offset=True),
     *alike("mse_loss l1_loss", takes_offset=True),
 )
 
-# Those that `torch.utils.flop_counter` counts as work, before and after decomposition.
+# Operators that `torch.utils.flop_counter` counts as work, before and after decomposition.
 PRODUCTS: tuple[Operator, ...] = (
     operator("conv1d", product=CONVOLUTION, hands_on=True, takes_offset=True, bias_along=-2),
     operator("conv2d", product=CONVOLUTION, hands_on=True, takes_offset=True, bias_along=-3),
@@ -73,7 +74,7 @@ PRODUCTS: tuple[Operator, ...] = (
     operator("conv_transpose3d", product=TRANSPOSED, hands_on=True, takes_offset=True, bias_along=-4),
     operator("linear", product=MATRIX, hands_on=True, takes_offset=True, bias_along=-1),
     *alike("matmul mm bmm mv dot", product=MATRIX, hands_on=True, takes_offset=True),
-    # beta input + alpha a b: the operands of the product stand at 1 and 2.
+    # beta input + alpha a b: the operands of the product are arguments 1 and 2.
     operator("addmm", product=MATRIX, hands_on=True, left=1, literals=("beta", "alpha"), takes_offset=True),
     operator("baddbmm", product=MATRIX, hands_on=True, left=1, literals=("beta", "alpha"), takes_offset=True),
     *alike("addbmm addmv", product=MATRIX, hands_on=True, left=1, takes_offset=True),

@@ -1,8 +1,8 @@
 """The zip container of torch: what is in it, and whether it is as plain as the one that torch writes.
 
-torch stores members as they are, uncompressed. So what takes more memory than the file has bytes is no file of torch's,
-and two readers that could disagree about a member (one name twice, a name that differs from another only in its case,
-a path that leads out) have nothing to disagree about.
+torch stores members uncompressed. So if members need more memory than the file has bytes, torch did not write the file.
+Two readers could disagree about a member (one name twice, names that differ only in their case, a path that leads out).
+Such members are refused.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ _ENCRYPTED = 0x1
 
 
 def members(source: Path | IO[bytes]) -> dict[str, int]:
-    """Name without its root folder, to size in bytes, of every member.
+    """The size in bytes of every member, by its name without the root folder.
 
-    Raises RefusedError for what torch would not have written, and zipfile.BadZipFile or OSError for what is no zip.
+    Raises RefusedError for what torch would not have written, and zipfile.BadZipFile or OSError for a file that is not
+    a zip archive.
     """
     with zipfile.ZipFile(source) as archive:
         entries = archive.infolist()
@@ -49,7 +50,7 @@ def members(source: Path | IO[bytes]) -> dict[str, int]:
 
 def _check(entry: zipfile.ZipInfo) -> None:
     name = entry.orig_filename
-    # The root folder is named as the file was, which may be called anything.
+    # The root folder has the name that the file had when it was written, which may be anything.
     if name != entry.filename or not name.isprintable() or "\\" in name:
         raise RefusedError(f"member {shown(name)} has no plain name")
     if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):

@@ -1,4 +1,4 @@
-"""All that is looked at in a `.pt2` before torch loads it."""
+"""All checks of a `.pt2` before torch loads it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _LOOK_ELSEWHERE = (
 def check_program_file(path: Path) -> None:
     """Raise RefusedError unless torch can load the `.pt2` at `path` without running code that the file brings along.
 
-    Every record is read by torch's own reader of archives: there is no second reading that could differ. Raises
-    OSError, zipfile.BadZipFile or ValueError for what is no archive of a program.
+    torch's own archive reader reads every record, so torch cannot read anything else later. Raises OSError,
+    zipfile.BadZipFile or ValueError for a file that is not the archive of a program.
     """
     sizes = members(path)
     if _MODEL not in sizes:

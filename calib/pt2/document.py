@@ -1,8 +1,8 @@
-"""The JSON documents of a `.pt2`, checked field by field against torch's own schema of them.
+"""The JSON documents of a `.pt2`, checked field by field against torch's own schema.
 
-torch takes the values as they come: text where a number belongs ends up in the Python that it writes and runs. Here
-each value must have the type that the schema states, and each text must match the rule of its field. A field without a
-rule of its own, also one that a later torch adds, takes plain names only.
+torch does not check the values: text where a number belongs ends up in the Python that it writes and runs. Here each
+value must have the type that the schema states, and each text must match the rule of its field. A field without a rule
+of its own, also one that a later torch adds, accepts plain names only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_TEXT = 1 << 24
 
 
 def parse_document(content: bytes, kind: str) -> dict[str, Any]:
-    """The JSON of a document, as torch will parse it, checked as a `kind` of `torch._export.serde.schema`.
+    """The JSON of a document, as torch will parse it, checked against class `kind` of `torch._export.serde.schema`.
 
     Raises RefusedError.
     """
@@ -44,7 +44,7 @@ def parse_document(content: bytes, kind: str) -> dict[str, Any]:
 
 
 def check_value(value: Any, kind: Any, rule: Rule | None = None) -> None:
-    """Raise RefusedError unless `value`, from JSON, has the type `kind`, and its texts keep their rules."""
+    """Raise RefusedError unless `value`, from JSON, has the type `kind`, and its texts match their rules."""
     try:
         _check(value, kind, rule or plain)
     except RecursionError as error:
@@ -52,7 +52,7 @@ def check_value(value: Any, kind: Any, rule: Rule | None = None) -> None:
 
 
 def plain(text: str) -> None:
-    """The rule of fields without one of their own."""
+    """The rule of fields that have no rule of their own."""
     if not _PLAIN.fullmatch(text):
         raise RefusedError(f"the text {shown(text)} where a plain name belongs")
 
@@ -82,7 +82,7 @@ def _symbols_name(text: str) -> None:
         check_symbol(text)
 
 
-# By class and field of torch._export.serde.schema; for a dict, its keys (first) and its values.
+# By class and field of torch._export.serde.schema. `_RULES`: for texts and values of dicts; `_KEYS`: for keys of dicts.
 _RULES: dict[tuple[str, str], Rule] = {
     ("SymExpr", "expr_str"): check_expression,
     ("Node", "target"): check_target,

@@ -12,7 +12,7 @@ import re
 from calibcast.calib.pt2.refusal import RefusedError, shown
 
 MOST_CHARACTERS = 100_000
-# The largest number that constants may grow to, in bits: sympy works powers of constants out at once.
+# The largest number that constants may grow to, in bits: sympy evaluates powers of constants at once.
 MOST_BITS = 4096
 # torch counts up to the number of a symbol without a value ("u0"), one by one.
 MOST_UNBACKED = 1_000_000
@@ -84,7 +84,7 @@ def check_expression(text: str) -> None:
 
 
 def check_symbol(name: str) -> None:
-    """Raise RefusedError unless `name` is that of a symbol or of a known function."""
+    """Raise RefusedError unless `name` is the name of a symbol or of a known function."""
     if not _SYMBOL.fullmatch(name) or name.startswith("__"):
         raise RefusedError(f"the symbol {shown(name)}")
     if (match := _UNBACKED.fullmatch(name)) and (len(match[1]) > 7 or int(match[1]) > MOST_UNBACKED):
@@ -178,7 +178,7 @@ def _check_growth(parsed: ast.Expression, what: str) -> None:
 
 
 def _check_strings(parsed: ast.Expression, text: str) -> None:
-    """Text stands only where `srepr` puts it: `Symbol('s0')` and `Float('1.5', precision=53)`."""
+    """Text is allowed only where `srepr` writes it: `Symbol('s0')` and `Float('1.5', precision=53)`."""
     right: set[int] = set()
     for node in ast.walk(parsed):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or not node.args:
@@ -196,7 +196,7 @@ def _check_strings(parsed: ast.Expression, text: str) -> None:
 
 
 def _bits(node: ast.AST) -> float:
-    """A bound on the bits of the constants that working an expression out may give; a symbol counts as two bits."""
+    """A bound on the bits of the constants that evaluating an expression may give; a symbol counts as two bits."""
     if isinstance(node, ast.Constant):
         return max(2, node.value.bit_length()) if isinstance(node.value, int) else 64
     name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
@@ -221,7 +221,7 @@ def _is_shift(node: ast.AST) -> bool:
 
 
 def _value(node: ast.expr) -> float:
-    """A bound on an exponent: its number, or two to the bits of what it is worked out from; 1 for a lone symbol."""
+    """A bound on an exponent: its number; 2^bits if several numbers form it; 1 if it has only symbols."""
     found = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
     numbers = [float(value) for value in found if isinstance(value, int | float)]
     if not numbers:

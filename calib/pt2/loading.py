@@ -1,4 +1,4 @@
-"""Load a `.pt2` that was looked at, quietly, and without torch's way around its own safe unpickler."""
+"""Check a `.pt2` and load it: without torch's log messages, and without its fallback to the unsafe unpickler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calibcast.calib.process_settings import unlogged
 from calibcast.calib.pt2.check import check_program_file
 from calibcast.calib.pt2.refusal import ALLOW, RefusedError, allowed_by_owner
 
-# They log the traceback of an error that is raised as well, and says more.
+# These loggers print the traceback of an error that torch also raises, and the raised error says more.
 _LOUD = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
 
 # torch's reader keeps what it is reading in a variable of its module, and refuses a second one.
@@ -25,15 +25,15 @@ def load_checked(path: Path) -> torch.export.ExportedProgram:
     """The program at `path`. Raises RefusedError, and whatever torch raises for a damaged file."""
     check_program_file(path)
     with _ONE_AT_A_TIME, warnings.catch_warnings(), unlogged(*_LOUD), torch.serialization.safe_globals(_vouched_for()):
-        # torch 2.11 says so of the file that it has mapped, which nobody writes to.
+        # torch 2.11 warns about the file that it has mapped, which nobody writes to.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.export.load(str(path))
 
 
 def _vouched_for() -> list[Any]:
-    """Classes that this process has registered as containers, and those that the owner of the file has named.
+    """Classes that this process has registered as containers, and classes that the owner of the file has named.
 
-    torch's safe unpickler takes them; else torch would try again with its unsafe one.
+    torch's safe unpickler accepts these. Otherwise torch would try again with its unsafe unpickler.
     """
     registered = [kind for kind in pytree.SUPPORTED_NODES if kind.__module__ != "builtins"]
     return registered + [_imported(name) for name in allowed_by_owner()]

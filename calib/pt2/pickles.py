@@ -1,8 +1,8 @@
 """Read a pickle as a description, without running any of it.
 
-A pickle is a program for a small stack machine. This one knows the opcodes that `torch.save` writes for tensors, plain
-containers and the instances of classes, and builds descriptions: a call becomes `Made`, never a call. Who calls what
-is then known before any real unpickler sees the bytes. Anything else is refused.
+A pickle is a program for a small stack machine. The machine here knows the opcodes that `torch.save` writes for
+tensors, plain containers and instances of classes, and refuses all others. It only builds descriptions: it turns a call
+into a `Made`, and calls nothing. So every call is known before a real unpickler sees the bytes.
 
 Opcodes and their meaning: CPython's pickletools.py.
 """
@@ -32,7 +32,7 @@ class Named:
 
 @dataclass(eq=False)
 class Made:
-    """What a call would have given. how: `call` for a function, `new` for a class without its constructor."""
+    """A call that was not made. how: `call` for a function, `new` for an instance made without its constructor."""
 
     by: Named
     arguments: tuple[Any, ...]
@@ -43,7 +43,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Outside:
-    """A reference to what lies beside the pickle: for torch, a storage."""
+    """A reference to something outside the pickle: for torch, a storage."""
 
     key: Any
 
@@ -62,7 +62,7 @@ _IDLE = frozenset({"PROTO", "FRAME"})
 
 
 def read_pickle(content: bytes, allowed: Callable[[Named], bool]) -> Any:
-    """What a pickle describes. Raises RefusedError for an opcode or a name that is not allowed, and for nonsense."""
+    """What a pickle describes. Raises RefusedError for an opcode or a name that is not allowed, and for damage."""
     machine = _Machine(allowed)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):

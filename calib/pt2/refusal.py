@@ -15,7 +15,7 @@ def allowed_by_owner() -> frozenset[str]:
     """Classes, as `package.module.Class`, that may be made from a file.
 
     They come from `torch.serialization.add_safe_globals`, and from the environment variable CALIBCAST_ALLOW, which
-    holds names with commas between.
+    holds names separated by commas.
     """
     import torch
 

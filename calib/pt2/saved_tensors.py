@@ -16,7 +16,7 @@ _DATA, _STORAGES = "data.pkl", "data/"
 _REBUILD = frozenset({"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"})
 _REBUILD_BYTES = "torch._utils._rebuild_tensor_v3"  # of a storage of bytes: float8, uint16
 _FAKE = "torch._export.serde.serialize._reconstruct_fake_tensor"
-# What these make is a tensor, a container or a number, whatever they are given.
+# Whatever their arguments are, these give a tensor, a container or a number.
 _HARMLESS = _REBUILD | {
     _REBUILD_BYTES,
     "torch._utils._rebuild_parameter",
@@ -64,7 +64,7 @@ def check_saved(content: bytes, reader: Callable[[bytes], Any], check_meta: Call
 
 
 class _Names:
-    """Which names a pickle may hold: of torch's own, and classes that this process or the owner vouches for."""
+    """Which names a pickle may hold: some of torch's own, and classes that this process or the owner vouches for."""
 
     def __init__(self) -> None:
         self._owner = allowed_by_owner()
@@ -80,7 +80,7 @@ class _Names:
 
 
 def registered_classes() -> frozenset[str]:
-    """Classes that this process has registered as containers of inputs, with `torch.export.register_dataclass` say."""
+    """Classes that this process has registered as input containers, such as by `torch.export.register_dataclass`."""
     import torch.utils._pytree as pytree
 
     return frozenset(
@@ -89,7 +89,7 @@ def registered_classes() -> frozenset[str]:
 
 
 def _walk(described: Any) -> Iterator[Any]:
-    """Every `Made` and `Outside` of a description, once. A pickle may refer to one list from within itself."""
+    """Every `Made` and `Outside` of a description, once. A list in a pickle may contain itself."""
     seen: set[int] = set()
     waiting = [described]
     while waiting:
@@ -110,7 +110,7 @@ def _walk(described: Any) -> Iterator[Any]:
 
 
 def _check_tensor(made: Made, sizes: dict[str, int]) -> None:
-    """A tensor lies within its storage: torch would make the storage larger, however large that is."""
+    """A tensor must lie within its storage: otherwise torch would enlarge the storage to any size."""
     storage, offset, shape, strides = made.arguments[:4]
     if not isinstance(storage, Outside) or not all(isinstance(value, tuple) for value in (shape, strides)):
         raise RefusedError("a tensor that is made of something else than a storage, a shape and strides")
@@ -141,7 +141,7 @@ def _storage(outside: Outside, sizes: dict[str, int]) -> tuple[int, int]:
 
 
 def _element_size(named: Named) -> int | None:
-    """Bytes of an element of a storage class of torch's; None for any other name."""
+    """Bytes of an element, if `named` is one of torch's storage classes; None for any other name."""
     import torch
 
     if str(named) == _UNTYPED:

@@ -8,7 +8,7 @@ from typing import Any
 from calibcast.calib.pt2.refusal import RefusedError, shown
 
 _OPERATOR = re.compile(r"torch\.ops\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)(?:\.([A-Za-z_]\w*))?")
-# Arithmetic of sizes, as torch._export.serde.serialize._SYM_OPS has it, and what stands for it in 2.11 to 2.14.
+# Arithmetic of sizes: what torch._export.serde.serialize._SYM_OPS lists, and its other names in torch 2.11 to 2.14.
 _SIZE_ARITHMETIC = frozenset(
     f"_operator.{name}"
     for name in (

@@ -71,7 +71,7 @@ def _check_context(value: Any, depth: int) -> None:
 
 
 def _check_mapping(value: dict[str, Any]) -> None:
-    """torch imports the module that a `defaultdict` or an enumeration names; importing is running."""
+    """torch imports the module that a `defaultdict` or an enumeration names, which runs the module."""
     if "default_factory_module" in value or "default_factory_name" in value:
         module, name = value.get("default_factory_module"), value.get("default_factory_name")
         if module != "builtins" or name not in _FACTORIES:
