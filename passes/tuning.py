@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 
 _log = logging.getLogger("calibcast")
 MOST_RUNS = 5
+MOST_PLANS = 4 * MOST_RUNS  # plans are quick; one whose nodes were run before is not run again
 # How far the allowed noise amplitude goes down when the budget is missed, by more when it is missed by FAR_DB.
 LESS, MUCH_LESS, FAR_DB = 1.8, 3.0, 14.0
 # A near miss is made good, and by this much more, dB: the smallest of many steps is less than that.
@@ -86,6 +87,12 @@ def _kept(start: PrecisionPlan | None) -> dict[str, Verdict]:
     return {name: Verdict("start", "the plan to start with has it in its exported type") for name in names}
 
 
+def _has_low_work(plan: PrecisionPlan) -> bool:
+    """Whether a plan is worth casting for: some of the work is low, or some nodes are where there is no work."""
+    nodes, work = plan.share()
+    return (nodes if math.isnan(work) else work) != 0
+
+
 @dataclass
 class _Tuning:
     """The state of one `tune`: what is raised so far, how much noise is allowed, and what has been run."""
@@ -102,18 +109,36 @@ class _Tuning:
 
     def run(self) -> PrecisionPlan:
         allowance: float | None = allowance_of(self.budget)
-        while allowance is not None and len(self.tried) < MOST_RUNS:
-            plan = self.planning.plan(allowance, self.raised, self.at_any_cost)
-            outcome = self.proving.run(plan)
-            self.tried.append(outcome)
-            _log.info(
-                "run %d: %.1f dB, %d nodes high", len(self.tried), outcome.sqnr_db, len(plan.high_precision_nodes)
-            )
+        for _ in range(MOST_PLANS):
+            if allowance is None or len(self.tried) == MOST_RUNS:
+                break
+            outcome = self._outcome(self.planning.plan(allowance, self.raised, self.at_any_cost))
             allowance = self._next(allowance, outcome)
         if not self.passed:
             raise self._refusal()
         best = min(self.passed, key=lambda o: (self._bytes_high(o.plan), len(o.plan.high_precision_nodes)))
-        return replace(best.plan, proof=best.proof(self.budget, len(self.tried)))
+        plan = replace(best.plan, proof=best.proof(self.budget, len(self.tried)))
+        if _has_low_work(plan):
+            return plan
+        _log.warning("%s", told := self._nothing_low())
+        return replace(plan, notes=(told, *plan.notes))
+
+    def _outcome(self, plan: PrecisionPlan) -> Outcome:
+        """What a run of the plan shows. A plan with the same nodes high was run already: another run shows the same."""
+        high = plan.high_precision_nodes
+        known = next((outcome for outcome in self.tried if outcome.plan.high_precision_nodes == high), None)
+        if known is not None:
+            return replace(known, plan=plan)
+        outcome = self.proving.run(plan)
+        self.tried.append(outcome)
+        _log.info("run %d: %.1f dB, %d nodes high", len(self.tried), outcome.sqnr_db, len(high))
+        return outcome
+
+    def _nothing_low(self) -> str:
+        """What a user is told whose budget leaves all of the work in fp32."""
+        others = [o.sqnr_db for o in self.tried if _has_low_work(o.plan) and not o.nonfinite]
+        had = f"; the best plan tried that has some gave {max(others):.3g} dB" if others else ""
+        return f"within {self.budget:g} dB none of the work can run in {self.planning.low_name}{had}"
 
     def _next(self, allowance: float, outcome: Outcome) -> float | None:
         """The allowance of the next plan, after more nodes were raised where noise is not what is wrong."""
@@ -123,8 +148,8 @@ class _Tuning:
             return self._relaxed(allowance, outcome)
         if outcome.plan.rounding is None:
             return None
-        if outcome.plan.rounding.spread:  # no edge is to blame, and the budget is asked for all the same
-            self.at_any_cost = True
+        if outcome.plan.rounding.spread and not self.at_any_cost:
+            self.at_any_cost = True  # no edge is to blame, and the budget is asked for all the same
             return allowance
         if outcome.nonfinite and self._raise_for_nonfinite(outcome):
             return allowance

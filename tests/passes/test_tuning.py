@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from calibcast import PrecisionPlan, calibrate, classify, tune
 from calibcast.calib import BudgetError
 from calibcast.calib.rounding_table import empty_rounding
+from calibcast.passes.proving import Proving
 
 from tests.passes.measured import exported, with_noise
 
@@ -52,6 +55,18 @@ def test_a_budget_that_no_plan_meets_is_an_error_that_says_what_can_be_had() -> 
     assert caught.value.proof.nonfinite > 0
 
 
+def test_a_budget_that_leaves_all_work_in_fp32_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """A proven plan of fp32 alone is no answer to a user who asked for half, unless they are told."""
+    layer = torch.nn.Linear(16, 16)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(layer.eval(), (x,))
+    plan = tune(program, calibrate(program, [x], progress=False), [x], min_sqnr_db=120)
+    assert plan.low_precision_nodes == ()
+    assert plan.notes[0].startswith("within 120 dB none of the work can run in float16")
+    assert plan.notes[0] in str(plan)
+    assert plan.notes[0] in caplog.text
+
+
 def test_the_proof_is_saved(tmp_path: Path) -> None:
     """With the plan, batch and all."""
     program = exported(lambda x: x.tanh(), X)
@@ -85,6 +100,30 @@ def test_spread_noise_is_raised_where_the_budget_asks_for_it() -> None:
     plan = tune(program, ranges, [X], min_sqnr_db=60)
     assert 0 < len(plan.high_precision_nodes) <= 60
     assert plan.proof.sqnr_db >= 60
+
+
+def test_no_plan_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where noise is spread, a second plan at any cost may be the first again; the runs are few."""
+
+    def deep(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(60):
+            x = x.sin()
+        return x
+
+    program, run = exported(deep, X), Proving.run
+    ranges = with_noise(program, [X], {}, rest=2e-6)
+    seen = []
+
+    def counted(proving: Proving, plan: PrecisionPlan) -> Any:
+        seen.append((plan.low_precision_type, plan.high_precision_nodes))
+        return run(proving, plan)
+
+    monkeypatch.setattr(Proving, "run", counted)
+    for budget in (60, 66, 72, 90):
+        seen.clear()
+        with contextlib.suppress(BudgetError):
+            tune(program, ranges, [X], min_sqnr_db=budget)
+        assert len(seen) == len(set(seen)), budget
 
 
 def test_a_plan_to_start_with_stays_where_it_is_high() -> None:
