@@ -65,7 +65,7 @@ class Observer:
             self._look_inside(row, node, arguments)
 
     def measure(self, name: str, tensor: torch.Tensor) -> None:
-        """Measure a tensor that no run gives: a parameter, a buffer, a constant."""
+        """Measure a tensor that no node computes: a parameter, a buffer or a constant."""
         row = self._rows.get((name, 0))
         if row is not None and tensor.numel():
             self._write(row, tensor)
@@ -106,7 +106,7 @@ class Observer:
     def _same_elements(
         self, row: int, name: str, node: fx.Node, identity: _Identity, arguments: dict[fx.Node, Any]
     ) -> int | None:
-        """The row of an argument with the very same elements: of a view, a permutation, an idle dropout."""
+        """The row of an argument with exactly the same elements: `node` is a view, a permutation or an idle dropout."""
         prefix = name.removesuffix(node.name)
         for argument in node.all_input_nodes:
             source = self._rows.get(_row_of(argument, prefix))
@@ -182,7 +182,7 @@ class Observer:
 
 
 def _row_of(node: fx.Node, prefix: str) -> Row:
-    """The row under which the tensor of an argument was measured; `getitem` looks through to its producer."""
+    """The row under which the tensor of an argument was measured; a `getitem` stands for an output of its producer."""
     if node.target is getitem and isinstance(node.args[1], int):
         producer = node.args[0]
         assert isinstance(producer, fx.Node)
@@ -192,7 +192,7 @@ def _row_of(node: fx.Node, prefix: str) -> Row:
 
 def _identity(tensor: torch.Tensor) -> _Identity | None:
     # Tensors made under torch.inference_mode keep no version, so nothing tells whether they were written to.
-    # A lazily negated view lies where its source lies, and is not equal to it.
+    # A lazily negated view has the address of its source, but other values.
     if tensor.is_inference() or tensor.is_neg() or not is_dense(tensor):
         return None
     return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor._version

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import torch
 
-# A channel is held to no less power than 60 dB below the mean of its output's channels: one that is silent in fp32 as
-# well would make any noise infinite.
+# The noise of a channel is divided by at least this share (-60 dB) of the mean power of its output's channels.
+# Otherwise any noise in a channel that is silent in fp32 would count as infinite.
 SILENT = 1e-6
-# Elements of a channel that say what its power is. Of a single row of logits, one that is near 0 says nothing.
+# How many elements a channel needs for its power to mean something. One logit near 0 in a single row means nothing.
 FEWEST = 32
-# So many channels are a population, in which some are near 0 by chance. Fewer are quantities, each in its own unit.
+# From this many channels on, some are near 0 by chance. Fewer are taken for separate quantities, each in its own unit.
 POPULATION = 8
-# One that varies by half as much as its output's typical channel, or more, is in the unit of that.
+# A channel with at least this share of the median channel's variance (half its deviation) is taken to have its unit.
 SAME_UNIT = 0.25
 
 
 def channel_dimension(tensor: torch.Tensor) -> int | None:
-    """Where an output's channels lie: 1 of images and volumes ([batch, channels, ..]), else the last.
+    """The dimension of an output's channels: 1 for images and volumes ([batch, channels, ..]), else the last.
 
-    None where all of it is one channel: it has at most one dimension, or fewer than `FEWEST` elements in each channel.
+    None where it counts as one channel: it has at most one dimension, or fewer than `FEWEST` elements a channel.
     """
     if tensor.ndim <= 1:
         return None
@@ -27,7 +27,7 @@ def channel_dimension(tensor: torch.Tensor) -> int | None:
 
 
 def by_channel(tensor: torch.Tensor) -> torch.Tensor:
-    """An output as [channels, elements]; [1, elements] where channels have too few to say what their power is."""
+    """An output as [channels, elements]; [1, elements] where channels have fewer than `FEWEST` elements."""
     return tensor.reshape(1, -1) if channel_dimension(tensor) is None else every_channel(tensor)
 
 
@@ -41,15 +41,15 @@ def _place_of_channels(tensor: torch.Tensor) -> int:
 
 
 def channel_power(reference: torch.Tensor) -> torch.Tensor:
-    """The power that each channel's noise is held to, float64 [channels]: sums of squares of finite values.
+    """The power that each channel's noise is divided by, float64 [channels]: sums of squares of finite values.
 
-    That is the channel's own, or what a typical channel of its output has, if that is more and the channel is in the
-    same unit. Of a thousand logits some are near 0 for each input of a batch, and an error that is none beside the
-    others is none there; a score beside boxes in pixels is held to its own power. What a channel varies by says what
-    unit it is in: the typical power counts in full where it varies by `SAME_UNIT` of the typical variance, and by less
-    as it varies less (by the square). Outputs of fewer than `POPULATION` channels have no typical one.
+    It is the channel's own power, or the median power of the output's channels, where that is more and the channel has
+    the same unit. Of a thousand logits some are near 0 for every input of a batch; an error that is small beside the
+    other logits is small there, too. A score beside boxes in pixels is compared with its own power. The variance shows
+    the unit: the median power counts in full where the channel has at least `SAME_UNIT` of the median variance, and
+    falls with the square of the variance below that. With fewer than `POPULATION` channels, only the own power counts.
 
-    At least `SILENT` of the mean; 0 only where the whole output is.
+    It is at least `SILENT` of the mean power, and 0 only where the whole output is 0.
     """
     values = by_channel(reference).double()
     values = torch.where(values.isfinite(), values, 0.0)
@@ -64,8 +64,8 @@ def channel_power(reference: torch.Tensor) -> torch.Tensor:
 def channel_noise(ours: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Noise-to-signal power of each channel of one output, float64 [channels].
 
-    inf where something is not finite that is finite in `reference`, and where noise meets an output that is all 0. What
-    is not finite in `reference` is left out. Of integers and booleans, the share of elements that differ, [1].
+    inf where an element is finite in `reference` but not in `ours`, and where there is noise in an output that is all
+    0. Elements that are not finite in `reference` are left out. For integers and booleans: the share that differs, [1].
     """
     if not (reference.is_floating_point() or reference.is_complex()):
         differ = (ours != reference).double()

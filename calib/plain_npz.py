@@ -1,6 +1,6 @@
-"""Read a NumPy `.npz` as `numpy.savez` writes it, with every size checked before memory is taken for it.
+"""Read a NumPy `.npz` as `numpy.savez` writes it, and check every size before memory is allocated for it.
 
-NumPy itself unpacks whatever a small file declares, and takes memory for a shape that its header merely states.
+NumPy itself unpacks as much as a small file declares, and allocates any shape that a header states.
 """
 
 from __future__ import annotations

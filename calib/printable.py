@@ -1,10 +1,10 @@
-"""Text from files, safe to print: names of modules may hold what a terminal or a spreadsheet obeys."""
+"""Makes text from files safe to print: a module's name may hold characters that a terminal or a spreadsheet obeys."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """Without what would move a terminal's cursor, change its colours or break a line."""
+    """`text` with U+FFFD for every character that could move the cursor, change colours or break a line."""
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 

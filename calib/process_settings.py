@@ -1,4 +1,4 @@
-"""Settings of the whole process that are another way for a while, however uses of them on several threads overlap."""
+"""Changes settings of the whole process for a while, also where several threads do so at overlapping times."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-# A program's fake tensors share one mode, which notes in itself whether a kernel runs: one thread at a time may call
-# operators on them. Nothing waits long for it, as what is done there holds the interpreter anyway.
+# A program's fake tensors share one mode, and that mode stores whether a kernel is running. So only one thread at a
+# time may call operators on them. No thread waits long: such calls hold the interpreter lock anyway.
 FAKE_TENSORS = threading.RLock()
 
 
 class HeldSetting:
     """A setting that is `value` while anyone needs it: the first to come sets it, the last to go restores it.
 
-    Were each to restore what it found, the second of two that overlap would leave the setting of the first for good.
+    If each user restored what it found, the second of two that overlap would leave the first one's value in place.
     """
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], None], value: Any) -> None:
@@ -25,7 +25,7 @@ class HeldSetting:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, the setting is as wanted; after the last use, also after an error, as it was before the first."""
+        """Inside, the setting is `value`. After the last user, or an error, it is what it was before the first."""
         with self._lock:
             if not self._users:
                 self._before = self._read()
@@ -57,7 +57,7 @@ class _OtherThreads(logging.Filter):
 
 @contextmanager
 def unlogged(*names: str) -> Iterator[None]:
-    """Without what this thread logs under these names; other threads are heard, and no logger is changed for good."""
+    """Drop what this thread logs under these names. Other threads still log, and the end restores the loggers."""
     with ExitStack() as stack:
         for name in names:
             logger, others = logging.getLogger(name), _OtherThreads()

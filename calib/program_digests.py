@@ -71,12 +71,12 @@ def _copied_beside(value: Any) -> tuple[Any, torch.cuda.Event | None]:
     if not isinstance(value, torch.Tensor) or value.device.type != "cuda":
         return value, None
     current, beside = torch.cuda.current_stream(value.device), torch.cuda.Stream(value.device)  # type: ignore[no-untyped-call]
-    beside.wait_stream(current)  # for who made the inputs
+    beside.wait_stream(current)  # for the work that makes the inputs
     with torch.cuda.stream(beside):
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(beside)
-    value.record_stream(beside)  # its memory is not given to another before that
+    value.record_stream(beside)  # its memory is not reused before the copy is done
     return copy, copied
 
 
@@ -121,7 +121,7 @@ def _size_text(size: Any, symbols: dict[str, str]) -> str:
 
 
 def _attribute_text(node: fx.Node, symbols: dict[str, str]) -> str:
-    """An attribute by its name and, where it is a graph (a branch of `torch.cond`), by what that does."""
+    """An attribute by its name and, where it is a graph (a branch of `torch.cond`), by the digests of its nodes."""
     held = node.graph.owning_module
     for part in str(node.target).split("."):
         held = getattr(held, part)

@@ -45,7 +45,7 @@ def scaled_to(
 
 
 def _identity(table: RangeData, program: ExportedProgram, added: Mapping[str, str]) -> pl.DataFrame | None:
-    """The rows of added nodes, each with the row of the table behind which it stands in the graph."""
+    """The rows of added nodes. `after`: the row of the table that the node follows in the graph."""
     if not added:
         return None
     rows, place = [], -1

@@ -22,10 +22,12 @@ CHANGES = ("new", "gone", "grew", "shrank", "same")
 class RangeDiff:
     """Two tables, row by row.
 
-    frame: one row per tensor of either, in the order of the new graph, gone ones last. `node` and the like are those of
-    the new table, `node_old` the name before. `change`: new, gone, grew, shrank or same. `growth`: peak by peak.
+    frame: one row per tensor of either table, in the order of the new graph; tensors that are gone come last. `node`
+    and the other columns of `_PLACES` are those of the new table; `node_old` is the old name. `change`: new, gone,
+    grew, shrank or same. `growth`: the new peak divided by the old one.
     `headroom_old`, `headroom_new`: how many times the tensor could grow before it passes 65504; 0 where NaN or Inf was
-    seen. `headroom_lost`: the first by the second. Each number of `_NUMBERS` is there as `.._old` and `.._new`.
+    seen. `headroom_lost`: `headroom_old` divided by `headroom_new`. Each column of `_NUMBERS` appears as `.._old` and
+    `.._new`.
     """
 
     old: RangeTable
@@ -41,7 +43,7 @@ class RangeDiff:
         return {change: found.get(change, 0) for change in CHANGES}
 
     def losses(self, below: float | None = None) -> pl.DataFrame:
-        """Tensors whose headroom has shrunk by over 1%, the least left first; with `below`, those now under it."""
+        """Tensors whose headroom shrank by over 1%, the least headroom first; with `below`, only those now under it."""
         lost = self.frame.filter(pl.col("headroom_lost") > 1.01)
         lost = lost if below is None else lost.filter(pl.col("headroom_new") < below)
         return lost.sort("headroom_new", "headroom_lost", descending=[False, True], nulls_last=True)
@@ -69,10 +71,10 @@ class RangeDiff:
 
     @cached_property
     def rounding(self) -> pl.DataFrame:
-        """What rounding does, edge by edge and low type, as far as both tables have the edge.
+        """What rounding does, by edge and low type, for the edges that both tables have.
 
-        `noise_old`, `noise_new`: as in `RangeTable.rounding`. `change_db`: how much the noise of an edge grew, in dB;
-        what grew most comes first, an edge that became infinite before all.
+        `noise_old`, `noise_new`: as in `RangeTable.rounding`. `change_db`: how much the noise of an edge grew, in dB.
+        Rows are sorted by it: noise that became infinite comes first, then what grew most.
         """
         old, new = (t.rounding.select(*ROUNDING_KEY, "noise", "noise_worst") for t in (self.old_as_new, self.new))
         both = new.join(old, on=ROUNDING_KEY, how="inner", suffix="_old", maintain_order="left")
@@ -102,10 +104,10 @@ def range_diff(old: RangeTable, new: RangeTable, tolerance: float = 0.01) -> Ran
     """Align two tables and compare them. `tolerance`: a peak that changed by less, relatively, counts as the same.
 
     The tables may be of the same graph, or of the same model, exported again or changed; see `aligned`.
-    Of a rescaled program's table the true values are compared.
-    Raises MismatchError when no computed tensor of the two corresponds.
+    For the table of a rescaled program, the true values are compared. Raises MismatchError when no computed tensor of
+    the two corresponds.
     """
-    # A change of the network, not of how it is stored.
+    # Compare the networks, not how their tensors are stored.
     old, new = _shared_ends(old.true_values(), new.true_values())
     same_graph = first_difference(old.calibration.digests, new.calibration.digests) is None
     pairs = aligned(old.frame, new.frame, same_graph)
@@ -128,7 +130,7 @@ def range_diff(old: RangeTable, new: RangeTable, tolerance: float = 0.01) -> Ran
 
 
 def _shared_ends(old: RangeTable, new: RangeTable) -> tuple[RangeTable, RangeTable]:
-    """The two tables; where one has inputs and outputs alone, the other without what that one cannot have."""
+    """The two tables. Where one has only inputs and outputs, the other is cut down to the tensors that both have."""
     if old.calibration.ends_only == new.calibration.ends_only:
         return old, new
     ends, whole = (old, new) if old.calibration.ends_only else (new, old)
@@ -166,7 +168,7 @@ def _compared(frame: pl.DataFrame, tolerance: float) -> pl.DataFrame:
 
 
 def headroom_text(row: dict[str, object]) -> str:
-    """`block.7: 12x to 1.3x below 65504` of a row of `RangeDiff.frame`."""
+    """Text such as `block.7: 12x to 1.3x below 65504` for a row of `RangeDiff.frame`."""
     place = str(row["module"] or row["node"])
     was, now = row["headroom_old"], row["headroom_new"]
     assert isinstance(was, float)

@@ -28,15 +28,15 @@ def save_ranges(path: str | os.PathLike[str], data: RangeData) -> None:
 
 
 def read_ranges(content: bytes, source: Path) -> RangeData:
-    """The range table in the bytes of a Parquet file. Raises ArtifactError, naming `source`, when it is none.
+    """The range table in the bytes of a Parquet file. Raises ArtifactError, naming `source`, for anything else.
 
-    To be called with bytes whose checksum is right: others can end the process.
+    Call it only with bytes whose checksum is right: damaged bytes can crash the process.
     """
     try:
         metadata = pl.read_parquet_metadata(io.BytesIO(content))
         header = json.loads(metadata.get(_HEADER_KEY, "{}"))
         frame = pl.read_parquet(io.BytesIO(content))
-    except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
+    except (Exception, pl.exceptions.PanicException) as error:  # a panic is not an Exception
         raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
     check_header(header if isinstance(header, dict) else {}, _KIND, source)
     with parsed(source, _KIND):
@@ -53,7 +53,7 @@ def _checked(frame: pl.DataFrame, source: Path) -> pl.DataFrame:
     missing = [name for name in SCHEMA if name not in frame.columns]
     if missing:
         raise ArtifactError(f"{source} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-    # Without the columns of `hidden` nothing was measured inside; rules then bound it from the peaks.
+    # Without the `HIDDEN` columns, nothing was measured inside nodes; the rules then use bounds from the peaks.
     frame = frame.with_columns(pl.lit(None, pl.Float64).alias(name) for name in HIDDEN if name not in frame.columns)
     expected = SCHEMA | HIDDEN_SCHEMA
     wrong = [name for name, dtype in expected.items() if frame.schema[name] != dtype]

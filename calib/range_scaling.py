@@ -1,6 +1,6 @@
-"""The range table of a program whose tensors are stored as powers of two times themselves: no second calibration.
+"""The range table of a program whose tensors are stored times powers of two, made without a second calibration.
 
-Without torch: a scaled table is read, and turned back, where two tables are compared.
+It does not import torch: comparing two tables also reads scaled ones and undoes the scaling.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from calibcast.calib.errors import MismatchError
 from calibcast.calib.range_schema import RangeData, Rescaled
 from calibcast.calib.statistic_names import BINS
 
-# With numpy, which a table that is only read does not need.
+# That module needs numpy, which reading a table does not.
 if TYPE_CHECKING:
     from calibcast.calib.rounding_scaling import Key, NumberScale
 
@@ -37,8 +37,8 @@ def scaled_table(
 ) -> Table:
     """Every statistic as calibration would have found it in the rescaled program.
 
-    identity: rows of the nodes that were added, in the columns that say what a tensor is, with `after`: the row of the
-    table behind which each stands, or -1. edges: of the rescaled program, where rounding was measured.
+    identity: the rows of added nodes, with the columns that say what a tensor is, and `after`: the row of the table
+    that each one follows. edges: those of the rescaled program, where rounding was measured.
     """
     from calibcast.calib.rounding_scaling import scaled_rounding
 
@@ -51,7 +51,7 @@ def scaled_table(
 
 
 def true_table(table: Table) -> Table:
-    """The table of the network itself, out of a scaled one: every number as it was. Rounding evidence is left out."""
+    """The network's own table, from a scaled one: every number as it was before. Rounding evidence is left out."""
     record = table.calibration.rescaled
     if record is None:
         return table
@@ -71,17 +71,17 @@ def true_table(table: Table) -> Table:
 
 
 def exponents_of(table: RangeData) -> list[int]:
-    """k of each row: it holds 2^-k times the true value of its tensor."""
+    """k of each row: the row holds 2^-k times the true values of its tensor."""
     record = table.calibration.rescaled
     places = table.frame.select("node", "output").iter_rows()
     return [0 if record is None else record.exponents.get(tensor_key(n, o), 0) for n, o in places]
 
 
 def true_frame(table: RangeData) -> pl.DataFrame:
-    """The rows of a table, for people: every number as the network itself has it, and how its tensor is stored.
+    """The rows of a table, for display: every number at its true value, and how its tensor is stored.
 
-    More columns: `exponent`, k, where the tensor is stored as 2^-k times its true value; `stored_absmax`. The product
-    of an added multiplication has the true values of what it multiplies.
+    Two columns are added: `exponent`, the k of a tensor that is stored as 2^-k times its true value, and
+    `stored_absmax`. The result of an added multiplication has the true values of the tensor that it multiplies.
     """
     k = exponents_of(table)
     true = _scaled(table.frame, [-exponent for exponent in k])
@@ -105,7 +105,7 @@ def _scaled(frame: pl.DataFrame, k: Sequence[int]) -> pl.DataFrame:
 
 
 def _moved(bins: list[int] | None, k: int) -> list[int] | None:
-    """A histogram of exponents, k bins lower. What is 0, and what is not finite, stays."""
+    """A histogram of exponents, moved down by k bins. The bins of zeros and of values that are not finite stay."""
     if bins is None:
         return None
     inner = bins[1 : BINS - 1]
@@ -124,7 +124,7 @@ def _hidden(hidden: pl.DataFrame, exponents: Mapping[str, tuple[int, int]]) -> p
 
 
 def _with_added(frame: pl.DataFrame, record: Rescaled, identity: pl.DataFrame) -> pl.DataFrame:
-    """The rows of added nodes: the numbers of the tensor that each multiplies."""
+    """`frame` with rows for added nodes. Each has the numbers of the tensor that it multiplies."""
     numbers = frame.drop([name for name in identity.columns if name in frame.columns and name != "node"])
     behind = pl.DataFrame({"node": list(record.added), "was": list(record.added.values())})
     rows = identity.join(behind, on="node", how="left", maintain_order="left").join(

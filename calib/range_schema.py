@@ -40,7 +40,7 @@ SCHEMA: dict[str, Any] = {
 }
 # Beside the frame, for those rows that have them: see `calib.hidden` and `calib.masks`.
 HIDDEN_SCHEMA: dict[str, Any] = {"node": pl.String, "output": pl.Int64, **dict.fromkeys(HIDDEN, pl.Float64)}
-# Hashes of batches that are kept: enough to notice that data were used before.
+# How many hashes of batches are kept: enough to notice that data were used before.
 MAX_HASHES = 4096
 
 
@@ -48,9 +48,9 @@ MAX_HASHES = 4096
 class Rescaled:
     """How a table differs from that of the network itself: each tensor is stored as 2^-k times its true value.
 
-    exponents: k by `node:output`, 0 left out. hidden: by node, of the sums that it forms inside, and of its mean
-    squares. added: nodes that the network does not have, which multiply the one that they name. digests, weights: of
-    the network, as in `Calibration`. renamed: nodes that have another name there.
+    exponents: k by `node:output`; 0 is left out. hidden: by node, the k of the sums that it forms inside, and of its
+    mean squares. added: nodes that the network does not have, each with the node that it multiplies. digests, weights:
+    those of the network, as in `Calibration`. renamed: the network's names of nodes that have another name here.
     """
 
     exponents: dict[str, int]
@@ -78,8 +78,8 @@ class Calibration:
     digests: of each node, by name. weights: hash of the weights. batches: how many were measured. skipped:
     indices of batches left out as non-finite. input_sizes: per input and dimension, how often each size came.
     input_hashes: of the batches, at most 4096. versions: of calibcast and torch. rescaled: how the table was
-    scaled, see `RangeTable.scaled`; None for what was measured of a network itself. ends_only: whether the table has
-    inputs and outputs alone, as that of an engine in service has.
+    scaled, see `RangeTable.scaled`; None for the network's own ranges. ends_only: whether the table has only inputs and
+    outputs, as the table of an engine in service does.
     """
 
     digests: dict[str, str]
@@ -100,7 +100,7 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class RangeData:
-    """The parts of a range table; `RangeTable` adds what can be done with them, and says what is in each."""
+    """The parts of a range table. `RangeTable` adds the methods, and says what is in each part."""
 
     frame: pl.DataFrame
     calibration: Calibration

@@ -1,4 +1,4 @@
-"""Range tables as arrays that merge, and back."""
+"""Converts range tables to arrays that can be merged, and back."""
 
 from __future__ import annotations
 

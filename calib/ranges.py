@@ -20,8 +20,8 @@ from calibcast.calib.range_schema import RangeData
 from calibcast.calib.rounding_table import rounding_gaps
 from calibcast.calib.seal import broken_seal, has_parquet_ends
 
-# A table is read, filtered and compared without torch, which takes seconds to import; methods that deal in programs
-# and in arrays import it, or what needs it, themselves.
+# A table is read, filtered and compared without torch, which takes seconds to import; methods that need programs or
+# arrays import torch, or the modules that use it, themselves.
 if TYPE_CHECKING:
     from calibcast.calib.rounding_scaling import NumberScale
     from calibcast.calib.statistics import Statistics
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 class RangeTable(RangeData):
     """Ranges of every floating-point tensor of a program on the user's data.
 
-    `frame` has the columns of `SCHEMA`, one row per tensor, unique by (node, output), in graph order. `hidden` has
-    those rows whose node forms sums inside (`hidden_max`: the largest; `hidden_min`: the least mean square deviation
-    that a norm divides by the root of) or that have mask values (`mask_min`: the lowest finite one).
-    `rounding` has one row per edge and low type: what rounding there does to the outputs; see `calib.rounding_table`.
-    It is empty where that was not measured.
+    `frame` has the columns of `SCHEMA`, one row per tensor, unique by (node, output), in graph order. `hidden` has the
+    rows whose node forms sums inside (`hidden_max`: the largest sum; `hidden_min`: the smallest mean square deviation,
+    whose root a norm divides by) or that have mask values (`mask_min`: the lowest finite one). `rounding` has one row
+    per edge and low type: what rounding there does to the outputs; see `calib.rounding_table`. It is empty where that
+    was not measured.
     """
 
     def __len__(self) -> int:
@@ -102,8 +102,8 @@ class RangeTable(RangeData):
     def merge(cls, tables: Sequence[RangeTable]) -> RangeTable:
         """One table from several of the same program: shards, ranks, days.
 
-        Counts, min, max and histograms are exact and in any order, sums are within 1e-12 relative. Batch numbers
-        of later tables are counted on from the earlier ones. Raises MismatchError for tables of other graphs or
+        Counts, min, max and histograms are exact, in any order of the tables; sums are within 1e-12 relative. The batch
+        numbers of later tables continue those of earlier ones. Raises MismatchError for tables of different graphs or
         weights.
         """
         if not tables:
@@ -149,8 +149,8 @@ class RangeTable(RangeData):
 
         Args:
             exponents: k by (node, output); 0 may be left out.
-            added: nodes of `program` that multiply the one that they name here.
-            numbers: numbers in calls that were scaled, by (node, argument).
+            added: nodes that only `program` has, each with the node that it multiplies.
+            numbers: the numbers in calls that were scaled, by (node, argument).
             weights: hash of the weights of `program`, where it is known; None hashes them.
 
         Raises:
@@ -161,11 +161,11 @@ class RangeTable(RangeData):
         return scaled_to(self, exponents, program, added or {}, numbers or {}, weights)
 
     def true_values(self) -> RangeTable:
-        """The network's own ranges: of a scaled table, what it was scaled from, without evidence of rounding."""
+        """The network's own ranges. For a scaled table: the table it was scaled from, without evidence of rounding."""
         return true_table(self)
 
     def statistics(self) -> Statistics:
-        """The rows as arrays that merge. Sums are restored from mean and rms in float64."""
+        """The rows as arrays that can be merged. Sums are restored from mean and rms in float64."""
         from calibcast.calib.range_statistics import statistics_of
 
         return statistics_of(self)

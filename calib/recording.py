@@ -1,4 +1,4 @@
-"""`recorded`: what a module is really called with, while the user's own pipeline runs."""
+"""`recorded`: records what a module is called with while the user's own pipeline runs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Recordable = nn.Module | Callable[..., Any]  # a module, or a method of one
 
 
 class RecordedCalls:
-    """Calls of one module on disk: a dataset, by number, of `(args, kwargs)`, as `calibrate` and the others take them.
+    """The recorded calls of one module: a dataset of `(args, kwargs)`, as `calibrate` and the others take it.
 
-    A call at which a new sequence begins comes as `NewSequence((args, kwargs))`. Tensors are on the host.
+    A call that begins a new sequence comes as `NewSequence((args, kwargs))`. Tensors are on the host.
     """
 
     def __init__(self, folder: str | PathLike[str]) -> None:
@@ -124,15 +124,15 @@ def recorded(
     Args:
         module: a module; a method of one (`pipeline.vae.decode`), which is replaced while the block runs; or a
             mapping of names to these.
-        folder: where the calls go, one file each; of several modules into a folder of its name each. New or empty.
-        max_bytes: of all files of one module.
+        folder: where the calls go, one file each; with several modules, each has a folder of its name. New or empty.
+        max_bytes: the limit for all files of one module.
         when_full: "thin" leaves out every other call, of those kept and of those to come, so that what is kept spreads
             over the whole run (all timesteps of a denoiser); "stop" keeps the first calls, one after another, which
             programs with state need.
 
     Yields:
         `RecordedCalls`, a dataset for `calibrate`, `tune`, `verify` and the job, with `new_sequence()` for the user to
-        say that another sequence begins; of several modules, a dict of them by name.
+        say that another sequence begins; for several modules, a dict of these by name.
 
     Raises:
         ArtifactError: the folder is in use. CalibcastError: an argument is neither a tensor nor plain data.

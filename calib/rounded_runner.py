@@ -1,8 +1,9 @@
 """Runs a program as if some of its nodes ran in a half-precision type, with fp32 kernels only.
 
-A low node takes its fp32 inputs rounded, the numbers in its call too, computes in fp32, and rounds what it gives. This
-is what a half kernel gives that accumulates in fp32, as those of a GPU do; host half kernels, of which some are wrong
-and some are missing, are never asked. What a fused kernel accumulates or hides inside in half precision it leaves out.
+A low node rounds its fp32 inputs and the numbers in its call, computes in fp32, and rounds its results. A
+half-precision kernel that accumulates in fp32, as GPU kernels do, gives the same. The host's half-precision kernels are
+never used: some are wrong and some are missing. What a fused kernel accumulates or keeps in half precision is not
+modelled.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch.utils import _pytree as pytree
 
 
 class RoundedRunner(ProgramRunner):
-    """A `ProgramRunner` that rounds where `low` nodes stand.
+    """A `ProgramRunner` that rounds at the `low` nodes.
 
-    low: qualified names of the nodes; of those that share written storage all or none (`passes.node_types` settles a
-    plan so). masks: names of the nodes whose values are saturated before they are rounded. Nodes inside autocast
-    regions run as the user wrote them. Cost: a forward pass, and one pass over memory for each tensor rounded.
+    low: qualified names of the nodes. Nodes that share storage which is written in place must be low together or not at
+    all (`passes.node_types` makes a plan so). masks: names of the nodes whose values are saturated before they are
+    rounded. Nodes inside autocast regions run as the user wrote them. Cost: a forward pass, and one pass over memory
+    for each tensor rounded.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class _Rounding:
         return results if is_mover(node) and not written else self._rounded(results, name, in_place=bool(written))
 
     def _numbers(self, name: str, node: fx.Node) -> dict[str, float]:
-        """The numbers in a call that rounding changes."""
+        """The numbers in a call that rounding changes, rounded."""
         saturate = name in self._masks
         made = {key: rounded_number(value, self._low_type, saturate) for key, value in literals_of(node).items()}
         return {key: value for key, value in made.items() if value != literals_of(node)[key]}
@@ -82,7 +84,7 @@ class _Rounding:
 
 
 def with_numbers(node: fx.Node, numbers: dict[str, float]) -> tuple[Any, Any]:
-    """The arguments of a call with other numbers in it, by the names that its schema gives them."""
+    """The arguments of a call with some numbers replaced. numbers: by the argument's name in the operator's schema."""
     if not numbers:
         return node.args, node.kwargs
     assert isinstance(node.target, torch._ops.OpOverload)

@@ -1,4 +1,4 @@
-"""Rounding to a half-precision type while computing in fp32, so that no host half kernel is asked."""
+"""Rounding to a half-precision type while computing in fp32, so that no half-precision kernel of the host is used."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from calibcast.calib.process_settings import HeldSetting
 
 
 def rounded(tensor: torch.Tensor, low_type: torch.dtype, saturate: bool = False) -> torch.Tensor:
-    """The nearest values that `low_type` holds, as fp32; beyond its range inf. Other types come back as they are.
+    """The nearest values of `low_type`, as fp32; inf beyond its range. Other types are returned unchanged.
 
-    saturate: of a mask, values below `saturation` become that first, so that none becomes -inf.
+    saturate: for a mask: values below `saturation` are first raised to it, so that none becomes -inf.
     """
     if tensor.dtype != torch.float32:
         return tensor
@@ -22,9 +22,9 @@ def rounded(tensor: torch.Tensor, low_type: torch.dtype, saturate: bool = False)
 
 
 def rounded_otherwise(tensor: torch.Tensor, low_type: torch.dtype, saturate: bool = False) -> torch.Tensor:
-    """What `low_type` holds on the other side of each value: where `rounded` goes up, this goes down.
+    """The nearest value of `low_type` on the other side: where `rounded` goes up, this goes down.
 
-    Both are within one step of the value, so a value that other noise has moved by a little is rounded like that.
+    Both are within one step of the value. Where other noise has moved the value a little, it is rounded this way.
     """
     nearest = rounded(tensor, low_type, saturate)
     if tensor.dtype != torch.float32:
@@ -35,12 +35,12 @@ def rounded_otherwise(tensor: torch.Tensor, low_type: torch.dtype, saturate: boo
 
 
 def rounded_number(number: float, low_type: torch.dtype, saturate: bool = False) -> float:
-    """The same of a number in a call."""
+    """`rounded` for a number in a call."""
     return float(rounded(torch.tensor(number, dtype=torch.float32), low_type, saturate))
 
 
 def saturation(low_type: torch.dtype) -> float:
-    """What mask values below it become in the low type: half the least finite value.
+    """The value that lower mask values are raised to: half the lowest finite value of the low type.
 
     exp(-32752) is 0 for any scores, and adding scores of thousands to it still gives a finite value.
     """
@@ -49,7 +49,7 @@ def saturation(low_type: torch.dtype) -> float:
 
 @contextmanager
 def fp32_kernels() -> Iterator[None]:
-    """Compute fp32 in fp32: no TF32, no bf16 inside of matmul. Rounding to fp16 is as fine as TF32, and hides in it.
+    """Compute fp32 in fp32: no TF32, no bf16 inside matmul. TF32 is as coarse as fp16, and would hide its rounding.
 
     The flags of the process are restored, also after an error.
     """
@@ -58,7 +58,7 @@ def fp32_kernels() -> Iterator[None]:
 
 
 def _owners() -> tuple[Any, ...]:
-    """Where torch keeps its fp32 precision, per backend and operator; "ieee" is what the type promises."""
+    """Where torch keeps its fp32 precision, per backend and operator; "ieee" is true fp32."""
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     return backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn

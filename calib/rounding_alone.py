@@ -10,7 +10,7 @@ from calibcast.calib.rounding_tape import Call, Tape, Value
 
 
 def run_alone(tape: Tape, call: Call, results: tuple[object, ...]) -> tuple[list[float], int]:
-    """The noise at each output of the program (0 for what is no tensor), and how many elements were computed.
+    """The noise at each output of the program (0 for one that is not a tensor), and how many elements were computed.
 
     results: what `call` gives, rounded at one place. Raises RuntimeError and the like where a node refuses its inputs.
     """

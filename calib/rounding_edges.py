@@ -36,7 +36,7 @@ class Edge:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What it is known by."""
+        """What identifies the edge."""
         return self.node, self.input, self.output
 
     @property
@@ -47,8 +47,8 @@ class Edge:
 def rounding_edges(program: ExportedProgram) -> tuple[Edge, ...]:
     """All edges of `program` where an fp32 value can be rounded, in graph order; those into its results come last.
 
-    A number that both half-precision types hold makes no edge. Edges inside `torch.autocast` regions are left out; what
-    goes into such a region is read by the region node.
+    A number that both half-precision types hold exactly makes no edge. Edges inside `torch.autocast` regions are left
+    out; what goes into such a region is read by the region node.
     """
     graph_module = flatten(program.graph_module)
     flow = _Flow(graph_module)
@@ -59,7 +59,7 @@ def rounding_edges(program: ExportedProgram) -> tuple[Edge, ...]:
             flow.follow(node)
             if reads_values(node):
                 read = flow.read_by(node)
-                if node.target in REGION_CHILD:  # it is never low, nor are weights before a low node reads them
+                if node.target in REGION_CHILD:  # a region is never low, and weights are only rounded for low readers
                     read = {source: movers for source, movers in read.items() if source[0] not in given}
                 found.extend(_edges_into(node, qualified_name(node), read))
         elif node.op == "placeholder":
@@ -70,7 +70,7 @@ def rounding_edges(program: ExportedProgram) -> tuple[Edge, ...]:
 
 
 def output_types(program: ExportedProgram, graph_module: fx.GraphModule) -> list[torch.dtype]:
-    """Of the tensors that the program gives its user, in order. graph_module: the program's own, or that one flat."""
+    """The types of the tensors that the program returns, in order. graph_module: the program's, or its flat copy."""
     output = next(iter(reversed(graph_module.graph.nodes)))
     given = zip(output.args[0], program.graph_signature.output_specs, strict=True)
     nodes = [node for node, spec in given if spec.kind == OutputKind.USER_OUTPUT and isinstance(node, fx.Node)]
@@ -103,10 +103,10 @@ def reads_values(node: fx.Node) -> bool:
 
 
 def literals_of(node: fx.Node) -> dict[str, float]:
-    """The numbers in a call that take part in its arithmetic, by argument: what has `Scalar` or `Tensor` in the schema.
+    """The numbers in a call that take part in its arithmetic, by argument: of type `Scalar` or `Tensor` in the schema.
 
-    Attributes, such as the eps of a norm or a scale, are plain floats there, and stay inside a kernel. Factories have
-    none: their result is rounded, not what it is made from.
+    Attributes, such as a scale or the eps of a norm, are of type `float` in the schema, and stay inside the kernel.
+    Factories have no such numbers: their result is rounded, not the number that they are filled with.
     """
     if not isinstance(node.target, torch._ops.OpOverload) or not _has_fp32(node.all_input_nodes):
         return {}
@@ -157,7 +157,7 @@ class _Flow:
             self._written.setdefault(root, {}).update(self._all(node))
 
     def read_by(self, node: fx.Node) -> dict[Source, tuple[str, ...]]:
-        """What `node` reads, and the movers on the way."""
+        """The sources that `node` reads, each with the movers on the way."""
         return self.read(node.all_input_nodes)
 
     def read(self, nodes: list[fx.Node]) -> dict[Source, tuple[str, ...]]:

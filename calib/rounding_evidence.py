@@ -1,4 +1,4 @@
-"""Collects over a few batches what rounding at each edge does to the outputs. It never makes a batch fail."""
+"""Measures over a few batches what rounding at each edge does to the outputs. It never makes a batch fail."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _log = logging.getLogger("calibcast")
 
 
 class RoundingEvidence:
-    """Evidence from the first `most` batches that it is shown; see `calib.rounding_sweep` for how it is had.
+    """Evidence from the first `most` batches that it is shown; see `calib.rounding_sweep` for how it is measured.
 
-    What cannot be measured, an edge or a whole batch, is noted with its reason and left to other rules. Memory: the
+    An edge or a whole batch that cannot be measured is noted with the reason, and left to other rules. Memory: the
     activations of one batch, and about as much again while it is swept.
     """
 
@@ -41,7 +41,7 @@ class RoundingEvidence:
         self.record = self._empty() if most > 0 else RoundingRecord()
 
     def measure(self, flat: Sequence[Any], index: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Measure batch `index`, unless enough were. `state`: what the program's buffers held before it."""
+        """Measure batch `index`, unless `most` were shown. `state`: what the program's buffers held before it."""
         if self.record.seen >= self._most:
             return
         self.record = replace(self.record, seen=self.record.seen + 1)
@@ -55,9 +55,9 @@ class RoundingEvidence:
         self._take(measured, index)
 
     def restore(self, record: RoundingRecord) -> None:
-        """Go on from what an earlier run of the same program has found.
+        """Continue from the record of an earlier run of the same program.
 
-        Raises MismatchError where that has other edges.
+        Raises MismatchError where its edges differ.
         """
         if not record.has_edges_of(self.record):
             raise MismatchError("the checkpoint has other edges of rounding")
@@ -97,7 +97,7 @@ class RoundingEvidence:
 
     @cached_property
     def _names(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Of masks, and of weights."""
+        """The names of masks, and those of weights."""
         return mask_tensors(self._runner.program), frozenset(input_targets(self._runner.program))
 
     def _sweep(self, flat: Sequence[Any], index: int, state: Mapping[str, torch.Tensor]) -> Measured:

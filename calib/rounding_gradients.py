@@ -1,4 +1,4 @@
-"""Gradients of a program's outputs along a tape, one call at a time, and where a gradient does not tell everything."""
+"""Gradients of a program's outputs along a tape, one call at a time, and where a gradient is not enough."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from calibcast.calib.process_settings import HeldSetting
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
 Grads = dict[int, torch.Tensor]  # by column
-# So many pointwise calls before a pole are tried out with rounded values; movers do not count.
+# How many pointwise calls before a pole are run with rounded values; movers do not count.
 _NEAR = 3
 
 
 class Gradients:
-    """Gradients by value and column. A call's own autograd graph is given up when it has been passed."""
+    """Gradients by value and column. The autograd graph of a call is freed once the call has been passed."""
 
     def __init__(self, tape: Tape) -> None:
         self._grads: dict[Value, Grads] = defaultdict(dict)
@@ -37,7 +37,7 @@ class Gradients:
         held[column] = held[column] + grad if column in held else grad
 
     def lay_as(self, value: Value) -> None:
-        """Lay the gradients of a value out in memory as the value is: products with its errors then take one pass."""
+        """Give the gradients of a value its memory layout, so that products with its errors take one pass."""
         held = self._grads.get(value, {})
         for column, grad in held.items():
             if grad.stride() != value.tensor.stride():
@@ -47,7 +47,7 @@ class Gradients:
         return bool(value.readers) or value in self._outputs
 
     def steps_next(self, value: Value) -> bool:
-        """Whether what reads `value`, past movers, steps: rounds, compares, sorts. Known when its readers are."""
+        """Whether a reader of `value`, past movers, rounds, compares or sorts. Known once the readers were passed."""
         return value in self._stepping
 
     def is_cut(self, value: Value) -> bool:
@@ -55,7 +55,7 @@ class Gradients:
         return value in self._cut
 
     def is_near_pole(self, value: Value) -> bool:
-        """Whether a pole reads `value`, past movers and a few pointwise calls. Known when its readers are."""
+        """Whether a pole reads `value`, past movers and a few pointwise calls. Known once the readers were passed."""
         return value in self._near
 
     def is_step(self, call: Call) -> bool:
@@ -66,7 +66,7 @@ class Gradients:
         return whole or (call.node is not None and base_op(call.node.target) in STEPS)
 
     def pass_on(self, call: Call) -> None:
-        """From the results of `call` to its inputs."""
+        """Pass the gradients from the results of `call` to its inputs."""
         opaque = self._propagate(call)
         results = [value for value in call.outputs if value is not None]
         if self.is_step(call) or opaque or (call.mover and any(v in self._stepping for v in results)):
@@ -96,28 +96,28 @@ class Gradients:
         if not columns or not wanted:
             return False
         found = self._backwards(call, columns) if call.leaves else None
-        if found is None:  # it refused a graph of all inputs at once
+        if found is None:  # the operator refused one graph for all inputs
             return any([not self._anew(call, [value], columns) for value in wanted])
         return not found and _is_foreign(call)
 
     def _anew(self, call: Call, inputs: Sequence[Value], columns: Sequence[int]) -> bool:
-        """The gradients of some inputs, from a graph of their own. False where there are none.
+        """Add the gradients of some inputs, from a graph of these alone. False where there are none.
 
-        Without cuDNN, whose recurrent layers have gradients in training only.
+        cuDNN is switched off: its recurrent layers have gradients only in training.
         """
         with _CUDNN_OFF.held():
             call.raw = call.with_gradients(inputs) or ()
             return bool(call.raw and self._backwards(call, columns))
 
     def _backwards(self, call: Call, columns: Sequence[int]) -> bool | None:
-        """All columns through a call. True where some input has a gradient; None where the operator refuses."""
+        """Take all columns through a call. True where some input has a gradient; None where the operator refuses."""
         try:
             return any([self._backward(call, column, column != columns[-1]) for column in columns])
         except RuntimeError:
             return None
 
     def _backward(self, call: Call, column: int, again: bool) -> bool:
-        """One column through a call. True where some input has a gradient."""
+        """Take one column through a call. True where some input has a gradient."""
         roots = [
             (raw, self.of(value)[column])
             for raw, value in zip(call.raw, call.outputs, strict=True)
@@ -170,5 +170,5 @@ _CUDNN_OFF = HeldSetting(lambda: torch.backends.cudnn.enabled, _enable_cudnn, Fa
 
 
 def _is_foreign(call: Call) -> bool:
-    """Whether a call is of no operator of torch's own, of which those without a gradient give constants or integers."""
+    """Whether the operator is not torch's own. Those of torch without a gradient give constants or integers."""
     return getattr(call.run, "namespace", "aten") not in {"aten", "prims"}

@@ -13,7 +13,7 @@ from calibcast.calib.rounding import rounded, rounded_number, rounded_otherwise
 from calibcast.calib.rounding_edges import Edge, Source, literals_of
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
-# A value that is joined from more makers than these is rounded whole, and its noise is shared out among them.
+# A value joined from more makers than this is rounded as a whole, and its noise is shared out among them.
 _MOST_APART = 4
 Results = tuple[Any, ...]
 Rounding = Callable[[torch.Tensor, torch.dtype, bool], torch.Tensor]
@@ -24,7 +24,7 @@ class Group:
     """Edges into one call that are rounded together.
 
     results: what the call then gives, as `Call.perform` gives it; None where rounding changes nothing. otherwise: the
-    same with each element rounded to the other side; None where that is not asked. added: of a bias, its error
+    same with each element rounded the other way; gives None where that is not needed. added: for a bias, its error
     [channels], which is added to the only result along dimension `along`.
     """
 
@@ -42,7 +42,7 @@ class Rounder:
         self._tape, self._masks, self._weights = tape, masks, weights
 
     def groups(self, call: Call, edges: Sequence[Edge]) -> list[Group]:
-        """The edges into a call, in groups. Parameters of a call are one, but for a bias, which costs no call."""
+        """The edges into a call, in groups. The parameters are one group, except a bias, which needs no call."""
         present = frozenset().union(*(value.sources for value in call.inputs))
         found: list[Group] = []
         weights: list[Edge] = []
@@ -56,7 +56,7 @@ class Rounder:
             if edge.is_literal:
                 found.append(self._literal(call, edge))
             elif source not in present:
-                found.append(Group((edge,), lambda low: None))  # it was written over
+                found.append(Group((edge,), lambda low: None))  # its value was overwritten
             elif self._bias(call, edge) is not None:
                 found.append(self._biased(call, edge))
             elif edge.input in self._weights:
@@ -69,9 +69,9 @@ class Rounder:
         return found
 
     def _twins(self, call: Call, edges: Sequence[Edge]) -> list[tuple[Edge, ...]]:
-        """Operands of a comparison that come of one tensor, such as `m` and the k-th largest of `m`.
+        """Operands of a comparison that come from one tensor, such as `m` and the k-th largest of `m`.
 
-        Rounded alike they compare as before, as rounding keeps an order; one alone would make a step of each tie.
+        Rounded together they compare as before, because rounding keeps the order. Rounding only one breaks ties.
         """
         if not compares(call):
             return []
@@ -82,7 +82,7 @@ class Rounder:
         return [tuple(part) for part in alike.values() if len(part) > 1]
 
     def _origin(self, source: Source) -> Source:
-        """What a tensor was sorted or picked from, past movers; itself otherwise."""
+        """The tensor that this one was sorted or picked from, past movers; `source` itself otherwise."""
         maker = self._tape.made[source].maker
         if maker is None or not selects(maker):
             return source
@@ -90,7 +90,7 @@ class Rounder:
         return self._origin(next(iter(read))) if len(read) == 1 else source
 
     def remade(self, value: Value, edges: Sequence[Edge], low: torch.dtype, how: Rounding = rounded) -> torch.Tensor:
-        """`value` with the elements rounded that come by `edges`."""
+        """`value` with those elements rounded that come along `edges`."""
         sources = {(edge.input, edge.output) for edge in edges}
         if not value.sources & sources:
             return value.tensor
@@ -105,7 +105,7 @@ class Rounder:
     def _all_remade(
         self, call: Call, edges: Sequence[Edge], low: torch.dtype, how: Rounding
     ) -> dict[Value, torch.Tensor]:
-        """The same of all inputs of a call. Parameters of one shape, as of a norm, take one pass together."""
+        """`remade` for all inputs of a call. Parameters of one shape, such as a norm's, are rounded in one pass."""
         sources = {(edge.input, edge.output) for edge in edges}
         plain = [v for v in call.inputs if v.maker is None and v.sources and v.sources <= sources]
         names = {name for value in plain for name, _ in value.sources}
@@ -116,7 +116,7 @@ class Rounder:
         return rest | dict(zip(plain, made.unbind(), strict=True))
 
     def energies(self, group: Group, low: torch.dtype) -> torch.Tensor:
-        """Of the rounding errors of each maker, by which the noise of a group is shared out, [edges]. On its device."""
+        """The energy of each maker's rounding errors, [edges], on the device. A group's noise is shared out by it."""
         made = [self._tape.made[edge.input, edge.output].tensor for edge in group.edges]
         masks = [edge.input in self._masks for edge in group.edges]
         if len({tensor.shape for tensor in made}) == 1 and not any(masks):  # as of a norm: one pass over all
@@ -188,8 +188,8 @@ def selects(call: Call) -> bool:
 
 
 def _is_same(value: Value, made: torch.Tensor) -> bool:
-    """Whether rounding changes nothing, as of the ones of a norm. Of large tensors, and where a GPU would have to be
-    waited for, that is not asked.
+    """Whether rounding changes nothing, as where a norm's weights are all 1. Only inputs and weights on the CPU are
+    compared: activations are large, and the host would have to wait for a GPU.
     """
     small = value.maker is None and not made.is_cuda
     return made is value.tensor or (small and torch.equal(made, value.tensor))

@@ -1,4 +1,4 @@
-"""Sums over errors, kept on their device until the end of a sweep: one wait for all, where a GPU would wait at each."""
+"""Keeps sums of errors on their device until the end of a sweep: the host waits for a GPU once, not for each sum."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Note = Callable[[Sequence[float]], None]
 
 @dataclass(frozen=True)
 class Error:
-    """A result that rounding has changed. again: the same once more. may_write: nobody else needs `made`, whose memory
-    may be used. counts: it is of the reader itself, so that its own signal to noise is of interest.
+    """A result that rounding has changed. again: computes it once more. may_write: nobody else needs `made`, so its
+    memory may be overwritten. counts: it is a result of the reader itself, and counts in `local`.
     """
 
     made: torch.Tensor
@@ -24,7 +24,7 @@ class Error:
     counts: bool = True
 
     def difference(self, exact: torch.Tensor) -> torch.Tensor:
-        """How far it is from the exact result. An operator may give an input back, or an expanded result."""
+        """How far it is from the exact result. An operator may return an input or an expanded tensor."""
         shares = self.made.untyped_storage().data_ptr() == exact.untyped_storage().data_ptr()
         return self.made.sub_(exact) if self.may_write and not shares and is_dense(self.made) else self.made - exact
 
@@ -37,9 +37,9 @@ class Ledger:
         self._notes: list[tuple[int, int, Note]] = []
 
     def await_(self, sums: Sequence[torch.Tensor], note: Note) -> None:
-        """Call `note` with the values of these tensors, flat, when they are asked for; in the order of the calls.
+        """Have `settle` call `note` with the values of these tensors, flat, in the order in which they were handed in.
 
-        On the CPU they are numbers at once: small tensors that lie between large ones keep the heap from shrinking.
+        On the CPU they become numbers at once: small tensors between large ones would keep the heap from shrinking.
         """
         flat = [part.reshape(-1) if part.is_cuda else part.reshape(-1).tolist() for part in sums]
         self._notes.append((len(self._sums), len(self._sums) + len(flat), note))
@@ -69,10 +69,10 @@ def _on_host(parts: Sequence[torch.Tensor | list[float]]) -> list[list[float]]:
 
 
 def energy(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of squares, in the order in which the elements lie in memory: a copy in another order costs more than it."""
+    """Sum of squares, in memory order: a copy in another order would cost more than the sum."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.dtype in {torch.float16, torch.bfloat16}:  # of a region of the user's own: squares would overflow
+    if tensor.dtype in {torch.float16, torch.bfloat16}:  # from the user's autocast region: squares would overflow
         tensor = tensor.float()
     if not tensor.is_contiguous() and is_dense(tensor):
         tensor = tensor.as_strided((tensor.numel(),), (1,))
@@ -81,6 +81,6 @@ def energy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def parts_of(energies: Sequence[float]) -> list[float]:
-    """What part of their sum each is; all alike where that says nothing."""
+    """Each energy as a share of their sum; equal shares where the sum is 0 or not finite."""
     total = sum(energies)
     return [part / total if 0 < total < math.inf else 1 / len(energies) for part in energies]

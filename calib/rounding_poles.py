@@ -1,4 +1,4 @@
-"""Values that are one rounding away from a pole: 0 / 0 made by rounding, which no gradient and no edge alone shows."""
+"""Finds values one rounding away from a pole, such as a 0 / 0: neither a gradient nor a single edge shows that."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from calibcast.calib.rounding_gradients import Gradients, at_poles
 from calibcast.calib.rounding_groups import Group, Results
 from calibcast.calib.rounding_tape import Call, Value
 
-# How many times its own error an edge may find before it, where that is near a pole: that of some others like it.
+# Near a pole an edge is tried with this many times its own error, as other edges like it may add theirs.
 _SEVERAL = 4.0
 T = TypeVar("T")
 
 
 class PoleWatch(Generic[T]):
-    """Collects such edges while a tape is swept backwards, each with the results that reach the pole.
+    """Collects edges near a pole while a tape is swept backwards, each with the results that reach the pole.
 
-    at_risk: the call, its group, the low type, those results, and what the sweep holds of it; the last `most` that were
-    found, which come first in the program. exposed: values whose error decides whether a pole is reached.
+    at_risk: the call, its group, the low type, those results, and what the sweep found for it. Only the last `most` are
+    kept: these come first in the program. exposed: values whose error decides whether a pole is reached.
     """
 
     def __init__(self, gradients: Gradients, most: int) -> None:
@@ -28,18 +28,18 @@ class PoleWatch(Generic[T]):
         self.at_risk: deque[tuple[Call, Group, torch.dtype, Results, T]] = deque(maxlen=most)
 
     def pass_on(self, call: Call) -> None:
-        """From what a mover gives to what it moves."""
+        """Where a mover's result is exposed, its inputs are, too."""
         if call.mover and not self._exposed.isdisjoint(v for v in call.outputs if v is not None):
             self._exposed.update(call.inputs)
 
     def watches(self, call: Call) -> bool:
-        """Whether anything of a call is asked for."""
+        """Whether `look` does anything for this call."""
         return self._is_near_pole(call) or not self._exposed.isdisjoint(v for v in call.outputs if v is not None)
 
     def look(self, call: Call, group: Group, low: torch.dtype, results: Results, found: T) -> None:
-        """Note an edge whose value is one rounding away from a pole, or whose error is where the value after it is so.
+        """Note an edge whose value is one rounding away from a pole, or whose error decides whether a later value is.
 
-        Alone it need not be rounded to the pole: the noise of other edges moves it first.
+        Rounding this edge alone need not reach the pole: noise of other edges may move the value first.
         """
         risky: Results | None = None
         if not self.watches(call):
@@ -58,7 +58,7 @@ class PoleWatch(Generic[T]):
         return bool(at_poles(call)) or any(v is not None and self._gradients.is_near_pole(v) for v in call.outputs)
 
     def _reaches_pole(self, call: Call, results: Results) -> bool:
-        """Whether such results are NaN or Inf, or make them where a pole reads them. No gradient tells that."""
+        """Whether these results have new NaN or Inf, or make them where a pole reads them. No gradient shows that."""
         for value, made in zip(call.outputs, results, strict=True):
             if value is None or not value.differentiable:
                 continue
@@ -73,7 +73,7 @@ class PoleWatch(Generic[T]):
 
 
 def _moved(call: Call, results: Results, factor: float) -> Results:
-    """The results of a call with so many times their error."""
+    """The results of a call with `factor` times their error."""
     pairs = zip(call.outputs, results, strict=True)
     return tuple(
         r if v is None or not v.differentiable else v.tensor + factor * (r - v.tensor) for v, r in pairs

@@ -1,17 +1,18 @@
-"""Evidence of rounding of a program whose tensors are stored as powers of two times themselves.
+"""Evidence of rounding for a program whose tensors are stored times powers of two.
 
-Noise to signal does not change with the scale as long as the low type holds all values in full: it is carried over as
-it is. Elsewhere it is estimated from what was measured, and says so ("scaled"):
+The noise-to-signal ratio does not depend on the scale as long as the low type holds all values in full: then it is
+carried over unchanged. Elsewhere it is estimated from what was measured, and marked "scaled":
 
-- Where float16 gave finite results, times how much louder float16 rounds these magnitudes at the new scale than at the
-  old one, by the histogram; never less than at the old one, if that is what is measured.
-- Where it overflowed or vanished, from bfloat16, which has the range of fp32 and so was measured at any scale: its
-  rounding is 2^3 times as coarse, so that float16's noise is a 64th of it wherever float16 holds the values in full.
-  Where rounding changed steps, or the program had to be run, noise goes with the number of changes: an 8th.
-- The weights of a call were rounded together. Where one of them overflowed, the noise of all is that of bfloat16.
-- At a pole, such as a division's, small values count most: there the smallest value says how much louder.
+- Where float16 gave finite results: its noise times the ratio of its squared rounding error at the new scale to that at
+  the old one, by the histogram. This estimate is never below what was measured.
+- Where it overflowed or vanished: from bfloat16, which has the range of fp32 and so was measured at any scale. It
+  rounds 2^3 times as coarsely, so float16's noise is a 64th of its noise wherever float16 holds the values in full.
+  Where rounding changed steps, or the program had to be run, noise is proportional to the number of changes: an 8th.
+- The weights of a call were rounded together. Where one of them overflowed, all noise is estimated from bfloat16.
+- At a pole, such as a division's, small values count most: there the ratio is that of the smallest value.
 
-`tune`, or calibrating the rescaled program, measures; what cannot be estimated is a gap, left to rules of magnitude.
+To measure it, use `tune` or calibrate the rescaled program. What cannot be estimated is a gap; there the rules that
+judge by magnitude decide.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class NumberScale:
 def scaled_rounding(
     table: RangeData, record: Rescaled, numbers: Mapping[tuple[str, str], NumberScale], edges: Iterable[Key]
 ) -> pl.DataFrame:
-    """`rounding` of the rescaled program, which has these edges: a row each and low type, in their order."""
+    """`rounding` of the rescaled program: one row per edge and low type, in the order of `edges`."""
     if not table.rounding.height:
         return table.rounding
     source, keys = _Source(table, record, numbers), list(edges)
@@ -88,7 +89,7 @@ class _Source:
 
     @cached_property
     def _spoilt(self) -> frozenset[tuple[str, str]]:
-        """Readers and their weights, where one of these overflowed as it was rounded with the others."""
+        """(reader, weight) of the calls where one weight overflowed: all weights of a call were rounded together."""
         large = self._frame.select("node", "output", kind=pl.col("kind").is_in(_WEIGHTS), over=pl.col("absmax") > _MOST)
         weights = {(n, o): over for n, o, kind, over in large.iter_rows() if kind}
         pairs = [(reader, maker) for reader, maker, output, _ in self._rows if (maker, output) in weights]
@@ -127,12 +128,12 @@ class _Source:
         return min(found, key=lambda row: row["noise_worst"]) if found else _missing(_WHY)
 
     def _literal(self, key: Key, low: str) -> dict[str, Any]:
-        """A number's own rounding error is known, before and after: noise goes with its square."""
+        """The rounding error of a number is known, before and after: noise is proportional to its square."""
         node, maker, _ = key
         number = self._numbers.get((node, maker.removeprefix(LITERAL)))
         own, other = (self._rows.get((*key, kind)) for kind in (low, _COARSE))
         if number is None:
-            return own or self._nothing  # that of an added multiplication is a power of two
+            return own or self._nothing  # the number of an added multiplication is a power of two
         now, before = (_number_error(number.value * 2.0**-k, low) for k in (number.exponent, 0))
         if now == 0.0:
             return self._nothing
@@ -144,7 +145,7 @@ class _Source:
         return _missing(_WHY)
 
     def multiplication(self, key: Key, low: str, behind: Mapping[str, list[Key]]) -> dict[str, Any]:
-        """Of what an added multiplication reads: what those that read it would see of its rounding, added up."""
+        """The edge into an added multiplication: the sum of what its readers would see if that tensor were rounded."""
         node, maker, output = key
         if maker.startswith(LITERAL):
             return self._nothing
@@ -169,8 +170,8 @@ class Spread:
         return self.most == 0.0 or (max(1.0, scale) * self.most <= largest and min(1.0, scale) * self.least >= tiny)
 
     def rounding(self, low: str, k: int, pole: bool) -> float:
-        """Squared error of rounding 2^-k of it, at its true size: of all elements, or of the smallest, in squares of
-        itself. inf where the smallest vanishes at a pole."""
+        """Squared error of rounding 2^-k of the tensor, at its true scale: summed over all elements, or, at a pole or
+        without a histogram, that of the smallest relative to its square; inf where the smallest vanishes."""
         if self.most == 0.0:
             return 0.0
         if pole or self.bins is None:
@@ -187,7 +188,7 @@ def _noise(low: str, k: int) -> np.ndarray[Any, Any]:
     bits, tiny, _ = _TYPES[low]
     least = np.exp2(np.arange(256) - 127.0)
     step = np.maximum(least, tiny * 2.0**k) * 2.0**-bits
-    # Of what is far below a step, all is lost.
+    # A value far below a step is lost entirely.
     found: np.ndarray[Any, Any] = np.minimum(step * step / 12, 4 * least * least)
     found[0] = found[255] = 0.0  # zeros, and what is not finite
     return found
@@ -202,7 +203,7 @@ def _finite(row: Mapping[str, Any]) -> bool:
 
 
 def _times(row: dict[str, Any], factor: float) -> dict[str, Any]:
-    """The row of an edge whose rounding error has so many times the power."""
+    """The row of an edge, with `factor` times the power of its rounding error."""
     if factor < 1.0 and (row["steps"] or row["method"] == "run"):
         factor = math.sqrt(factor)
     by_output = row["noise_by_output"]
@@ -234,7 +235,7 @@ def _missing(why: str) -> dict[str, Any]:
     return {**dict.fromkeys(_MEASURED), "batches": 0, "why_missing": why}
 
 
-# Of what the low type holds as it is.
+# The evidence for a value that the low type holds exactly.
 _NOTHING: dict[str, Any] = {
     "noise": 0.0, "noise_worst": 0.0, "worst_batch": 0, "noise_by_output": None, "nonfinite": 0, "steps": 0,
     "local_sqnr_db": math.inf, "batches": 1, "method": SCALED, "why_missing": None,

@@ -1,4 +1,4 @@
-"""What is kept of rounding evidence while batches come: a few numbers per edge and low type, and how they merge."""
+"""Rounding evidence, summed over batches: a few numbers per edge and low type, and how they merge."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ NOT_REACHED = "no batch reached it"
 class RoundingStatistics:
     """Sums over batches, a row per edge and low type (the types of an edge are next to each other).
 
-    noise: float64 [rows, columns], of each output or of all. worst: float64 [rows], with its batch. local: float64
-    [rows], noise to signal at the reader. The rest int64 [rows]: `ran` counts batches that needed a run of their own.
+    noise: float64 [rows, columns], a column for each output or one for all. worst: float64 [rows], with its batch.
+    local: float64 [rows], noise to signal at the reader. The rest int64 [rows]: `ran` counts batches that needed a run
+    of their own.
     missing: by row, why a batch gave nothing.
     """
 
@@ -64,7 +65,7 @@ class RoundingStatistics:
         return same and self.missing == other.missing
 
     def merge(self, other: RoundingStatistics) -> None:
-        """Take in the statistics of other batches. Of two worst batches that are alike the earlier counts."""
+        """Add the statistics of other batches. Of two worst batches that are equal, the earlier one is kept."""
         worse = (other.worst > self.worst) | ((other.worst == self.worst) & (other.worst_batch < self.worst_batch))
         for item in fields(self):
             if item.metadata.get("merge") == "sum":
@@ -75,12 +76,12 @@ class RoundingStatistics:
         self.missing = {**other.missing, **self.missing}
 
     def numbered_from(self, first: int) -> RoundingStatistics:
-        """The same of batches that are numbered from `first` on, in place of 0."""
+        """A copy whose batch numbers start at `first` instead of 0."""
         moved = torch.where(self.worst_batch < _NO_BATCH, self.worst_batch + first, self.worst_batch)
         return replace(self, worst_batch=moved)
 
     def widened(self, columns: int) -> RoundingStatistics:
-        """With so many columns: a frame in which nothing was measured does not say how many there are."""
+        """A copy with this many columns: a frame in which nothing was measured does not say how many there are."""
         missing = columns - self.noise.shape[1]
         return replace(self, noise=torch.nn.functional.pad(self.noise, (0, missing)))
 
@@ -91,13 +92,13 @@ class RoundingStatistics:
         )
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """The arrays by name: all there is, beside `missing`."""
+        """The arrays by name: all fields but `missing`."""
         return {item.name: getattr(self, item.name) for item in fields(self) if "merge" in item.metadata}
 
 
 @dataclass(frozen=True, eq=False)
 class RoundingRecord:
-    """Evidence so far. edges: of the rows of `statistics`. apart: each column is one output. seen: batches shown."""
+    """Evidence so far. edges: of the rows of `statistics`. apart: each column is one output. seen: batches so far."""
 
     edges: tuple[Edge, ...] = ()
     apart: bool = True
@@ -119,13 +120,13 @@ class RoundingRecord:
         return replace(self, statistics=self.statistics.copy())
 
     def numbered_from(self, first: int) -> RoundingRecord:
-        """The same of batches that are numbered from `first` on, in place of 0."""
+        """A copy whose batch numbers start at `first` instead of 0."""
         return replace(self, statistics=self.statistics.numbered_from(first))
 
     def merged(self, other: RoundingRecord) -> RoundingRecord:
-        """Of two sets of batches with numbers of their own. One without edges leaves the other as it is.
+        """One record of two sets of batches, whose numbers differ. A record without edges leaves the other unchanged.
 
-        Raises MismatchError for other edges.
+        Raises MismatchError where the edges differ.
         """
         if not self.edges or not other.edges:
             return (self if self.edges else other).copy()

@@ -1,9 +1,9 @@
-"""What rounding does at each edge, in one batch: the true error where it is read, and the gradient from there on.
+"""What rounding does at each edge, in one batch: the true error where the tensor is read, then the gradient.
 
-The tape is swept backwards. At a call, the gradient g of the outputs is known; for each tensor that the call reads, it
-is run again with that tensor rounded, which gives the error delta of its results. With the outputs' signs drawn at
-random, and each channel held to its own power, sum((g * delta)^2) is the noise-to-signal ratio at the outputs, but for
-the covariance of the errors (Hutchinson's estimator, with one draw).
+The tape is swept backwards, so the gradient g of the outputs is known at each call. For each tensor that the call
+reads, the call is run again with that tensor rounded, which gives the error delta of its results. The outputs have
+random signs, and each channel is divided by its own power. Then sum((g * delta)^2) is the noise-to-signal ratio at the
+outputs, apart from the covariance of the errors (Hutchinson's estimator, with one draw).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from calibcast.calib.rounding_tape import Call, Tape, Value
 
 _log = logging.getLogger("calibcast")
 LOW_TYPES = (torch.float16, torch.bfloat16)
-# Runs of single edges may compute twice as many elements as a forward pass, for each low type; of a small program more.
+# For each low type, runs of single edges may compute twice as many elements as a forward pass; 16 runs are always made.
 _RUN_SHARE, _LEAST_RUNS = 2.0, 16
 
 
@@ -51,7 +51,7 @@ class Sweep:
     """One backward sweep over a tape."""
 
     def __init__(self, tape: Tape, edges: Mapping[str, Sequence[Edge]], rounder: Rounder, seed: int) -> None:
-        """edges: by reader. seed: of the random signs, and of which runs come first."""
+        """edges: by reader. seed: for the random signs, and for which runs come first."""
         self._tape, self._edges, self._rounder, self._seed = tape, edges, rounder, seed
         self._outputs = [value for value in tape.outputs if value is not None]
         floating = sum(value.tensor.is_floating_point() for value in self._outputs)
@@ -90,7 +90,7 @@ class Sweep:
         return self._found
 
     def _note_signals(self) -> None:
-        """The energy of each value whose error is looked at; not finite where the value is not."""
+        """Note the energy of each value whose error is needed; it is not finite where the value is not."""
 
         def note(value: Value) -> Note:
             return lambda numbers: self._signals.update({value: numbers[0]})
@@ -102,7 +102,7 @@ class Sweep:
         self._ledger.settle()
 
     def _begin(self, output: Value, column: int, generator: torch.Generator) -> None:
-        """The gradient of <u, y / |y|> by channel, and what rounding the output itself does."""
+        """The gradient of <u, y / |y|> by channel, u being random signs, and what rounding the output itself does."""
         tensor, dimension = output.tensor, channel_dimension(output.tensor)
         power = channel_power(tensor)
         scale = torch.where(power > 0, (power * len(power)).rsqrt(), 0.0)
@@ -149,7 +149,7 @@ class Sweep:
         self._share_out(group, low, found)
 
     def _look_at(self, found: Found, call: Call, group: Group, low: torch.dtype, results: Results) -> bool:
-        """Take the errors of a call's results through the gradient. True where that does not tell it all."""
+        """Take the errors of a call's results through the gradient. True where that is not enough."""
         needs_run = False
         twin = partial(self._rounder.remade, edges=group.edges, low=low) if selects(call) else None
         for position, (value, made) in enumerate(zip(call.outputs, results, strict=True)):
@@ -170,13 +170,13 @@ class Sweep:
         return needs_run
 
     def _take(self, found: Found, error: Error, value: Value, grads: Grads) -> None:
-        """Add what the error of a value does, by its gradient. Values that are not finite anyway are left out."""
+        """Add what the error of a value does, by its gradient. Elements that are not finite in fp32 are left out."""
         signal = self._signals.get(value, math.inf)
         if not math.isfinite(signal):
             self._take_finite(found, error.made, value, grads)
             return
         difference, columns = error.difference(value.tensor), list(grads)
-        again, counts = error.again, error.counts  # not `made`, which need not be held until the end
+        again, counts = error.again, error.counts  # not `error`: `made` need not be held until the end
         sums = [energy(difference)]
         for number, column in enumerate(columns, 1):
             # In place, as fresh memory costs more than the product.
@@ -197,7 +197,7 @@ class Sweep:
         self._ledger.await_(sums, note)
 
     def _smooth(self, call: Call) -> Value | None:
-        """The only result of a call, where its gradient tells all of an error that is added to it."""
+        """The only result of a call, where the gradient alone tells what an error added to it does; else None."""
         value = call.outputs[0] if len(call.outputs) == 1 else None
         if value is None or not self._gradients.is_used(value):
             return None
@@ -207,7 +207,7 @@ class Sweep:
         return None if beyond else value
 
     def _take_added(self, found: Found, error: torch.Tensor, along: int, value: Value) -> None:
-        """The same of an error [channels] that is alike along other dimensions: by the gradient's energy in each."""
+        """`_take` for an error [channels], constant along other dimensions: by the gradient's energy per channel."""
         grads, power = self._gradients.of(value), error.square()
         others = [i for i in range(value.tensor.ndim) if i != along % value.tensor.ndim]
         for column, grad in grads.items():
@@ -228,7 +228,7 @@ class Sweep:
         self._ledger.await_(sums, note)
 
     def _take_finite(self, found: Found, made: torch.Tensor, value: Value, grads: Grads) -> None:
-        """The same of a value that has NaN or Inf itself."""
+        """`_take` for a value that has NaN or Inf, in fp32 or once rounded."""
         sound = value.tensor.isfinite()
         found.nonfinite += int((sound & ~made.isfinite()).sum())
         error = torch.where(sound & made.isfinite(), made - value.tensor, 0).double()
@@ -242,9 +242,9 @@ class Sweep:
     def _step(
         self, found: Found, value: Value, made: torch.Tensor, twin: Callable[[Value], torch.Tensor] | None
     ) -> bool:
-        """Look at the readers of a value that may step, past movers. True where one's integers changed.
+        """Look at the readers of a value, past movers, that may step. True where integers or booleans of one changed.
 
-        twin: rounds what a comparison has on its other side, where `value` was picked from that.
+        twin: rounds the other side of a comparison, where `value` was picked from it.
         """
         needs_run = False
         for reader in value.readers:
@@ -264,8 +264,8 @@ class Sweep:
         return needs_run
 
     def _run_waiting(self, waiting: Sequence[tuple[Call, Group, torch.dtype, Found]]) -> None:
-        """Run the program for each edge whose gradient does not tell it all, as far as that is paid for."""
-        first = len(waiting) * (self._seed % 4) // 4  # another batch begins elsewhere
+        """Run the program for each edge whose gradient is not enough, as far as the budget goes."""
+        first = len(waiting) * (self._seed % 4) // 4  # each batch begins elsewhere
         paid = _RUN_SHARE * sum(v.tensor.numel() for call in self._tape.calls for v in call.outputs if v is not None)
         for number, (call, group, low, found) in enumerate([*waiting[first:], *waiting[:first]]):
             if paid <= 0 and number >= _LEAST_RUNS:
@@ -285,7 +285,7 @@ class Sweep:
             self._share_out(group, low, found)
 
     def _run_at_risk(self) -> None:
-        """Does the program give NaN or Inf with the value at the pole? Those last found come first in the program."""
+        """Run the program with each value at its pole. Where it gives NaN or Inf, the noise of the edge is inf."""
         for call, group, low, results, found in self._poles.at_risk:
             try:
                 noise, _ = run_alone(self._tape, call, results)
@@ -302,7 +302,7 @@ class Sweep:
         ]
         if self._columns == len(by_output):
             found.noise = [part for part, _ in by_output]
-        else:  # a share of integers is like an amplitude
+        else:  # the share of integers that changed is like an amplitude
             found.noise = [sum(part if output.differentiable else part**2 for part, output in by_output)]
         found.ran = True
 
@@ -325,7 +325,7 @@ def _given(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _again(group: Group, low: torch.dtype, position: int) -> torch.Tensor:
-    """A result of a group's call, made once more."""
+    """A result of a group's call, computed once more."""
     made = group.results(low)
     assert made is not None
     return cast("torch.Tensor", made[position])

@@ -1,9 +1,9 @@
 """`ranges.rounding`: what rounding one tensor, where one node reads it, does to the program's outputs.
 
-One row per edge and low type. An edge leads from the node that made a tensor to a node that reads it; what only moves
-values between the two is transparent. `calib.rounding_edges` says which edges a program has, and which movers are
-between. With NSR = sum of `noise` over the edges that are active under a plan, its SQNR is about -10 log10(NSR) dB. An
-edge is active where its reader is low, or where the tensor is rounded before: its maker or a mover between is low.
+One row per edge and low type. An edge leads from the node that made a tensor to a node that reads it; nodes between the
+two that only move values are transparent. `calib.rounding_edges` finds the edges of a program, and the movers between.
+With NSR = sum of `noise` over the edges that are active under a plan, its SQNR is about -10 log10(NSR) dB. An edge is
+active where its reader is low, or where the tensor is rounded before: its maker or a mover between is low.
 
 Columns:
     node: the reader's qualified name, or `output` for the program's results.
@@ -13,18 +13,18 @@ Columns:
     low_precision_type: "float16" or "bfloat16".
     noise: noise-to-signal power ratio at the program's outputs, mean over batches. Within one output it is the mean
         over its channels, each held to its own power; over outputs it is the sum. inf where rounding made values that
-        are not finite. Null where it could not be had.
+        are not finite. Null where it could not be measured.
     noise_worst: the same of the worst batch. worst_batch: its index.
     noise_by_output: `noise` of each tensor that the program gives, in their order; of integers and booleans the share
-        that changed. Null where floating-point outputs are more than are told apart (`MOST_OUTPUTS`; the square of that
-        share is in `noise` then), or where `noise` is null.
+        that changed. Null where there are more than `MOST_OUTPUTS` floating-point outputs (`noise` then has the square
+        of that share), or where `noise` is null.
     nonfinite: elements of the reader's results that only rounding made NaN or Inf, summed over batches.
     steps: integer and boolean elements that rounding changed, summed over batches: indices, comparisons.
     local_sqnr_db: signal to noise at the reader's own results, in dB; inf where nothing changed.
     batches: how many batches were measured; 0 where none was.
     method: "gradient": the error at the reader's results was taken through the gradient. "run": in at least one
-        batch the program was run with only this edge rounded. "scaled": of a rescaled program, estimated from what was
-        measured of the original; see `calib.rounding_scaling`. Null where there is no evidence.
+        batch the program was run with only this edge rounded. "scaled": for a rescaled program, estimated from
+        measurements of the original; see `calib.rounding_scaling`. Null where there is no evidence.
     why_missing: why there is none; null where there is.
 """
 
@@ -42,7 +42,7 @@ from calibcast.calib.errors import ArtifactError
 LOW_TYPE_NAMES = ("float16", "bfloat16")
 OUTPUT = "output"  # the reader of the program's results
 LITERAL = "literal:"
-# Each output costs a backward pass; of more than these only the sum is known.
+# Each output costs a backward pass; beyond this many, only the sum is measured.
 MOST_OUTPUTS = 4
 METHODS = ("gradient", "run")
 SCALED = "scaled"  # a method of its own: estimated, not measured
@@ -63,12 +63,12 @@ ROUNDING_SCHEMA: dict[str, Any] = {
     "method": pl.String,
     "why_missing": pl.String,
 }
-# One row each.
+# These columns identify a row.
 ROUNDING_KEY = ("node", "input", "output", "low_precision_type")
 
 
 def empty_rounding() -> pl.DataFrame:
-    """A frame without rows: nothing was measured, as `rounding_batches=0` has it."""
+    """A frame without rows: nothing was measured, as with `rounding_batches=0`."""
     return pl.DataFrame(schema=ROUNDING_SCHEMA)
 
 
@@ -81,9 +81,9 @@ _METADATA = "calibcast.rounding"
 
 
 def rounding_metadata(rounding: pl.DataFrame) -> dict[str, str]:
-    """How a frame goes into the file of its range table, which holds one Parquet table: as another one, in metadata.
+    """The frame as metadata for the file of its range table: a Parquet file holds one table, and that is the ranges.
 
-    There the checksum of the file covers it, and other readers of Parquet see the ranges as before.
+    The checksum of the file covers it there, and other readers of Parquet still see the ranges.
     """
     if not rounding.height:
         return {}
@@ -102,7 +102,7 @@ def rounding_of(metadata: Mapping[str, str], source: Path) -> pl.DataFrame:
         return empty_rounding()
     try:
         frame = pl.read_parquet(io.BytesIO(base64.b64decode(text, validate=True)))
-    except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
+    except (Exception, pl.exceptions.PanicException) as error:  # a panic is not an Exception
         raise ArtifactError(f"{source}: its evidence of rounding is not readable: {error}") from error
     for name, dtype in ROUNDING_SCHEMA.items():
         if name not in frame.columns or frame.schema[name] != dtype:

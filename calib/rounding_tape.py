@@ -29,8 +29,9 @@ SAME = torch.ops.aten.alias.default
 class Value:
     """One version of a tensor.
 
-    sources: who made its fp32 elements. maker, position: the call that gave it, None for an input. computed: whether
-    it depends on what a floating-point call gave. readers: the calls that take it.
+    sources: the node outputs that made its fp32 elements. maker: the call that gave it; None for an input. position:
+    which result of that call it is. computed: whether it depends on what a floating-point call gave. readers: the calls
+    that take it.
     """
 
     __slots__ = ("computed", "maker", "position", "readers", "sources", "tensor")
@@ -49,10 +50,10 @@ class Value:
 class Call:
     """One call of the tape.
 
-    node: None for what only restates a view after a write. run: the operator. args: values stand where tensors go.
-    written: the values that it writes into; their new versions come last in `outputs`. outputs: None for no tensor.
-    leaves, raw: while the tape is fresh, the inputs and outputs of the call's own autograd graph; without leaves where
-    the operator refused to make one.
+    node: None for a region, and for a call that only rebuilds a view after a write. run: the operator. args: a `Value`
+    stands for each tensor. written: the values that it writes into; their new versions come last in `outputs`. outputs:
+    None for a result that is not a tensor. leaves, raw: until the sweep passes the call, the inputs and outputs of its
+    own autograd graph; no leaves where the operator refused to make one.
     """
 
     name: str
@@ -72,9 +73,9 @@ class Call:
         return tuple(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, Value)))
 
     def perform(self, given: Mapping[Value, torch.Tensor], args: Any = None) -> tuple[Any, ...]:
-        """What the call gives, and then what it wrote into, with other tensors for some of its inputs.
+        """Run the call with other tensors for some of its inputs: its results, then the tensors that it wrote into.
 
-        args: other arguments, such as another number. Random numbers are those of the first time.
+        args: other arguments, such as another number. Random numbers are those of the first run.
         """
         copies = {value: given.get(value, value.tensor).clone() for value in self.written}
         filled = {**given, **copies} if copies else given
@@ -118,7 +119,7 @@ def record(graph_module: fx.GraphModule, operands: Sequence[Any], device: torch.
 
 
 class _Recorder:
-    """One run of a graph. `env` maps its nodes to values, to tuples of them, or to what is no tensor."""
+    """One run of a graph. `env` maps its nodes to values, to tuples of them, or to what is not a tensor."""
 
     def __init__(self, graph_module: fx.GraphModule, device: torch.device | None) -> None:
         self._module, self._device = graph_module, device
@@ -182,7 +183,7 @@ class _Recorder:
         return moved
 
     def _region(self, nodes: Sequence[fx.Node]) -> None:
-        """A flat region as one call: its nodes run together, and what others read of them are its results."""
+        """A flat region as one call: its nodes run together, and its results are those that other nodes read."""
         inside = set(nodes)
         outer = list(dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in inside))
         given = [n for n in nodes if any(user not in inside for user in n.users)]
@@ -237,7 +238,7 @@ class _Recorder:
         return value
 
     def _rebind(self, target: fx.Node, new: Value | None, writer: fx.Node) -> None:
-        """After `writer` wrote into `target`: give all that share its storage, and are read later, their new values."""
+        """After `writer` wrote into `target`: update all nodes that share its storage and are read later."""
         old = self._env[target]
         assert isinstance(new, Value)
         aliases = [
@@ -274,7 +275,7 @@ class _Recorder:
 
 
 def _filled(part: Any, given: Mapping[Value, torch.Tensor]) -> Any:
-    """Arguments with tensors where values stand: what `tree_map` does, which takes longer than most kernels."""
+    """Arguments with a tensor in place of each `Value`. `tree_map` would take longer than most kernels."""
     if isinstance(part, Value):
         return given.get(part, part.tensor)
     if isinstance(part, dict):
@@ -285,7 +286,7 @@ def _filled(part: Any, given: Mapping[Value, torch.Tensor]) -> Any:
 
 
 def _target_of(node: fx.Node) -> Callable[..., Any]:
-    """What to call: `detach` means nothing in inference, and would hide a gradient."""
+    """What to call: an alias in place of `detach`, which does nothing in inference and would cut the gradient."""
     if operator_of(base_op(node.target)).writes_nothing:
         return SAME
     assert callable(node.target)

@@ -1,8 +1,8 @@
-"""A checksum inside a Parquet file, looked at before any reader of Parquet parses a byte of it.
+"""A checksum inside a Parquet file, checked before a Parquet reader parses any of its bytes.
 
-Damaged bytes can make a reader end the whole process, and bytes inside a column can go unnoticed. So the file's own
-metadata hold a hash of all its bytes, those of the hash itself counted as zeros: any other reader sees a plain Parquet
-file with one more entry in its metadata, and checking it takes no reader at all.
+Damaged bytes can make a reader crash the process, and damage inside a column can go unnoticed. So the file's own
+metadata hold a hash of all its bytes, where the hash itself counts as zeros. Any other reader sees a plain Parquet file
+with one more metadata entry, and the check needs no Parquet reader.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import xxhash
 _MAGIC = b"PAR1"
 _MARK, _DIGITS = "xxh3-128:", 32
 _SEAL = re.compile(rf"{_MARK}([0-9a-f]{{{_DIGITS}}})".encode())
-# To be given to `write_parquet` as metadata, and filled in by `sealed`.
+# Metadata for `write_parquet`; `sealed` then fills in the checksum.
 UNSEALED = {"calibcast.checksum": f"{_MARK}{'0' * _DIGITS}"}
 
 
@@ -39,7 +39,7 @@ def broken_seal(content: bytes) -> str | None:
 
 
 def has_parquet_ends(content: bytes) -> bool:
-    """Whether bytes begin and end as a Parquet file does, with metadata that can fit in: false when cut off."""
+    """Whether bytes begin and end as a Parquet file does, with room for its metadata; False for a truncated file."""
     if len(content) < 12 or not (content.startswith(_MAGIC) and content.endswith(_MAGIC)):
         return False
     return int.from_bytes(content[-8:-4], "little") <= len(content) - 12
@@ -47,7 +47,7 @@ def has_parquet_ends(content: bytes) -> bool:
 
 def _place(content: bytes) -> re.Match[bytes] | None:
     """The last text that looks like a checksum: metadata are at the end of the file, and a name in a column may look
-    the same.
+    like one, too.
     """
     start = content.rfind(_MARK.encode())
     return None if start < 0 else _SEAL.match(content, start)

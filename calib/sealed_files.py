@@ -12,7 +12,7 @@ from calibcast.calib.errors import ArtifactError, ChangedFileError
 
 
 def files_under(path: Path, base: Path) -> dict[str, str]:
-    """SHA-256 of the file at `path`, or of every file below it, by path relative to `base`; empty where is nothing."""
+    """SHA-256 of the file at `path`, or of every file below it, by path relative to `base`; empty where none is."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return {file.relative_to(base).as_posix(): sha256(file) for file in files}
 
@@ -42,8 +42,8 @@ def check_plain_part(name: Any, said_by: Path | str) -> str:
 def check_sealed(folder: Path, files: Any, manifest: Path, only: str | None = None) -> None:
     """Raise unless the files of `folder` are those that `manifest` was written with: `files`, name to SHA-256.
 
-    only: look at this one alone. Files that the manifest does not list are left alone, and nobody may read them.
-    Raises ArtifactError for a missing file or a strange name, ChangedFileError for one that has changed.
+    only: check just this file. Files that the manifest does not list are not checked, so nobody may read them. Raises
+    ArtifactError for a missing file or a strange name, ChangedFileError for one that has changed.
     """
     if not isinstance(files, Mapping):
         raise ArtifactError(f"{manifest} lists no hashes of its files: it is of an older calibcast, or was changed")

@@ -1,8 +1,8 @@
-"""Follow the numbers that stand for "masked": where they come from, how far they get, and which comparisons are
-unchanged by a cast.
+"""Follow the numbers that stand for "masked": where they come from, how far they get, and which
+comparisons a cast does not change.
 
-A sentinel is at or below -1e4. In the low type it is rounded, and saturated where a cast gives it; so two sentinels may
-become one (-1e9 and -inf), and one may become two (-inf of a low `masked_fill`, -32752 of a cast).
+A sentinel is at or below -1e4. In the low type it is rounded, and saturated where a cast makes it. So two sentinels may
+become one (-1e9 and -inf), and one may become two (-inf from a low `masked_fill`, -32752 from a cast).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from calibcast.calib.graph import base_op, is_measurable, tensor_values
 from calibcast.calib.operators import COMPARES, CONVERTS, FILLS, MASK_CHOICE, MASKING, MOVES, SELECTS
 from torch import fx
 
-# -1e4 is what models for half precision have written for "masked" since the first BERT; others take -1e9 or less.
+# Models for half precision have used -1e4 for "masked" since the first BERT; others use -1e9 or less.
 MASK_AT_MOST = -1e4
 # A number above this is above every mask value in any type, however both are rounded.
 _ABOVE_MASKS = MASK_AT_MOST / 2
-ANY = math.nan  # among the sentinels of a node: it may hold others than those that are known
+ANY = math.nan  # in a node's set of sentinels: it may hold unknown ones, too
 PASSES = MOVES | MASKING | SELECTS | CONVERTS | FILLS
 Sentinels = Mapping[fx.Node, frozenset[float]]
 
 
 def sentinels_of(graph_module: fx.GraphModule, sources: set[str]) -> Sentinels:
-    """The nodes that a mask value may have reached, and which it may be: the numbers in the graph, and ANY for others.
+    """The nodes that a mask value may have reached, with its possible values: numbers in the graph, or ANY.
 
-    `sources`: placeholders that a mask may come in by.
+    `sources`: placeholders through which a mask may come in.
     """
     found: dict[fx.Node, frozenset[float]] = {}
     written = _written(graph_module)
@@ -49,15 +49,15 @@ def sentinels_of(graph_module: fx.GraphModule, sources: set[str]) -> Sentinels:
 
 
 def reads_order(reader: fx.Node, sentinels: Sentinels) -> bool:
-    """Whether `reader` is a comparison that comes out alike before and after a mask is saturated and rounded.
+    """Whether `reader` is a comparison whose result stays the same when a mask is saturated and rounded.
 
-    - With a number above all masks: a cast keeps order, and nothing is rounded across the 5000 between them. Of a
-      number as low as a mask (`x > -inf`, `x > -1e9`) it would answer otherwise.
-    - Of two tensors that hold one and the same sentinel and no other: equal stay equal, and the rest is above. Two
-      sentinels, or sums of one with scores, may become equal, which strict and other comparisons see alike. The nodes
-      from the sentinel to here must then be low or high together (`compared_chains`), as a cast on the way would
+    - With a number above all masks: yes. A cast keeps the order, and no rounding crosses the 5000 between them. With a
+      number as low as a mask (`x > -inf`, `x > -1e9`) the result could change.
+    - Of two tensors that hold the same single sentinel: yes. Equal values stay equal, and the rest is above. Two
+      different sentinels, or sums of one with scores, may become equal, which changes strict and other comparisons. The
+      nodes from the sentinel to here must be low or high together (`compared_chains`), because a cast on the way would
       saturate it on one side only.
-    - Never `eq`, `ne`, `isinf` and the like, which ask for the value.
+    - Never for `eq`, `ne`, `isinf` and the like, which depend on the value itself.
     """
     if reader.op != "call_function" or base_op(reader.target) not in COMPARES or written_arguments(reader):
         return False
@@ -76,9 +76,9 @@ def reads_order(reader: fx.Node, sentinels: Sentinels) -> bool:
 
 
 def compared_chains(graph_module: fx.GraphModule) -> list[set[fx.Node]]:
-    """For each comparison of masks with masks: it, and the nodes by which their sentinel came; those that meet are one.
+    """For each comparison of masks with masks: it, and the nodes that their sentinel came through.
 
-    All nodes of a chain must run in the low type or none.
+    Chains that meet are merged. Either all nodes of a chain run in the low type, or none.
     """
     compares = [
         node
@@ -115,7 +115,7 @@ def _carried(node: fx.Node, found: Sentinels) -> frozenset[float]:
 
 
 def _large_numbers(node: fx.Node) -> list[float]:
-    """The numbers in a call as large as a sentinel; of either sign, as `scores - 1e9 * padding` has it."""
+    """The numbers in a call as large as a sentinel; of either sign, because of `scores - 1e9 * padding`."""
     numbers = [
         v for v in (*node.args, *node.kwargs.values()) if isinstance(v, (int, float)) and not isinstance(v, bool)
     ]
@@ -144,7 +144,7 @@ def _made_by(compare: fx.Node, sentinels: Sentinels) -> set[fx.Node]:
 
 
 def _written_bases(node: fx.Node) -> list[fx.Node]:
-    """What an in-place op has put its mask values into, and what that is a view of."""
+    """The tensors that an in-place op wrote mask values into, and those that these are views of."""
     bases, waiting = [], list(written_arguments(node))
     while waiting:
         base = waiting.pop()

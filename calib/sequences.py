@@ -8,14 +8,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class NewSequence:
-    """A batch at which a new sequence begins: with `carry_state=True`, what the program keeps between calls is put back
-    to how it began before the batch is run. A dataloader or a transform gives it in the place of the batch."""
+    """A batch at which a new sequence begins. With `carry_state=True`, what the program keeps between calls is reset to
+    its initial value before the batch is run. A dataloader or a transform yields this in place of the batch."""
 
     batch: Any
 
 
 class FlatInputs(list[Any]):
-    """Flat inputs of a program. begins: a new sequence begins here."""
+    """Flat inputs of a program. begins: whether a new sequence begins here."""
 
     begins: bool = False
 

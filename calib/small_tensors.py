@@ -1,8 +1,8 @@
 """Small host tensors, measured many at a time.
 
-Each call into torch costs a microsecond or more however few elements it reads, and `HostKernel` needs some fifty: on a
-network of thousands of small tensors measuring took fifteen times as long as running. So small tensors are copied into
-one buffer when their node has run, which a later in-place write cannot change, and measured there all at once.
+A call into torch costs a microsecond or more, however few elements it reads, and `HostKernel` needs about fifty calls.
+On a network of thousands of small tensors, measuring took fifteen times as long as running. So small tensors are copied
+into one buffer once their node has run, where a later in-place write cannot change them, and measured together.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from calibcast.calib.statistic_names import BINS, COUNTS, VALUES
 
-# From about so many elements on, `HostKernel` is faster: it takes fewer passes over them.
+# Above about this many elements, `HostKernel` is faster: it makes fewer passes over them.
 MOST = 1 << 14
-# Elements of the buffer, so that it and its temporaries stay in the caches; rows, so that their histograms do.
+# How many elements the buffer has: few enough that it and its temporaries stay in the caches. How many rows: few enough
+# that their histograms do.
 _ELEMENTS, _ROWS = 1 << 16, 1 << 9
 _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
@@ -49,11 +50,11 @@ class SmallTensors:
         return 0 < tensor.numel() <= MOST and tensor.dtype in _TYPES and tensor.device.type == "cpu"
 
     def has_room(self, tensor: torch.Tensor) -> bool:
-        """Whether it can be put in before the next `take`."""
+        """Whether the tensor still fits in before the next `take`."""
         return self._filled + tensor.numel() <= _ELEMENTS and len(self._rows) < _ROWS
 
     def put(self, row: int, tensor: torch.Tensor) -> None:
-        """Copy the elements of a tensor of any strides; repeated ones as often as they show."""
+        """Copy the elements of a tensor with any strides; an expanded element is copied every time it appears."""
         size = tensor.numel()
         self._buffer[self._filled : self._filled + size].view(tensor.shape).copy_(tensor)
         self._rows.append(row)
@@ -61,7 +62,7 @@ class SmallTensors:
         self._filled += size
 
     def take(self) -> Measured | None:
-        """Statistics of what was put in since the last call; None for nothing."""
+        """Statistics of what was put in since the last call; None if that was nothing."""
         if not self._rows:
             return None
         x, starts = self._buffer[: self._filled].numpy(), np.array(self._starts)
@@ -78,9 +79,9 @@ class SmallTensors:
 
 
 def _values(x: np.ndarray, magnitude: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """float64 [R, 5]: least, largest, smallest nonzero magnitude, sum and sum of squares of what is finite."""
+    """float64 [R, 5]: least, largest, smallest nonzero magnitude, sum and sum of squares of the finite elements."""
     finite = magnitude < _INFINITY
-    # Less one, and without the sign, a zero becomes the largest integer, and the rest keep their order.
+    # Subtracting one and clearing the sign bit makes a zero the largest integer; the rest keep their order.
     order = (magnitude - np.int32(1)) & _MAGNITUDE
     if finite.all():
         low = high = x

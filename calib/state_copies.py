@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-# Where a copied stretch of memory begins: a multiple of every element size, so that each view falls on whole elements.
+# Copied stretches of memory begin at multiples of this, and so of every element size: views fall on whole elements.
 _ALIGN = 16
-_Span = tuple[int, int, int]  # address of the storage, and the bytes from and to which a tensor lies in it
+_Span = tuple[int, int, int]  # address of the storage, and the first and end byte of a tensor in it
 
 
 def copies_of_written(
@@ -16,8 +16,8 @@ def copies_of_written(
 ) -> dict[str, torch.Tensor]:
     """Copies, by name, of the tensors in `written` and of all others that share memory with one of them.
 
-    What overlapped does so in the copies, too: a write through one is seen through the other. Only the stretches of
-    storage that are written are copied. device: where the copies go; None leaves each where it is.
+    Tensors that overlapped do so in the copies, too: a write through one is seen through the other. Only the stretches
+    of storage that are written are copied. device: where the copies go; None leaves each where it is.
     """
     spans = {name: span for name, tensor in tensors.items() if (span := _span(tensor)) is not None}
     copies: dict[str, torch.Tensor] = {}
@@ -28,7 +28,7 @@ def copies_of_written(
         last = max(spans[name][2] for name in group)
         memory = _copied_bytes(tensors[next(iter(group))], first, last, device)
         copies |= {name: _view_like(tensors[name], memory, first) for name in group}
-    # What has no memory to share, such as an empty tensor.
+    # Tensors without memory to share, such as empty ones.
     return copies | {
         name: tensors[name].detach().to(device or tensors[name].device, copy=True)
         for name in written
@@ -37,7 +37,7 @@ def copies_of_written(
 
 
 def _span(tensor: torch.Tensor) -> _Span | None:
-    """The bytes of its storage that a dense tensor covers; None where it has no storage of its own."""
+    """The storage of a strided tensor, and the bytes that it covers there; None for other layouts and empty tensors."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return None
     size = tensor.element_size()

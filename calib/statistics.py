@@ -30,7 +30,7 @@ _OF_PEAK = {"merge": "of the larger peak", "nothing": NO_BATCH}
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of R tensors, one row each. The arrays are updated in place, and are all there is to a merge.
+    """Statistics of R tensors, one row each. The arrays are updated in place; a merge needs nothing else.
 
     values: float64 [R, 5] as in `VALUES`; counts: int64 [R, 6] as in `COUNTS`; histograms: int64 [R, 256] or None;
     batches, absmax_batch, nonfinite_batch: int64 [R]; hidden: float64 [R, 3] as in `HIDDEN`.
@@ -79,9 +79,9 @@ class Statistics:
                 array.fill_(item.metadata["nothing"])
 
     def merge(self, other: Statistics) -> None:
-        """Take in `other`, each statistic by the merge that it names.
+        """Merge `other` into this, each statistic by the merge that it names.
 
-        Of two batches with the same peak, and of two that are not finite, the earlier counts, in any order of merging.
+        Of two batches with the same peak, or two that are not finite, the earlier is kept, in any order of merging.
         """
         self._merge_peak_batches(other)
         for item in fields(self):
@@ -94,20 +94,20 @@ class Statistics:
                 _MERGES[item.metadata["merge"]](mine, theirs, out=mine)
 
     def _merge_peak_batches(self, other: Statistics) -> None:
-        """The batch of the larger peak. To be done before the peaks themselves are merged."""
+        """Keep the batch of the larger peak. This must be done before the peaks themselves are merged."""
         peak, new = self.absmax(), other.absmax()
         taken = torch.where(new == peak, other.absmax_batch < self.absmax_batch, new > peak)
         self.absmax_batch.copy_(torch.where(taken, other.absmax_batch, self.absmax_batch))
 
     def merge_rows(self, other: Statistics, rows: torch.Tensor) -> None:
-        """Take in the rows (bool [R]) of `other`, and leave the others as they are."""
+        """Merge only these rows (bool [R]) of `other`; all others stay as they are."""
         part = self.at(rows)
         part.merge(other.at(rows))
         for name, array in self.arrays():
             array[rows] = getattr(part, name)
 
     def numbered_from(self, first: int) -> Statistics:
-        """The same of batches that are numbered from `first` on, in place of 0."""
+        """A copy whose batch numbers start at `first` instead of 0."""
 
         def moved(batches: torch.Tensor) -> torch.Tensor:
             return torch.where(batches < NO_BATCH, batches + first, batches)
@@ -115,7 +115,7 @@ class Statistics:
         return replace(self, absmax_batch=moved(self.absmax_batch), nonfinite_batch=moved(self.nonfinite_batch))
 
     def arrays(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The arrays by field: all there is to them. Without histograms there is none of those."""
+        """The arrays by field name, without `histograms` where that is None."""
         for item in fields(self):
             array = getattr(self, item.name)
             if array is not None:
@@ -126,7 +126,7 @@ class Statistics:
         return replace(self, **{name: array[rows] for name, array in self.arrays()})
 
     def to(self, device: torch.device | str, copy: bool = False) -> Statistics:
-        """The same statistics on another device. copy: also where they are there already."""
+        """The same statistics on another device. copy: copy them even if they are there already."""
         return replace(self, **{name: array.to(device, copy=copy) for name, array in self.arrays()})
 
     def absmax(self) -> torch.Tensor:

@@ -16,7 +16,7 @@ _MADE_BY = {"calibcast": "tensors"}
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write named tensors, wherever they are, whole or not at all. What they share is written for each."""
+    """Write named tensors of any device, whole or not at all. Memory that several share is written for each."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as temporary:
         save_file(own, temporary, metadata=_MADE_BY)

@@ -1,4 +1,4 @@
-"""Frames as text for a terminal: as wide as it is, aligned, cut where they must be, safe to print."""
+"""Tables as text for a terminal: fitted to its width, aligned, cut where necessary, safe to print."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from calibcast.calib.printable import printable
 
-# Where nothing says how wide the terminal is: a file, a pipe.
+# The width where no terminal says one, as for a file or a pipe.
 _USUAL_WIDTH = 80
-# Text that is cut still says something from here on.
+# Text is not cut to fewer columns than this.
 _LEAST_TEXT = 12
 
 
@@ -20,9 +20,9 @@ _LEAST_TEXT = 12
 class Column:
     """A column of a text table.
 
-    name: of the field. heading: above it. width: the most that it takes; None for text that takes what is left. number:
-    aligned to the right. head: of text that is cut, show the beginning in place of the end. drop: columns with the
-    largest number go first where the table is too wide; 0 stays.
+    name: the field of the row. heading: the text above it. width: its largest width; None for text that takes what is
+    left. number: align to the right. head: of text that is cut, show the beginning, not the end. drop: where the table
+    is too wide, the column with the largest number is dropped first; 0 is never dropped.
     """
 
     name: str
@@ -45,7 +45,7 @@ def text_table(
     found = list(rows)
     space = (terminal_width() if width is None else width) - len(indent)
     texts = {c.name: [_text(row.get(c.name)) for row in found] for c in columns}
-    # A column in which no row says anything is left out.
+    # A column without text in any row is left out.
     shown = [c for c in columns if not found or any(texts[c.name])]
     needs = {c.name: max(map(_columns, [c.heading, *texts[c.name]])) for c in columns}
     while (widths := _fitted(shown, needs, space)) is None:
@@ -56,7 +56,7 @@ def text_table(
 
 
 def cut(text: str, width: int, head: bool = False) -> str:
-    """Text in at most `width` columns: its end, which of a path tells more, or its `head`."""
+    """Text in at most `width` columns: its end, which says more about a path, or with `head` its beginning."""
     if _columns(text) <= width:
         return text
     while text and _columns(text) > width - 2:
@@ -65,18 +65,18 @@ def cut(text: str, width: int, head: bool = False) -> str:
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """`a, b and 3 more`."""
+    """The first `most` names, as in `a, b and 3 more`."""
     shown = ", ".join(printable(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def and_more(shown: int, total: int, how: str = "") -> list[str]:
-    """The line under a table that was cut, with what shows the rest; nothing under a whole one."""
+    """The line under a table that was cut; none under a whole one. how: how to see the rest."""
     return [f"and {total - shown} more{how}"] if shown < total else []
 
 
 def place(node: str, output: int) -> str:
-    """A tensor: `linear`, or of several outputs `split[1]`."""
+    """How a tensor is named: `linear`, or `split[1]` for one of several outputs."""
     return f"{node}[{output}]" if output else node
 
 

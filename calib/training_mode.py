@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 def refuse_training(program: ExportedProgram) -> None:
     """Raise ProgramError for a model that was exported in train mode: its ranges would be those of training.
 
-    Dropout that drops, and norms that update running statistics.
+    That is: dropout drops, or a norm updates its running statistics.
     """
     for module in program.graph_module.modules():
         if isinstance(module, fx.GraphModule):
@@ -44,7 +44,7 @@ def _trains(node: fx.Node) -> bool:
 
 
 def _drops_inside(given: dict[str, Any]) -> bool:
-    """Whether an op with these arguments drops on the way: attention its weights, lstm and gru between layers."""
+    """Whether an op applies dropout inside: attention to its weights, lstm and gru between layers."""
     if given.get("dropout_p"):
         return True
     return given.get("train") is True and bool(given.get("dropout")) and given.get("num_layers") != 1

@@ -1,12 +1,12 @@
 """All statistics of a GPU tensor in one pass: a Triton kernel that reads each element once.
 
 Imports Triton, so import it only where a GPU is. It computes what `calib.kernel.measure_on_device` does with some
-twenty kernels. Each program writes what it found to a place of its own, and all rows are put together at once at the
-end of a batch: atomic operations of a thousand programs on one place took longer than reading the tensor.
+twenty kernels. Each program writes its results to its own place, and the results of all rows are combined at the end of
+a batch: atomic operations of a thousand programs on one place took longer than reading the tensor.
 
-Instructions, not memory, limit it. So a program goes over its tiles the short way: no masks, nothing told apart,
-nothing reduced over threads before the end. What it found shows whether that was right (all values finite, of exponents
-that it counts), and if not, it goes over them again, the long way. Both give the same.
+Instructions, not memory, limit its speed. So a program first reads its tiles the short way: no masks, no special cases,
+no reduction over threads before the end. The result shows whether that was valid (all values finite, with exponents
+that it counts). If not, the program reads its tiles again, the long way. Both ways give the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 FIRST, COMMON = tl.constexpr(80), tl.constexpr(64)
 
 
-# Not one kernel for each size and row that happens to be 1 or a multiple of 16.
+# Triton would otherwise compile another kernel where a size or row is 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["size", "row", "mask_at_most", "width", "step", "pitch"])
 def tally(
     x_ptr,
@@ -32,9 +32,9 @@ def tally(
     size,
     row,
     mask_at_most,
-    width,  # element i lies at (i // width) * pitch + (i % width) * step, from here
+    width,  # width, step, pitch: element i lies at (i // width) * pitch + (i % width) * step
     step,
-    pitch,  # to here
+    pitch,
     GAPS: tl.constexpr,  # 0: at i; 1: a tile's elements lie side by side, four of them aligned; 2: in any way
     PLACES: tl.constexpr,
     MASKED: tl.constexpr,
@@ -49,7 +49,7 @@ def tally(
     least, most, tiny, sum_x, sum_xx, zeros, common = _short_way(
         x_ptr, tiles, width, step, pitch, GAPS, HISTOGRAM, BLOCK
     )
-    # Where a value was NaN or Inf, the sum of squares is; no square of an fp32 value is too large for float64.
+    # The sum of squares is NaN or Inf only where a value is: no square of an fp32 value overflows float64.
     again = tl.where(sum_xx < float("inf"), False, True)
     if HISTOGRAM:
         again = again | (tl.maximum(most, -least) >= 2.0**17) | (tiny < ((FIRST + 1) << 23) - 1)
@@ -93,7 +93,7 @@ def tally(
 
 @triton.jit
 def _both(low, high, small, total, squares, zeros, low_2, high_2, small_2, total_2, squares_2, zeros_2):
-    """What two lanes, or two ways, found, as one."""
+    """Combine the results of two lanes, or of the two ways."""
     low, high, small = tl.minimum(low, low_2), tl.maximum(high, high_2), tl.minimum(small, small_2)
     return low, high, small, total + total_2, squares + squares_2, zeros + zeros_2
 
@@ -106,7 +106,7 @@ def _place(i, width, step, pitch, GAPS: tl.constexpr):
 
 @triton.jit
 def _short_way(x_ptr, tiles, width, step, pitch, GAPS: tl.constexpr, HISTOGRAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Of this program's tiles: least, largest, smallest magnitude less one, sum, sum of squares, zeros; exponents."""
+    """Over this program's tiles: least, largest, smallest magnitude less one, sum, sum of squares, zeros; exponents."""
     lanes = tl.arange(0, BLOCK)
     low = tl.full([BLOCK], float("inf"), tl.float32)
     high = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -121,7 +121,7 @@ def _short_way(x_ptr, tiles, width, step, pitch, GAPS: tl.constexpr, HISTOGRAM: 
             c_at = x_ptr + _place(first + 2 * BLOCK + lanes, width, step, pitch, GAPS)
             d_at = x_ptr + _place(first + 3 * BLOCK + lanes, width, step, pitch, GAPS)
         else:
-            # Said so that the compiler knows that it is a multiple of four, and loads four at a time.
+            # `// 4 * 4` tells the compiler that this is a multiple of four, so that it loads four at a time.
             a_at = x_ptr + _place(first, width, step, pitch, GAPS) // 4 * 4 + lanes
             b_at, c_at, d_at = a_at + BLOCK, a_at + 2 * BLOCK, a_at + 3 * BLOCK
         a, b = tl.load(a_at).to(tl.float32), tl.load(b_at).to(tl.float32)
@@ -131,7 +131,7 @@ def _short_way(x_ptr, tiles, width, step, pitch, GAPS: tl.constexpr, HISTOGRAM: 
         wide_a, wide_b, wide_c, wide_d = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
         total += (wide_a + wide_b) + (wide_c + wide_d)
         squares += (wide_a * wide_a + wide_b * wide_b) + (wide_c * wide_c + wide_d * wide_d)
-        # Less one, both zeros are the largest integer, and the rest keep their order.
+        # Minus one, both zeros become the largest integer; the rest keep their order.
         e, f = (a.to(tl.int32, bitcast=True) - 1) & MAGNITUDE, (b.to(tl.int32, bitcast=True) - 1) & MAGNITUDE
         g, h = (c.to(tl.int32, bitcast=True) - 1) & MAGNITUDE, (d.to(tl.int32, bitcast=True) - 1) & MAGNITUDE
         small = tl.minimum(small, tl.minimum(tl.minimum(e, f), tl.minimum(g, h)))
@@ -152,7 +152,7 @@ def _long_way(
     x_ptr,
     size,
     tiles,
-    again,  # whether the tiles, too
+    again,  # whether to read the tiles again
     left,  # first element of this program's first block behind the tiles
     mask_at_most,
     width,
@@ -163,7 +163,7 @@ def _long_way(
     HISTOGRAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The same of blocks of any values, the last of which may be short; counts; the lowest mask value; exponents."""
+    """The same for blocks of any values (the last may be short); counts; the lowest mask value; exponents."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     lanes = tl.arange(0, BLOCK)
     low = tl.full([BLOCK], float("inf"), tl.float32)
@@ -188,7 +188,7 @@ def _long_way(
             shown = shown & ((x > mask_at_most) | (magnitude > INFINITY))
             lowest = tl.minimum(lowest, tl.where(hidden & (magnitude < INFINITY), x, float("inf")))
         finite, infinite = shown & (magnitude < INFINITY), shown & (magnitude == INFINITY)
-        # Counts of a block, twelve bits each, as one number: one sum over the threads instead of four.
+        # The counts of a block, twelve bits each, in one number: one sum over the threads instead of four.
         flags = (shown & (magnitude > INFINITY)).to(tl.int64) + ((infinite & (bits > 0)).to(tl.int64) << 12)
         flags += ((infinite & (bits < 0)).to(tl.int64) << 24) + ((~shown).to(tl.int64) << 36)
         counted = tl.sum(flags, 0)
@@ -205,7 +205,7 @@ def _long_way(
         total += kept
         squares += kept * kept
         if HISTOGRAM:
-            # What does not count is put into bin 0 and taken out of it.
+            # Elements that do not count are put into bin 0 and subtracted from it.
             bins += tl.histogram(tl.where(shown, magnitude >> 23, 0), 256)
             bins -= tl.where(tl.arange(0, 256) == 0, unshown, 0)
     found = tl.reduce((low, high, small, total, squares, zeros), 0, _both)

@@ -1,7 +1,7 @@
-"""What an operator sums inside, on a GPU: one kernel a tensor instead of some fifteen. Imports Triton, as `tally` does.
+"""Measures what an operator sums inside, on a GPU: one kernel per tensor, not about fifteen. Imports Triton.
 
-It computes what `calib.hidden` does with `Slices`. All it finds is at least zero, and such numbers are ordered as the
-integers of their bits, so that programs meet in two integer atomics: float64 ones would need a loop.
+It computes what `calib.hidden` does with `Slices`. All results are at least zero, and the order of such numbers is that
+of their bits as integers. So programs combine their results with two integer atomics; float64 ones would need a loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sum_slices(
     SPREAD: tl.constexpr,  # 0: none is wanted; 1: mean squares; 2: mean square deviations
     ADJACENT: tl.constexpr,  # whether `apart` is 1
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # 1 where they are not adjacent, so that threads lie side by side in memory either way
+    COLUMNS: tl.constexpr,  # 1 where elements are not adjacent, so that threads read side by side either way
 ):
     """Program `p` of `n` takes the groups p, p + n, p + 2n, .. of `ROWS` slices each."""
     largest = tl.zeros([ROWS], tl.float64)
@@ -47,7 +47,7 @@ def sum_slices(
             if SPREAD == 2:
                 plain += x
         total = tl.sum(sums, 1)
-        # What is not a number bounds nothing, and deviates by nothing.
+        # A NaN gives no bound (inf) and no deviation (0).
         largest = tl.maximum(largest, tl.where(total == total, total, float("inf")))
         if SPREAD > 0:
             spread = total / length

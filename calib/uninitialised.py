@@ -1,7 +1,7 @@
-"""Tensors without values: the outputs of `empty`, and views of them that are there to be written to.
+"""Tensors without values: the outputs of `empty`, and views of them that are only written to.
 
-Their elements are what the memory held before, another number in every run and at times NaN. No range is in that, and
-no error of a cast; so calibration counts them as zeros, and a comparison leaves them out.
+Their elements are what the memory held before: other numbers in every run, and at times NaN. They say nothing about
+ranges or the error of a cast. So calibration counts them as zeros, and a comparison leaves them out.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.export import ExportedProgram
 def undefined_tensors(program: ExportedProgram) -> frozenset[str]:
     """Qualified names of the nodes whose output holds no values when they have run.
 
-    A view of empty memory counts when nothing but writes over all of it, or further such views, read it: one that is
-    read otherwise may come after a write, whose values it then has.
+    A view of empty memory counts when its only users write over all of it, or are further such views. A view that is
+    read in another way may come after a write, and then has the values written.
     """
     steps = list(walk(program.graph_module))
     targets: set[fx.Node] = set()

@@ -55,7 +55,7 @@ SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One question: this low type, this limit, judged by this quantile, and this budget; None as in `classify`."""
+    """One combination to decide: low type, `data_max`, quantile and budget; None as in `classify`."""
 
     low_type: torch.dtype
     data_max: float | None = None
@@ -82,16 +82,17 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
     `SCHEMA`; its numbers are those of `classify` and `insert_casts` with the same arguments:
 
     data_max, min_sqnr_db: as they were applied; null where there was none.
-    predicted_sqnr_db: what the table of edges says is left at the worst output; null where rounding was not measured.
+    predicted_sqnr_db: the SQNR at the worst output, predicted from the table of edges; null where rounding was not
+    measured.
 
     nodes_low, nodes_high, work_low (FLOPs); the shares are of all decided nodes and their work.
-    activation_bytes_low: what nodes write in the low type, views apart, in bytes of the exported type, so that its
-    share is one of elements. casts, bytes_cast: how many, and the bytes that they read at the exported sizes.
-    overflow, underflow: shares of the elements of the inputs and activations that exist in the low type which would
-    round to inf, or are nonzero below its smallest normal value: upper bounds, with `.._at_least` the lower. They are
-    equal, and so exact, where powers of two decide.
-    to_low, to_high: nodes that flip against `base`, which is the plan of `classify` in fp16 with `settings`
-    and its own defaults, unless another is given.
+    activation_bytes_low: what nodes write in the low type, without views, in bytes of the exported type, so that its
+    share is a share of elements. casts, bytes_cast: how many casts, and the bytes that they read at the exported sizes.
+    overflow, underflow: the share of elements that would round to inf, or are nonzero below the smallest normal value,
+    among the inputs and activations that exist in the low type. These are upper bounds; `.._at_least` are the lower
+    ones. Both are equal, and so exact, where the limit is a power of two.
+    to_low, to_high: nodes that differ from `base`; without one, from the plan of `classify` in fp16 with `settings` and
+    defaults otherwise.
 
     Raises:
         PlanError: as `classify`; or `base` is of another program.
@@ -135,7 +136,7 @@ class _Decider:
         self.work = {name: self._all_work[name] for name in self._facts.outlines}
 
     def low_nodes(self, setting: Setting) -> list[str]:
-        """In graph order, as `PrecisionPlan.low_precision_nodes`."""
+        """The low nodes in graph order, as in `PrecisionPlan.low_precision_nodes`."""
         judge = self.judge(setting)
         if self._settings.rules:  # a rule of the user's own may look at how the inputs were decided
             decisions = decide(self._facts, judge, self._all_work)
@@ -147,7 +148,7 @@ class _Decider:
         return low_nodes(self._facts, judge, self._flips[key])
 
     def judge(self, setting: Setting) -> Judge:
-        """The judge of a setting, with what its budget keeps high. One course of raising serves all budgets."""
+        """The judge of a setting, with what its budget keeps high. All budgets share one order of raising."""
         settings = replace(
             self._settings, data_max=setting.data_max, range_quantile=setting.quantile, min_sqnr_db=setting.budget
         )

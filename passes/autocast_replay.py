@@ -2,7 +2,7 @@
 tensors.
 
 The lists of operators are torch's own, for the installed version and the device type; calibcast keeps none. Nothing is
-computed, and the lists of a GPU can be asked for without one.
+computed, and the lists of a GPU can be used without one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _REFUSALS = (RuntimeError, TypeError, NotImplementedError, ValueError, Assertion
 
 
 def ran_low(program: ExportedProgram, low_type: torch.dtype, device_type: str) -> frozenset[str]:
-    """Names of the nodes that autocast runs in `low_type`: whose floating results are in it, or, of a node that has
-    none (a comparison), whose arguments are."""
+    """Names of the nodes that autocast runs in `low_type`: those whose floating results have it, or, where a node has
+    none (a comparison), whose arguments have it."""
     source, low = flatten(program.graph_module), set[str]()
     made: dict[fx.Node, Any] = {}
     with (
@@ -80,7 +80,7 @@ class _Types(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _autocast(device_type: str, low_type: torch.dtype) -> Iterator[None]:
-    """As `torch.autocast`, which does nothing for the GPU of a machine that has none."""
+    """Like `torch.autocast`, but also for a GPU on a machine without one, where `torch.autocast` does nothing."""
     before = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     torch.set_autocast_dtype(device_type, low_type)
     torch.set_autocast_enabled(device_type, True)

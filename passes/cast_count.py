@@ -1,7 +1,7 @@
-"""Counting the casts that `insert_casts` would insert, without making a graph: milliseconds a plan.
+"""Counts the casts that `insert_casts` would insert, without making a graph: milliseconds per plan.
 
-It reads the same cast sites as the insertion. A law over random programs and plans holds the count to the casts in the
-rewritten graph.
+It uses the same cast sites as the insertion. A test over random programs and plans checks that the count equals the
+casts in the rewritten graph.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.export import ExportedProgram
 class CastCount:
     """What a plan costs and gains in casts.
 
-    casts: nodes inserted. bytes_cast: of the tensors that they read, at the exported sizes. low: (node, output) of
-    every tensor that exists in the low type. activation_bytes_low: of these, what the nodes themselves write in the
-    low type, counted in the exported type, so that a share of `CastCounter.activation_bytes` is one of elements.
+    casts: nodes inserted. bytes_cast: the bytes of the tensors that they read, at the exported sizes. low: (node,
+    output) of every tensor that exists in the low type. activation_bytes_low: what the nodes themselves write in the
+    low type, in bytes of the exported type, so that its share of `CastCounter.activation_bytes` is a share of elements.
     """
 
     casts: int
@@ -54,7 +54,7 @@ class CastCounter:
 
     def count(self, low_nodes: Collection[str], low_type: torch.dtype) -> CastCount:
         """The casts of the plan in which just these nodes run in `low_type`."""
-        # Only of the nodes that are asked for: what is kept, such as an assertion on a type, may not run low at all.
+        # Only for the nodes in `low_nodes`: a kept node, such as an assertion on a type, may be unable to run low.
         nodes = (self._by_name[name] for name in low_nodes if name in self._by_name)
         outputs = {node: types for node in nodes if (types := self._able(node, low_type)) is not None}
         low = settled(set(outputs), self._ties)

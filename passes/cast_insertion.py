@@ -1,7 +1,7 @@
 """`insert_casts`: rewrite a program so that each node runs in the type that a plan gives it.
 
 `cast_sites` says where casts stand. The graph is copied node by node, with the casts before the nodes that need them;
-the types of outputs are found by running the operator on fake tensors, never asserted.
+the types of outputs are found by running the operator on fake tensors, never assumed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
     """A copy of `program` in which each node runs in its planned type.
 
     The caller's program is untouched; unchanged weights are shared with it, and weights that only low nodes read are
-    stored in the low type. Outputs keep their types with `keep_io_types`; without, they come as computed. Inputs
-    always keep theirs. Integer and boolean tensors are never cast.
+    stored in the low type. Outputs keep their types with `keep_io_types`; without it, they have the types they are
+    computed in. Inputs always keep theirs. Integer and boolean tensors are never cast.
 
     Raises:
         MismatchError: the plan is of another program.
@@ -68,7 +68,7 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
 
 
 class _Emission:
-    """Writes the graph that the cast sites describe. `self._nodes` maps each value of theirs to its node."""
+    """Writes the graph that the cast sites describe. `self._nodes` maps each of their values to its node."""
 
     def __init__(self, source: fx.GraphModule, types: NodeTypes, sites: CastSites, masks: set[fx.Node]) -> None:
         self._source, self._types, self._sites, self._masks = source, types, sites, masks
@@ -106,10 +106,11 @@ class _Emission:
         self._type(node, made)
 
     def _low_numbers(self, node: fx.Node) -> dict[str, float]:
-        """What becomes of numbers that a low node chooses as elements and that its type does not hold.
+        """What replaces the numbers that a low node selects as elements and that its type does not hold.
 
-        A half kernel of PyTorch takes `where(keep, scores, -3.4e38)`. A builder makes a tensor of the number first, for
-        which it is an error: so the graph spells out what is stored, saturated where calibration has seen a mask.
+        A half-precision kernel of PyTorch accepts `where(keep, scores, -3.4e38)`. An engine builder first makes a
+        tensor of the number, which is an error. So the graph states the number that is stored, saturated where
+        calibration saw a mask.
         """
         if base_op(node.target) not in MASK_CHOICE:
             return {}
@@ -136,7 +137,7 @@ class _Emission:
             )
 
     def _saturated(self, node: fx.Node) -> fx.Node:
-        """A mask whose lowest values the low type holds, with room for the scores that they are added to."""
+        """The mask with its lowest values raised, so that the low type holds them and their sums with scores."""
         return self._insert(CLAMP, (node, saturation(self._types.low_type)), {}, f"{node.name}_saturated")
 
     def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> fx.Node:
@@ -196,7 +197,7 @@ def _assemble(
     program: ExportedProgram, source: fx.GraphModule, graph: fx.Graph, weights: LowWeights
 ) -> ExportedProgram:
     made = CastProgram(
-        root=_children(source, graph),  # not a module of them, as its code would be written and compiled twice
+        root=_children(source, graph),  # not a module: its code would be generated and compiled twice
         graph=graph,
         graph_signature=_signature(program.graph_signature, graph),
         state_dict=weights.state_dict,
@@ -212,7 +213,7 @@ def _assemble(
 
 
 def _children(source: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
-    """What the `get_attr` nodes name, under names without dots: `torch.export.save` looks for no others."""
+    """The modules that `get_attr` nodes name, under names without dots: `torch.export.save` finds no others."""
     children = {}
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -236,5 +237,5 @@ def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignatu
 
 
 def place_of(value: torch.Tensor) -> tuple[torch.device, list[int]]:
-    """Device and strides: a `.to` may change them along with the type. As numbers, since comparing symbols guards."""
+    """Device and strides: a `.to` may change them along with the type. As numbers: comparing symbols adds guards."""
     return value.device, [size_hint(stride) for stride in value.stride()]

@@ -1,7 +1,7 @@
-"""Where the casts of a plan go: one walk over the graph, as data from which casts are counted or inserted.
+"""Finds where the casts of a plan go, in one walk over the graph: data for counting or inserting them.
 
 A cast belongs to one version of a tensor and is shared by all its readers until something writes into the storage.
-`CallTable` holds what no plan changes, so that a plan after another costs milliseconds.
+`CallTable` holds what is the same for all plans, so that each further plan costs milliseconds.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A node of the flat graph as the walk sees it. name: its qualified one. operands: in the order of their casts.
+    """A node of the flat graph as the walk sees it. name: qualified. operands: in the order of their casts.
 
-    passes_on: it takes what comes. written, shared: the arguments that it writes into, and those that its output may
-    share storage with. undoes: it is a conversion whose input, cast back, is the same bits. bytes: of each output, 0
-    where it is a view.
+    passes_on: it takes inputs of any type. written, shared: the arguments that it writes into, and those that its
+    output may share storage with. undoes: it converts nothing but the type, so that a cast back may take its input.
+    bytes: of each output, 0 where it is a view.
     """
 
     node: fx.Node
@@ -56,7 +56,7 @@ class Call:
 
 
 class CallTable:
-    """What no plan changes: the calls of a flat graph, its sources, and the outputs that keep their exported types."""
+    """What no plan changes: the calls of a flat graph, its sources, and outputs that keep their exported types."""
 
     def __init__(self, program: ExportedProgram, source: fx.GraphModule, keep_io_types: bool = True) -> None:
         """`source`: the graph of `program`, as `regions.flatten` gives it."""
@@ -72,7 +72,7 @@ class CallTable:
 
 
 class Value:
-    """A tensor of the rewritten graph, or the outputs of a node of several. `before`: what it was converted from.
+    """A tensor of the rewritten graph, or all outputs of a node with several. `before`: what it was converted from.
 
     Compared by identity: it is one version of one tensor.
     """
@@ -85,7 +85,7 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """One cast to insert: of a value, into another. operand: the tensor of the program that it is a cast of."""
+    """One cast to insert, from the value `of` to the value `made`. operand: the tensor of the program that is cast."""
 
     of: Value
     made: Value
@@ -96,7 +96,7 @@ class Cast:
 class CallSite:
     """A call and the casts that stand right before it.
 
-    given: what it takes in place of an argument's own value, for its floating-point arguments. made: what it gives.
+    given: the value to pass for each floating-point argument. made: the call's result.
     """
 
     call: Call
@@ -109,8 +109,8 @@ class CallSite:
 class CastSites:
     """All casts of a plan, in the order in which they run.
 
-    values: what each node of the graph gives. outputs: the casts before the graph's results; results: what stands
-    for a result that keeps its exported type.
+    values: the value of each node of the graph. outputs: the casts before the graph's results; results: the value to
+    return for each result that keeps its exported type.
     """
 
     values: Mapping[fx.Node, Value]
@@ -130,7 +130,7 @@ def cast_sites(
 ) -> CastSites:
     """Where the casts go when only the nodes in `low` read their fp32 inputs in `low_type`.
 
-    low: each low node with the types that it then gives. stored: the placeholders whose weights are stored low.
+    low: each low node, with the types of its outputs. stored: the placeholders whose weights are stored low.
     """
     return _Walk(table, low, stored, low_type).run()
 
@@ -200,7 +200,7 @@ class _Walk:
         return found
 
     def _note_aliases(self, call: Call, made: Value, given: Mapping[fx.Node, Value]) -> None:
-        """Track shared storage, and forget the casts of what `call` has written into: a cast is of one version."""
+        """Track shared storage, and forget the casts of what `call` has written into: a cast is for one version."""
         group = {made}.union(*(self._sharing[given.get(n, self._made[n])] for n in call.shared))
         for member in group:
             self._sharing[member] = group
@@ -213,9 +213,9 @@ class _Walk:
 
 
 def _undone(value: Value, dtype: torch.dtype) -> Value | None:
-    """The input of a widening conversion of the user's (fp16 -> fp32), where casting back gives the same bits.
+    """The input of the user's own widening conversion (fp16 -> fp32), where casting back gives the same bits.
 
-    Never the other way: fp32 -> fp16 -> fp32 is what rounds.
+    Never the other way: fp32 -> fp16 -> fp32 rounds.
     """
     if value.before is None:
         return None
@@ -228,8 +228,8 @@ def _undone(value: Value, dtype: torch.dtype) -> Value | None:
 
 
 def _read_ahead(nodes: Iterable[fx.Node]) -> dict[fx.Node, Sequence[fx.Node]]:
-    """What flat regions read from outside, by the marker that begins each: cast before it, as what is made inside
-    belongs to the region."""
+    """What each flat region reads from outside, by the marker that begins it. Casts go before the marker: nodes made
+    inside belong to the region."""
     read: dict[fx.Node, Sequence[fx.Node]] = {}
     for block in blocks(nodes):
         if block.region:
@@ -244,7 +244,7 @@ def _call(
     operand: Callable[[fx.Node], Operand | None],
     read: Sequence[fx.Node] | None = None,
 ) -> Call:
-    """`read`: what casts are made of before it; None for what the node itself reads."""
+    """`read`: the nodes whose values are cast before the call; None for those that the node itself reads."""
     reads = node.all_input_nodes if read is None else read
     passes_on = node.target is getitem or base_op(node.target) in ASSERTS or states_type(node)
     exported = types_of(node.meta.get("val"))
@@ -265,7 +265,7 @@ def _call(
 
 
 def _operand(node: fx.Node) -> Operand | None:
-    """`node` as an argument; None where it is no floating-point tensor."""
+    """`node` as an argument; None where it is not a floating-point tensor."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not is_measurable(value.dtype):
         return None
@@ -274,7 +274,7 @@ def _operand(node: fx.Node) -> Operand | None:
 
 
 def _outputs(program: ExportedProgram, nodes: list[fx.Node], keep_io_types: bool) -> Iterator[Operand]:
-    """The floating-point results that are given out in their exported types."""
+    """The floating-point results that are returned in their exported types."""
     results = next(node for node in reversed(nodes) if node.op == "output").args[0]
     for result, spec in zip(results, program.graph_signature.output_specs, strict=True):  # type: ignore[arg-type]
         operand = _operand(result) if isinstance(result, fx.Node) else None

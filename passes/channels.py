@@ -1,4 +1,4 @@
-"""What the statistics of a batch norm say of its channels: how far from zero they are, and how small they get."""
+"""What the statistics of a batch norm say about its channels: how large the mean is beside the deviation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 
 def channels_of(program: ExportedProgram) -> Callable[[fx.Node], float | None]:
-    """Of a batch norm node, the largest mean square over variance of a channel; None where they are not known."""
+    """For a batch norm node: the largest ratio of squared mean to variance of a channel; None where it is not known."""
     targets = input_targets(program)
 
     def held(node: fx.Node, position: int) -> torch.Tensor | None:

@@ -48,17 +48,17 @@ def classify(  # noqa: PLR0913 - the public contract
 ) -> PrecisionPlan:
     """Decide for each node whether it runs in `low_precision_type` or stays in its exported type.
 
-    Any rule that is met keeps a node high, and every verdict is kept with the number that was seen and its limit. With
-    ranges in which rounding was measured, the plan is one that meets a budget of rounding noise; without, it is
-    guessed from magnitudes and operators.
+    Any rule that is met keeps a node high. The plan records every verdict, with the number that was seen and its limit.
+    With ranges in which rounding was measured, the plan meets a budget of rounding noise; without, it is a guess from
+    magnitudes and operators.
 
     Args:
         ranges: from `calibrate`; None leaves only the rules that need no ranges, and the plan says so.
         low_precision_type: torch.float16 or torch.bfloat16.
-        min_sqnr_db: the budget: least signal to rounding noise of each channel of each output, in dB. None is 40 in
-            float16 and 26 in bfloat16. It needs ranges in which rounding was measured (`rounding_batches`).
-        data_max: largest magnitude of inputs and activations; inf switches the rule off. None is 512 where rounding was
-            not measured; where it was, there must be room for four times what was seen.
+        min_sqnr_db: the budget: the least ratio of signal to rounding noise in each channel of each output, in dB. None
+            means 40 in float16 and 26 in bfloat16. It needs ranges in which rounding was measured (`rounding_batches`).
+        data_max: largest magnitude of inputs and activations; inf switches the rule off. None means 512 where rounding
+            was not measured; where it was, the low type must have room for four times what was seen.
         init_max: largest magnitude of weights; None is the largest finite value of the low type.
         max_depth_of_reduction: most terms summed into one element; None is no limit.
         nodes_to_exclude, nodes_to_include: regexes, `re.match`ed on node names and dotted module paths. Include
@@ -67,7 +67,7 @@ def classify(  # noqa: PLR0913 - the public contract
         range_quantile: judge `data_max` by the magnitude that this share of elements stays within.
         rules: more rules, each called with a `NodeFacts` and answering a `Verdict` or None.
         wide_accumulation: operators (`layer_norm`, `mean`) that the backend accumulates in fp32 whatever their type, so
-            that `interior` has nothing to say of them.
+            that `interior` does not apply to them.
         weights: what to do when the ranges were measured with other weights: "warn", "refuse" or "ignore".
 
     Raises:
@@ -83,7 +83,7 @@ def classify(  # noqa: PLR0913 - the public contract
 
 @dataclass(frozen=True)
 class Planning:
-    """A program, its ranges and settings, read once; `plan` may be asked for other allowances of noise."""
+    """A program, its ranges and settings, read once; `plan` can be called for several allowances of noise."""
 
     facts: ProgramFacts
     judge: Judge
@@ -96,7 +96,7 @@ class Planning:
     def of(
         cls, program: ExportedProgram, ranges: RangeTable | None, low_type: Any, settings: Settings, weights: str
     ) -> Planning:
-        """Raises as `classify`."""
+        """Raises what `classify` raises."""
         checked = low_type_of(low_type)
         require_program(program)
         if ranges is not None:
@@ -105,7 +105,7 @@ class Planning:
         with paused():
             facts, count = ProgramFacts.of(program, ranges), WorkCounter()
             work = {candidate.name: count(candidate.node) for candidate in facts.nodes}
-            # What a table fits has the digests of its graph.
+            # A table that passed the check has the digests of the graph.
             digests = node_digests(program) if ranges is None else dict(ranges.calibration.digests)
         return cls(facts, settings.judge(facts.nodes, ranges, checked), settings, ranges, work, digests)
 
@@ -115,9 +115,10 @@ class Planning:
         raised: Mapping[str, Verdict] | None = None,
         at_any_cost: bool = False,
     ) -> PrecisionPlan:
-        """The plan for the budget, or for this much predicted noise.
+        """The plan for the budget, or for `allowance`, a predicted noise.
 
-        raised: nodes that a run has shown to be high. at_any_cost: raise what it takes where noise is spread, too.
+        raised: nodes that must be high, as a run has shown. at_any_cost: raise all that it takes, also where noise is
+        spread.
         """
         bare = self.judge if not raised else replace(self.judge, rules=(*self.judge.rules, Raised(raised)))
         with paused():
@@ -145,17 +146,17 @@ class Planning:
         return replace(self, judge=replace(self.judge.in_type(low_type), min_sqnr_db=min_sqnr_db))
 
     def course(self, raised: Mapping[str, Verdict]) -> Course | None:
-        """In which order the budget raises nodes, these apart."""
+        """The order in which the budget raises nodes, where those in `raised` are high already."""
         return course_for(self.facts, replace(self.judge, rules=(*self.judge.rules, Raised(raised))))
 
     def makers(self, readers: Collection[str]) -> set[str]:
-        """The nodes that made what these read."""
+        """The nodes that made what `readers` read."""
         evidence = self.facts.rounding.get(self.judge.low_type)
         edges = () if evidence is None else evidence.edges
         return {e.edge.input for e in edges if e.edge.node in readers and not e.edge.is_literal}
 
     def ring(self, readers: Collection[str], low: Collection[str]) -> set[str]:
-        """Of the nodes that round what these read, and of these, those in `low`."""
+        """The nodes in `low` among `readers` and the nodes that round what these read."""
         evidence = self.facts.rounding.get(self.judge.low_type)
         edges = () if evidence is None else evidence.edges
         near = {name for e in edges if e.edge.node in readers for name in e.nodes}
@@ -205,7 +206,7 @@ def _exponents(ranges: RangeTable | None) -> dict[str, int]:
 
 
 def _lost_weights(ranges: RangeTable, low_type: torch.dtype) -> list[str]:
-    """Weights of which the low type makes inf or zero, by name."""
+    """Notes on weights with values that become inf or zero in the low type."""
     info, name = torch.finfo(low_type), dtype_name(low_type)
     vanishing = float(info.smallest_normal * info.eps) / 2  # half the smallest subnormal rounds to zero
     notes = []

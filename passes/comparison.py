@@ -36,7 +36,7 @@ from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 _log = logging.getLogger("calibcast")
-# What the frame is sorted by stands in front: of many columns, polars prints the first four and the last four.
+# The columns that the frame is sorted by come first: polars prints only the first four and the last four of many.
 SCHEMA: dict[str, Any] = {
     "node": pl.String,
     "module": pl.String,
@@ -59,7 +59,8 @@ CULPRIT_DB = 20.0
 class NonfiniteNode:
     """The first node, in graph order, whose result is NaN or Inf where the program's is finite.
 
-    batch: the first in which that happened. elements: of all batches. absmax_reference: what the program has there.
+    batch: the first in which that happened. elements: how many, over all batches. absmax_reference: the largest finite
+    magnitude of the program's result.
     """
 
     node: str
@@ -91,17 +92,17 @@ class Comparison:
       graph, `dtype_reference` in the program.
     - `sqnr_db`, `rel_l2`, `max_abs` of the difference, over elements that are finite in both: inf dB when equal, NaN
       when there were none. `absmax`, `absmax_reference`: over finite elements.
-    - `changed`: of integer and boolean tensors, such as indices, the share of elements that differ; null for others.
-      They have no `sqnr_db` and `rel_l2` (null). Beside others a share counts as the SQNR of the budget that allows it:
-      half the error amplitude, so that 0.5% is worth 40 dB.
+    - `changed`: for integer and boolean tensors, such as indices, the share of elements that differ; null for others.
+      Such tensors have no `sqnr_db` and `rel_l2` (null). For sorting and for losses, a share counts as the SQNR of the
+      budget that allows it: half the error amplitude, so that 0.5% counts as 40 dB.
     - `input_sqnr_db`: the least SQNR among the tensors that the node reads, inf where it reads none; -inf when one has
-      `nonfinite_alone`. `loss_db`: how far the SQNR falls from there to the node's result, 0 where it does not. From
-      exact inputs, what rounding to the low type costs is no loss (71 dB remain in fp16, 53 dB in bf16). A large
-      loss is a culprit; a low SQNR without a loss is a victim.
-      Of a mask, values that are at or below -1e4 in both say the same: they are left out, as in calibration.
-    - `nonfinite`, `nonfinite_reference`: counts of NaN and Inf; `nonfinite_alone`: in the cast graph where the program
-      is finite, `first_nonfinite_batch`: the first batch with such.
-    - `unlike`: batches in which the two had other shapes, as sizes depend on data. They are not compared.
+      `nonfinite_alone`. `loss_db`: how far the SQNR falls from there to the node's result, 0 where it does not. With
+      exact inputs, what rounding to the low type costs does not count as a loss (71 dB remain in fp16, 53 dB in bf16).
+      A node with a large loss is a culprit; a node with a low SQNR but no loss is a victim. Values of a mask that are
+      at or below -1e4 in both count as equal: they are left out, as in calibration.
+    - `nonfinite`, `nonfinite_reference`: counts of NaN and Inf; `nonfinite_alone`: those in the cast graph where the
+      program is finite; `first_nonfinite_batch`: the first batch that has any.
+    - `unlike`: batches in which the two had different shapes, where sizes depend on data. These are not compared.
 
     culprits: the rows whose loss is above `CULPRIT_DB`, largest first and then in graph order: where error enters.
     """
@@ -139,12 +140,12 @@ def compare(  # noqa: PLR0913 - as calibrate
 ) -> Comparison:
     """Run `program` and `mixed`, its cast graph, node by node in turns, and compare what each node gives.
 
-    Both free each tensor after its last reader, so memory is that of the two forward passes, and a few numbers per
-    tensor. Both are left as they were.
+    Both free each tensor after its last reader, so memory is that of two forward passes, plus a few numbers per tensor.
+    Both programs are left unchanged.
 
     Args:
         program: the reference, as exported.
-        mixed: from `insert_casts(program, plan)`, also saved and loaded.
+        mixed: from `insert_casts(program, plan)`; it may have been saved and loaded.
         dataloader, transform, max_batches, device: as in `calibrate`.
 
     Raises:
@@ -252,12 +253,12 @@ class _Comparing:
 
 
 def may_be_near(dtype: torch.dtype) -> bool:
-    """Whether values of this type are near one another or far: not indices, labels and masks."""
+    """Whether the distance between values of this type means something: not for indices, labels and masks."""
     return dtype.is_floating_point or dtype.is_complex
 
 
 def _worth(columns: dict[str, list[Any]]) -> list[float]:
-    """The SQNR of each row, and what the changed share of an integer row counts as."""
+    """The SQNR of each row; for an integer row, the SQNR that its changed share counts as."""
     rows = zip(columns["sqnr_db"], columns["changed"], strict=True)
     return [decibels_of_changed(changed) if db is None else db for db, changed in rows]
 
@@ -271,12 +272,12 @@ def _advanced(steps: Generator[Ran, None, Any], name: str) -> Ran:
 
 
 def _key(name: str) -> str:
-    """The same for a node of the program and of the cast graph, where the nodes of no_grad regions are inlined."""
+    """One key for a node in the program and in the cast graph, which inlines the nodes of no_grad regions."""
     return name.replace(".", "__")
 
 
 def _check(program: ExportedProgram, mixed: ExportedProgram) -> None:
-    """Raise MismatchError unless `mixed` has the nodes of `program`, in their order, and casts."""
+    """Raise MismatchError unless `mixed` has the nodes of `program`, in their order, and otherwise only casts."""
     theirs, ours = _tensor_nodes(program), _tensor_nodes(mixed)
     problem = _difference(theirs, ours) or _signature_difference(program, mixed)
     if problem is not None:
@@ -287,7 +288,7 @@ def _check(program: ExportedProgram, mixed: ExportedProgram) -> None:
 
 
 def _tensor_nodes(program: ExportedProgram) -> dict[str, fx.Node]:
-    """The nodes that make tensors, by key, in order; not those that pass on what others have made."""
+    """The nodes that make tensors, by key, in order; not those that only pass tensors on."""
     return {
         _key(step.name): step.node
         for step in walk(program.graph_module)
@@ -360,5 +361,5 @@ def _table(frame: pl.DataFrame, rows: int) -> list[str]:
 
 
 def _apart(row: dict[str, Any]) -> str:
-    """The SQNR of a row, or of integers the share that differs."""
+    """The SQNR of a row, or for integers the share that differs."""
     return f"{row['sqnr_db']:.1f}" if row["changed"] is None else f"{row['changed']:.2%} !="

@@ -1,4 +1,4 @@
-"""Decide all nodes of a program: each by the rules, and nodes that share written storage alike."""
+"""Decide all nodes of a program by the rules; nodes that share written storage get the same decision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from calibcast.passes.verdict import KEPT, LOW, Verdict
 
 
 def decide(program: ProgramFacts, judge: Judge, work: Mapping[str, int]) -> list[Decision]:
-    """Decide in graph order, again until ties have settled: each round can only turn low nodes high.
+    """Decide in graph order, and repeat until ties have settled: each round can only turn low nodes high.
 
     work: FLOPs of each node, by name.
     """

@@ -1,4 +1,4 @@
-"""`dtype=` arguments: part of the type of the node that has them."""
+"""Handles `dtype=` arguments, which must follow the type of their node."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def needs_dtype(node: fx.Node) -> bool:
 
 
 def with_low_dtype(node: fx.Node, args: Any, kwargs: Any, low_type: torch.dtype) -> tuple[Any, Any]:
-    """The arguments of a low node, lowered in its `dtype`: one of float32, or a factory's default, follows the plan."""
+    """The arguments of a low node: a `dtype` of float32, or the default of a factory, becomes the low type."""
     position = dtype_position(node)
     if position is None:
         return args, kwargs

@@ -16,10 +16,10 @@ from torch.export import ExportedProgram
 
 
 def emulated(program: ExportedProgram, plan: PrecisionPlan, device: torch.device | str | None = None) -> RoundedRunner:
-    """Runs `program` on flat inputs as `plan` says, and shows each node's result to a watch.
+    """A runner of `program` on flat inputs under `plan`. It shows each node's result to a watch.
 
-    Nodes are low where `insert_casts` makes them so: with shared storage settled, and without those that cannot be.
-    The outputs have the program's types. Raises MismatchError for a plan of another program.
+    The low nodes are those of `insert_casts`: nodes that share storage agree, and nodes that cannot be low are not. The
+    outputs have the program's types. Raises MismatchError for a plan of another program.
     """
     require_program(program)
     plan.check(program)

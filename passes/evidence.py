@@ -49,7 +49,7 @@ class Histogram(Sequence[int]):
         return hash(self._read())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return tuple, (self._read(),)  # a copy has no use for the table
+        return tuple, (self._read(),)  # a copy does not need the table
 
 
 def evidence_of(ranges: RangeTable | None) -> Evidence:
@@ -75,7 +75,7 @@ def evidence_of(ranges: RangeTable | None) -> Evidence:
 
 
 def with_values(facts: Mapping[str, Any], **changes: Any) -> TensorFacts:
-    """Like `dataclasses.replace`, which takes longer than a decision does."""
+    """Like `dataclasses.replace`, but faster: that takes longer than a decision."""
     made = object.__new__(TensorFacts)
     made.__dict__.update(facts)
     made.__dict__.update(changes)

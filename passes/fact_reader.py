@@ -1,4 +1,4 @@
-"""From outlines and evidence to the facts that rules are asked with."""
+"""Makes the facts that rules are called with, from outlines and evidence."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from calibcast.passes.rounding_evidence import RoundingEvidence
 
 @dataclass(frozen=True)
 class FactReader:
-    """Makes `NodeFacts` of outlines, for one low type. kinds: of placeholders, by name; a table may lack them.
+    """Makes `NodeFacts` from outlines, for one low type. kinds: of placeholders, by name; a table may lack them.
 
-    magnified, offset_free: what `passes.sensitivity` found of the graph's tensors and nodes; lost: what
-    `passes.needs` did. rounding: what was measured of it in that type, if it was. refused: by name, why a node cannot
-    run in that type.
+    magnified, offset_free: tensors and nodes that `passes.sensitivity` found; lost: what `passes.needs` found.
+    rounding: the evidence of rounding to that type, if it was measured. refused: by name, why a node cannot run in that
+    type.
     """
 
     evidence: Evidence = field(repr=False)
@@ -40,7 +40,7 @@ class FactReader:
     def read(self, outline: NodeOutline, precisions: Mapping[str, str]) -> NodeFacts:
         """The facts of a node, given how the nodes before it were decided."""
         decided, look_up = precisions.get, self._look_up
-        facts = object.__new__(NodeFacts)  # not by keyword, which is slow on large graphs; the result is as frozen
+        facts = object.__new__(NodeFacts)  # keywords are slow on large graphs; the result is frozen, too
         facts.__dict__.update(
             outline.values,
             inputs=tuple([look_up((name, output, decided(maker))) for name, output, maker in outline.inputs]),

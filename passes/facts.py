@@ -1,6 +1,6 @@
 """What a rule may know about a node, as data that `passes.outlines` and `passes.fact_reader` read from the program.
 
-It is free of torch, which takes seconds to import: comparing two tables needs none of it.
+It does not import torch, which takes seconds: comparing two tables does not need it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ WEIGHT_KINDS = frozenset({"parameter", "buffer", "constant"})
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What was measured of one tensor. `measured` False: nothing was, and nothing else here means anything.
+    """What was measured of one tensor. `measured` is False where nothing was; the numbers here then mean nothing.
 
     masked, mask_min: how many mask values it has, and the lowest finite one; no other number here counts them.
     magnified: it has values that the low type does not hold in full, and they end up under a division or a logarithm.
-    offset_counts: something that reads it may take its mean away, so that its variation is what must survive.
+    offset_counts: a reader may subtract its mean, so that its variation must survive rounding.
     precision: how the node that made it was decided, or None for an input, a weight or a kept node.
     exponent: k, where the tensor is stored as 2^-k times its true value, and all numbers here are of what is stored.
     """
@@ -92,8 +92,8 @@ class Hidden:
 class Lost:
     """What rounding leaves of a result, where that is too little.
 
-    node: whose result. decibels: what it keeps over the rounding of an argument of its own, or of a node before it.
-    least: what it is to keep.
+    node: whose result it is. decibels: its signal over the rounding of one of its arguments, or of a node before it.
+    least: how much it must keep.
     """
 
     node: str
@@ -102,7 +102,7 @@ class Lost:
 
 
 def _float16() -> torch.dtype:
-    import torch  # whoever judges without it says in which format
+    import torch  # code that judges without torch gives a NumberFormat
 
     return torch.float16
 
@@ -112,13 +112,13 @@ class NodeFacts:
     """All that a rule may know about a node.
 
     inputs, outputs: its floating-point tensors. literals: numbers that become tensor values. epsilon: the op's own,
-    if it has one. depth: how many products or terms are summed into one output element. hidden: bounds of values
-    that the op hides. least_spread: the least variance (or mean square) that a norm divides by the root of.
-    lost: rounding leaves too little of what it gives, or of what is made of that. refused: why the operator cannot run
-    in the low type at all, or None.
+    if it has one. depth: how many products or terms are summed into one output element. hidden: bounds of values inside
+    the op. least_spread: the least variance (or mean square) whose root a norm divides by.
+    lost: rounding leaves too little of its result, or of a later result that is made from it. refused: why the operator
+    cannot run in the low type at all, or None.
     moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given. rounding_known: what rounding
-    there does to the outputs was measured, so that rules which guess it from magnitudes have nothing to say. low_type:
-    what it is to run in; a NumberFormat only where tensors are judged without a program.
+    there does to the outputs was measured, so that rules which guess it from magnitudes do not apply. low_type: the
+    type that it is to run in; a NumberFormat only where tensors are judged without a program.
     """
 
     name: str
@@ -154,6 +154,6 @@ class NodeFacts:
     def judged(self) -> tuple[TensorFacts, ...]:
         """The tensors whose ranges this node answers for.
 
-        Its own inputs and outputs; of a node that only moves data, the inputs that no decided node made.
+        Its own inputs and outputs; for a node that only moves data, the inputs that no decided node made.
         """
         return tuple(t for t in self.inputs if t.precision is None) if self.moves else self.tensors

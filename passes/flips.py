@@ -1,8 +1,8 @@
-"""The `data_max` at which each node flips: what any `data_max` would decide, without asking the rules again.
+"""The `data_max` at which each node flips: what any `data_max` would decide, without running the rules again.
 
-Of all rules only `data_max` depends on that limit; `follows` and ties hand its verdict on. So the rules are asked
-once: `data_max` for the number that it holds to its limit, the others for whether they keep the node high anyway.
-A node is then low from one `data_max` on: its own number, or that of the last node that it follows or is tied to.
+Only the rule `data_max` depends on that limit; `follows` and ties pass its verdict on. So the rules run once:
+`data_max` gives the number that it compares with its limit, and the others say whether they keep the node high anyway.
+A node is then low from one `data_max` on: its own number, or the largest of the nodes that it follows or is tied to.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Flips = dict[str, float | None]
 
 
 class LazyFlips(Mapping[str, Mapping[str, float | None]]):
-    """The flips of a plan by low type, each found when it is first asked for: it takes as long as deciding does.
+    """The flips of a plan by low type, each computed on first use, as that takes as long as deciding.
 
-    A copy, pickled or not, is the plain dict. What `find` refers to is let go when nothing is left to find.
+    A copy, pickled or not, is the plain dict. `find` is released when nothing is left to find.
     """
 
     def __init__(self, names: Iterable[str], find: Callable[[str], Flips] | None = None) -> None:
@@ -49,7 +49,7 @@ class LazyFlips(Mapping[str, Mapping[str, float | None]]):
         return len(self._found)
 
     def settle(self) -> dict[str, Flips]:
-        """All of them."""
+        """Compute all, and return them."""
         return {name: self[name] for name in self}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -59,8 +59,8 @@ class LazyFlips(Mapping[str, Mapping[str, float | None]]):
 def flips_of(program: ProgramFacts, judge: Judge) -> Flips:
     """For each node that is decided, in graph order: the least `data_max` at which it is low; None where it never is.
 
-    inf: only with the rule switched off (nothing finite was measured). The judge's own `data_max` plays no part. A
-    rule of the user's own is asked once, with its inputs as if they were low.
+    inf: it is low only with the rule switched off (nothing finite was measured). The judge's own `data_max` is not
+    used. A rule of the user's own is called once, with its inputs as if they were low.
     """
     reader, as_if_low = program.reader(judge.low_type), dict.fromkeys(program.outlines, LOW)
     asks = [replace(rule, limit=0.0, given=True) for rule in judge.rules if isinstance(rule, DataMax)]
@@ -75,7 +75,7 @@ def flips_of(program: ProgramFacts, judge: Judge) -> Flips:
         else:
             flips[name] = 0.0 if included else max((_held(rule, facts) for rule in asks), default=0.0)
         if facts.moves and not included and not facts.rounding_known:
-            # By `follows`: each decided input keeps it high when it is high itself, and so does a reader where none is.
+            # By `follows`: a high decided input keeps the node high; where no input is decided, a high reader does.
             made = [tensor.name for tensor in facts.inputs if tensor.precision is not None]
             followed[name] = [*made, *program.leading.get(name, ())]
     return _settled(flips, followed, program.ties)
