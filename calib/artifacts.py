@@ -158,7 +158,7 @@ def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[
     """Save a program as `.pt2`, whole or not at all."""
     import torch
 
-    # torch.export.save warns if a file name does not end in .pt2, as the temporary one. A stream has no name.
+    # torch.export.save warns if a file name does not end in .pt2. The temporary name does not; a stream has none.
     with SERIALISING, written_whole(path) as temporary, _Patient(io.FileIO(temporary, "wb")) as stream:
         torch.export.save(program, stream)
         if stream.error is not None:

@@ -129,7 +129,7 @@ def signature_of(program: ExportedProgram) -> Signature:
         leaves=tuple(_leaves(program, positional + keywords, specs, called)),
         bounds={
             renamed(symbol, called): (
-                int(bound.lower) if bound.lower.is_Integer else 0,  # -int_oo: a number read from data
+                int(bound.lower) if bound.lower.is_Integer else 0,  # -int_oo for a number that is read from data
                 int(bound.upper) if bound.upper.is_Integer else None,
             )
             for symbol, bound in program.range_constraints.items()

@@ -19,7 +19,7 @@ from calibcast.calib.execution import NodeError, ProgramRunner, Watch
 
 _log = logging.getLogger("calibcast")
 _Key = tuple[Any, ...]
-# Each captured graph keeps its inputs; the activations share one pool. More sizes than these are not worth it.
+# Each captured graph keeps its inputs; the activations share one pool. More sizes are not worth the memory.
 MOST_GRAPHS = 8
 
 

@@ -1,7 +1,7 @@
-"""Finds out, in a separate process, what is wrong with a range table whose checksum does not match.
+"""Find out, in a separate process, what is wrong with a range table whose checksum does not match.
 
-Damaged bytes can crash the process that parses them, so another process reads them. It only serves to say more than
-"the checksum is wrong": which column is missing, which row contradicts itself, or that another program wrote the file.
+Damaged bytes can crash the process that parses them, so another process reads them. The report says more than "the
+checksum is wrong": which column is missing, which row contradicts itself, or that another program wrote the file.
 
     python -m calibcast.calib.damage_report ranges.parquet
 

@@ -144,7 +144,7 @@ class _SteppedInterpreter(fx.Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(node)
         regions = self._regions
         if node.target is AUTOCAST_REGION:
-            # A region moves with its program.
+            # If the program has moved to another device, so has the region.
             device_type = args[0] if self._device is None else self._device.type
             regions = (*regions, (device_type, *args[1:4]))
         inside = _SteppedInterpreter(child, self._device, self._around, f"{self._prefix}{name}.", regions)
@@ -208,7 +208,7 @@ class ProgramRunner:
             self._carried = {}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state` gave. Without `carry_state` there is nothing to go on from."""
+        """Go on from what `state` gave. Without `carry_state`, this does nothing."""
         if self._carried is not None:
             self._carried = copies_of_written(self._state, self._mutated)
             for name, value in state.items():

@@ -1,7 +1,7 @@
 """Regions that export leaves flat: nodes between a marker that sets something for the thread and one that undoes it.
 
 `torch.vmap`, `torch.func.jvp` and `associative_scan` leave such regions, and so does `torch.autocast` where export
-could not give it a graph of its own. Between the markers, tensors are wrapped, and the setting holds until the end.
+could not give it a graph of its own. Between the markers, tensors are wrapped, and the setting holds.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import fx
 
 # Elements of scratch at a time: squares of a large activation would double the memory that a forward pass needs.
 _STEP = 1 << 21
-# A share of the mean square. fp32 sums are right to about 1e-6 of the mean square.
+# Below this share of the mean square, a spread from fp32 sums is doubtful: they are right to some 1e-6 of it.
 _DOUBTFUL = 1e-4
 
 

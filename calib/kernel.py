@@ -194,7 +194,7 @@ def measure_on_device(tensor: torch.Tensor, histogram: bool, mask_at_most: float
 
 
 def _device_step(x: torch.Tensor, masked: torch.Tensor | None) -> tuple[list[torch.Tensor], torch.Tensor]:
-    if x.element_size() == 1:  # float8 has hardly an operator of its own
+    if x.element_size() == 1:  # torch has few operators for float8
         x = x.float()
     none = torch.zeros((), dtype=torch.int64, device=x.device)
     hidden = none if masked is None else masked.sum()

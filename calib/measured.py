@@ -24,7 +24,7 @@ _MOVING = frozenset({"input", "activation"})
 class Measured:
     """Statistics of some batches, before they become a table.
 
-    specs: of the rows. statistics: on the host. calibration: as in a `RangeTable`. rounding: the evidence so far.
+    specs: one per row. statistics: on the host. calibration: as in a `RangeTable`. rounding: the evidence so far.
     """
 
     specs: tuple[TensorSpec, ...]

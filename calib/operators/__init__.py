@@ -24,7 +24,7 @@ def operator_of(name: str) -> Operator:
 
 
 def is_known(name: str) -> bool:
-    """Whether the table has an entry for an operator, or for all of its kind."""
+    """Whether the table has an entry for an operator, or for all operators with its prefix."""
     return name in _BY_NAME or name.startswith(NEVER_LOW_PREFIXES)
 
 

@@ -34,7 +34,7 @@ FUNCTIONS: tuple[Operator, ...] = (
     operator("rrelu", error=SAME, training=Training(flag=3)),
     operator("atan arctan", error=SAME),
     operator("asinh arcsinh", error=SAME),
-    # They remove whole periods from their argument: from 500, only the rest matters.
+    # They remove whole periods from their argument: of 500, only the rest matters.
     *alike("sin cos", error=SAME, takes_offset=True),
     operator("tan", error=EXPONENT, poles=(Pole(0, math.pi / 2), Pole(0, -math.pi / 2)), takes_offset=True),
     *alike("exp cosh sinh", error=EXPONENT),
@@ -56,8 +56,8 @@ FUNCTIONS: tuple[Operator, ...] = (
     *alike("floor ceil round frac", error=STEP, steps=True, takes_offset=True),
     operator("trunc fix", error=STEP, steps=True, takes_offset=True),
     *alike("sign sgn heaviside", steps=True),
-    # Coordinates in an image: their error is a distance in pixels. 400 calls were compared with the same calls in fp32,
-    # rounded (torch 2.14). The kernels are wrong (NaN, or reads out of bounds) on images from 192 pixels on.
+    # Coordinates in an image: their error is a distance in pixels. The host kernels are wrong (NaN, or reads out of
+    # bounds) on images from 192 pixels on: found by comparing 400 calls with the same in fp32, rounded (torch 2.14).
     *alike("grid_sampler grid_sampler_2d grid_sampler_3d", places=1, wrong_on_host=True),
     *alike(
         "embedding embedding_bag _embedding_bag index_put index_add index_copy scatter_add scatter_reduce", error=SAME

@@ -55,8 +55,8 @@ REDUCTIONS: tuple[Operator, ...] = (
     # exp(x - max x): an offset is subtracted first, and each term of the sum is at most 1.
     operator("softmax special_softmax", error=EXPONENT, hides=EXPONENTIALS, mask_at=0, takes_offset=True),
     *alike("_softmax _safe_softmax", error=EXPONENT, hides=EXPONENTIALS, mask_at=0, takes_offset=True),
-    # The host's kernel rounds the logarithm of the sum before it subtracts it. In a confident row, it is the
-    # whole result.
+    # The host's kernel rounds the logarithm of the sum before it subtracts it. In a confident row, that logarithm is
+    # the whole result.
     operator("log_softmax special_log_softmax", error=SAME, hides=EXPONENTIALS, takes_offset=True, wrong_on_host=True),
     operator("_log_softmax", error=SAME, hides=EXPONENTIALS, takes_offset=True, wrong_on_host=True),
     operator("logsumexp", error=SAME, hides=EXPONENTIALS, takes_offset=True),

@@ -42,7 +42,7 @@ def members(source: Path | IO[bytes]) -> dict[str, int]:
     if len(roots) != 1:
         raise RefusedError(f"the archive has {len(roots)} top folders; torch writes one")
     if len(folded) != len(entries):
-        raise RefusedError("two members of the archive have one name")
+        raise RefusedError("two members of the archive have the same name")
     if sum(sizes.values()) > length:
         raise RefusedError(f"members declare {sum(sizes.values())} bytes, and the whole file has {length}")
     return sizes

@@ -88,7 +88,7 @@ def check_symbol(name: str) -> None:
     if not _SYMBOL.fullmatch(name) or name.startswith("__"):
         raise RefusedError(f"the symbol {shown(name)}")
     if (match := _UNBACKED.fullmatch(name)) and (len(match[1]) > 7 or int(match[1]) > MOST_UNBACKED):
-        raise RefusedError(f"the symbol {shown(name)}: torch would count that far")
+        raise RefusedError(f"the symbol {shown(name)}: torch would count up to its number")
 
 
 def check_guard(text: str) -> None:
@@ -149,7 +149,7 @@ def _parsed(text: str, what: str) -> ast.Expression:
     try:
         return ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise RefusedError(f"the {what} {shown(text)}, which is none") from error
+        raise RefusedError(f"the {what} {shown(text)}, which cannot be parsed") from error
 
 
 def _known_function(name: str) -> bool:
@@ -192,7 +192,7 @@ def _check_strings(parsed: ast.Expression, text: str) -> None:
                 right.add(id(first))
     for node in ast.walk(parsed):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in right:
-            raise RefusedError(f"the shape expression {shown(text)}: it has text within")
+            raise RefusedError(f"the shape expression {shown(text)}: it has text where none belongs")
 
 
 def _bits(node: ast.AST) -> float:

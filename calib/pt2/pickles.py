@@ -32,7 +32,7 @@ class Named:
 
 @dataclass(eq=False)
 class Made:
-    """A call that was not made. how: `call` for a function, `new` for an instance made without its constructor."""
+    """The description of a call. how: `call` for a function, `new` for an instance made without its constructor."""
 
     by: Named
     arguments: tuple[Any, ...]
@@ -62,7 +62,7 @@ _IDLE = frozenset({"PROTO", "FRAME"})
 
 
 def read_pickle(content: bytes, allowed: Callable[[Named], bool]) -> Any:
-    """What a pickle describes. Raises RefusedError for an opcode or a name that is not allowed, and for damage."""
+    """What a pickle describes. Raises RefusedError for an opcode or name that is not allowed, or a damaged pickle."""
     machine = _Machine(allowed)
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
@@ -162,7 +162,7 @@ class _Machine:
     def _do_build(self, _: Any) -> None:
         state, target = self._pop(), self._top()
         if not isinstance(target, Made):
-            raise RefusedError("a pickle that sets attributes of what is no instance of its own")
+            raise RefusedError("a pickle that sets attributes of something that it did not make")
         target.states.append(state)
 
     def _do_append(self, _: Any) -> None:

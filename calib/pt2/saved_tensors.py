@@ -14,7 +14,7 @@ from calibcast.calib.pt2.refusal import RefusedError, allowed_by_owner, how_to_a
 
 _DATA, _STORAGES = "data.pkl", "data/"
 _REBUILD = frozenset({"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor"})
-_REBUILD_BYTES = "torch._utils._rebuild_tensor_v3"  # of a storage of bytes: float8, uint16
+_REBUILD_BYTES = "torch._utils._rebuild_tensor_v3"  # from a storage of bytes: float8, uint16
 _FAKE = "torch._export.serde.serialize._reconstruct_fake_tensor"
 # Whatever their arguments are, these give a tensor, a container or a number.
 _HARMLESS = _REBUILD | {
@@ -129,7 +129,7 @@ def _storage(outside: Outside, sizes: dict[str, int]) -> tuple[int, int]:
     """Bytes of one element, and bytes in the archive, of `("storage", type, key, location, elements)`."""
     key = outside.key
     if not isinstance(key, tuple) or len(key) != 5 or key[0] != "storage":
-        raise RefusedError(f"a pickle that refers to {shown(key)}, no storage")
+        raise RefusedError(f"a pickle that refers to {shown(key)}, which is not a storage")
     _, kind, name, location, elements = key
     width = _element_size(kind) if isinstance(kind, Named) else None
     if width is None or not isinstance(name, str) or not isinstance(location, str) or type(elements) is not int:

@@ -62,7 +62,7 @@ def check_target(name: str) -> None:
         return
     match = _OPERATOR.fullmatch(name)
     if match is None or ("__" in (match[1][:2], match[2][:2]) and not _is_arithmetic_dunder(match[2])):
-        raise RefusedError(f"a node that calls {shown(name)}, no operator")
+        raise RefusedError(f"a node that calls {shown(name)}, which is not an operator")
     space, operator, overload = match.groups()
     if space == "higher_order":
         if operator not in _CONTROL_FLOW or overload is not None:
@@ -93,7 +93,7 @@ def _resolved(name: str, space: str, operator: str, overload: str) -> Any:
                 "(with MODEL as file.py:function, that file can)"
             ) from error
         if not isinstance(found, getattr(torch._ops, kind)):
-            raise RefusedError(f"a node that calls {shown(name)}, no operator")
+            raise RefusedError(f"a node that calls {shown(name)}, which is not an operator")
     return found
 
 
