@@ -1,4 +1,4 @@
-"""Build and judge: a graph with casts to an engine to a verdict. The command line stands on top."""
+"""Build an engine from a graph with casts, and judge it. The command line is on top of this package."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The backends there are, and the choice between them."""
+"""The list of backends, and the choice between them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def backend_named(name: str) -> Backend:
 def chosen(name: str, ahead_of_time: bool = False) -> tuple[Backend, str]:
     """The backend for `name`, and why.
 
-    `auto` takes TensorRT where it can run on a GPU that the installed flavour supports, or is only to be built; on
-    another GPU Inductor, where it can compile; else eager.
+    `auto` takes TensorRT where the installed flavour supports the GPU, and for every ahead-of-time build. On another
+    GPU it takes Inductor, if Inductor can compile there; else eager.
     """
     if name != "auto":
         return backend_named(name), "as asked"
@@ -43,7 +43,7 @@ def chosen(name: str, ahead_of_time: bool = False) -> tuple[Backend, str]:
 
 
 def start_early(name: str, ahead_of_time: bool = False, isolate: bool = True) -> None:
-    """Have the builder process start now, for a build that is sure to come: its imports take seconds."""
+    """Start the builder process now, because its imports take seconds, for a build that is sure to come."""
     try:
         found, _ = chosen(name, ahead_of_time)
         found.require(ahead_of_time)

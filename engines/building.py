@@ -1,4 +1,4 @@
-"""`build`: from a program whose graph spells out its types to an engine."""
+"""`build`: makes an engine from a program whose graph states all types."""
 
 from __future__ import annotations
 
@@ -47,30 +47,32 @@ def build(  # noqa: PLR0913 - the public contract
 
     Args:
         mixed: from `insert_casts`, or any exported program.
-        plan, ranges: what decided the types; kept with the engine. Of dynamic inputs, `ranges` also gives the sizes
-            that the engine is built for: smallest, most frequent, largest.
+        plan, ranges: what decided the types; kept with the engine. `ranges` also gives the sizes of dynamic inputs that
+            the engine is built for: smallest, most frequent, largest.
         backend: "tensorrt", "inductor", "eager", or "auto": TensorRT where the installed flavour supports the GPU, else
             Inductor where it can compile for it, else eager.
-        ahead_of_time: build without a GPU (TensorRT-RTX alone can); the engine is saved, and runs where one is.
-        strict_precision: refuse an engine whose ledger contradicts the plan, or, unless `allow_unknown`, has nodes that
-            could not be found in the engine.
+        ahead_of_time: build without a GPU (only TensorRT-RTX can). Save the engine, and load it where there is a GPU.
+        strict_precision: refuse an engine whose ledger contradicts the plan or, unless `allow_unknown`, lists nodes
+            that could not be found in the engine.
         on_failure: "error", or "fallback": when the builder fails and a remedy is known (decompose attention, keep the
             nodes in fp32), apply it and say so in `engine.record`.
-        isolate: build in a process of its own, so that a crash or a hang of the builder is an error here. Without, it
-            is quicker by that process's start, and a crash is a crash of this process.
+        isolate: build in a separate process, so that a crash or a hang of the builder is only an error here. Without
+            it, the build saves the start of that process, but a crash of the builder ends this process.
         build_timeout: seconds after which the builder process counts as hung; None waits for ever.
         cache: keep engines in the user's cache folder (True; see `CALIBCAST_CACHE`), in a folder, or not (False).
-        cache_size: bytes that the cache may take; what was not used for longest goes first.
-        batches, transform: data as `calibrate` takes them. On a GPU the engine is run on up to two of these, or else on
-            inputs made up from `ranges`, and has to have what its plan was proven to have, up to 6 dB: what was seen is
-            in `engine.record["trial"]`.
-        reference: the fp32 program, which the engine is then held against; None: `mixed` with all in fp32 that can be.
-        settings: of the backend, by its own names; for TensorRT those of `torch_tensorrt.dynamo.compile`, such as
-            `require_full_compilation`, `optimization_level`, `disable_tf32`, `torch_executed_ops`.
+        cache_size: bytes that the cache may take; the least recently used engines are removed first.
+        batches, transform: data as `calibrate` takes them. On a GPU the engine is run on up to two of these batches,
+            or else on inputs made up from `ranges`. Its SQNR may be at most 6 dB below what its plan was proven to
+            have. The results are in `engine.record["trial"]`.
+        reference: the fp32 program that the engine is then compared with; None: `mixed` with every node in fp32 that
+            can be.
+        settings: the backend's settings, by its own names; for TensorRT those of `torch_tensorrt.dynamo.compile`, such
+            as `require_full_compilation`, `optimization_level`, `disable_tf32`, `torch_executed_ops`.
 
     Raises:
-        BuildError: unknown backend or setting, a missing package, or the builder failed: at which nodes, what to do.
-        GateError: `strict_precision` says no (`report`: the rows).
+        BuildError: unknown backend or setting, a missing package, or a failure of the builder, with its nodes and a
+            remedy.
+        GateError: `strict_precision` refuses the engine (`report` has the rows).
     """
     require_program(mixed, "mixed", "Give what insert_casts(program, plan) returns, or any exported program.")
     found, why = chosen(backend, ahead_of_time)
@@ -112,6 +114,6 @@ def build(  # noqa: PLR0913 - the public contract
 def _trial_batches(
     program: ExportedProgram, batches: Iterable[Any], transform: Callable[[Any], Any] | None
 ) -> list[list[Any]]:
-    """Flat inputs of the first batches; none where `batches` has none left."""
+    """Flat inputs of the first batches; empty where `batches` is empty."""
     first = list(islice(batches, MOST_TRIED))
     return [flat for _, _, flat in numbered(first, signature_of(program), transform)] if first else []

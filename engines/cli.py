@@ -1,7 +1,7 @@
-"""The command line: thin layers over the Python calls, reading files and writing files.
+"""The command line: thin layers over the Python calls, which read and write files.
 
 Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 2 a bad command line or job file; 3 a gate
-that the user set said no; 130 and 143 for signals; 1 everything else.
+that the user set refuses the result; 130 and 143 for signals; 1 everything else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ app = typer.Typer(
 
 
 def _summary(command: Callable[..., Any]) -> str:
-    """The first sentence of a command's docstring, whole: click cuts it otherwise."""
+    """The whole first sentence of a command's docstring: click would shorten it."""
     return str(command.__doc__).split("\n")[0].split(". ")[0].rstrip(".")
 
 
@@ -76,16 +76,16 @@ def calibcast(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="show the version and stop")
     ] = False,
 ) -> None:
-    """Nothing of its own: what all commands share."""
+    """Holds only what all commands share."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `calibcast`: every error as one message and an exit code."""
+    """Entry point of `calibcast`: reports every error as one message and an exit code."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
-    # Of torch and its serialisers, on loading files; nothing that a user could act on.
+    # Warnings of torch and its serialisers when they load files: a user can do nothing about them.
     warnings.filterwarnings("ignore", module=r"torch\..*")
     signal.signal(signal.SIGTERM, _terminated)
     sys.exit(_flushed(_run(arguments)))
@@ -108,7 +108,7 @@ def _run(arguments: list[str] | None) -> int:
             raise
         return _unwritten(error)
     except Exception as error:
-        # Click's usage errors; typer does not export their base.
+        # Click's usage errors; typer does not export their base class.
         if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "calibcast")
@@ -117,7 +117,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _flags() -> dict[str, str]:
-    """The flag of each parameter of all commands, and of a switch's other side under `no_` and its name."""
+    """Name -> flag of each parameter of all commands. A switch such as `--no-cache` has the name `no_cache`."""
     found: dict[str, str] = {}
     for made in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
         for parameter in made.params:
@@ -138,7 +138,7 @@ _EXIT_CODES: dict[type[Exception], int] = {
 
 
 def _flushed(code: int) -> int:
-    """Write what is still held back. A full device is an error of one line, not a traceback."""
+    """Write what is still buffered. A full device gives an error of one line, not a traceback."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -148,14 +148,14 @@ def _flushed(code: int) -> int:
 
 def _unwritten(error: OSError) -> int:
     give_up_stdout()
-    if isinstance(error, BrokenPipeError):  # who reads the pipe has seen enough, as `head` does
+    if isinstance(error, BrokenPipeError):  # the reader of the pipe has read enough, as `head` does
         return 0
     fail(f"the output cannot be written: {error.strerror or error}")
     return 1
 
 
 class _OneLine(logging.Formatter):
-    """Removes what controls a terminal: messages contain names of modules, and those can be anything."""
+    """Removes control characters of a terminal: messages contain names of modules, which can contain anything."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable_lines(super().format(record))

@@ -21,7 +21,8 @@ from calibcast.passes.settings import low_type_of
 from calibcast.passes.tuning import tune
 from torch.export import ExportedProgram
 
-# What `compile` gives each stage itself. Of all its other arguments, a stage takes those that its signature names.
+# Arguments that `compile` itself gives to the stages. From the caller's other arguments, each stage gets those that its
+# signature names.
 _OWN = frozenset(
     {"program", "ranges", "dataloader", "transform", "device", "plan", "mod", "args", "mixed", "backend"}
 ) | {
@@ -49,24 +50,23 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
 ) -> Engine:
     """Export, calibrate, classify, prove, cast and build.
 
-    use_explicit_typing and enable_autocast: (True, True) calibrates and inserts casts; (True, False) builds the
-    graph's own types; (False, False) is weak typing, where the installed TensorRT still has it; (False, True) is an
-    error. Without `calibration_dataloader`, only rules that need no ranges decide, and the plan says so.
+    use_explicit_typing and enable_autocast: (True, True) calibrates and inserts casts; (True, False) builds the graph's
+    own types; (False, False) is weak typing, where the installed TensorRT still has it; (False, True) is an error.
+    Without `calibration_dataloader`, only rules that need no ranges decide, and the plan says so.
 
     Args:
-        model: a module in eval mode, or a program exported already (then `inputs` is not used).
-        inputs: positional example inputs for the export; `kwargs=`, `dynamic_shapes=`, `strict=` go there, too.
-        rescale: "auto" stores tensors as powers of two of themselves where that lets more run in the low type; see
+        model: a module in eval mode, or an exported program (then `inputs` is not used).
+        inputs: positional example inputs for the export, which also gets `kwargs=`, `dynamic_shapes=` and `strict=`.
+        rescale: "auto" scales stored tensors by powers of two where that lets more run in the low type; see
             `passes.rescale`. It needs calibration data. "off" leaves the program as it is.
-        prove_batches: where rounding was measured, the plan is run on so many of the first calibration batches, and
+        prove_batches: where rounding was measured, the plan is run on this many of the first calibration batches, and
             mended until it meets `min_sqnr_db`: see `tune`. 0: it is not run.
-        settings: further arguments of `torch.export.export`, `calibrate`, `classify`, `insert_casts` and `build` by
-            their names, each to every stage that has it, and those of the backend.
+        settings: further arguments of `torch.export.export`, `calibrate`, `classify`, `insert_casts` and `build`, by
+            name, and settings of the backend. Each argument goes to every stage that has it.
 
     Raises:
-        ProgramError: the model cannot be exported. BuildError: a mode that there is not, or the builder said no.
-        BudgetError: no plan meets the budget.
-        And whatever the stages raise.
+        ProgramError: the model cannot be exported. BuildError: a mode that does not exist, or the builder failed.
+        BudgetError: no plan meets the budget. Other errors: as the stages raise them.
     """
     if enable_autocast and not use_explicit_typing:
         raise BuildError(
@@ -111,13 +111,13 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
         )  # fmt: skip
     else:
         plan = classify(program, ranges, **to_classify)
-    # An iterator was used up; the batches that were kept can be run again.
+    # If the data came as an iterator, it is used up; the batches in `first.kept` can be run again.
     to_try: dict[str, Any] = {"batches": first.kept, "transform": transform, "reference": original}
     return build(insert_casts(program, plan, **to_cast), plan, ranges, backend=backend, **to_try, **settings)
 
 
 class First:
-    """Batches as they come, the first of them kept: an iterator gives them only once."""
+    """Passes batches on and keeps the first `most` of them, since an iterator gives each batch only once."""
 
     def __init__(self, batches: Iterable[Any], most: int) -> None:
         self._batches, self._most = batches, most
@@ -132,7 +132,7 @@ class First:
 
 
 def _names(stage: Callable[..., Any]) -> frozenset[str]:
-    """The arguments of a stage that come from the caller by their names."""
+    """The names of a stage's arguments that the caller of `compile` may give."""
     named = {p.name for p in inspect.signature(stage).parameters.values() if p.kind is not p.VAR_KEYWORD}
     return frozenset(named) - _OWN - set(inspect.signature(compile).parameters)
 
@@ -153,7 +153,7 @@ def _exported(model: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Exp
     args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
     try:
         return torch.export.export(model, args, **options)
-    except Exception as error:  # torch.export has no one base of its errors
+    except Exception as error:  # errors of torch.export have no common base class
         raise ProgramError(
             f"torch.export cannot export the model: {type(error).__name__}: {error}. "
             "See torch.export.draft_export(model, args) for a report of what stands in the way."

@@ -1,4 +1,4 @@
-"""`calibcast demo`: the whole path on real handwritten digits, with a network that fp16 cannot run."""
+"""`calibcast demo`: all stages on real handwritten digits, with a network that fails in fp16."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ DATA = Path(__file__).parent / "demo_data" / "digits.parquet"
 TRAIN, CALIBRATION = 997, 200  # of 1797 images; the other 600 are held out
 BATCH = 100
 CLASSES = 10
-# The images have 0..16; cameras and files give 0..255, and that is what the network is trained on.
+# The images have values 0..16. Cameras and image files give 0..255, so the network is trained on that range.
 FULL_SCALE = 255.0 / 16.0
 
 
 class EnergyClassifier(nn.Module):
-    """Reads an image column by column: the energy of each, its shape, and attention over columns that have ink.
+    """Reads an image column by column: each column's energy and shape, and attention over the columns that are not
+    blank.
 
-    Like real networks it has what fp16 cannot stand: `energy` sums squares of raw pixels and passes 65504; the
+    Like real networks it does things that fail in fp16: `energy` sums squares of raw pixels and exceeds 65504; the
     epsilon of the division, 1e-8, is zero in fp16, so a blank column becomes 0 / 0; and the mask's -1e9 becomes -inf,
     and 0 * -inf is NaN.
     """
@@ -64,7 +65,7 @@ class EnergyClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Digits:
-    """Batches of (pixels [N, 64] float32, labels [N] int64), and how a batch becomes the model's input."""
+    """Batches of (pixels [N, 64] float32, 0 to 255; labels [N] int64)."""
 
     rows: datasets.Dataset
 
@@ -79,12 +80,12 @@ class Digits:
 
 
 def pixels_of(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The model's input of a batch: a `transform`."""
+    """The model's input from a batch: a `transform`."""
     return batch[0]
 
 
 def load_digits() -> tuple[Digits, Digits, Digits]:
-    """Training, calibration and held-out parts of the shipped images, shuffled with a fixed seed."""
+    """The training, calibration and held-out parts of the shipped images, shuffled with a fixed seed."""
     with tempfile.TemporaryDirectory() as cache:
         progress = datasets.is_progress_bar_enabled()
         datasets.disable_progress_bar()
@@ -120,14 +121,15 @@ def train(data: Digits, epochs: int = 60) -> EnergyClassifier:
 
 
 def correct(output: torch.Tensor, reference: torch.Tensor, batch: Any) -> float:
-    """Accuracy of one batch, a metric of `verify`. NaN logits are no answer, so they are wrong."""
+    """Accuracy on one batch, a metric of `verify`. A row with NaN or Inf logits counts as wrong."""
     answers = torch.where(torch.isfinite(output).all(-1), output.argmax(-1), -1)
     return float((answers == batch[1]).float().mean())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo found: held-out accuracies (shares), and the share of logits that whole fp16 made NaN or Inf."""
+    """Results of the demo: held-out accuracies (shares), and the share of logits that are NaN or Inf with everything in
+    fp16."""
 
     fp32: float
     half: float
@@ -213,7 +215,7 @@ def _high_nodes(plan: PrecisionPlan) -> str:
     for name in plan.high_precision_nodes:
         decision = plan[name]
         lines.append(f"   {name:<10}{decision.rule:<10}{decision.reason}")
-        # What overflows in storage is above data_max, too: said once.
+        # A tensor that overflows in storage is above data_max, too: report that only once.
         lines += [f"   {'':<10}{v.rule:<10}{v.reason}" for v in decision.verdicts[1:] if v.rule != "storage"]
     return "\n".join(lines) + "\n"
 

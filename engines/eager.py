@@ -1,4 +1,4 @@
-"""The embedded backend: the cast graph in PyTorch, as it stands. Runs anywhere."""
+"""The eager backend: runs the cast graph in PyTorch, unchanged. Works on any machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATE = "state_now.safetensors"
 
 
 class EagerRuntime:
-    """Runs a program node by node. Where the host lacks a half-precision kernel, its result is computed in fp32 and
+    """Runs a program node by node. Where the CPU lacks a half-precision kernel, the result is computed in fp32 and
     rounded, so that a check here shows what a GPU would do."""
 
     def __init__(self, program: ExportedProgram, device: torch.device | str | None = None) -> None:
@@ -40,14 +40,14 @@ class EagerRuntime:
         self._runner.reset()
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from state that was saved. Raises ArtifactError for that of another program."""
+        """Continue from saved state. Raises ArtifactError for the state of another program."""
         held = {spec.arg.name for spec in self._program.graph_signature.input_specs}
         if unknown := state.keys() - held:
             raise ArtifactError(f"the saved state has {', '.join(sorted(unknown))}, which the program has not")
         self._runner.restore({name: value.to(self.device) for name, value in state.items()})
 
     def save(self, folder: Path) -> None:
-        """The present state, where there is any: the program is all there is else."""
+        """Write the present state, if there is any. The runtime needs nothing else beside the program."""
         if self._runner.state:
             save_tensors(folder / _STATE, self._runner.state)
 

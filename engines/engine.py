@@ -1,4 +1,4 @@
-"""An engine: what was built, what it was built from, and its folder on disk."""
+"""`Engine`: the built engine, what it was built from, and its folder on disk."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ _LEDGER = "ledger.parquet"
 
 @dataclass
 class _Service:
-    """Who watches an engine's calls at present."""
+    """The monitor that watches an engine's calls, if there is one."""
 
     monitor: Monitor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Engine:
-    """A built engine. Call it like the model: `engine(*args, **kwargs)`, in the model's own output structure.
+    """A built engine. Call it like the model: `engine(*args, **kwargs)` returns the model's own output structure.
 
-    Buffers that the model writes to are the engine's state: each call goes on from the one before, `save` keeps it, and
-    `reset` puts it back.
+    Buffers that the model writes to are the engine's state: each call continues from the one before, `save` keeps the
+    state, and `reset` restores its start.
 
-    program: the cast graph that it was built from. plan, ranges: what decided the types, or None. backend, why:
-    which one, and why it was chosen. settings: what `build` was given. versions: what it was built with. ledger: which
-    engine layer each planned node went into, and its types (`engines.ledger`). record: how the build went: seconds,
-    cache, remedies that were applied, nodes that run in PyTorch.
+    program: the cast graph that it was built from. plan, ranges: what decided the types, or None. backend, why: the
+    backend's name, and why it was chosen. settings: those that `build` was given. versions: of the packages that built
+    it. ledger: which engine layer each planned node went into, and its types (`engines.ledger`). record: facts of the
+    build: seconds, cache, applied remedies, nodes that run in PyTorch.
     """
 
     program: ExportedProgram = field(repr=False)
@@ -66,21 +66,22 @@ class Engine:
     _service: _Service = field(default_factory=_Service, init=False, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run. Raises BatchError for inputs that do not match the model's signature."""
+        """Run the engine. Raises BatchError for inputs that do not match the model's signature."""
         monitor = self._service.monitor
         return self.runtime(*args, **kwargs) if monitor is None else monitor.run(self.runtime, args, kwargs)
 
     def monitor(self, every: int = 1000, tolerance: float = 0.1) -> Monitor:
-        """Watch the calls from here on, in service: inputs and outputs of one call in `every`, beside the calibration.
+        """Watch the calls from now on, in service: compares inputs and outputs of one call in `every` with the
+        calibration.
 
-        A warning says once for each cause and tensor that values have left the calibrated range, turned NaN or Inf, or
-        come near what the low type holds. `report()` has the numbers, `save(path)` writes them as a range table that
-        `calibcast diff` compares with the calibration's. A monitor that was there before is stopped.
+        It warns once for each cause and tensor: when values leave the calibrated range, become NaN or Inf, or come near
+        the largest number of the low type. `report()` has the numbers, `save(path)` writes them as a range table that
+        `calibcast diff` compares with the calibration's. An earlier monitor of this engine is stopped.
 
         Args:
-            every: the first call is watched, then one of each so many, at random.
-            tolerance: how far beyond the calibrated least and largest value is still within, as a share of the
-                calibrated peak. The engine's rounding alone moves an output a little beyond.
+            every: the first call is watched, then one in each `every` calls, at random.
+            tolerance: how far beyond the calibrated least and largest value is still accepted, as a share of the
+                calibrated peak. The engine's rounding alone can move an output a little beyond them.
 
         Raises:
             SettingError: `every` below 1, or a negative tolerance.
@@ -89,13 +90,13 @@ class Engine:
         return self._service.monitor
 
     def unwatch(self, monitor: Monitor) -> None:
-        """Stop watching, if this is the monitor that watches."""
+        """Stop watching, if `monitor` is the one that watches."""
         if self._service.monitor is monitor:
             self._service.monitor = None
 
     def reset(self) -> None:
-        """Put what the model keeps between calls, such as a KV cache or a counter, back to how it was when
-        the program was exported. Nothing happens where it keeps nothing."""
+        """Reset what the model keeps between calls, such as a KV cache or a counter, to its values when the program was
+        exported. Does nothing for a model without state."""
         self.runtime.reset()
 
     @property
@@ -104,10 +105,10 @@ class Engine:
         return self.runtime.device
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the engine as a folder, whole or not at all: runtime, program, plan, ranges and, last, a manifest.
+        """Write the engine as a folder, completely or not at all: runtime, program, plan, ranges and, last, a manifest.
 
-        An engine saved there before is replaced. Raises ArtifactError when the folder is something else, or cannot
-        be written.
+        Replaces an engine that was saved there before. Raises ArtifactError when the folder holds something else, or
+        cannot be written.
         """
         target = followed(folder)
         if target.exists() and not (target / _MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
@@ -140,7 +141,7 @@ class Engine:
             "settings": {name: repr(value) for name, value in self.settings.items()},
             "built_with": dict(self.versions),
             "build": dict(self.record),
-            "size_names": size_names(self.program),  # a .pt2 has none
+            "size_names": size_names(self.program),  # a .pt2 does not keep them
             "fingerprint": fingerprint(node_digests(self.program)),
             "weights": weights_hash(self.program),
             "plan": None if self.plan is None else self.plan.fingerprint,
@@ -155,7 +156,7 @@ class Engine:
 
         Raises ArtifactError when it is incomplete, MismatchError when its parts disagree or it was built for another
         GPU or another version of TensorRT, and BuildError when it needs a GPU and there is none. The SHA-256 of every
-        file is looked at before a byte of it is parsed.
+        file is checked before the file is parsed.
         """
         source = Path(folder)
         if not source.is_dir():
@@ -180,7 +181,7 @@ class Engine:
 
 
 def _check_seal(source: Path, manifest: dict[str, Any]) -> None:
-    """Raise unless every file is the one that the manifest was written for: before a byte of it is parsed."""
+    """Raise unless every file is the one that the manifest was written for. Call it before any file is parsed."""
     check_sealed(source, manifest.get("files"), source / _MANIFEST)
     unlisted = [name for name in _read_by_name(manifest) if name not in manifest["files"]]
     if unlisted:
@@ -188,13 +189,13 @@ def _check_seal(source: Path, manifest: dict[str, Any]) -> None:
 
 
 def _read_by_name(manifest: dict[str, Any]) -> list[str]:
-    """The files that are read without having been found in the manifest's list: they must stand in it."""
+    """Files that `load` reads by a fixed name, so the manifest's list must contain them."""
     wanted = {_PROGRAM: True, _LEDGER: True, _PLAN: manifest.get("plan"), _RANGES: manifest.get("ranges")}
     return [name for name, present in wanted.items() if present]
 
 
 def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
-    """The ledger in an engine's folder, without loading the engine, so without a GPU.
+    """The ledger in an engine's folder. It does not load the engine, so it needs no GPU.
 
     Raises ArtifactError when there is none, or it cannot be read.
     """
@@ -204,19 +205,19 @@ def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
     try:
         content = source.read_bytes()
         broken = broken_seal(content)
-        if broken is not None:  # bytes that are not as they were written can make polars end the process
+        if broken is not None:  # damaged bytes can make polars end the process
             raise ValueError(broken)
         manifest = Path(folder) / _MANIFEST
         check_sealed(Path(folder), load_json(manifest, _KIND).get("files"), manifest, only=_LEDGER)
         return pl.read_parquet(io.BytesIO(content))
     except ArtifactError:
         raise
-    except (Exception, pl.exceptions.PanicException) as error:  # a panic is no Exception
+    except (Exception, pl.exceptions.PanicException) as error:  # a panic is not an Exception
         raise ArtifactError(f"{source} is not a readable ledger (truncated or foreign): {error}") from error
 
 
 def read_program(folder: str | os.PathLike[str]) -> tuple[ExportedProgram, PrecisionPlan | None]:
-    """The cast program in an engine's folder and its plan, without loading the engine, so without a GPU.
+    """The cast program in an engine's folder and its plan. It does not load the engine, so it needs no GPU.
 
     Raises ArtifactError when they cannot be read, MismatchError when they are not what the manifest was written for.
     """
@@ -240,16 +241,17 @@ def _plan_in(source: Path, manifest: Mapping[str, Any]) -> PrecisionPlan | None:
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What an engine's folder says of itself, without loading the engine. Raises ArtifactError."""
+    """The manifest in an engine's folder, without loading the engine. Raises ArtifactError."""
     return load_json(Path(folder) / _MANIFEST, _KIND)
 
 
 def _replace(target: Path, made: Path) -> None:
-    """Put the folder `made` in the place of `target`: killed in between, the engine there before is whole beside it."""
+    """Replace `target` by the folder `made`. If the process is killed in between, the old engine is intact beside
+    it."""
     if not target.exists():
         made.rename(target)
         return
-    # A folder cannot be renamed onto one with files in it. Emptying the old one first would lose both in a crash.
+    # A folder cannot be renamed onto a folder with files in it. To empty the old one first could lose both in a crash.
     before = made.with_name(f"{made.name}.before")
     target.rename(before)
     made.rename(target)

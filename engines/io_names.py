@@ -1,4 +1,4 @@
-"""The caller's names for what goes in and out, in the form that ONNX, TensorRT and Triton take: letters, digits, _."""
+"""The caller's names for inputs and outputs, in the form that ONNX, TensorRT and Triton take: letters, digits, _."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 
 
 def input_names(program: ExportedProgram) -> dict[str, str]:
-    """Placeholder -> name of each flat user input that is a tensor or an open number, in order: `batch['ids']` is
-    `batch_ids`."""
+    """Placeholder -> name, in order, of each flat user input that is a tensor or a number not fixed by the export:
+    `batch['ids']` is `batch_ids`."""
     leaves = signature_of(program).leaves
     open_ones = [
         (spec.arg.name, leaf.name)
@@ -28,7 +28,7 @@ def input_names(program: ExportedProgram) -> dict[str, str]:
 def flat_output_names(program: ExportedProgram, taken: Iterable[str] = ()) -> list[str]:
     """A name for each flat user output: the key of a dict, the field of a dataclass, `output`, or `output_0`, `_1`.
 
-    taken: names that are others' already; an output of that name gets `_out` behind it.
+    taken: names that are in use already; an output with such a name gets the suffix `_out`.
     """
     paths = [name.removeprefix("output") for name in output_names(program)]
     words = [_plain(path) for path in paths]
@@ -37,7 +37,8 @@ def flat_output_names(program: ExportedProgram, taken: Iterable[str] = ()) -> li
 
 
 def outputs_by_node(program: ExportedProgram) -> dict[str, str]:
-    """Node -> name of each user output that is a tensor of a node's own; where it is two outputs, of the first."""
+    """Node -> name, for each user output that a node computes. A node that is two outputs gets the name of the
+    first."""
     specs = [spec for spec in program.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
     names = flat_output_names(program, input_names(program).values())
     pairs = [(s.arg.name, n) for s, n in zip(specs, names, strict=True) if not isinstance(s.arg, ConstantArgument)]
@@ -45,16 +46,16 @@ def outputs_by_node(program: ExportedProgram) -> dict[str, str]:
 
 
 def tensor_outputs(program: ExportedProgram) -> list[bool]:
-    """Of each flat user output whether it is computed; a constant, such as None, is not."""
+    """For each flat user output, whether it is computed. A constant, such as None, is not."""
     specs = [spec for spec in program.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
     return [not isinstance(spec.arg, ConstantArgument) for spec in specs]
 
 
 def size_names(program: ExportedProgram) -> dict[str, str]:
-    """Symbol -> the user's name for a dynamic size, as given to `torch.export.Dim`; else input and dimension.
+    """Symbol -> name of a dynamic size: the one that the user gave to `torch.export.Dim`, else input and dimension.
 
-    torch keeps `Dim` names in memory and writes none into a .pt2, so a program that was loaded has sizes such as
-    `image_dim0`.
+    torch keeps the names of `Dim` in memory and does not write them into a .pt2, so the sizes of a loaded program have
+    names such as `image_dim0`.
     """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     names = input_names(program)
@@ -74,7 +75,7 @@ def size_names(program: ExportedProgram) -> dict[str, str]:
 
 
 def _dim_name(size: torch.SymInt, path: str, dimension: int) -> str | None:
-    """The name that `torch.export.Dim` was given: torch files it under the source of the size."""
+    """The name that was given to `torch.export.Dim`, which torch stores under the source of the size."""
     known = getattr(size.node.shape_env, "source_name_to_debug_name", {})
     first, bracket, rest = path.partition("[")
     name = known.get(f"L['{first}']{bracket}{rest}.size()[{dimension}]")

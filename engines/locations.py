@@ -1,4 +1,4 @@
-"""The command line's names for models and data: `model.pt2`, or `file.py:function`."""
+"""Locations of models and data on the command line: `model.pt2`, or `file.py:function`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from calibcast.calib.artifacts import load_program
 from calibcast.calib.errors import CalibcastError, ProgramError, first_line, known
 from calibcast.engines.usage import LocationError
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a wrong path is reported before that
+if TYPE_CHECKING:  # torch takes seconds to import; a wrong path is reported before that
     from torch.export import ExportedProgram
 
 
-_STAMP = "__calibcast_file__"  # which file a module was made from: place, time of change, size
+_STAMP = "__calibcast_file__"  # the file that a module was made from: path, modification time, size
 
 
 def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> ExportedProgram:
@@ -46,7 +46,7 @@ def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> Exp
         try:
             with _quiet():
                 return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
-        except Exception as error:  # torch.export has no one base of its errors
+        except Exception as error:  # errors of torch.export have no common base class
             raise ProgramError(
                 f"torch.export cannot export what {location} returned: {type(error).__name__}: "
                 f"{first_line(error)}{_place(error)}"
@@ -59,8 +59,8 @@ def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> Exp
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep out what torch logs and prints when it cannot export: the error that it raises says it. What a model prints
-    on the way is passed on where the export succeeds."""
+    """Suppress what torch logs and prints when an export fails, since the error that it raises says the same. If the
+    export succeeds, what was printed meanwhile goes to stderr."""
     said, before = io.StringIO(), logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -78,7 +78,7 @@ def _place(error: Exception) -> str:
 
 
 def check_model(location: str) -> None:
-    """Raise LocationError when there is no such file: before torch is imported, which takes seconds."""
+    """Raise LocationError when there is no such file. It runs before torch is imported, which takes seconds."""
     if ":" in location:
         check_location(location)
     elif not location.endswith(".pt2"):
@@ -88,7 +88,8 @@ def check_model(location: str) -> None:
 
 
 def check_location(location: str) -> Path:
-    """The file of `file.py:function`. Raises LocationError when it is none, or there is no such file."""
+    """The file in `file.py:function`. Raises LocationError for a location of another form, or when there is no such
+    file."""
     file, _, name = location.rpartition(":")
     path = Path(file)
     if not file or not name.isidentifier() or path.suffix != ".py":
@@ -108,7 +109,8 @@ def load_data(location: str) -> Iterable[Any]:
 
 
 def call(location: str, arguments: Mapping[str, Any] | None = None) -> Any:
-    """Call the function at `file.py:function` with keyword arguments. What it raises is told with its place."""
+    """Call the function at `file.py:function` with keyword arguments. An error that it raises is reported with its file
+    and line."""
     function = load_function(location)
     given = dict(arguments or {})
     _check_arguments(location, function, given)
@@ -123,7 +125,7 @@ def call(location: str, arguments: Mapping[str, Any] | None = None) -> Any:
 def _check_arguments(location: str, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some that are written in C do not tell
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return
     try:
         signature.bind(**given)
@@ -146,10 +148,10 @@ def load_function(location: str) -> Callable[..., Any]:
 
 
 def _imported(path: Path) -> Any:
-    """The module of a user's file: imported once, however many of its functions are named."""
+    """The module of a user's file. It is imported once, even if several of its functions are used."""
     place = path.resolve()
     stamp = (str(place), place.stat().st_mtime_ns, place.stat().st_size)
-    # Two files may have one stem: the name tells their folders apart, and is the same in a worker process.
+    # Two files may have the same stem, so the name contains a hash of the path. It is the same in a worker process.
     name = f"calibcast_user_{path.stem}_{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
     known_module = sys.modules.get(name)
     if known_module is not None and getattr(known_module, _STAMP, None) == stamp:
@@ -160,8 +162,8 @@ def _imported(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     setattr(module, _STAMP, stamp)
     sys.modules[name] = module  # dataclasses and worker processes look their module up by name
-    # The file's own neighbours, as if it were run as a script; behind all else, so that a `datasets.py` beside it
-    # shadows nothing.
+    # The file can import the files beside it, as if it were run as a script. Their folder comes last in the search
+    # path, so that a `datasets.py` there does not hide the package.
     folder = str(path.parent.resolve())
     if folder not in sys.path:
         sys.path.append(folder)
@@ -177,8 +179,8 @@ def _imported(path: Path) -> Any:
 
 @contextmanager
 def exits_refused() -> Iterator[None]:
-    """Inside, a call of `sys.exit` in a user's function is an error: it must not end a job, least of all with code
-    0.
+    """Inside the block, a call of `sys.exit` in a user's function is an error: it must not end a job, above all not
+    with code 0.
     """
     try:
         yield

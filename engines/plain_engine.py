@@ -1,4 +1,5 @@
-"""An engine's folder as plain TensorRT: the engine's bytes, what goes in and out, and a configuration for Triton."""
+"""Exports an engine's folder as plain TensorRT: the engine's bytes, its inputs and outputs, and a configuration for
+Triton."""
 
 from __future__ import annotations
 
@@ -34,10 +35,11 @@ CONFIG = "config.pbtxt"
 
 @dataclass(frozen=True)
 class _Wired:
-    """The one engine of a folder, by what the program calls its values.
+    """The one engine of a folder, and how its bindings belong to the program's values.
 
-    inputs: of the program's inputs in order, the binding, or None where the engine does not read it. outputs: of its
-    outputs in order. state: what is kept: (name, input binding, output binding, whether updated in place).
+    inputs: the binding of each input of the program, in order; None where the engine does not read it. outputs: the
+    binding of each output, in order. state: (name, input binding, output binding, whether updated in place) of each
+    value that is kept between calls.
     """
 
     name: str
@@ -47,14 +49,14 @@ class _Wired:
 
 
 def export_engine(folder: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
-    """Write the engine in `folder` (of `Engine.save`) as plain TensorRT; returns the engine's file.
+    """Write the engine in `folder` (from `Engine.save`) as plain TensorRT. Returns the engine's file.
 
-    target: a folder, into which `model.engine` comes, or a file that ends in .engine or .plan. Beside it stand
+    target: a folder, which gets `model.engine`, or a file that ends in .engine or .plan. Beside the engine it writes
     `io.json` (names, types, sizes, profiles, pairs of state, versions, least compute capability), `state.safetensors`
-    where the engine has state, and `config.pbtxt` where Triton can serve it: TensorRT proper, without state.
-    `engines.runtime.PlainEngine` runs it.
+    where the engine has state, and `config.pbtxt` where Triton can serve it: an engine of TensorRT, not TensorRT-RTX,
+    without state. `engines.runtime.PlainEngine` runs it.
 
-    Raises BuildError unless the whole program is one TensorRT network: with the nodes that are not in it.
+    Raises BuildError, which names the nodes outside, unless the whole program is one TensorRT network.
     """
     source, path = Path(folder), _file(Path(target))
     manifest = read_manifest(source)
@@ -87,7 +89,7 @@ def _file(target: Path) -> Path:
 
 
 def _wired(folder: Path, manifest: Mapping[str, Any]) -> _Wired:
-    """The one engine in `folder`. Raises BuildError that names what is not in it."""
+    """The one engine in `folder`. Raises BuildError that names the parts of the program outside of it."""
     outside = (manifest.get("build") or {}).get("fallback_to_pytorch") or {}
     if outside:
         nodes = "; ".join(f"{node}: {why}" for node, why in outside.items())
@@ -108,7 +110,7 @@ def _wired(folder: Path, manifest: Mapping[str, Any]) -> _Wired:
 def _bound(
     part: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]
 ) -> tuple[list[str | None], list[str], list[tuple[str, str, str | None, bool]]]:
-    """The bindings of the engine that the steps of the wiring come from and go to."""
+    """The engine's bindings for the program's inputs, outputs and state, from the steps of the wiring."""
     call = next(step for step in steps if "call" in step)
     last = next(step for step in steps if "outputs" in step)
     read = dict(zip((_name(value) for value in call["arguments"]), part["inputs"], strict=True))

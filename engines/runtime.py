@@ -1,10 +1,11 @@
-"""Runs an engine that `calibcast export --engine` wrote, with TensorRT's own Python and torch: no Torch-TensorRT.
+"""Runs an engine that `calibcast export --engine` wrote, with TensorRT's Python package and torch, without
+Torch-TensorRT.
 
     from calibcast.engines.runtime import PlainEngine
     engine = PlainEngine("exported")
     outputs = engine(image)              # or engine(image=image): the caller's names, {name: tensor on the GPU}
 
-It imports nothing of calibcast but its errors, so that a serving machine needs torch and `tensorrt` or `tensorrt_rtx`.
+It imports only the errors from calibcast, so a serving machine needs only torch and `tensorrt` or `tensorrt_rtx`.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ _SAFETENSORS = {
 
 
 class PlainEngine:
-    """One TensorRT engine, called with tensors by position or by name; gives {name: tensor} on its device.
+    """One TensorRT engine. Call it with tensors by position or by name; it returns {name: tensor} on its device.
 
-    folder: what `calibcast export --engine` wrote, or the engine's file in it. device: a CUDA device. State, such as a
-    KV cache, lives here and moves with each call; `reset()` brings it back to the start. Calls run on torch's current
-    stream. One object is for one thread at a time.
+    folder: the folder that `calibcast export --engine` wrote, or the engine's file in it. device: a CUDA device. This
+    object keeps the state, such as a KV cache, which each call updates; `reset()` restores its start. Calls run on
+    torch's current stream. Use one object in one thread at a time.
 
-    Raises ArtifactError for files that are missing or foreign, MismatchError for another TensorRT or GPU than the
-    engine was built for, BuildError where TensorRT is missing or refuses the engine.
+    Raises ArtifactError for files that are missing or not from calibcast, MismatchError for another TensorRT or GPU
+    than the engine was built for, BuildError where TensorRT is missing or refuses the engine.
     """
 
     def __init__(self, folder: str | os.PathLike[str], device: str | torch.device = "cuda") -> None:
@@ -56,7 +57,7 @@ class PlainEngine:
         self.reset()
 
     def reset(self) -> None:
-        """Bring state back to what it is at the start."""
+        """Restore the state at the start."""
         for name, value in self._start.items():
             if name in self.state:
                 self.state[name].copy_(value)
@@ -73,7 +74,7 @@ class PlainEngine:
             for pair in self.io["state"]:
                 if pair["output"] is not None and not pair["in_place"]:
                     self.state[pair["name"]].copy_(outputs[pair["output"]])
-            del held  # until here: what the stream reads must not be given to others
+            del held  # kept until here: memory that the stream still reads must not be reused
         return {output["name"]: outputs[output["binding"]] for output in self.io["outputs"]}
 
     def _made(self) -> tuple[Any, Any]:
@@ -104,12 +105,12 @@ class PlainEngine:
         return [(tensor, given[tensor["name"]]) for tensor in self._inputs]
 
     def _bind(self, tensor: Mapping[str, Any], value: Any) -> torch.Tensor:
-        """Tell the engine where an input is; the tensor that has to live until the engine has run."""
+        """Tell the engine where an input is. Returns the tensor, which has to live until the engine has run."""
         _check_input(tensor, value)
         name = tensor["binding"]
-        if name is None:  # the program takes it, and does not use it
+        if name is None:  # the program takes this input, but does not use it
             return torch.empty(0)
-        on_host = self._engine.is_shape_inference_io(name)  # TensorRT reads its numbers there
+        on_host = self._engine.is_shape_inference_io(name)  # TensorRT reads its values on the host
         device = torch.device("cpu") if on_host else self.device
         moved: torch.Tensor = value.detach().to(device, self._types[name]).contiguous()
         if not self._context.set_input_shape(name, tuple(moved.shape)):
@@ -118,7 +119,7 @@ class PlainEngine:
         return moved
 
     def _allocated(self) -> dict[str, torch.Tensor]:
-        """Memory for every output, and state where the engine reads it: {binding: tensor}."""
+        """Allocate every output, and set the addresses of outputs and state. Returns {output binding: tensor}."""
         found: dict[str, torch.Tensor] = {}
         for pair in self.io["state"]:
             now = self.state[pair["name"]]
@@ -136,13 +137,13 @@ class PlainEngine:
         return found
 
     def _address(self, name: str, value: torch.Tensor) -> None:
-        # TensorRT takes no null pointer, which is what an empty tensor has.
+        # An empty tensor has a null pointer, which TensorRT does not take.
         held = value if value.numel() else torch.empty(1, dtype=value.dtype, device=value.device)
         self._context.set_tensor_address(name, held.data_ptr())
 
 
 def read_io(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
-    """The folder and what `io.json` in it says. Raises ArtifactError."""
+    """The folder, and the content of its `io.json`. Raises ArtifactError."""
     place = Path(folder)
     place = place.parent if place.is_file() else place
     try:
@@ -159,7 +160,7 @@ def read_io(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file (its package need not be installed). Raises ArtifactError."""
+    """Read a safetensors file, without the package safetensors. Raises ArtifactError."""
     try:
         content = bytearray(path.read_bytes())
         end = 8 + int.from_bytes(content[:8], "little")
@@ -178,7 +179,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _tensorrt(io: Mapping[str, Any]) -> Any:
-    """TensorRT's Python of the flavour and version that built the engine."""
+    """TensorRT's Python module, of the flavour and version that built the engine. Raises MismatchError for another
+    version."""
     library, wanted = io["library"], io["versions"].get(io["library"])
     if library not in _MODULES:
         raise ArtifactError(f"{IO} names the library {library!r}; known are {sorted(_MODULES)}")
@@ -211,7 +213,7 @@ def _gpu(device: torch.device) -> str:
 
 
 def _check_input(tensor: Mapping[str, Any], value: Any) -> None:
-    """Raise BatchError for what is no tensor of the right type and of a size that the engine was built for."""
+    """Raise BatchError unless `value` is a tensor of the right type, and of a size that the engine was built for."""
     name = tensor["name"]
     if not isinstance(value, torch.Tensor):
         raise BatchError(f"input {name} is a {type(value).__name__}, expected a tensor")

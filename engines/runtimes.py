@@ -1,4 +1,4 @@
-"""The small interface behind which backends stand."""
+"""The interface that every backend implements."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.export import ExportedProgram
 
 
 class Runtime(Protocol):
-    """Something built that runs. Called like the model; tensors must be on `device`, or are moved there."""
+    """A built program that can run. Call it like the model; tensors that are not on `device` are moved there."""
 
     device: torch.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def reset(self) -> None:
-        """Put the state that the program keeps between calls (buffers that it writes to) back to how it began."""
+        """Restore the start of the state that the program keeps between calls (the buffers that it writes to)."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write what `Backend.load` needs beside the program, which the engine saves itself: also the present state."""
+        """Write what `Backend.load` needs, including the present state. The engine itself saves the program."""
         ...
 
 
@@ -51,7 +51,7 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Built:
-    """What came of it. program, plan: what was built, which `on_failure` may have changed. ledger: as in
+    """The result of a build. program, plan: what was built, which `on_failure` may have changed. ledger: as in
     `engines.ledger.ledger`. record: what the manifest says about the build."""
 
     runtime: Runtime
@@ -62,7 +62,7 @@ class Built:
 
 
 class Backend(Protocol):
-    """Builds and loads runtimes. `name` is what `build(backend=...)` is given."""
+    """Builds and loads runtimes. `name` is its name in `build(backend=...)`."""
 
     name: str
 
@@ -71,15 +71,15 @@ class Backend(Protocol):
         ...
 
     def require(self, ahead_of_time: bool) -> None:
-        """Raise BuildError unless it can build here."""
+        """Raise BuildError unless this backend can build here."""
         ...
 
     def check_settings(self, settings: Mapping[str, Any], ahead_of_time: bool) -> None:
-        """Raise BuildError for settings that it does not have, as far as that can be told before a build."""
+        """Raise BuildError for settings that this backend does not have, as far as that is known before a build."""
         ...
 
     def build(self, request: BuildRequest) -> Built:
-        """Build a program in the types that its graph spells out. Raises BuildError, as the two above do."""
+        """Build a program in the types that its graph states. Raises BuildError, as the two methods above do."""
         ...
 
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> Runtime:
@@ -87,5 +87,5 @@ class Backend(Protocol):
         ...
 
     def versions(self) -> dict[str, str]:
-        """What the runtime was built with, for the manifest."""
+        """Versions of packages and facts of the machine that a runtime depends on, for the manifest."""
         ...

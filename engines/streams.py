@@ -1,4 +1,4 @@
-"""The process's own output."""
+"""Handling of the process's stdout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from contextlib import suppress
 
 
 def give_up_stdout() -> None:
-    """Python flushes stdout once more on exit, which would complain; nobody is there to read it."""
+    """Send stdout to the null device when nobody reads it: Python flushes it on exit, which would fail."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

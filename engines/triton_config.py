@@ -15,11 +15,12 @@ _TYPES = {
 
 
 def triton_config(io: Mapping[str, Any]) -> str | None:
-    """The text of the configuration of an engine described as in `io.json`; None where Triton cannot serve it.
+    """The text of the configuration for the engine that `io` (the content of `io.json`) describes; None where Triton
+    cannot serve it.
 
-    It has no backend for TensorRT-RTX; and state would need its sequence batcher, which is for the server to set up.
-    Names are those of the engine's own tensors, as Triton requires; a comment gives the caller's where they differ.
-    `max_batch_size` is 0, so that every dimension is spelled out, also that of the batch.
+    Triton has no backend for TensorRT-RTX. State would need Triton's sequence batcher, which the owner of the server
+    has to set up. Names are those of the engine's own tensors, as Triton requires; a comment gives the caller's name
+    where it differs. `max_batch_size` is 0, so all dimensions are listed, the batch too.
     """
     if io["library"] != "tensorrt" or io["state"]:
         return None

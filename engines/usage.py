@@ -1,4 +1,4 @@
-"""Mistakes in what was asked for, as opposed to in what was found: exit code 2 on the command line."""
+"""Errors for mistakes in a request, not in its results: exit code 2 on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from calibcast.calib.errors import CalibcastError
 
 
 class UsageError(CalibcastError):
-    """An option or argument that names nothing, or that cannot be had together with another."""
+    """An option or argument that names nothing, or that cannot be combined with another."""
 
 
 class LocationError(CalibcastError):

@@ -1,4 +1,4 @@
-"""Commands about engines: build one, and look inside."""
+"""Commands about engines: build an engine, and inspect one."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def inspect(
 
 
 def record_lines(record: dict[str, Any]) -> list[str]:
-    """What a reader should know of how an engine was built, a line each."""
+    """What a reader should know about how an engine was built, one fact a line."""
     lines = []
     if record.get("ahead_of_time"):
         lines.append("built ahead of time: for RTX GPUs of compute capability 8.6, 8.9, 12.0 and 12.1")

@@ -1,4 +1,4 @@
-"""The way out of calibcast: `calibcast export`."""
+"""`calibcast export`: a model or an engine in a form that does not need calibcast."""
 
 from __future__ import annotations
 

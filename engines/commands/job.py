@@ -1,4 +1,4 @@
-"""The offline job as commands: a job file to begin with, the run itself, and merging what several runs measured."""
+"""Commands of the offline job: write a first job file, run it, and merge what several runs measured."""
 
 from __future__ import annotations
 

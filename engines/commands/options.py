@@ -1,4 +1,4 @@
-"""What several commands share: their arguments, and how they read models and speak to people."""
+"""What several commands share: their arguments, how they read models, and how they print messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MaxBatches = Annotated[int | None, typer.Option("--max-batches", min=1, help="st
 
 
 def say(text: str) -> None:
-    """Print a result. Names in it may hold anything, also what a terminal obeys: that is left out."""
+    """Print a result. Names in it may contain control characters of a terminal, which are removed."""
     typer.echo(printable_lines(text))
 
 
@@ -35,12 +35,12 @@ def fail(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Say something on stderr: stdout is for results."""
-    with suppress(OSError):  # where stderr cannot be written, nothing can be said
+    """Print a message to stderr, since stdout is for results."""
+    with suppress(OSError):  # if stderr cannot be written, there is no place for a message
         typer.echo(printable_lines(message), err=True)
 
 
-# What messages of the Python calls speak of, and what has no parameter of its own on the command line.
+# Words in messages of the Python calls that match no parameter of the command line -> what to write there.
 _SETTINGS = {
     "decompose_attention=True": "--setting decompose_attention=True",
     "transform=lambda": "--transform FILE.py:FUNCTION, a function such as lambda",
@@ -50,14 +50,16 @@ _SETTINGS = {
 
 
 def in_flags(message: str, flags: Mapping[str, str]) -> str:
-    """A message of a Python call for the command line: `transform=` is `--transform` here, `cache=False` `--no-cache`.
+    """A message of a Python call, reworded for the command line: `transform=` becomes `--transform`, `cache=False`
+    becomes `--no-cache`.
 
-    flags: of each parameter of the commands, by its name in Python; of a switch that is off, by `no_` and its name.
+    flags: name in Python -> flag, for each parameter of the commands. A switch that turns something off has `no_`
+    before its name.
     """
     for python, flag in _SETTINGS.items():
         message = message.replace(python, flag)
     names = "|".join(sorted(map(re.escape, {name.removeprefix("no_") for name in flags}), key=len, reverse=True))
-    # Between quotes are the user's own names, and so they may be after a dot or a dash.
+    # Skip names in quotes, or after a dot or a dash: those may be the user's own.
     assigned = re.compile(rf"(?<![\w.'\"-])({names})=('[^']*'|\"[^\"]*\"|[^\s,;:()]*[^\s,;:().])?")
     message = assigned.sub(lambda found: _as_flag(found[1], found[2] or "", flags), message)
     words = re.compile(rf"(?<![\w.'\"-])({names})(?![\w.'\"=-])")
@@ -74,7 +76,8 @@ def _as_flag(name: str, value: str, flags: Mapping[str, str]) -> str:
 
 
 def existing(expected: str) -> Callable[[Any], Any]:
-    """A check of a file's argument, before torch is imported: raises LocationError where there is no such file."""
+    """A check for an argument that names a file. It runs before torch is imported, and raises LocationError where there
+    is no such file."""
 
     def check(value: Any) -> Any:
         for path in value if isinstance(value, (list, tuple)) else [value]:
@@ -91,7 +94,7 @@ PLAN = existing("a plan written by calibcast plan -o")
 
 
 def check_device(device: str | None) -> None:
-    """Raise UsageError for what names no kind of device. Whether this machine has it is seen later."""
+    """Raise UsageError for text that names no kind of device. It does not check that this machine has the device."""
     import torch
 
     if device is not None:
@@ -109,7 +112,7 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
 
 
 def check_inputs(model: str, data: str | None = None, transform: str | None = None) -> None:
-    """Before torch is imported, which takes seconds: are there such files? Raises LocationError."""
+    """Check that these files exist, before torch is imported, which takes seconds. Raises LocationError."""
     from calibcast.engines.locations import check_location, check_model
 
     check_model(model)
@@ -119,7 +122,7 @@ def check_inputs(model: str, data: str | None = None, transform: str | None = No
 
 
 def check_engine(folder: Path) -> None:
-    """Raise LocationError unless `folder` is an engine's."""
+    """Raise LocationError unless `folder` is an engine's folder."""
     if not folder.exists():
         raise LocationError(f"{folder}: no such folder; expected an engine written by calibcast build")
     if not (folder / "manifest.json").is_file():
@@ -136,14 +139,14 @@ def inputs(model: str, data: str, transform: str | None) -> tuple[Any, Any, Any]
 
 
 def check_folder(output: Path) -> None:
-    """Before hours of work, not after: is there a folder to write into?"""
+    """Raise LocationError unless there is a folder to write into: before hours of work, not after."""
     folder = output.parent
     if not folder.is_dir():
         raise LocationError(f"{output}: there is no folder {folder}")
 
 
 def check_file(output: Path | None) -> None:
-    """The same for a file, which does not take the place of a folder."""
+    """The same for a file: also raise where `output` itself is a folder."""
     if output is not None:
         check_folder(output)
         if output.is_dir():

@@ -1,4 +1,4 @@
-"""`calibcast rescale`: a program that fits, and its ranges, as files."""
+"""`calibcast rescale`: writes a program that fits the low type, and its ranges."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rescale(
 def write_rescaled(
     program: ExportedProgram, table: RangeTable, output: Path, settings: dict[str, Any]
 ) -> tuple[ExportedProgram, RangeTable]:
-    """Rescale, say what was done, and write the program to `output` and its ranges beside it."""
+    """Rescale the program, print what was done, and write the new program to `output` and its ranges beside it."""
     from calibcast.calib.artifacts import save_program
     from calibcast.passes.rescaling.rescaling import rescale as run
 

@@ -1,4 +1,4 @@
-"""Commands that look at what was measured and decided: report, what-if, diff."""
+"""Commands that show what was measured and decided: report, what-if, diff."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def _write_page(html: Path, table: Any, plan: Any, verification: Path | None, ti
 
 
 def _gate(text: str) -> float | None:
-    """None for `flip`; the least headroom for `headroom=2`."""
+    """Parse a gate: None for `flip`; the least headroom, 2.0, for `headroom=2`."""
     if text == "flip":
         return None
     name, _, value = text.partition("=")
@@ -277,7 +277,7 @@ def _gate(text: str) -> float | None:
 def _questions(
     data_max: str | None, min_sqnr_db: str | None, measured: bool
 ) -> tuple[list[float | None], list[float | None]]:
-    """The limits and budgets to try: where rounding was measured, budgets are what is asked about."""
+    """The limits and budgets to try. By default these are budgets where rounding was measured, else limits."""
     limits: list[float | None] = [None] if measured else [256.0, 512.0, 1024.0, math.inf]
     budgets: list[float | None] = [30.0, 40.0, 50.0] if measured and data_max is None else [None]
     return (

@@ -1,4 +1,4 @@
-"""The stages as commands: calibrate, plan, verify (build has a file of its own). And the demo of them all."""
+"""The stages as commands: calibrate, plan, verify (build is in `engine.py`), and the demo of all stages."""
 
 from __future__ import annotations
 

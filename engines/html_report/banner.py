@@ -1,4 +1,4 @@
-"""The first thing that a reader of the page sees: is anything at risk, and what."""
+"""The banner at the top of the page: whether anything is at risk, and what."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LABELS = {"float16": "fp16", "bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class Banner:
-    """level: `good`, `bad` or empty. headline: the verdict in a sentence. lines: what it rests on."""
+    """level: `good`, `bad` or empty. headline: the verdict in a sentence. lines: the facts behind it."""
 
     level: str
     headline: str
@@ -46,14 +46,14 @@ def banner(ranges: RangeTable, plan: PrecisionPlan | None, verification: Mapping
 
 
 def verdict_level(verification: Mapping[str, Any]) -> str:
-    """`good` where bounds were set and hold, `bad` where something does not; empty where nothing was asked."""
+    """`good` where bounds were set and hold, `bad` where the verification failed; empty where no bounds were set."""
     if not verification.get("passed"):
         return "bad"
     return "good" if verification.get("bounds") else ""
 
 
 def verdict_words(verification: Mapping[str, Any]) -> str:
-    """The verdict as the file words it: with its bounds, where bounds were set. Older files know of none."""
+    """The verdict in the words of the file, which include its bounds. Older files have no such words."""
     return str(verification.get("verdict") or ("no bounds were set" if verification.get("passed") else "failed"))
 
 

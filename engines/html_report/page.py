@@ -1,4 +1,4 @@
-"""Putting the page together: everything inline, every foreign text escaped, no request possible."""
+"""Makes the page: everything is inline, all outside text is escaped, and no network request is possible."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def html_report(
     Args:
         plan: colours nodes by precision and gives each its reason; its `flips` and `budgets` drive the slider.
         verification: the content of the file that `calibcast verify -o` writes, for the verdict.
-        title: what the page is of, such as the file's name. made: the day on which the ranges were measured.
+        title: what the page shows, such as the file's name. made: the day on which the ranges were measured.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -65,18 +65,18 @@ def html_report(
 
 
 def _script() -> str:
-    """The parts of the page's script in one scope, which waits for its data to be unpacked."""
+    """The parts of the page's script in one async scope, since the script waits until its data are unpacked."""
     parts = [(_FOLDER / "page" / f"{name}.js").read_text(encoding="utf-8") for name in _PARTS]
     return "\n".join(['"use strict";', "(async () => {", *parts, "})();"])
 
 
 def _hash(script: str) -> str:
-    """As a content security policy names an inline script."""
+    """The hash by which a content security policy allows an inline script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def _subtitle(ranges: RangeTable, made: date | None) -> str:
-    """The model and the data in a few words, and when they met."""
+    """The model, the data and the date of the measurement in a few words."""
     calibration = ranges.calibration
     parts = [f"a model of {len(calibration.digests)} nodes", f"{calibration.batches} batches of data"]
     return ", ".join([*parts, *([] if made is None else [made.isoformat()])])
@@ -115,7 +115,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def _rules(plan: PrecisionPlan | None) -> list[dict[str, Any]]:
-    """The plan by rule: what stays in fp32 first, then what is low, then what is kept; most nodes first."""
+    """The plan's nodes grouped by rule: first those in fp32, then the low ones, then the kept ones; largest groups
+    first."""
     if plan is None:
         return []
     whole = sum(decision.work for decision in plan.decisions)

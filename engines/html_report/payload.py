@@ -1,4 +1,4 @@
-"""What the page knows, as columns: small enough to embed, exact where the page compares."""
+"""The page's data, as columns: small enough to embed, and exact where the page compares values."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ _TEXTS = ("op", "module", "source", "kind")
 _FLOATS = ("min", "max", "absmax", "smallest", "mean", "rms")
 _COUNTS = ("output", "elements", "nan", "posinf", "neginf", "zeros", "masked", "absmax_batch", "nonfinite_batch")
 _BIAS = 127  # bin e of a histogram holds the magnitudes [2^(e-127), 2^(e-126))
-# The band of a tensor leaves out this share of the magnitudes at either end.
+# The band of a tensor leaves out this share of the magnitudes at each end.
 _TAIL = 0.001
 
 
 def payload(ranges: RangeTable, plan: PrecisionPlan | None) -> dict[str, Any]:
     """Tensors in graph order, the plan's nodes with the `data_max` at which each flips, and the limits of the types.
 
-    Numbers that are only shown have six digits; those that decide (flips, limits, work) are whole. Of a rescaled
-    program all numbers of tensors are true, and `exponent` says k: 2^-k times each is stored.
+    Numbers that are only shown have six digits; those that the page compares (flips, limits, work) have full precision.
+    For a rescaled program all numbers are the tensors' true values, and `exponent` is k: each tensor is stored times
+    2^-k.
     """
     types = {name: _type(name, torch.finfo(dtype)) for name, dtype in _dtypes().items()}
     tensors = _tensors(true_frame(ranges), ranges.calibration.rescaled is not None)
@@ -39,13 +40,14 @@ def payload(ranges: RangeTable, plan: PrecisionPlan | None) -> dict[str, Any]:
 
 
 def packed(content: Mapping[str, Any]) -> str:
-    """As base64 of deflated JSON, which holds no character that HTML knows: 3,000 tensors in about half a megabyte."""
+    """The content as base64 of deflated JSON, which has no character that is special in HTML. 3,000 tensors take about
+    half a megabyte."""
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def unpacked(text: str) -> dict[str, Any]:
-    """What `packed` was given."""
+    """The content that `packed` was given."""
     content: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(text)))
     return content
 
@@ -70,7 +72,7 @@ def _settings(plan: PrecisionPlan | None) -> dict[str, Any] | None:
 def _nodes(plan: PrecisionPlan | None) -> dict[str, Any]:
     """Columns over the plan's nodes: the least `data_max` and the highest budget at which each is low.
 
-    Either is a number, "inf", or null for never; kept nodes have none.
+    Each is a number, "inf", or null for never; kept nodes have null.
     """
     decisions = [] if plan is None else plan.decisions
     columns: dict[str, Any] = {
@@ -107,7 +109,8 @@ def _tensors(frame: pl.DataFrame, rescaled: bool) -> dict[str, Any]:
 
 
 def relative_sources(sources: Sequence[str]) -> list[str]:
-    """Files as seen from the folder that the user's own have in common; those of packages from `site-packages`."""
+    """Shortened paths: the user's files relative to their common folder, files of packages relative to
+    `site-packages`."""
     packages = "site-packages/"
     own = {PurePath(s.rpartition(":")[0]).parent.as_posix() for s in sources if s and packages not in s}
     absolute = [folder for folder in own if folder.startswith("/")]
@@ -116,14 +119,14 @@ def relative_sources(sources: Sequence[str]) -> list[str]:
 
 
 def _coded(values: Sequence[str]) -> dict[str, Any]:
-    """Texts that repeat, each once."""
+    """Repeated texts, each stored once: the texts, and the index of each value's text."""
     texts = list(dict.fromkeys(values))
     position = {text: i for i, text in enumerate(texts)}
     return {"texts": texts, "of": [position[value] for value in values]}
 
 
 def _sparse(counts: Sequence[int] | None) -> list[int] | None:
-    """The first exponent that was seen, and the counts from it to the last; zeros and what is not finite apart."""
+    """The first exponent that was seen, and the counts from it to the last one, without zeros and nonfinite values."""
     if counts is None:
         return None
     seen = [exponent for exponent in range(1, 255) if counts[exponent]]
@@ -131,7 +134,7 @@ def _sparse(counts: Sequence[int] | None) -> list[int] | None:
 
 
 def _band(counts: Sequence[int] | None) -> tuple[float | None, float | None]:
-    """Powers of two between which all nonzero magnitudes but a thousandth at either end are; None without any."""
+    """The powers of two between which all nonzero magnitudes lie, except a thousandth at each end; None without any."""
     if counts is None or not any(counts[1:255]):
         return None, None
     whole = sum(counts[1:255])

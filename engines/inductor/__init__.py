@@ -1,1 +1,1 @@
-"""AOTInductor as a backend: the cast program compiled by torch itself, for any GPU that torch supports."""
+"""The backend AOTInductor: torch itself compiles the cast program, for any GPU that torch supports."""

@@ -1,4 +1,4 @@
-"""The backend `inductor`: builds packages of AOTInductor, loads them, keeps their state."""
+"""The backend `inductor`: builds AOTInductor packages, loads them, and keeps their state."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _PARTS = "inductor"
 
 
 class InductorRuntime:
-    """A package that is loaded. Its code runs on the device that it was compiled for.
+    """A loaded package. Its code runs on the device that it was compiled for.
 
-    files: what was built. It is kept, as the files are what is saved.
+    files: the folder of what was built. It is kept, because `save` copies these files.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class InductorRuntime:
             held = {value.data_ptr() for value in self._state.values()}
             outputs = pytree.tree_map_only(
                 torch.Tensor, lambda t: t.clone() if t.data_ptr() in held else t, outputs
-            )  # state that is given as it is must not change with the next call
+            )  # an output that is the state itself must not change with the next call
             for name, value in zip(self._updated, new, strict=True):
                 self._state[name].copy_(value)
             return outputs
@@ -106,7 +106,8 @@ class InductorBackend:
     name = "inductor"
 
     def unavailable(self) -> str | None:
-        """Why nothing can be compiled here: Inductor writes Triton for GPUs and C++ for hosts, and C++ around both."""
+        """Why nothing can be compiled here; None when it can. Inductor generates Triton kernels for GPUs, C++ kernels
+        for CPUs, and C++ code around both."""
         if shutil.which(os.environ.get("CXX", "g++")) is None:
             return "Inductor needs a C++ compiler (g++, or the one that CXX names), and there is none"
         if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
@@ -141,7 +142,7 @@ class InductorBackend:
             runtime = InductorRuntime(files, request.program, device)
             if kept is None and request.batches:
                 made["trial"] = _tried(runtime, request)
-            if kept is None and cache is not None:  # not before it was tried: a wrong engine is not kept
+            if kept is None and cache is not None:  # only after the trial: a wrong engine is not kept
                 cache.keep(key, Path(files.name), made)
         record: dict[str, Any] = {
             "device": device.type, "isolated": request.isolate, **(kept or made),
@@ -163,8 +164,9 @@ class InductorBackend:
 
 
 def check_same_machine(built_with: Mapping[str, str], present: Mapping[str, str], device: str) -> None:
-    """Raise MismatchError unless a package built with `built_with` runs where `present` is: the same torch, and the
-    same GPU, or, for a host, the same instructions. Raises BuildError where it needs a GPU and there is none."""
+    """Raise MismatchError unless a package built with `built_with` runs on the machine that `present` describes. That
+    takes the same torch and the same GPU or, for a package for the CPU, the same instruction set. Raises BuildError
+    where the package needs a GPU and there is none."""
     if device == "cuda" and "gpu" not in present:
         raise BuildError("this engine was compiled for a GPU, and torch sees none here")
     for what in ("torch", "gpu" if device == "cuda" else "cpu"):
@@ -187,7 +189,8 @@ def _compiled(job: BuilderJob, request: BuildRequest, files: tempfile.TemporaryD
 
 
 def _tried(runtime: InductorRuntime, request: BuildRequest) -> dict[str, Any]:
-    """What running it on calibration batches has shown. Raises BuildError where the engine is wrong."""
+    """Run the engine on calibration batches, and return the judgement as plain data. Raises BuildError where the engine
+    is wrong."""
     moved = [[v.to(runtime.device) if isinstance(v, torch.Tensor) else v for v in flat] for flat in request.batches]
     runtime.reset()
     proof = getattr(request.plan, "proof", None)
@@ -205,7 +208,8 @@ def _ledger(request: BuildRequest) -> pl.DataFrame:
 
 
 def _shapes(request: BuildRequest) -> list[Profile]:
-    """Sizes for the compiler to look at: those that calibration saw, else those of the export. It keeps to neither."""
+    """Example sizes for the compiler: those that calibration saw, else those of the export. The package is not limited
+    to them."""
     if request.ranges is not None:
         return profiles(signature_of(request.program), request.ranges)
     nodes = {node.name: node.meta.get("val") for node in request.program.graph.nodes if node.op == "placeholder"}

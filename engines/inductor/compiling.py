@@ -1,8 +1,8 @@
-"""Compiling a program with AOTInductor: what a builder process does for the backend `inductor`.
+"""Compiling a program with AOTInductor, in a builder process, for the backend `inductor`.
 
 model.pt2            the package; it loads in Python and in C++, without Torch-TensorRT
-inductor.json        which of its last inputs are state, which of its last outputs their new values; its kernels
-state.safetensors    that state at the start
+inductor.json        names of the state in the last inputs and of the new values in the last outputs; kernel types
+state.safetensors    the state at the start
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 
 PACKAGE, FACTS, FACTS_KIND = "model.pt2", "inductor.json", "inductor"
 STATE, STATE_NOW = "state.safetensors", "state_now.safetensors"
-# A kernel for the host in the generated code, and a pointer among its arguments.
+# A CPU kernel in the generated code, and a pointer among its arguments.
 _KERNEL = re.compile(r'extern "C"\s+void\s+(\w+)\(([^)]*)\)', re.DOTALL)
 _POINTER = re.compile(r"(?:const\s+)?(\w+(?:::\w+)*)\s*\*")
 _TYPES = {"half": "float16", "at::Half": "float16", "bfloat16": "bfloat16", "at::BFloat16": "bfloat16"}
@@ -37,9 +37,10 @@ _TYPES |= {"float": "float32", "double": "float64"}
 def compile_inductor(
     job: BuilderJob, program: ExportedProgram, folder: Path, event: Callable[[dict[str, Any]], None]
 ) -> BuilderResult:
-    """Compile `program` into the files of `folder`. Raises what the compiler raises; `program` is not changed.
+    """Compile `program` and write its files to `folder`. Raises what the compiler raises; `program` is not changed.
 
-    Buffers that it writes are lifted out of it: the package is a pure function, whose caller keeps its state.
+    Buffers that the program writes are lifted out of it, so the package is a pure function, and its caller keeps the
+    state.
     """
     start = time.perf_counter()
     event({"stage": "lower"})
@@ -61,7 +62,7 @@ def compile_inductor(
 
 
 def _examples(job: BuilderJob, program: ExportedProgram, source: Lifted) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs of the most frequent sizes, for the compiler to look at."""
+    """Example inputs of the most frequent sizes, for the compiler."""
     flat: list[Any] = []
     for leaf, (_, usual, _) in zip(signature_of(program).leaves, job.profiles, strict=True):
         if leaf.dtype is None and leaf.sizes:
@@ -73,9 +74,9 @@ def _examples(job: BuilderJob, program: ExportedProgram, source: Lifted) -> tupl
 
 
 def kernel_types(package: Path) -> Mapping[str, list[str]]:
-    """The floating types of the arguments of each kernel that was generated for a host; none for a GPU.
+    """The floating types of the arguments of each generated CPU kernel; empty for a GPU.
 
-    A GPU's kernels stand in the package as machine code, which does not tell.
+    The package holds GPU kernels as machine code, which does not tell the types.
     """
     found: dict[str, list[str]] = {}
     with zipfile.ZipFile(package) as archive:
