@@ -19,7 +19,7 @@ from calibcast.passes.verdict import HIGH, LOW, Rule, Verdict
 
 @dataclass(frozen=True)
 class Included:
-    """Whether the user asked for it to be low, which overrides all rules but legality."""
+    """Whether the user's include list asks for a node to be low. That overrides all rules but legality."""
 
     nodes: tuple[str, ...]
     targets: frozenset[str]
@@ -33,10 +33,10 @@ class Included:
 
 @dataclass(frozen=True)
 class Judge:
-    """Turns facts into a decision by all rules. settings: what it was made from, as a plan keeps them.
+    """Turns facts into a decision by all rules. settings: those that it was made from, as a plan stores them.
 
-    data_max: None where rounding was measured and the user gives no limit. rounding: what a budget of `min_sqnr_db`
-    keeps high, where rounding was measured.
+    data_max: None where rounding was measured and the user gives no limit. rounding: the nodes that the budget
+    `min_sqnr_db` keeps high; None where rounding was not measured.
     """
 
     rules: tuple[Rule, ...]
@@ -49,9 +49,9 @@ class Judge:
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def in_type(self, low_type: torch.dtype) -> Judge:
-        """The same rules for another low type, whose largest value is the limit of weights unless the user gave one.
+        """The same rules for another low type. Its largest value limits the weights, unless the user gave a limit.
 
-        Without a plan of rounding, which is of one type.
+        The result has no rounding plan, since a rounding plan is for one low type.
         """
         limit = weight_limit(self.init_max, low_type)
         rules = tuple(InitMax(limit) if isinstance(rule, InitMax) else rule for rule in self.rules)
@@ -85,7 +85,7 @@ class Judge:
         )
 
     def keeps_high(self, facts: NodeFacts) -> bool:
-        """Whether `decide` would say high of a node that is not tied: the same, without the reasons."""
+        """Whether `decide` would keep an untied node high: the same checks, without the reasons."""
         included = self.included(facts)
         if facts.refused is not None or Legality(allow_custom=included)(facts) is not None:
             return True

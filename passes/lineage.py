@@ -14,7 +14,7 @@ _Rows = tuple[Row, ...]
 
 
 def readings(graph_module: fx.GraphModule) -> dict[str, tuple[Row, ...]]:
-    """For each node, regions' nodes too, the tensors that it reads, by the nodes that made or last wrote them."""
+    """For each node, also inside regions: the tensors that it reads, by the nodes that made or last wrote them."""
     found: dict[str, _Rows] = {}
     _trace(graph_module, "", (), found)
     return found
@@ -23,7 +23,7 @@ def readings(graph_module: fx.GraphModule) -> dict[str, tuple[Row, ...]]:
 def _trace(
     graph_module: fx.GraphModule, prefix: str, operands: Sequence[_Rows], found: dict[str, _Rows]
 ) -> list[_Rows]:
-    """Note what the nodes of one graph read; the rows of each of the graph's results."""
+    """Record in `found` what the nodes of one graph read. Returns the rows of each result of the graph."""
     roots = storage_roots(graph_module)
     made: dict[fx.Node, list[_Rows]] = {}  # for each output of a node
     writers: dict[fx.Node, _Rows] = {}  # root of written storage -> who wrote into it so far
@@ -56,6 +56,6 @@ def _trace(
 
 
 def _positions(node: fx.Node) -> list[tuple[int, object]]:
-    """All outputs of `node`, those that are no tensors too, so that getitem finds its place."""
+    """All outputs of `node` with their positions. Those that are not tensors are included: getitem counts them."""
     value = node.meta.get("val")
     return list(enumerate(value)) if isinstance(value, (list, tuple)) else [(0, value)]

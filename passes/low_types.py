@@ -1,4 +1,4 @@
-"""The output types of an operator whose fp32 inputs come in the low type, found by running it on fake tensors."""
+"""The output types of an operator when its fp32 inputs are given in the low type. It is run on fake tensors."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-# It logs a stack trace when a fake kernel raises; here that is expected, and tried again.
+# This logger prints a stack trace when a fake kernel raises. Here that is expected, and the call is tried again.
 FAKE_KERNELS = "torch._subclasses.fake_tensor"
 LOW_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for what is no tensor
-# AssertionError: a program's own check of a type, which is asked about like any other node.
+Types = tuple[torch.dtype | None, ...]  # of the outputs of a node; None for an output that is not a tensor
+# AssertionError comes from a program's own check of a type. Such a node is tried like any other.
 _REFUSALS = (RuntimeError, TypeError, NotImplementedError, ValueError, AssertionError)
 
 
 class LowTypes:
-    """Finds the types of low nodes. Nodes that are alike, of which deep networks are made, run once."""
+    """Finds the types of low nodes. Deep networks repeat the same kinds of nodes, so each kind runs once."""
 
     def __init__(self, graph_module: fx.GraphModule, low_type: torch.dtype) -> None:
         """Raises PlanError where the nodes carry no fake tensors."""
@@ -33,12 +33,12 @@ class LowTypes:
         self._said: dict[fx.Node, str] = {}
 
     def of(self, node: fx.Node) -> Types | None:
-        """The types of the outputs of `node`, all its fp32 inputs low; None where the operator refuses."""
+        """The output types of `node` when all its fp32 inputs are low; None where the operator refuses."""
         found = self._found(node)
         return None if isinstance(found, str) else found
 
     def refusal(self, node: fx.Node) -> str | None:
-        """What the operator says where it refuses, or None."""
+        """The operator's error message where it refuses the low type, or None."""
         found = self._found(node)
         return found if isinstance(found, str) else None
 
@@ -50,7 +50,7 @@ class LowTypes:
         return self._kinds[kind]
 
     def _kind(self, node: fx.Node) -> str:
-        """What decides the types of an operator that reads `node`: types and shapes."""
+        """The types and shapes of `node`: all that the output types of its readers depend on."""
         if node not in self._said:
             value = node.meta.get("val")
             leaves = [value] if isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
@@ -60,7 +60,7 @@ class LowTypes:
     def _run(self, node: fx.Node) -> Types | str:
         args, kwargs = with_low_dtype(node, node.args, node.kwargs, self.low_type)
         if args == node.args and kwargs == node.kwargs and not any(map(_is_fp32, node.all_input_nodes)):
-            return types_of(node.meta.get("val"))  # nothing comes in another type
+            return types_of(node.meta.get("val"))  # no input changes its type
         try:
             return types_of(self._run_symbolic(node, args, kwargs))
         except _REFUSALS:
@@ -77,7 +77,7 @@ class LowTypes:
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _run_concrete(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """At the sizes of the export: some half-precision kernels take no symbols, such as those of lstm."""
+        """Run at the sizes of the export: some half-precision kernels, such as lstm's, take no symbolic sizes."""
         with FakeTensorMode(), torch.no_grad(), unlogged(FAKE_KERNELS):
             args, kwargs = fx.map_arg((args, kwargs), lambda n: pytree.tree_map(self._stand_in, n.meta["val"]))
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -95,7 +95,7 @@ class LowTypes:
 
 
 def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode:
-    """The mode of the graph's fake tensors, which they share. Raises PlanError where there are none."""
+    """The mode that the graph's fake tensors share. Raises PlanError where the graph has none."""
     for node in graph_module.graph.nodes:
         mode = detect_fake_mode(node.meta.get("val"))
         if mode is not None:
@@ -104,7 +104,7 @@ def fake_mode_of(graph_module: fx.GraphModule) -> FakeTensorMode:
 
 
 def types_of(value: Any) -> Types:
-    """The types of what a node gives, as recorded at export or found by running it."""
+    """The types of a node's outputs, from their values as recorded at export or found by running the node."""
     if isinstance(value, torch.Tensor):
         return (value.dtype,)
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -112,9 +112,9 @@ def types_of(value: Any) -> Types:
 
 
 def retyped(value: Any, types: Types) -> Any:
-    """`value`, recorded at export, in other types. To be called under its fake mode.
+    """`value`, as recorded at export, cast to other types. Call this under the fake mode of `value`.
 
-    Sizes stay those of the export: a type changes none, and symbols of data-dependent sizes must stay.
+    Sizes stay as exported: a cast changes none, and the symbols of data-dependent sizes must be kept.
     """
     if isinstance(value, (list, tuple)):
         return type(value)(_retyped(v, dtype) for v, dtype in zip(value, types, strict=True))
@@ -132,7 +132,7 @@ def _is_fp32(node: fx.Node) -> bool:
 
 
 def _quiet(shape_env: Any) -> ExitStack:
-    """No new guards and no new symbols for the user's program."""
+    """Add no new guards and no new symbols to the user's program."""
     stack = ExitStack()
     if shape_env is not None:
         stack.enter_context(shape_env.suppress_guards())

@@ -1,8 +1,8 @@
-"""Tensors that rounding leaves less of than their readers need: 400.05 - 400.10, the angles of a sine, 1 - p.
+"""Tensors that rounding makes too noisy for their readers: 400.05 - 400.10, the angles of a sine, 1 - p.
 
-`storage` looks at one tensor by itself. Here the graph is read from its end to its beginning. Every node must be right
-to `LEAST_DB`, which says how much noise its arguments may have. An argument that rounding makes noisier than that stays
-high with the nodes that make and read it, and they need more of their own arguments in turn.
+The rule `storage` looks at one tensor by itself. This module reads the graph from its end to its beginning. The result
+of every node must keep `LEAST_DB`, which limits the noise of its arguments. Where rounding makes an argument noisier
+than that, the nodes that make and read it stay high, and these nodes need more exact arguments in turn.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from calibcast.passes.tensor_rules import LEAST_SQNR_DB, median_noise, most_nois
 from calibcast.passes.transmission import Need, Seen, asked_of_arguments
 from torch import fx
 
-# What a result must keep over the rounding of its arguments, dB. In float16 the budget that a plan has by default. In
-# bfloat16 what `storage` asks of every tensor: its budget, 26 dB, would keep angles high for an error of 6%.
+# The least SQNR, dB, of a result whose arguments are rounded. float16: the default budget of a plan. bfloat16: what
+# `storage` asks of every tensor, since the default budget of 26 dB would keep angles high for an error of 6%.
 LEAST_DB = {"float16": 40.0, "bfloat16": LEAST_SQNR_DB}
 
 
@@ -35,9 +35,10 @@ def lost_nodes(
     channels: Callable[[fx.Node], float | None],
     low_type: torch.dtype,
 ) -> dict[str, Lost]:
-    """By name: the nodes that read or make what rounding leaves too little of.
+    """The nodes, by name, that read or make a tensor that rounding makes too noisy.
 
-    least: by name, the least variance inside a norm. channels: of a batch norm, the largest mean square over variance.
+    least: by name, the least variance inside a norm. channels: for a batch norm, the largest ratio of mean square to
+    variance.
     """
     seen = Seen(
         lambda node: _facts(node, names, evidence), lambda node: least.get(names.get(node, node.name)), channels
@@ -46,7 +47,7 @@ def lost_nodes(
 
 
 class _Walk:
-    """One walk from the end of a graph to its beginning. `_asked`: of each node, the tightest needs of its readers."""
+    """One walk from the end of a graph to its beginning. `_asked`: for each node, the tightest need of its readers."""
 
     def __init__(self, names: Mapping[fx.Node, str], seen: Seen, low: NumberFormat) -> None:
         self._names, self._seen, self._low = names, seen, low
@@ -74,9 +75,9 @@ class _Walk:
     def _judge(self, reader: fx.Node, x: fx.Node, need: Need) -> None:
         facts = self._seen.facts(x)
         if facts is None or facts.rms is None or facts.is_weight or facts.masked or facts.nonfinite:
-            return  # `mask` or `nonfinite` have seen it
+            return  # the rule `mask` or `nonfinite` covers it
         if facts.absmax is None or facts.absmax > self._low.max:
-            return  # `storage` has
+            return  # the rule `storage` covers it
         excess = self._excess(reader, facts, need)
         if excess <= 1.0 and not need.forced:
             if math.isfinite(need.share) or need.firm:
@@ -89,7 +90,7 @@ class _Walk:
         self._ask(x, replace(need, firm=True, forced=_moves(maker)))
 
     def _excess(self, reader: fx.Node, facts: TensorFacts, need: Need) -> float:
-        """By how much the rounding of a tensor passes what it may be off by."""
+        """The rounding noise of a tensor, as a multiple of what `need` allows: above 1 is too much."""
         if facts.min == facts.max:
             noise = (rounded(facts.min or 0.0, self._low) - (facts.min or 0.0)) ** 2
             return noise / need.noise if need.noise > 0 else math.inf if noise else 0.0
@@ -118,8 +119,8 @@ class _Walk:
         self._asked[x] = need
 
     def _look_at_numbers(self, node: fx.Node, need: Need | None) -> None:
-        """Numbers in a call are rounded like tensors: of a guard such as 1 - 1e-4 nothing may be left, and of 0.99^t
-        less the larger t is."""
+        """Judge the numbers in a call, which are rounded like tensors: a guard such as 1 - 1e-4 may vanish, and 0.99^t
+        loses more the larger t is."""
         entry = operator_of(base_op(node.target))
         for name in entry.literals if need is not None and math.isfinite(need.noise) else ():
             value = argument_of(node, name)

@@ -1,4 +1,4 @@
-"""In which type each node takes its inputs, once a plan meets a graph with shared storage."""
+"""The type in which each node takes its inputs, when a plan is applied to a graph with shared storage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger("calibcast")
 
 
 class LowNodes(Protocol):
-    """What is needed of a `PrecisionPlan` here, which itself asks what a graph refuses."""
+    """The part of `PrecisionPlan` that is needed here. A protocol, since the plan's module imports this one."""
 
     @property
     def low_precision_nodes(self) -> tuple[str, ...]: ...
@@ -38,7 +38,7 @@ class LowNodes(Protocol):
 class NodeTypes:
     """The types of a graph's nodes under a plan.
 
-    low: nodes that take their fp32 inputs in `low_type`; `outputs`: what they then give.
+    low: nodes that take their fp32 inputs in `low_type`. outputs: the types of what they then give.
     """
 
     low: frozenset[fx.Node]
@@ -47,7 +47,7 @@ class NodeTypes:
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, plan: LowNodes) -> NodeTypes:
-        """Settle `plan` on a graph: all nodes that share written storage are low only if all are planned so."""
+        """Apply `plan` to a graph: nodes that share written storage are low only if all of them are planned low."""
         planned = set(plan.low_precision_nodes)
         nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
         wanted = {node for node in nodes if qualified_name(node) in planned}
@@ -70,7 +70,7 @@ def settled(low: set[fx.Node], ties: list[Tie]) -> frozenset[fx.Node]:
 
 
 def able_types(node: fx.Node, types: LowTypes) -> Types | None:
-    """What `node` gives when it runs in the low type; None where it cannot."""
+    """The output types of `node` when it runs in the low type; None where it cannot."""
     return types.of(node) if refusal_of(node, types) is None else None
 
 
@@ -80,7 +80,7 @@ def refusal_of(node: fx.Node, types: LowTypes) -> str | None:
 
 
 class Refusals:
-    """Why the nodes of a graph stay in their exported type, by name, for one low type; found when asked for."""
+    """Why nodes of a graph must stay in their exported type, by name, for one low type. Found when asked for."""
 
     def __init__(self, nodes: Mapping[str, fx.Node], low_type: torch.dtype) -> None:
         self._nodes, self._low_type = nodes, low_type
@@ -96,7 +96,7 @@ class Refusals:
         owner = next((node.graph.owning_module for node in self._nodes.values()), None)
         try:
             return None if owner is None else LowTypes(owner, self._low_type)
-        except PlanError:  # no fake tensors: nothing can be asked, and insertion will say so
+        except PlanError:  # without fake tensors nothing can be tried; cast insertion will raise
             return None
 
     def _refusal(self, name: str) -> str | None:
@@ -105,7 +105,7 @@ class Refusals:
 
 
 def kept_by_graph(nodes: Sequence[Candidate], low: Collection[str], low_type: torch.dtype) -> dict[str, Verdict]:
-    """Of the nodes that are to be low, those that stay in their exported type: refused, or tied to one that does."""
+    """The nodes of `low` that must stay in their exported type: refused, or tied to a node that stays."""
     decided = {candidate.name: candidate.node for candidate in nodes if candidate.kept is None}
     refusals, ties = Refusals(decided, low_type), named_ties(nodes)
     reasons = {name: refusals(name) for name in decided if name in low}
@@ -124,20 +124,18 @@ def refused_verdict(reason: str, low_name: str) -> Verdict:
 
 
 def _warn_of_refusals(nodes: Iterable[fx.Node], types: LowTypes) -> None:
-    """Of a plan that was made by hand, or for another version of torch: those of today know it beforehand."""
+    """Only a plan made by hand, or for another version of torch, has such nodes: `classify` finds them itself."""
     for node in nodes:
         if any(torch.float32 in types_of(n.meta.get("val")) for n in (node, *node.all_input_nodes)):
             _log.warning(
                 "%s cannot run in %s and stays in its exported type: %s", where(node, qualified_name(node)),
-                types.low_type, refusal_of(node, types) or "it shares storage, written in place, with what does",
+                types.low_type, refusal_of(node, types) or "it shares storage, written in place, with one that does",
             )  # fmt: skip
 
 
 def _refused_by_kind(node: fx.Node, low_type: torch.dtype) -> str | None:
-    """Why a node stays in its exported type whatever the plan says: it states its own type, reads bits, or has a third
-    type.
-
-    So does what would be given a number that its kernel refuses, which on fake tensors it does not.
+    """Why a node stays in its exported type whatever the plan says: it states its own type, reads bits, has a third
+    type, or has a number in its call that its kernel refuses. A run on fake tensors does not show the last.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return "it is no tensor operator that can be typed"
@@ -153,7 +151,7 @@ def _refused_by_kind(node: fx.Node, low_type: torch.dtype) -> str | None:
 
 
 def _refused_by_result(node: fx.Node, types: LowTypes) -> str | None:
-    """What makes fp32 of integers: a division of them gives fp32 whatever type it is asked for."""
+    """Why a node that makes fp32 from integers stays: a division of integers gives fp32 in any case."""
     reads_floats = any(is_measurable(v.dtype) for n in node.all_input_nodes for _, v in tensor_values(n))
     if reads_floats or torch.float32 not in (types.of(node) or ()):
         return None
@@ -161,7 +159,7 @@ def _refused_by_result(node: fx.Node, types: LowTypes) -> str | None:
 
 
 def refused_number(node: fx.Node, low_type: torch.dtype) -> float | None:
-    """The finite number in the call that is beyond `low_type`, for which its kernel raises: masked_fill(-1e9) in fp16.
+    """A finite number in the call that `low_type` cannot hold, so that the kernel raises: masked_fill(-1e9) in fp16.
 
     None where there is none, or the kernel takes it.
     """
@@ -173,7 +171,7 @@ def refused_number(node: fx.Node, low_type: torch.dtype) -> float | None:
 
 
 def states_type(node: fx.Node) -> bool:
-    """Whether a node is the user's own `.to(dtype)`: it takes what comes and gives the type that it states."""
+    """Whether a node is the user's own `.to(dtype)`: it takes any type and gives the one that it states."""
     if base_op(node.target) not in CONVERTS:
         return False
     return any(isinstance(value, torch.dtype) for value in (*node.args, *node.kwargs.values()))

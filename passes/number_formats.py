@@ -1,4 +1,4 @@
-"""The half-precision formats by their limits: what judges a tensor needs no torch, which takes seconds to import."""
+"""The limits of the half-precision formats, so that tensors are judged without torch, which takes seconds to import."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from calibcast.calib.errors import SettingError
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """A floating-point format. max: the largest finite value; smallest_normal, eps: as of `torch.finfo`."""
+    """A floating-point format. max: the largest finite value; smallest_normal, eps: as in `torch.finfo`."""
 
     name: str
     short: str
@@ -25,7 +25,7 @@ _NAMES = {"float16": FLOAT16, "fp16": FLOAT16, "half": FLOAT16, "bfloat16": BFLO
 
 
 def format_of(low_type: Any) -> NumberFormat:
-    """The format of a `torch.dtype`, or of a name of one. Raises SettingError for all but fp16 and bf16."""
+    """The format of a `torch.dtype` or of its name. Raises SettingError for all but fp16 and bf16."""
     found = low_type if isinstance(low_type, NumberFormat) else _NAMES.get(str(low_type).removeprefix("torch."))
     if found is None:
         raise SettingError(

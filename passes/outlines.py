@@ -1,6 +1,6 @@
 """What a graph says about its nodes: read once for all settings, low types and decisions.
 
-The only reader of graphs on behalf of the rules; `FactReader` makes facts of outlines.
+Only this module reads graphs for the rules; `FactReader` turns outlines into facts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from calibcast.passes.facts import Hidden, Literal
 from calibcast.passes.reductions import depth_of_reduction, hidden_values
 from torch import fx
 
-# A tensor by the node and output that it was measured under, and the node whose decision types it ("" for none).
+# A tensor: the node and output under which it was measured, and the node whose decision sets its type ("" for none).
 Row = tuple[str, int, str]
 Rows = tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NodeOutline:
-    """A node, without what was measured of its tensors. values: the fields of `NodeFacts` that are known already."""
+    """A node, without its tensors' measurements. values: the fields of `NodeFacts` that are known already."""
 
     name: str
     inputs: Rows
@@ -51,7 +51,7 @@ class Outliner:
         self, names: Mapping[fx.Node, str], evidence: Evidence, hidden: HiddenEvidence, has_ranges: bool
     ) -> None:
         self._names, self._evidence, self._hidden, self._has_ranges = names, evidence, hidden, has_ranges
-        self._rows: dict[fx.Node, Rows] = {}  # of what was read before: a tensor has several readers
+        self._rows: dict[fx.Node, Rows] = {}  # a cache, as a tensor may have several readers
 
     def of(self, node: fx.Node) -> NodeOutline:
         """The outline of one `call_function` node."""
@@ -77,7 +77,7 @@ class Outliner:
         return NodeOutline(name, inputs, outputs, values)
 
     def _least_spread(self, node: fx.Node, base: str) -> float | None:
-        """The least variance that a norm divides by: measured, or of a batch norm the least of its statistics."""
+        """The least variance that a norm divides by: as measured, or for a batch norm the least that it stores."""
         place = operator_of(base).variance_at
         variance = None if place is None else argument_at(node, place)
         if not isinstance(variance, fx.Node):
@@ -111,7 +111,7 @@ class Outliner:
         return [(name, position if output is None else output, name) for position in positions]
 
     def _inside(self, region: fx.Node, output: int) -> tuple[str, int]:
-        """The name and position under which calibration measured an output of a region: that of the node in it."""
+        """The name and position under which calibration measured a region's output: those of the node inside."""
         found = child_of(region)
         assert found is not None
         _, child = found

@@ -1,4 +1,4 @@
-"""The precision plan: what each node's type is to be, and every reason for it."""
+"""The precision plan: the type of each node, and every reason for it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,12 @@ SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Decision:
-    """How one node was decided. `rule` is None when it is low; `verdicts` has those of all rules, met first first.
+    """The decision on one node. `rule` is None when it is low; `verdicts` has those of all rules, the deciding one
+    first.
 
-    evidence, limit: the number that decided and what it was held to; of a low node the largest magnitude seen and
-    `data_max`, or where rounding was measured what it costs there and the budget, in dB. work: floating-point
-    operations at the exported sizes.
+    evidence, limit: the number that decided and its limit. For a low node: the largest magnitude seen and `data_max`,
+    or where rounding was measured, what rounding costs there and the budget, in dB. work: floating-point operations
+    at the exported sizes.
     """
 
     node: str
@@ -68,14 +69,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class PrecisionPlan:
-    """A type for each node of a program: `low_precision_type`, its exported type (`high`), or none of ours (`kept`).
+    """A type for each node of a program: `low_precision_type`, its exported type (`high`), or not ours to set (`kept`).
 
     decisions: one per `call_function` node, in graph order. digests: of the graph that it is for. settings: what
     `classify` was called with. notes: what a reader should know, such as weights that become inf or zero. masks: nodes
     in which calibration has seen mask values, which are saturated when they are cast; None without ranges. flips: by
     low type ("float16", "bfloat16") and node, the least `data_max` at which it is low, None where it never is; empty
-    without ranges. budgets: the same of `min_sqnr_db`, the highest at which it is low; empty where rounding was not
-    measured. rounding: what the measured edges say of the plan. proof: what running it has shown; see `tune`.
+    without ranges. budgets: likewise, the highest `min_sqnr_db` at which it is low; empty where rounding was not
+    measured. rounding: what the measured edges predict for the plan. proof: what running it has shown; see `tune`.
     exponents: k by `node:output` of a rescaled program's tensors, which are stored as 2^-k times their true values.
     """
 
@@ -117,7 +118,7 @@ class PrecisionPlan:
         return pl.DataFrame(rows, schema=SCHEMA)
 
     def __getitem__(self, node: str) -> Decision:
-        """The decision on `node`. Raises PlanError for an unknown name, with near ones."""
+        """The decision on `node`. Raises PlanError for an unknown name, and suggests similar ones."""
         if node not in self._by_node:
             raise PlanError(f"the plan has no node {node!r}; {known(node, self._by_node)}")
         return self._by_node[node]
@@ -166,7 +167,7 @@ class PrecisionPlan:
             raise MismatchError(f"this plan is for another program: {difference}. Classify this program.")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, whole or not at all."""
+        """Write the plan as JSON, atomically."""
         content = {
             "low_precision_type": dtype_name(self.low_precision_type),
             "settings": dict(self.settings),
@@ -184,7 +185,7 @@ class PrecisionPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PrecisionPlan:
-        """Read a plan. Raises ArtifactError when the file is truncated, foreign or newer."""
+        """Read a plan. Raises ArtifactError when the file is truncated, not a plan, or of a newer version."""
         content = load_json(path, _KIND)
         with parsed(path, _KIND):
             decisions = tuple(
@@ -216,9 +217,9 @@ class PrecisionPlan:
 
     @classmethod
     def from_types(cls, program: ExportedProgram) -> PrecisionPlan:
-        """The plan that a program already carries out: each node at its present type.
+        """The plan that a program already implements: each node at its present type.
 
-        Nodes with a floating-point tensor in fp16 or bf16, whichever is more frequent, are low; those in fp32 high.
+        Nodes with a floating-point tensor in fp16 or bf16 (the more frequent of the two) are low; those in fp32 high.
         """
         require_program(program)
         nodes = candidates(program)
@@ -236,11 +237,11 @@ class PrecisionPlan:
     def from_autocast(
         cls, program: ExportedProgram, low_precision_type: torch.dtype = torch.float16, device_type: str = "cuda"
     ) -> PrecisionPlan:
-        """The plan that `torch.autocast(device_type, low_precision_type)` would have run: for who trained so.
+        """The plan that `torch.autocast(device_type, low_precision_type)` would run, for models trained under it.
 
-        Found by running the program's operators under it, on fake tensors: no data and no GPU are needed. What is kept
-        in any plan (integers, regions, stated types) is kept in this one, and what cannot run low in a graph of casts
-        (it shares storage with what does not, or its kernel refuses) is high.
+        The program's operators are run under autocast on fake tensors: no data and no GPU are needed. Nodes that any
+        plan keeps (integers, regions, stated types) are kept here, too. A node that cannot run low in a graph with
+        casts is high: its kernel refuses, or it shares storage with a node that stays.
         """
         require_program(program)
         low = ran_low(program, low_precision_type, device_type)
@@ -275,7 +276,7 @@ def _as_typed(candidate: Candidate, low_type: torch.dtype) -> Decision:
         "work": work_of(node),
     }
     outputs, inputs = _float_types(node), set().union(*(map(_float_types, node.all_input_nodes)))
-    # What it reads counts, too: `mean(dtype=torch.float16)` reads fp32, and would be another mean if it did not.
+    # Input types count, too: `mean(dtype=torch.float16)` reads fp32, and would be another mean if it read fp16.
     present = outputs | inputs
     kept = candidate.kept
     if kept is not None and kept.rule != "already_low":

@@ -19,8 +19,8 @@ def plan_diff(old: PrecisionPlan, new: PrecisionPlan) -> pl.DataFrame:
     """What differs between two plans of one model, one row per node, with the columns of `SCHEMA`.
 
     change: `to_high` and `to_low` for a node that flips, `rule` for one that is high by another rule, `new` and `gone`
-    for one that the other plan lacks; nodes that are decided alike have no row. reason: the new one, of a node that is
-    gone the old. Plans of another export of the model are aligned as range tables are.
+    for one that the other plan lacks; nodes with the same decision have no row. reason: that of the new plan, or of
+    the old one for a node that is gone. Plans of different exports of the model are aligned as range tables are.
     """
     same_graph = first_difference(dict(old.digests), dict(new.digests)) is None
     pairs = aligned(_rows(old), _rows(new), same_graph)
@@ -44,10 +44,10 @@ def plan_diff(old: PrecisionPlan, new: PrecisionPlan) -> pl.DataFrame:
 
 
 def decision_diff(diff: RangeDiff, program: ExportedProgram, **settings: Any) -> pl.DataFrame:
-    """`plan_diff` of what the old and the new ranges decide for `program`, with `classify`'s settings.
+    """`plan_diff` of the plans that the old and the new ranges give for `program`, with `classify`'s settings.
 
-    `program` is the one that the new table was measured on. Ranges of another export of the model are carried over
-    to it first; nodes that read or give a tensor without old ranges are left out: nothing is known of what they were.
+    `program` is the one that the new table was measured on. Old ranges of another export of the model are carried over
+    to it first. Nodes that read or give a tensor without old ranges are left out, as their old decision is unknown.
     Raises MismatchError when the new table is of another program.
     """
     new = classify(program, diff.new, **{"weights": "ignore", **settings})

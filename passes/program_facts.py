@@ -1,4 +1,4 @@
-"""A program and its ranges as deciding sees them: read once for all settings, low types and rounds."""
+"""What decisions need of a program and its ranges: read once for all settings, low types and rounds."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from torch.export import ExportedProgram
 
 @dataclass(frozen=True)
 class ProgramFacts:
-    """What neither settings nor the low type change.
+    """The facts that neither settings nor the low type change.
 
-    nodes: in the order in which they run. outlines: of those that are decided, by name, in the same order. ties: of
-    nodes that run in one type. readers: by low type. rounding: what was measured of it, by low type. sizes: bytes that
-    each node writes. leading: of nodes that only move data from what is never low, the nodes that read them. Only
-    `nodes`, `ties` and what readers know of refusals refer to the graph.
+    nodes: in the order in which they run. outlines: by name, of the nodes that are decided, in the same order. ties:
+    nodes that must run in one type. readers: by low type. rounding: the measured noise, by low type. sizes: bytes that
+    each node writes. leading: for each node that only moves data from nodes that are never low, the nodes that read
+    it. Only `nodes`, `ties` and the refusals in `readers` refer to the graph.
     """
 
     nodes: Sequence[Candidate] = field(repr=False)
@@ -74,7 +74,7 @@ class ProgramFacts:
         return cls(nodes, outlines, named_ties(nodes), readers, rounding, sizes, _leading(nodes, names, outlines))
 
     def reader(self, low_type: torch.dtype) -> FactReader:
-        """Of the facts of outlines, in one low type."""
+        """The reader that turns outlines into facts for one low type."""
         return self.readers[low_type]
 
 
@@ -103,7 +103,7 @@ def _rounding(program: ExportedProgram, ranges: RangeTable | None) -> dict[torch
 
 
 def _size(node: fx.Node) -> int:
-    """Bytes that a node writes at the exported sizes; nothing where it only hands on what others wrote."""
+    """Bytes that a node writes at the exported sizes; 0 where it only passes on what others wrote."""
     if is_mover(node):
         return 0
     sizes = [math.prod(map(size_hint, v.shape)) * v.dtype.itemsize for _, v in tensor_values(node)]

@@ -1,4 +1,4 @@
-"""What a plan records of its rounding: what the table predicted, and what a run showed."""
+"""What a plan records about rounding: what the table predicted, and what a run showed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class EdgeCost:
 
 @dataclass(frozen=True)
 class RoundingSummary:
-    """What the table of edges says of a plan.
+    """What the table of measured edges predicts for a plan.
 
-    min_sqnr_db: the budget. predicted_sqnr_db: at the worst output. spread: the budget is not met, and no edge is to
-    blame. edges: those that cost most under the plan, worst first.
+    min_sqnr_db: the budget. predicted_sqnr_db: at the worst output. spread: the budget is not met, and no single edge
+    is to blame. edges: those that cost most under the plan, worst first.
     """
 
     min_sqnr_db: float
@@ -45,13 +45,13 @@ class RoundingSummary:
 
 @dataclass(frozen=True)
 class Proof:
-    """What running a plan has shown, in fp32 kernels that round where it is low.
+    """What running a plan has shown. The run uses fp32 kernels and rounds where the plan is low.
 
-    min_sqnr_db: the budget, of each channel of each output in each batch. sqnr_db: the least there was: in
+    min_sqnr_db: the budget, of each channel of each output in each batch. sqnr_db: the least SQNR, found in
     `worst_batch`, at `worst_output`, in its channel `worst_channel`. doubled_sqnr_db: the least with floating-point
     inputs times two. outputs: the least SQNR of each output. integers_changed: the largest share of the elements of an
     integer or boolean output that differed, over all batches. nonfinite: elements that are NaN or Inf only under the
-    plan. batches: how many were run. runs: how many plans were, until this one.
+    plan. batches: how many were run. runs: how many plans were run in all.
     """
 
     min_sqnr_db: float
@@ -83,5 +83,5 @@ class Proof:
 
 
 def as_rows(value: RoundingSummary | Proof | None) -> dict[str, Any] | None:
-    """For JSON."""
+    """As a dict, for JSON."""
     return None if value is None else asdict(value)

@@ -19,13 +19,13 @@ from calibcast.passes.rounding_plan import decibels
 from calibcast.passes.tensor_errors import most_changed
 from torch.export import ExportedProgram
 
-# Batches whose inputs are doubled, too: enough to see what grows, and a check stays at two forwards a batch.
+# Batches that are also run with doubled inputs: enough to see what grows, for at most two forward passes a batch.
 MOST_DOUBLED = 2
 
 
 @dataclass(frozen=True)
 class Worst:
-    """The least that one kind of run has shown. noise: of a channel of an output, to its own power."""
+    """The worst that one kind of run has shown. noise: of one channel of an output, as `channel_noise` gives it."""
 
     noise: float = 0.0
     batch: int | None = None
@@ -39,14 +39,15 @@ class _Seen:
 
     worst: Worst = Worst()
     outputs: dict[int, float] = field(default_factory=dict)
-    integers: dict[int, tuple[int, int]] = field(default_factory=dict)  # of each such output: changed, of so many
+    integers: dict[int, tuple[int, int]] = field(default_factory=dict)  # by output: elements changed, elements in all
     nonfinite: int = 0
-    bad: Batch | None = None  # the first with something newly non-finite
+    bad: Batch | None = None  # the first batch with an element that is newly non-finite
     runs: int = 0
 
     @property
     def changed(self) -> float:
-        """The largest share of an output of integers that differed, over all batches: one of few is a toss-up."""
+        """The largest share of an integer output that differed. All batches count together: in few elements one
+        difference is chance."""
         return max((changed / total for changed, total in self.integers.values()), default=0.0)
 
     def take(self, ours: Sequence[Any], theirs: Sequence[Any], batch: Batch) -> None:
@@ -101,11 +102,11 @@ class Outcome:
         return decibels(max(self.worst.noise, self.doubled.noise))
 
     def meets(self, min_sqnr_db: float) -> bool:
-        """Whether it is within the budget: SQNR, nothing newly non-finite, and integers as good as unchanged."""
+        """Whether it is within the budget: SQNR, nothing newly non-finite, and few enough integers changed."""
         return self.sqnr_db >= min_sqnr_db and not self.nonfinite and self.changed <= most_changed(min_sqnr_db)
 
     def proof(self, min_sqnr_db: float, runs: int) -> Proof:
-        """For the plan to keep."""
+        """The proof that the plan stores."""
         return Proof(
             min_sqnr_db, decibels(self.worst.noise), self.worst.batch, self.worst.output, self.worst.channel,
             decibels(self.doubled.noise), self.outputs, self.changed, self.nonfinite, self.batches, runs,
@@ -113,7 +114,7 @@ class Outcome:
 
 
 class Proving:
-    """Batches and the program's results for them, against which plans are run. They stay in memory."""
+    """Batches and the program's results for them, with which runs of plans are compared. All stay in memory."""
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class Proving:
         max_batches: int | None = 8,
         device: torch.device | str | None = None,
     ) -> None:
-        """Raises BatchError as `calibrate`."""
+        """Raises BatchError as `calibrate` does."""
         self.program, self._device = program, device
         self.runner = ProgramRunner(program, device)
         self.batches: list[Batch] = []
@@ -141,13 +142,13 @@ class Proving:
         return Outcome(plan, seen.worst, twice.worst, outputs, changed, lost, seen.bad or twice.bad, seen.runs)
 
     def first_nonfinite(self, plan: PrecisionPlan, batch: Batch) -> str | None:
-        """The first node that is non-finite under the plan, its inputs finite, where the program's result is."""
+        """The first node that has more non-finite elements under the plan than in the program itself, or None."""
         expected = _nonfinite_in(self.runner, batch)
         found = _nonfinite_in(emulated(self.program, plan, self._device), batch)
         return next((name for name, lost in found.items() if lost > expected.get(name, 0)), None)
 
     def _double(self, batch: Batch) -> Batch | None:
-        """The batch with its floating-point inputs times two; None where the program does not take such."""
+        """The batch with its floating-point inputs times two; None where it has none, or the program refuses them."""
         flat = [2 * v if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in _copies(batch.flat)]
         if not any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in flat):
             return None
@@ -172,7 +173,7 @@ def _nonfinite_in(runner: ProgramRunner, batch: Batch) -> dict[str, int]:
 
 
 def _copies(values: Sequence[Any]) -> list[Any]:
-    """Programs may write into their inputs, and give them back."""
+    """Copies, as programs may write into their inputs, and give them back."""
     return [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in values]
 
 

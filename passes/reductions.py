@@ -1,4 +1,4 @@
-"""How many terms an operator sums into one element, and what that lets its hidden values reach."""
+"""How many terms an operator sums into one element, and how large its hidden values can get by that."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def hidden_values(
 
 def _convolution_depth(node: fx.Node, base: str, weight: list[int]) -> int:
     transposed = is_transposed(node)
-    # A weight is [out, in / groups, *kernel], of a transposed convolution [in, out / groups, *kernel].
+    # A weight is [out, in / groups, *kernel]; that of a transposed convolution is [in, out / groups, *kernel].
     if transposed:
         groups = next((a for a in reversed(node.args) if isinstance(a, int) and not isinstance(a, bool)), 1)
         return max(1, weight[0] // max(1, groups)) * math.prod(weight[2:])

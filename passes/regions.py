@@ -30,7 +30,7 @@ from torch.export import ExportedProgram
 class Candidate:
     """A `call_function` node that a plan has a row for. `inside`: in an autocast region.
 
-    kept: why it is not ours to type, or None where it is.
+    kept: why a plan may not set its type, or None where it may.
     """
 
     name: str
@@ -87,7 +87,7 @@ def _kept_by_operator(node: fx.Node) -> Verdict | None:
 
 
 def _kept_by_types(node: fx.Node) -> Verdict | None:
-    # In order, as the first low type is named.
+    # A dict keeps the order, as the message names the first low type.
     types = dict.fromkeys(value.dtype for n in (node, *node.all_input_nodes) for _, value in tensor_values(n))
     if any(dtype.is_complex for dtype in types):
         return Verdict("complex", "it has a complex tensor")

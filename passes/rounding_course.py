@@ -1,8 +1,8 @@
 """The order in which nodes go back to fp32 as less noise is allowed. It is found once and answers for every budget.
 
-An edge is active, that is, its tensor is rounded as its reader sees it, while the reader, the maker or a mover between
-them is low. The noise of a plan is the sum over its active edges. The largest goes first, with all nodes that round
-it: raising the reader alone does nothing while the maker still writes rounded values.
+An edge is active (its reader sees a rounded tensor) while the reader, the maker or a mover between them is low. The
+noise of a plan is the sum over its active edges. The edge with the most noise goes first, and all nodes that round it
+are raised to fp32: raising the reader alone does nothing while the maker still writes rounded values.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass, field
 from calibcast.calib.rounding_table import OUTPUT
 from calibcast.passes.rounding_evidence import MeasuredEdge
 
-# A plan is made for half the noise amplitude that the budget allows, where that hangs on one edge ..
+# A plan is made for half the noise amplitude that the budget allows, where one edge makes most of the noise ..
 MARGIN = 0.5
-# .. and for this much where many share the noise: their sum is predicted well, to a median of half a decibel.
+# .. and for this much where many edges share the noise: their sum is predicted well, to half a decibel in the median.
 CLOSE = 1.0
-# An edge that is this part of the noise is one that it hangs on.
+# An edge that makes at least this share of the noise counts as that one edge.
 BLAMED_SHARE = 0.3
 NEVER = 0.0  # the threshold of a node that no allowance raises
-ALWAYS = math.inf  # of one that is high whatever rounding costs
-# An edge that is more than half of the noise breaks first on other data. It goes, too, where that is cheap ..
+ALWAYS = math.inf  # the threshold of a node that is high whatever rounding costs
+# An edge that makes more than this share of the noise breaks first on other data. It goes, too, where that is cheap ..
 OUTLIER_SHARE = 0.5
-# .. (a part of the bytes that low nodes write) ..
+# .. (its nodes write at most this share of the bytes that low nodes write) ..
 OUTLIER_BYTES = 0.015
-# .. and where it would pass the allowance by growing tenfold in amplitude.
+# .. and where it would pass the allowance if it grew tenfold in amplitude, which is this much in power.
 OUTLIER_REACH = 100.0
-# Where no edge is this part of what it and all smaller ones make, there is none to blame.
+# From the first edge that makes less than this share of its own noise plus that of all smaller edges, none is to blame.
 CROWD_SHARE = 0.1
-# Raising such edges is not worth more than this part of the bytes that low nodes write ..
+# Raising such edges (the crowd) is not worth more than this share of the bytes that low nodes write ..
 CROWD_BYTES = 0.05
-# .. unless it takes away more of the noise, in dB, than so many times what any nodes of as many bytes would.
+# .. unless that lowers the noise, in dB, by more than this many times what average nodes of as many bytes would.
 CROWD_GAIN = 3.0
 
 
@@ -41,7 +41,7 @@ CROWD_GAIN = 3.0
 class Step:
     """One edge that goes, and the nodes that are raised for it.
 
-    noise: of the plan before, at the worst output. allowance: the step is taken where less than this is allowed.
+    noise: of the plan before this step, at the worst output. allowance: the step is taken where less noise is allowed.
     moved: bytes that the raised nodes write.
     """
 
@@ -54,11 +54,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Course:
-    """All steps, and for each node the allowance below which it is high: `NEVER`, or `ALWAYS` by another rule.
+    """All steps, and for each node its threshold: the allowance below which it is high.
 
-    steps_of: which step raises a node. follows: of a node that only moves data, the reader that it goes with.
-    crowd: the allowance at which the steps begin that have no edge to blame; spread: that below which they take more
-    bytes than they are worth, so that the plan stays where they begin.
+    thresholds: `NEVER` for a node that no step raises, `ALWAYS` for one that another rule keeps high. steps_of: which
+    step raises a node. follows: for a node that only moves data, the reader that it goes with. crowd: the allowance at
+    which the steps without an edge to blame begin. spread: the allowance below which these steps cost more bytes than
+    they are worth; the plan then stays at `crowd`.
     """
 
     edges: tuple[MeasuredEdge, ...] = field(repr=False)
@@ -70,7 +71,7 @@ class Course:
     crowd: float = 0.0
 
     def allowed(self, noise: float) -> float:
-        """The allowance that is planned for when `noise` is asked for."""
+        """The allowance that is used when `noise` is asked for."""
         return self.crowd if noise < self.spread else noise
 
     def is_high(self, node: str, noise: float) -> bool:
@@ -78,7 +79,7 @@ class Course:
         return self.allowed(noise) < self.thresholds.get(node, ALWAYS)
 
     def active(self, high: Collection[str]) -> list[MeasuredEdge]:
-        """The edges that are rounded when just these nodes are high, of all that are decided."""
+        """The edges that are rounded when, of all decided nodes, exactly these are high."""
         low = self.thresholds.keys() - set(high)
         return [edge for edge in self.edges if not low.isdisjoint(edge.nodes)]
 
@@ -89,7 +90,7 @@ def noise_of(edges: Iterable[MeasuredEdge]) -> float:
 
 
 def summed(noises: Sequence[tuple[float, ...]]) -> list[float]:
-    """By output; where outputs were not told apart the one number counts at each."""
+    """The sums by output. A noise that is one number, as its outputs were not told apart, counts at each output."""
     width = max(map(len, noises), default=0)
     columns = zip(*(noise if len(noise) == width else noise * width for noise in noises if noise), strict=True)
     return [math.fsum(column) for column in columns]
@@ -102,13 +103,13 @@ def course_of(
     ties: Iterable[Collection[str]],
     sizes: Mapping[str, int],
 ) -> Course:
-    """The course from the nodes that nothing else keeps high.
+    """The course that begins with all nodes low that no other rule keeps high.
 
     Args:
-        edges: of the program. decided: for each node that is ours to type, whether it is low so far.
+        edges: of the program. decided: for each node that a plan may type, whether it is low at the beginning.
         pinned: low nodes that stay low: the user's include list.
-        ties: nodes that share one type, low ones or not.
-        sizes: bytes that each node writes; of nodes that only move data 0.
+        ties: nodes that share one type, whether low or not.
+        sizes: bytes that each node writes; 0 for nodes that only move data.
     """
     groups = [frozenset(tie) for tie in ties]
     raising = _Raising(edges, decided, frozenset(pinned), groups)
@@ -124,7 +125,7 @@ def course_of(
 
 
 class _Raising:
-    """Takes the largest active edge off, again and again. Only the edges of raised nodes are looked at."""
+    """Removes the largest active edge, again and again. A step visits only the edges of the nodes that it raises."""
 
     def __init__(
         self,
@@ -142,7 +143,7 @@ class _Raising:
             for name in nodes:
                 self._edges_of.setdefault(name, []).append(i)
         self._tie_of = {name: tie for tie in ties for name in tie}
-        # By position where noises are equal, so that a plan is the same each time.
+        # Equal noises go by position, so that a plan is the same each time.
         self._heap = [(-e.weight, i) for i, e in enumerate(edges) if self._counts[i] and e.weight > 0]
         heapq.heapify(self._heap)
 
@@ -162,7 +163,7 @@ class _Raising:
                 yield self._edges[i]
 
     def _closed(self, nodes: list[str]) -> tuple[str, ...]:
-        """With those that are tied to them, and low."""
+        """`nodes` and the low nodes that are tied to them."""
         found = dict.fromkeys(nodes)
         for name in nodes:
             found.update(dict.fromkeys(n for n in sorted(self._tie_of.get(name, ())) if n in self._low))
@@ -174,9 +175,10 @@ def _with_allowances(
     sizes: Mapping[str, int],
     low: Sequence[str],
 ) -> list[Step]:
-    """The noise before each step, summed from the end so that nothing is lost to large numbers taken away again.
+    """The steps with the noise before each. It is summed from the last step on: subtracting from a large sum would
+    lose digits.
 
-    What the user's include list leaves active is not in it: no other node is raised to make up for that.
+    Edges that stay active for the user's include list do not count: no other node is raised to make up for them.
     """
     noise: list[float] = []
     before: list[float] = []
@@ -185,7 +187,7 @@ def _with_allowances(
         before.append(max(noise, default=0.0))
     whole = sum(sizes.get(name, 0) for name in low)
     steps: list[Step] = []
-    reach = math.inf  # below which the step before was taken
+    reach = math.inf  # the allowance below which the previous step is taken
     for (edge, nodes, _), now in zip(taken, reversed(before), strict=True):
         moved = sum(sizes.get(name, 0) for name in nodes)
         wanted = now if edge.weight >= BLAMED_SHARE * now else now * (MARGIN / CLOSE) ** 2
@@ -199,8 +201,8 @@ def _with_allowances(
 def _let_movers_follow(
     edges: Sequence[MeasuredEdge], thresholds: dict[str, float], fixed: frozenset[str]
 ) -> dict[str, str]:
-    """Raise nodes that only move data from high makers to a high reader: low, they would cost two casts and gain
-    nothing.
+    """Raise nodes that only move data from high makers to a high reader. If low, they would cost two casts and gain
+    nothing. Returns the reader that each of them goes with.
     """
     makers: dict[str, list[float]] = {}
     readers: dict[str, list[tuple[float, str]]] = {}
@@ -222,7 +224,7 @@ def _let_movers_follow(
 def _spread(
     edges: Sequence[MeasuredEdge], decided: Mapping[str, bool], steps: Sequence[Step], sizes: Mapping[str, int]
 ) -> tuple[float, float]:
-    """Below which allowance the noise is spread, and the allowance at which its edges begin; (0, 0) where it is not."""
+    """`spread` and `crowd` of a course; (0, 0) where the noise is not spread."""
     low = {name for name, is_low in decided.items() if is_low}
     active = sorted((e.weight for e in edges if not low.isdisjoint(e.nodes) and e.weight > 0), reverse=True)
     most = _crowd_weight(active)
@@ -237,7 +239,7 @@ def _spread(
 
 
 def _crowd_weight(weights: Sequence[float]) -> float:
-    """The largest of those weights that, with all smaller ones, have no edge to blame; 0 where each has."""
+    """The largest weight that is below `CROWD_SHARE` of the sum of itself and all smaller ones; 0 if there is none."""
     tail, tails = 0.0, []
     for weight in reversed(weights):
         tail += weight
@@ -249,5 +251,5 @@ def _crowd_weight(weights: Sequence[float]) -> float:
 
 
 def reader_name(edge: MeasuredEdge) -> str:
-    """As sentences name the reader."""
+    """The reader's name in a sentence."""
     return "the program's result" if edge.edge.node == OUTPUT else f"`{edge.edge.node}`"

@@ -11,9 +11,9 @@ import polars as pl
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_table import OUTPUT
 
-# Noise where something becomes NaN or Inf: above all that is finite, and sums of it are finite still.
+# Noise where something becomes NaN or Inf: more than any finite noise, but sums of it stay finite.
 LOST = 1e30
-# So many batches are told apart when noises are summed; beyond, each edge counts at its own worst.
+# This many batches are told apart when noises are summed. The others count as one, where each edge has its worst noise.
 MOST_BATCHES, OTHERS = 4, -1
 _COLUMNS = ("node", "input", "output", "noise", "noise_worst", "worst_batch", "noise_by_output", "batches")
 
@@ -22,8 +22,8 @@ _COLUMNS = ("node", "input", "output", "noise", "noise_worst", "worst_batch", "n
 class MeasuredEdge:
     """An edge and the noise-to-signal power that rounding it alone makes at each output of the program.
 
-    noise: of each of `outputs` outputs in one batch, then of each in another; one number where they were not told
-    apart. weight: the largest of them.
+    noise: at each of `outputs` outputs in the first batch, then at each in the next, and so on; one number where they
+    were not told apart. weight: the largest of these.
     """
 
     edge: Edge
@@ -37,7 +37,7 @@ class MeasuredEdge:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Every node that rounds it when it is low: the reader, the maker, and the movers between. Others are none."""
+        """Every node that, when low, rounds the edge: its reader, its maker, and the movers between."""
         made = () if self.edge.is_literal else (self.edge.input,)
         read = () if self.edge.node == OUTPUT else (self.edge.node,)
         return tuple(dict.fromkeys((*read, *made, *self.edge.movers)))
@@ -45,7 +45,7 @@ class MeasuredEdge:
 
 @dataclass(frozen=True)
 class RoundingEvidence:
-    """The edges of a program with what was measured of them. missing: nodes of edges of which nothing was."""
+    """The edges of a program with their measured noise. missing: the nodes of edges that were not measured."""
 
     edges: tuple[MeasuredEdge, ...] = field(repr=False)
     missing: frozenset[str] = frozenset()
@@ -89,10 +89,11 @@ class _Row(NamedTuple):
     seen: int
 
     def noise(self, batches: Sequence[int], outputs: int, integers: Collection[int]) -> tuple[float, ...]:
-        """At each output in each of these batches: in its worst one what was measured, elsewhere the mean of the rest.
+        """The noise at each output in each of these batches: in the edge's worst batch as measured there, in the others
+        the mean of the rest.
 
-        Of integers all batches together count: of few elements in one batch a single toss-up is a large share. Their
-        share that changes counts like an amplitude, as noise twice as large decides twice as many comparisons.
+        For integers all batches count together: in the few elements of one batch a single change by chance is a large
+        share. The share that changes counts like an amplitude, as noise twice as large flips twice as many comparisons.
         """
         assert self.mean is not None
         means = self.by_output if self.by_output is not None and len(self.by_output) == outputs else None
@@ -114,7 +115,7 @@ class _Row(NamedTuple):
 
 
 def _batches(rows: Iterable[_Row]) -> list[int]:
-    """The batches that are the worst for the most edges; usually that is all of them."""
+    """The batches in which edges have their worst noise, those with the most noise first; usually all of them."""
     totals: dict[int, float] = {}
     for row in rows:
         if row.worst is not None and row.worst_batch is not None:

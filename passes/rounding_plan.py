@@ -15,7 +15,7 @@ from calibcast.passes.rounding_evidence import LOST, MeasuredEdge
 from calibcast.passes.verdict import Verdict
 from torch import fx
 
-# Least signal to noise at each output channel, dB: a hundredth is noise in float16, a twentieth in bfloat16.
+# Least SQNR at each output channel, dB: in float16 a hundredth of the amplitude is noise, in bfloat16 a twentieth.
 DEFAULT_BUDGETS = {"float16": 40.0, "bfloat16": 26.0}
 WORST_EDGES = 10
 
@@ -26,7 +26,7 @@ def allowance_of(min_sqnr_db: float, margin: float = MARGIN) -> float:
 
 
 def budget_of(allowance: float, margin: float = MARGIN) -> float:
-    """The budget, dB, that has this allowance: the other way round; inf for none, -inf for any noise."""
+    """The budget, dB, that has this allowance, the inverse of `allowance_of`: inf for none, -inf for any noise."""
     return decibels(allowance / margin**2)
 
 
@@ -37,11 +37,11 @@ def decibels(noise: float) -> float:
 
 @dataclass(frozen=True)
 class RoundingPlan:
-    """What a course of raising keeps in fp32 at one budget.
+    """The nodes that a course keeps in fp32 at one budget.
 
-    allowance: predicted noise that is allowed; `allowance_of(budget)` unless a run has said otherwise. peaks: the
-    largest true magnitude of each tensor, by (node, output). nodes: of the program, by name, for the numbers in
-    their calls. others: what other low types can give, in dB by name; asked only where noise is spread.
+    allowance: predicted noise that is allowed; `allowance_of(budget)` unless a run has shown that it must be another.
+    peaks: the largest true magnitude of each tensor, by (node, output). nodes: those of the program, by name, for the
+    numbers in their calls. others: the dB that other low types can give, by name; known only where noise is spread.
     """
 
     course: Course
@@ -54,7 +54,7 @@ class RoundingPlan:
 
     @property
     def spread(self) -> bool:
-        """Whether the budget would take much of the program, without an edge to blame."""
+        """Whether the budget would raise much of the program, with no edge to blame."""
         return self.allowance < self.course.spread
 
     @cached_property
@@ -78,8 +78,8 @@ class RoundingPlan:
         return costs
 
     def verdict(self, node: str) -> Verdict | None:
-        """Why the budget keeps `node` in fp32, or None. What is only tied to a raised node is not judged here."""
-        moves = node in self.course.follows  # of such a node `math.inf` says that it goes with what others keep high
+        """Why the budget keeps `node` in fp32, or None. A node that is only tied to a raised one is not judged here."""
+        moves = node in self.course.follows  # its threshold is inf where it follows nodes that other rules keep high
         threshold = self.course.thresholds.get(node)
         if threshold is None or (threshold == math.inf and not moves):
             return None
@@ -123,7 +123,7 @@ class RoundingPlan:
         )
 
     def summary(self) -> RoundingSummary:
-        """For the plan to keep."""
+        """The summary that the plan stores."""
         worst = sorted(self.active, key=lambda e: -e.weight)[:WORST_EDGES]
         edges = tuple(
             EdgeCost(e.edge.node, e.edge.input, e.edge.output, decibels(e.weight)) for e in worst if e.weight > 0
@@ -146,7 +146,7 @@ class RoundingPlan:
         return None  # it is tied to one of these, and the tie says so
 
     def _leaves(self, step: Step) -> str:
-        """What is left, as the edge alone, or as one of several that are too much together."""
+        """The SQNR that rounding the edge leaves: alone, or as one of several that are too much together."""
         alone, budget = decibels(step.edge.weight), f"{self.min_sqnr_db:g}"
         at = f" at output {step.edge.worst_output}"
         if alone == -math.inf:
@@ -155,8 +155,10 @@ class RoundingPlan:
             return f"alone leaves {alone:.3g} dB{at}, below the budget of {budget}"
         if step.noise > allowance_of(self.min_sqnr_db):
             together = decibels(step.noise)
-            return f"leaves {alone:.3g} dB{at}, and with what is less {together:.3g}, too near the budget of {budget}"
-        return f"leaves {alone:.3g} dB{at}: more than half of all noise, for little; the budget is {budget}"
+            return (
+                f"leaves {alone:.3g} dB{at}, and with all smaller edges {together:.3g}, too near the budget of {budget}"
+            )
+        return f"leaves {alone:.3g} dB{at}: more than half of all noise, and cheap to avoid; the budget is {budget}"
 
     def _what(self, edge: MeasuredEdge) -> str:
         if edge.edge.is_literal:

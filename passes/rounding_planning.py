@@ -1,4 +1,4 @@
-"""From a program's facts and a judge to the judge that also knows what rounding costs."""
+"""Adds what rounding costs to a judge, from a program's facts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def with_rounding(
     course: Course | None = None,
     at_any_cost: bool = False,
 ) -> Judge:
-    """The judge that keeps high, too, what the budget of rounding noise does; the same one without evidence.
+    """A judge that also keeps high what the budget of rounding noise requires; the same judge without evidence.
 
-    allowance: predicted noise that is allowed, where a run has said how much; otherwise by the budget. course: where it
-    is known already. at_any_cost: raise what the budget takes where noise is spread, too.
+    allowance: predicted noise that is allowed, where a run has shown how much; otherwise that of the budget. course:
+    where it is known already. at_any_cost: raise what the budget requires, also where noise is spread.
     """
     course = course_for(program, judge) if course is None else course
     if course is None:
@@ -51,7 +51,7 @@ def course_for(program: ProgramFacts, judge: Judge) -> Course | None:
 
 
 def budgets_of(program: ProgramFacts, judge: Judge) -> Flips:
-    """For each node the highest `min_sqnr_db` at which it is low: inf where any is, None where none is."""
+    """For each node the highest `min_sqnr_db` at which it is low: inf where it is at any, None where at none."""
     course = course_for(program, judge)
     assert course is not None
     bare = replace(judge, rounding=None)
@@ -60,7 +60,7 @@ def budgets_of(program: ProgramFacts, judge: Judge) -> Flips:
     def highest(name: str, limit: float) -> float | None:
         if limit == ALWAYS or name not in free:
             return None
-        # Where noise is spread, a plan does not go on raising, so what is low where that begins is low at any budget.
+        # Where noise is spread, a plan raises no more nodes: a node that is low at that point is low at any budget.
         return math.inf if course.spread and limit <= course.crowd else budget_of(limit)
 
     return {name: highest(name, limit) for name, limit in course.thresholds.items()}

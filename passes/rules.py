@@ -3,8 +3,8 @@
 `mask`, `literal`, `storage` and `follows` guess what rounding does. They give way where it was measured: see
 `passes.rounding_plan`.
 
-A rule is a frozen dataclass called with one `NodeFacts`, answering a `Verdict` or None for "no opinion". It counts
-because it is in the tuple; its id is its class name in snake case. Comparisons are strict and written so that NaN
+A rule is a frozen dataclass called with one `NodeFacts`, answering a `Verdict` or None for "no opinion". It applies
+when it is in the judge's tuple; its id is its class name in snake case. Comparisons are strict and written so that NaN
 keeps the node high; a limit of inf switches a rule off.
 """
 
@@ -74,7 +74,7 @@ class TargetsToExclude:
 
 @dataclass(frozen=True)
 class Raised:
-    """Nodes that a run of the plan has shown to be needed in fp32, each with what it has shown."""
+    """Nodes that must be in fp32, as a run of the plan has shown, each with its verdict."""
 
     verdicts: Mapping[str, Verdict]
 
@@ -99,9 +99,9 @@ class Unmeasured:
 class Mask:
     """It computes with finite mask values, as `scores + mask` does.
 
-    Where a whole row is masked, the low type would round its scores to the spacing of -65504 instead of losing them all
-    alike, as fp32 does with -1e9. Softmax and attention, which only read masks, are not concerned: what they get is
-    saturated when it is cast.
+    Where a whole row is masked, fp32 loses all its scores alike in -1e9; the low type would round them to the spacing
+    of -65504 instead. Softmax and attention, which only read masks, are not concerned: what they get is saturated when
+    it is cast.
     """
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
@@ -149,10 +149,11 @@ class MaxDepthOfReduction:
 
 @dataclass(frozen=True)
 class Interior:
-    """A value that the op hides passes the largest finite low value, or its epsilon vanishes in the low type.
+    """A value inside the operator passes the largest finite low value, or its epsilon vanishes in the low type.
 
-    The value is the largest that calibration measured along the reduced dimensions, or without that a bound from the
-    peaks at the inputs. `wide`: operators (`layer_norm`) that the backend is known to accumulate in fp32 anyway.
+    The value is the largest that calibration measured along the reduced dimensions, or if it measured none, a bound
+    from the peaks at the inputs. `wide`: operators (`layer_norm`) that the backend is known to accumulate in fp32
+    anyway.
     """
 
     wide: frozenset[str] = frozenset()
@@ -212,8 +213,8 @@ def _never_reached(facts: NodeFacts, bound: float) -> bool:
 
 
 def _is_absorbed(facts: NodeFacts, literal: Literal) -> bool:
-    """Whether what a number loses is less than the rounding of what it is added to: the eps of an RMS norm is, where
-    min(x) >= 2^11 eps in fp16, even if nothing is left of it."""
+    """Whether a number loses less than the rounding of the tensor that it is added to. The eps of an RMS norm does,
+    where min(x) >= 2^11 eps in fp16, even if it becomes 0."""
     entry, lows = operator_of(facts.base), [t.min for t in facts.inputs]
     if not (entry.adds and not entry.subtracts) or literal.name != "other" or len(lows) != 1 or lows[0] is None:
         return False
@@ -230,7 +231,7 @@ def _least(facts: NodeFacts) -> float:
 def holds(value: float, low_type: torch.dtype | NumberFormat) -> bool:
     """Whether the low type holds `value`: not as inf, not as zero, and within 1%.
 
-    A subnormal may have a single significant bit: fp16 makes 1e-7 of 8e-8.
+    A subnormal may have a single significant bit: in fp16, 8e-8 becomes 1e-7.
     """
     if value == 0 or not math.isfinite(value):
         return True
@@ -239,5 +240,5 @@ def holds(value: float, low_type: torch.dtype | NumberFormat) -> bool:
 
 
 def rounded(value: float, low: NumberFormat) -> float:
-    """What the format makes of `value`."""
+    """`value` as the format stores it."""
     return float(torch.tensor(value, dtype=torch.float64).to(LOW_TYPES[low.name]))

@@ -1,4 +1,4 @@
-"""Readers that are sensitive to more than a magnitude: they divide by small values, or take offsets away."""
+"""Readers that are sensitive to more than a magnitude: they divide by small values, or remove offsets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import fx
 
 
 def offset_free_nodes(names: Mapping[fx.Node, str], weights: Collection[str]) -> frozenset[str]:
-    """Nodes of which nothing, through views, takes the mean away: a gate that is multiplied, weights of a mean.
+    """Nodes whose mean no reader removes, directly or through views: a gate that is multiplied, weights of a mean.
 
-    weights: names of placeholders. Of products, only one with weights takes an offset away, which were trained to do
-    so or made for it; of two activations, what is left is measured.
+    weights: names of placeholders. Of products, only one with weights can remove an offset, as weights are trained or
+    made to do so; what a product of two activations leaves is measured.
     """
     movement = MOVES | CONVERTS
 
@@ -46,7 +46,7 @@ def magnified_tensors(
     """Tensors, by node and output, with small values that a division or a logarithm blows up: nonzero, and below the
     smallest normal of the low type.
 
-    Found backward: through roots, sums and views as long as their results are as small.
+    Found backward: through roots, sums and views, as long as their results are as small.
     """
     tiny = float(torch.finfo(low_type).smallest_normal)
     if not any(facts.smallest is not None and facts.smallest < tiny for facts in evidence.values()):
@@ -65,14 +65,15 @@ def magnified_tensors(
 
 
 def _reaches(node: fx.Node, through: frozenset[str], found: Callable[[fx.Node, fx.Node], bool]) -> bool:
-    """Whether some reader is `found`, directly or after operators that are `through`."""
+    """Whether `found` holds for some reader, directly or behind operators in `through`."""
     waiting, seen = [node], {node}
     while waiting:
         current = waiting.pop()
         for user in current.users:
             if found(user, current):
                 return True
-            moved = base_op(user.target) in through and _is_first(user, current)  # of `expand_as` not the pattern
+            # Only the first argument: the second of `expand_as` is a pattern.
+            moved = base_op(user.target) in through and _is_first(user, current)
             if user not in seen and (moved or user.target is getitem):
                 seen.add(user)
                 waiting.append(user)
