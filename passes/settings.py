@@ -35,9 +35,9 @@ Target = Any  # an OpOverload, an OpOverloadPacket, or a name of either
 
 @dataclass(frozen=True)
 class Settings:
-    """How to decide, whatever the program and the low type: the arguments of `classify`, which documents them.
+    """How to decide, for any program and low type: the arguments of `classify`, which documents them.
 
-    Collections are kept as tuples; one pattern or target may stand for a list of it.
+    Collections are kept as tuples; a single pattern or target counts as a list of one.
     """
 
     data_max: float | None = None

@@ -15,10 +15,10 @@ _FINITE_BINS = 255
 def losses(frame: pl.DataFrame, low_type: torch.dtype) -> pl.DataFrame:
     """Per row of a range table: how many of its `finite` elements the low type overflows or underflows.
 
-    overflow, overflow_at_least: bounds of how many round to inf. Of fp16 that is from 65520 on, between two powers of
-    two, so the bin that it is in counts whole in the upper bound where the peak reaches that far.
-    underflow: nonzero elements below the smallest normal value, a power of two: exact. Without a histogram it is the
-    upper of two bounds, `underflow_at_least` the lower; they follow from peak and smallest magnitude alone.
+    overflow, overflow_at_least: the upper and the lower bound of how many round to inf. In fp16 these are magnitudes
+    from 65520 on, which lies inside a bin: the upper bound counts all of that bin where the peak reaches so far.
+    underflow: nonzero elements below the smallest normal value; exact, as that is a power of two. Without a histogram
+    it is an upper bound, and `underflow_at_least` the lower one, both from the peak and the smallest magnitude alone.
     """
     info = torch.finfo(low_type)
     exponent = math.frexp(info.max)[1] - 1  # 15 for fp16

@@ -36,10 +36,10 @@ SCHEMA: dict[str, Any] = {
 def tensor_decision_diff(
     diff: RangeDiff, low_precision_type: torch.dtype | str = "float16", data_max: float = 512.0
 ) -> pl.DataFrame:
-    """As `decision_diff`, without the program: from each tensor alone, by the rules that look at nothing else.
+    """As `decision_diff`, without the program: each tensor is judged alone, by the rules that need nothing else.
 
-    A node flips here when what it gives crosses a limit. Its readers, which would flip with it, and what the graph
-    says (literals, sums inside, ties) take a program to know.
+    A node flips here when its output crosses a limit. Its readers, which would flip with it, and what only the graph
+    tells (literals, sums inside operators, ties) are not known without a program.
     """
     low = format_of(low_precision_type)
     rules: tuple[Rule, ...] = (Nonfinite(), DataMax(data_max), InitMax(low.max), Storage())

@@ -1,4 +1,4 @@
-"""How far the tensors of two runs are apart: a few float64 sums per tensor, whatever the number of batches."""
+"""How far the tensors of two runs are apart: a few float64 sums per tensor, for any number of batches."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _STEP = 1 << 20
 class TensorErrors:
     """Running comparison of many tensors, a row each, kept on the device until `columns` is asked for.
 
-    Differences are over elements that are finite in both. exact: rows of integers and booleans, of which the share that
-    differs is told, and no SQNR: between two indices there is no distance.
+    Differences are over elements that are finite in both. exact: rows of integers and booleans. These have the share of
+    elements that differ, and no SQNR, as two indices have no distance.
     """
 
     def __init__(self, rows: int, device: torch.device, exact: Collection[int] = ()) -> None:
@@ -48,9 +48,9 @@ class TensorErrors:
     def update(
         self, row: int, ours: torch.Tensor, theirs: torch.Tensor, batch: int, masked_at_most: float | None = None
     ) -> None:
-        """Take in one tensor of one batch, without waiting for the device.
+        """Add one tensor of one batch, without waiting for the device.
 
-        masked_at_most: of a mask, elements at or below it in both mean the same, however far apart; left out.
+        masked_at_most: for a mask. Elements at or below it in both mean the same, so they count as equal.
         """
         if ours.shape != theirs.shape:
             self._unlike[row] += 1
@@ -81,7 +81,7 @@ class TensorErrors:
         return noise, signal
 
     def relative(self, row: int) -> float:
-        """The relative L2 error of a row: 0 when equal, inf when only the reference is zero, NaN for nothing."""
+        """The relative L2 error of a row: 0 when equal, inf when only the reference is zero, NaN for no elements."""
         return _relative(*self.powers(row), self.compared(row))
 
     def columns(self) -> dict[str, list[Any]]:
@@ -118,9 +118,9 @@ def decibels(rel_l2: float) -> float:
 
 
 def decibels_of_changed(share: float) -> float:
-    """What SQNR a share of changed integers is worth: that of the budget which allows it, see `most_changed`.
+    """The SQNR that a share of changed integers counts as: the budget that just allows it, see `most_changed`.
 
-    inf where none has changed, or there was none; 0.5% is worth 40 dB.
+    inf where none has changed, or there are none; 0.5% counts as 40 dB.
     """
     return -20 * math.log10(2 * share) if share > 0 else math.inf
 
@@ -128,13 +128,14 @@ def decibels_of_changed(share: float) -> float:
 def most_changed(min_sqnr_db: float) -> float:
     """The share of integer results that may differ: half the error amplitude that the budget allows in others.
 
-    Where a comparison is a toss-up, rounding decides it; of thousands of pixels a few always are.
+    Rounding decides a comparison of nearly equal values, and of thousands of pixels a few always compare such values.
     """
     return float(0.5 * 10 ** (-min_sqnr_db / 20))
 
 
 def rounding_db(dtype: torch.dtype) -> float:
-    """SQNR that rounding to `dtype` leaves at worst: errors uniform over a last place of eps, eps / sqrt(12) of 1.
+    """The least SQNR that rounding to `dtype` leaves: the errors at 1 are uniform over a step of eps, so their rms is
+    eps / sqrt(12).
 
     71 dB for float16, 53 dB for bfloat16. Subnormals, which lose more, are not counted as rounding.
     """
@@ -169,7 +170,7 @@ def _compared(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _pieces(ours: torch.Tensor, theirs: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Flat pieces of both, element by element the same place, copied only where memory has gaps."""
+    """Flat pieces of both, with the same elements in each pair, copied only where memory has gaps."""
     size = ours.numel()
     if size == 0:
         return

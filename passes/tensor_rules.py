@@ -1,6 +1,6 @@
 """The rules that look at tensors alone: `passes.rules` has the others.
 
-They need no graph and no torch, so that two range tables are compared without waiting for its import.
+They need no graph and no torch, so that two range tables are compared without waiting for torch to be imported.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from calibcast.passes.facts import NodeFacts, TensorFacts
 from calibcast.passes.number_formats import NumberFormat
 from calibcast.passes.verdict import Verdict
 
-LEAST_SQNR_DB = 20.0  # of a tensor over its rounding: a tenth of it is noise
-DEFAULT_DATA_MAX = 512.0  # the proposal's
+LEAST_SQNR_DB = 20.0  # of a tensor over its rounding: the noise is a tenth of it
+DEFAULT_DATA_MAX = 512.0  # from the proposal that calibcast began with
 HEADROOM = 4.0  # how much larger than measured a magnitude may get
 
 
@@ -55,8 +55,8 @@ class DataMax:
 class Headroom:
     """`factor` times the magnitude of an input or activation is more than the low type holds.
 
-    For where rounding was measured: it finds what overflows on this data, and this what may on other data. The usual
-    spread of peaks between batches is well below 4.
+    Used where rounding was measured. That measurement finds what overflows on this data, and this rule what may
+    overflow on other data. The usual spread of peaks between batches is well below 4.
     """
 
     factor: float = HEADROOM
@@ -65,7 +65,7 @@ class Headroom:
         if not facts.rounding_known:
             return None
         limit = facts.low.max / self.factor
-        # All that it reads and gives, also of a node that only moves data: low, it would round what it moves.
+        # All inputs and outputs, also of a node that only moves data: if low, it would round what it moves.
         return _above("headroom", facts, [t for t in facts.tensors if not t.is_weight], limit)
 
 
@@ -85,11 +85,11 @@ class InitMax:
 class Storage:
     """Storing a tensor in the low type leaves less than `limit` dB between its variation and the rounding.
 
-    Catches offsets (400.05 and 400.10 become equal), where a reader may take the offset away; a gate of 0.5 that is
-    only multiplied is held to its magnitude instead. A tensor that is faint as a whole, its peak below four times the
-    smallest normal value, must keep `faint` dB, as the rounding of subnormal values is not relative to them; and what
-    a division or a logarithm blows up must be normal. Weights and constant tensors are exempt. So must be left of a
-    difference what is `limit` dB above the rounding of its operands, wherever they spread.
+    Catches offsets (400.05 and 400.10 become equal) where a reader may remove the offset; a gate of 0.5 that is only
+    multiplied is judged by its magnitude instead. A tensor that is faint as a whole (its peak is below four times the
+    smallest normal value) must keep `faint` dB, as the rounding of subnormal values is not relative to them. Values
+    that a division or a logarithm blows up must be normal. Weights and constant tensors are exempt. Nodes that
+    `passes.needs` finds too noisy, such as a difference of nearly equal tensors, are kept high, too.
     """
 
     limit: float = LEAST_SQNR_DB
@@ -146,9 +146,9 @@ class Storage:
 def storage_sqnr(tensor: TensorFacts, low: NumberFormat) -> float | None:
     """Predicted signal to quantisation noise ratio, dB, of storing `tensor` in `low`; None where it is constant.
 
-    -inf where a value would overflow. Signal: the variance, rms^2 - mean^2, or rms^2 where no reader takes the mean
-    away. Noise of rounding to a grid of step u: u^2 / 12 per element, with u taken from each bin of the histogram, or
-    without one bounded from rms.
+    -inf where a value would overflow. Signal: the variance, rms^2 - mean^2, or rms^2 where no reader removes the
+    mean. Noise of rounding to a grid of step u: u^2 / 12 per element. u is taken from each bin of the histogram;
+    without a histogram the noise is bounded from rms.
     """
     if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.min == tensor.max:
         return None
@@ -162,9 +162,9 @@ def storage_sqnr(tensor: TensorFacts, low: NumberFormat) -> float | None:
 
 
 def keeps_surely(tensor: TensorFacts, low: NumberFormat, limit: float) -> bool:
-    """Whether `storage_sqnr` is `limit` at least without a look at the histogram, by the noise that there is at most.
+    """Whether `storage_sqnr` is surely at least `limit`, by an upper bound of the noise that needs no histogram.
 
-    That is so of most tensors, and costs a tenth. One dB is for rounding in the sums that both are made of.
+    That is enough for most tensors, and takes a tenth of the time. One dB allows for rounding in the sums.
     """
     if tensor.rms is None or tensor.mean is None or tensor.absmax is None or tensor.absmax > low.max:
         return False
@@ -177,7 +177,7 @@ def _signal(rms: float, mean: float, offset_counts: bool) -> float:
 
 
 def rounding_noise(tensor: TensorFacts, low: NumberFormat, most: float = math.inf) -> float:
-    """Mean squared error of storing a measured tensor: from its histogram, or without one the most that it can be.
+    """Mean squared error of storing a measured tensor: from its histogram, or without one an upper bound.
 
     most: elements of a larger magnitude are left out.
     """
@@ -190,7 +190,7 @@ def rounding_noise(tensor: TensorFacts, low: NumberFormat, most: float = math.in
 
 
 def median_noise(tensor: TensorFacts, low: NumberFormat) -> float:
-    """Mean squared error of rounding the elements of middling magnitude: a few outliers are others' noise."""
+    """Mean squared error of rounding elements of median magnitude, so that a few outliers do not count."""
     if tensor.histogram is None:
         return most_noise(tensor.rms or 0.0, low)
     half, seen = sum(tensor.histogram[1:255]) / 2, 0
@@ -215,10 +215,10 @@ def _noise(histogram: Sequence[int], low: NumberFormat) -> float:
 
 @cache
 def _noise_by_bin(low: NumberFormat) -> tuple[float, ...]:
-    """The squared rounding error that an element of each bin makes; none of zeros, nor of what is not finite."""
+    """The squared rounding error of an element of each bin; 0 for zeros and for what is not finite."""
     lows = [2.0 ** (exponent - 127) for exponent in range(1, 255)]
     steps = [max(least, low.smallest_normal) * low.eps for least in lows]
-    # A value far below the step is lost whole: its own square is all the noise that it makes.
+    # A value far below the step is lost entirely: the noise is its own square.
     return (0.0, *(min(step * step / 12, 4 * least * least) for least, step in zip(lows, steps, strict=True)), 0.0)
 
 
@@ -246,10 +246,11 @@ def _above(
 
 
 def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:
-    """The magnitude that a node answers for: of a masked tensor, softmax and attention care for the upper end alone.
+    """The magnitude by which a node is judged. In a masked tensor, softmax and attention need only the upper end.
 
-    What is all mask has none where the low type holds it, as `full(-inf)` of a causal mask. Neither has what is chosen:
-    of a row with fewer than k valid scores, the k-th largest is a mask value.
+    A tensor of mask values alone counts as 0 where the low type holds them, such as `full(-inf)` of a causal mask. It
+    counts as 0 for selections and comparisons, too: in a row with fewer than k valid scores, the k-th largest is a mask
+    value.
     """
     if tensor.masked and facts.base in READS_MASKS:
         return max(0.0, tensor.max or 0.0)

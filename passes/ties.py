@@ -1,8 +1,9 @@
-"""Nodes that must share one type.
+"""Nodes that must share one type, for one of three reasons.
 
-Because an in-place op writes into storage that more than one of them sees; or because they carry a mask's sentinel to
-a comparison of masks with masks, where a cast on the way to one side alone would change it on that side; or because
-they are two sides of one tensor that meet in a difference or a comparison.
+- An in-place op writes into storage that more than one of them sees.
+- They carry a mask's sentinel to a comparison of masks with masks. A cast on the way to one side alone would change the
+  sentinel on that side.
+- They carry one tensor to both sides of a difference or a comparison.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch import fx
 class Tie:
     """Nodes that run in one type. `pinned` says why they keep their exported type, if they must.
 
-    rule, why: the rule of the verdict on those that stay because another does, and its reason up to that other's name.
+    rule, why: of the verdict on nodes that stay because another node stays: its rule, and its reason up to the name of
+    that other node.
     """
 
     nodes: frozenset[fx.Node]
@@ -38,7 +40,7 @@ NamedTie = tuple[Tie, list[str]]
 
 
 def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
-    """All ties of a graph. No node is in two: those that share one become one."""
+    """All ties of a graph. No node is in two ties: ties that share a node are merged."""
     ties: list[Tie] = []
     for tie in (*_written_together(graph_module), *_compared_together(graph_module), *_twins(graph_module)):
         meeting = [other for other in ties if other.nodes & tie.nodes]
@@ -50,12 +52,12 @@ def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
 
 
 def _twins(graph_module: fx.GraphModule) -> list[Tie]:
-    """Differences and comparisons of a tensor with itself: moved, or without its fraction.
+    """Differences and comparisons of a tensor with itself, where a side is moved or loses its fraction.
 
-    Where one side is rounded and the other is not, `p[None] > p[:, None]` says that an element is above itself, and
+    If only one side is rounded to the low type, `p[None] > p[:, None]` says that an element is above itself, and
     `x - floor(x)` leaves [0, 1).
     """
-    why = "it takes one of two sides of one tensor to where they are told apart, together with"
+    why = "it leads to a difference or comparison of a tensor with itself, together with"
     found = []
     for node in graph_module.graph.nodes:
         entry = operator_of(base_op(node.target)) if node.op == "call_function" else None
@@ -69,7 +71,7 @@ def _twins(graph_module: fx.GraphModule) -> list[Tie]:
 
 
 def _followed(node: fx.Node) -> tuple[fx.Node, set[fx.Node]]:
-    """What a tensor was before it was moved or stepped, and the nodes that did that."""
+    """The tensor before it was moved or stepped (as by `floor`), and the nodes that did that."""
     passed: set[fx.Node] = set()
     while node.op == "call_function" and node.all_input_nodes:
         entry = operator_of(base_op(node.target))
@@ -108,7 +110,7 @@ def _written_together(graph_module: fx.GraphModule) -> list[Tie]:
             sharing.setdefault(root, set()).add(node)
         if visible:
             written |= targets
-            for root in targets:  # a writer that gives nothing back belongs to the class all the same
+            for root in targets:  # a writer without a result belongs to the class, too
                 sharing[root].add(node)
     return _classes(written, roots, sharing)
 
@@ -124,9 +126,9 @@ def named_ties(nodes: Sequence[Candidate]) -> list[NamedTie]:
 def forced_by_ties(
     ties: Sequence[NamedTie], precisions: Mapping[str, str], forced: Mapping[str, Verdict]
 ) -> dict[str, Verdict]:
-    """The verdicts on nodes that are low and tied to one that is not. precisions: of what is decided, by name.
+    """The verdicts on nodes that are low and tied to one that is not. precisions: of the decided nodes, by name.
 
-    forced: what was found before, which is not given again.
+    forced: verdicts that were found before, which are not returned again.
     """
     more: dict[str, Verdict] = {}
     for tie, members in ties:
@@ -152,14 +154,14 @@ def _is_visible(
 
 
 def _classes(written: set[fx.Node], roots: Roots, sharing: dict[fx.Node, set[fx.Node]]) -> list[Tie]:
-    """Merge written storage that some node shares between several roots."""
+    """The classes of written storage. Classes that have a node in common are merged."""
     ties: list[set[fx.Node]] = []
     for root in written:
         group = set(sharing[root])
         for member in list(group):
             for other in roots[member]:
                 group |= sharing[other]
-        # Of several fresh outputs each has storage of its own, but their types come from one node.
+        # Several fresh outputs of a node each have storage of their own, but their types come from that one node.
         group |= {member.all_input_nodes[0] for member in group if picks_fresh(member)}
         touching = [tie for tie in ties if tie & group]
         ties = [tie for tie in ties if not tie & group]

@@ -1,7 +1,7 @@
-"""How much noise the arguments of a node may have, so that its result has no more than it may.
+"""How much noise the arguments of a node may have, so that its result has no more noise than allowed.
 
-To first order, from what was measured of the tensors: no rule about an operator is here, only what its entry in the
-table of operators says becomes of an error.
+Computed to first order from the measured tensors. How an operator passes on an error is said by its entry in the table
+of operators, not here.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from calibcast.passes.reductions import depth_of_reduction
 from torch import fx
 
 _PRODUCTS = frozenset({terms.MATRIX, terms.CONVOLUTION, terms.TRANSPOSED, terms.CONTRACTION})
-# Of the slope of tan near its poles, and of distances to a pole: below this nothing is told apart.
+# The least distance to a pole: smaller ones are not told apart.
 _LEAST = 1e-12
-# e^-4 is 2%.
+# Arguments of exp below minus this hardly count: e^-4 is 2%.
 _TOP = 4.0
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a tensor may be off by.
+    """The error that a tensor may have.
 
     noise: a mean square error that all elements may have. most: larger elements may have more. share: the square of the
-    share that each may be off by itself; rounding is such a share, so the tensor is judged only by a share below that
-    of rounding. floor: elements below it may be off by a share of it. asked: by the node of this name. firm: it is
-    no matter of the size of the result, and holds for what is added up to the tensor, too. forced: the tensor is kept,
-    whatever its own noise, as what only moves it is.
+    relative error that each element may have; rounding is a relative error, so only a share below that of rounding
+    counts. floor: elements below it may be off by the share of it. asked: the name of the node that needs this. firm:
+    the need does not depend on the size of the result, and is passed on to what the tensor is made of. forced: the
+    tensor stays high whatever its own noise, because a node that only moves it does.
     """
 
     asked: str
@@ -50,7 +50,7 @@ class Need:
 @dataclass(frozen=True)
 class Seen:
     """What is known beside the graph. facts: of the tensor of a node. least: by node, the least variance that a norm
-    divides by. channels: of a batch norm, the largest mean square over variance of its channels."""
+    divides by. channels: for a batch norm, the largest ratio of mean square to variance among its channels."""
 
     facts: Callable[[fx.Node], TensorFacts | None]
     least: Callable[[fx.Node], float | None]
@@ -62,8 +62,8 @@ def asked_of_arguments(
 ) -> Iterator[tuple[fx.Node, Need]]:
     """What `node` needs of its arguments.
 
-    need: what its readers need of it; own: what it is to be right to for its own sake, None where it has no floating
-    result. share: the square of the share that a result may be off by.
+    need: what its readers need of its result. own: what its result needs by itself; None where it has no floating-point
+    result. share: the square of the relative error that a result may have.
     """
     entry = operator_of(base_op(node.target))
     for wanted in (own, need):
@@ -94,7 +94,7 @@ def _through(node: fx.Node, entry: Operator, need: Need, seen: Seen, is_own: boo
 
 
 def _by_itself(node: fx.Node, entry: Operator, need: Need, seen: Seen, share: float) -> Iterator[tuple[fx.Node, Need]]:
-    """What does not depend on how right the result has to be: steps, orders, poles, offsets that a norm takes away."""
+    """The needs that do not depend on that of the result: steps, orders, poles, offsets that a norm removes."""
     first = _tensor(node, 0)
     facts = seen.facts(first) if first is not None else None
     if first is not None and facts is not None and facts.rms is not None:
@@ -115,8 +115,8 @@ def _by_itself(node: fx.Node, entry: Operator, need: Need, seen: Seen, share: fl
 
 
 def _are_far_from_zero(node: fx.Node, facts: TensorFacts, least: float) -> bool:
-    """Whether the slice of least variance has an offset, of which rounding takes a share: of one around zero, too few
-    elements are as small as it would have them."""
+    """Whether the slice of least variance has an offset, to which rounding is relative. A slice around zero would have
+    more elements that are so small."""
     length = depth_of_reduction(node, base_op(node.target))
     if facts.histogram is None or not length or not 0 < least < math.inf:
         return least < math.inf
@@ -139,12 +139,12 @@ def _near(
         return
     inside = facts.min < pole.at < facts.max
     distance = 0.0 if inside else min(abs(facts.min - pole.at), abs(facts.max - pole.at))
-    # Twice as far from zero as the pole, half the magnitude is a distance to it, and rounding is a share.
+    # Beyond twice the pole, elements are at least half their magnitude away from it, and rounding is relative to that.
     yield x, replace(need, noise=max(share * distance**2, _LEAST**2), most=2 * abs(pole.at))
 
 
 def _added(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:
-    """Of what is added up without cancelling, each part may be off by as large a share; else by as much as is left."""
+    """Operands that do not cancel may have the relative error of the sum; operands that cancel, its absolute error."""
     operands = [argument_at(node, position) for position in (0, 1)]
     signs = {_sign(operand, seen) for operand in operands}
     takes = not operator_of(base_op(node.target)).hands_on or not _plus(node)
@@ -153,7 +153,7 @@ def _added(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Nee
     if cancels and not math.isinf(need.share):
         wanted = _absolute(node, need, seen)
     for operand, other in (operands, operands[::-1]):
-        if isinstance(operand, fx.Node):  # a larger one makes a larger sum, whatever the other is
+        if isinstance(operand, fx.Node):  # beyond this the sum is above `need.most`, whatever the other operand is
             yield operand, replace(wanted, most=need.most + _largest(other, seen))
 
 
@@ -179,7 +179,7 @@ def _sign(value: Any, seen: Seen) -> int:
 
 
 def _absolute(node: fx.Node, need: Need, seen: Seen) -> Need:
-    """A share, of the least that the result of `node` has, as a mean square error."""
+    """A relative need as a mean square error: the share of the smallest magnitude in the result of `node`."""
     if math.isinf(need.share):
         return replace(need, most=math.inf)
     noise = need.share * _floor(node, need, seen) ** 2
@@ -187,13 +187,13 @@ def _absolute(node: fx.Node, need: Need, seen: Seen) -> Need:
 
 
 def _floor(node: fx.Node, need: Need, seen: Seen) -> float:
-    """The smallest magnitude of the result of `node` of which a share counts."""
+    """The smallest magnitude in the result of `node` for which a relative error counts."""
     facts = seen.facts(node)
     return max(need.floor, (facts.smallest or 0.0) if facts is not None else 0.0)
 
 
 def _multiplied(node: fx.Node, entry: Operator, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:
-    """Of n products of x and w, noise of x becomes n w^2 times as much."""
+    """In a sum of n products of x and w, the noise of x becomes n w^2 times as large."""
     places = (1, 2) if entry.fresh_of_several or entry.left else (0, 1)
     operands = [argument_at(node, place) for place in places]
     if entry.fresh_of_several:
@@ -235,7 +235,7 @@ def _summed(node: fx.Node, entry: Operator, need: Need, seen: Seen) -> Iterator[
 
 
 def _scaled(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:
-    """Of products, quotients and powers, a share of an argument is one of the result; of x^n, n of them."""
+    """In products and quotients, the result has the relative error of an argument; in x^n, n times that."""
     result, entry = seen.facts(node), operator_of(base_op(node.target))
     power = argument_at(node, 1) if entry.powers else entry.power
     if isinstance(node.args[0], (int, float)) and isinstance(power, fx.Node):  # a number to the power of a tensor
@@ -268,7 +268,7 @@ def _exponent(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, 
     if x is not None and result is not None and result.rms:
         steep = 1 + (result.absmax or 0.0) ** 2 if operator_of(base_op(node.target)).poles else 1.0
         facts = seen.facts(x)
-        # What is far below the largest becomes nothing, however wrong it is.
+        # Elements far below the largest become almost 0, whatever their error.
         most = max(_TOP, facts.max) if facts is not None and facts.max is not None else math.inf
         share = need.share if math.isfinite(need.share) else need.noise / result.rms**2
         yield x, Need(need.asked, noise=share / steep, most=most if math.isinf(need.share) else math.inf, firm=True)
@@ -289,7 +289,7 @@ def _as_large(node: fx.Node, entry: Operator, need: Need, seen: Seen) -> Iterato
 
 
 def _step(node: fx.Node, seen: Seen) -> float:
-    """From one step to the next: 1, or what it divides by."""
+    """The distance between two steps: 1, or the divisor."""
     divisor = argument_at(node, 1)
     if isinstance(divisor, fx.Node):
         facts = seen.facts(divisor)

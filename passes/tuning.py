@@ -25,13 +25,13 @@ from torch.export import ExportedProgram
 _log = logging.getLogger("calibcast")
 MOST_RUNS = 5
 MOST_PLANS = 4 * MOST_RUNS  # plans are quick; one whose nodes were run before is not run again
-# How far the allowed noise amplitude goes down when the budget is missed, by more when it is missed by FAR_DB.
+# What the allowed noise amplitude is divided by when the budget is missed: MUCH_LESS when by more than FAR_DB.
 LESS, MUCH_LESS, FAR_DB = 1.8, 3.0, 14.0
-# A near miss is made good, and by this much more, dB: the smallest of many steps is less than that.
+# After a near miss the allowance goes down by the miss and this much more, dB: many small steps are less than that.
 PAST_DB = 1.5
-# With more than this to spare, what is kept in fp32 may be kept for nothing ..
+# With more than this to spare, some nodes may be in fp32 for nothing: a plan with fewer of them is tried ..
 SPARE_DB = 3.0
-# .. and with so much left it was: a plan that only just passes on these data is not worth one that passes by far.
+# .. and taken if it has this much to spare: one that only just passes must not replace one that passes by far.
 RELAXED_DB = 2.0
 
 
@@ -52,11 +52,11 @@ def tune(  # noqa: PLR0913 - the public contract
 
     A run computes in fp32 and rounds where the plan is low, so no half-precision kernel of this machine judges it. The
     worst channel of the worst output in the worst batch counts, also with floating-point inputs times two (of the first
-    two batches); nothing may be newly non-finite. At most 5 plans are run. What is kept in fp32 for nothing is relaxed.
+    two batches); nothing may be newly non-finite. At most 5 plans are run. Nodes that are in fp32 for nothing go back.
     Where noise is spread, as much goes to fp32 as the budget takes; `classify` leaves it low there, and says so.
 
     Args:
-        dataloader, transform, device: as in `calibrate`. max_batches: at most so many are run, 8 by default.
+        dataloader, transform, device: as in `calibrate`. max_batches: how many are run at most, 8 by default.
         min_sqnr_db: the budget, dB; None is 40 in float16 and 26 in bfloat16.
         start: a plan to begin with, such as `PrecisionPlan.from_autocast`: what it has in fp32 stays there.
         low_precision_type: torch.float16 (the default) or torch.bfloat16; None is that of `start`.
@@ -66,7 +66,7 @@ def tune(  # noqa: PLR0913 - the public contract
         The passing plan with the fewest bytes in fp32; `proof` says what its run has shown.
 
     Raises:
-        BudgetError: no plan meets the budget, which names the best that there is and the edges to blame.
+        BudgetError: no plan meets the budget; the error names the best plan's result and the edges to blame.
         PlanError, MismatchError, BatchError: as `classify` and `calibrate`.
     """
     if start is not None:
@@ -105,7 +105,7 @@ class _Tuning:
     passed: list[Outcome] = field(default_factory=list)
     failing: float = math.inf  # the least allowance that missed the budget ..
     passing: float = 0.0  # .. and the largest that met it
-    at_any_cost: bool = False  # raise what the budget takes where noise is spread, too
+    at_any_cost: bool = False  # raise what the budget takes, also where noise is spread
 
     def run(self) -> PrecisionPlan:
         allowance: float | None = allowance_of(self.budget)
@@ -135,13 +135,13 @@ class _Tuning:
         return outcome
 
     def _nothing_low(self) -> str:
-        """What a user is told whose budget leaves all of the work in fp32."""
+        """The message for a budget that leaves all of the work in fp32."""
         others = [o.sqnr_db for o in self.tried if _has_low_work(o.plan) and not o.nonfinite]
         had = f"; the best plan tried that has some gave {max(others):.3g} dB" if others else ""
         return f"within {self.budget:g} dB none of the work can run in {self.planning.low_name}{had}"
 
     def _next(self, allowance: float, outcome: Outcome) -> float | None:
-        """The allowance of the next plan, after more nodes were raised where noise is not what is wrong."""
+        """The allowance of the next plan; None ends the search. For NaN or Inf it raises nodes first."""
         if outcome.meets(self.budget + (RELAXED_DB if self.passed else 0.0)):
             self.passed.append(outcome)
             self.passing = max(self.passing, allowance)
@@ -174,7 +174,7 @@ class _Tuning:
         return self._changing(allowance, wanted, outcome.plan)
 
     def _changing(self, before: float, wanted: float, plan: PrecisionPlan) -> float | None:
-        """`wanted`, or further on in that direction where the plan would be the same; None where it always would."""
+        """`wanted`, or where that leaves the plan the same, the next lower allowance that does not; else None."""
         course = self.planning.course(self.raised)
         limits = () if course is None else [step.allowance for step in course.steps]
         if any(min(wanted, before) < limit <= max(wanted, before) for limit in limits):
@@ -183,7 +183,7 @@ class _Tuning:
         return math.nextafter(max(further), 0.0) if further else None
 
     def _raise_for_nonfinite(self, outcome: Outcome) -> bool:
-        """Raise what rounds the inputs of the first node that is newly non-finite, each time one ring further up.
+        """Raise the nodes that round the inputs of the first newly non-finite node; the next call goes one ring up.
 
         False where nothing is left to raise.
         """
@@ -193,7 +193,7 @@ class _Tuning:
             return False
         low, grown = set(outcome.plan.low_precision_nodes), {first}
         while len(self.tried) == MOST_RUNS - 1 and grown < (further := grown | self.planning.makers(grown)):
-            grown = further  # the last run: all that leads there
+            grown = further  # before the last run, all nodes that lead there
         while not (ring := self.planning.ring(grown, low)):
             further = grown | self.planning.makers(grown)
             if further == grown:
@@ -228,7 +228,7 @@ class _Tuning:
         )  # fmt: skip
 
     def _others(self) -> Mapping[str, float]:
-        """What a run of the plans in other types has shown."""
+        """The SQNR, dB, that a run of the plan in each other type has shown."""
         found: dict[str, float] = {}
         for name, low_type in LOW_TYPES.items():
             if name != self.planning.low_name and low_type in self.planning.facts.rounding:

@@ -12,7 +12,7 @@ LOW, HIGH, KEPT = "low", "high", "kept"
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a node stays high: the rule's id, a sentence, the number that was seen and the limit it was held to."""
+    """Why a node stays high: the rule's id, a sentence, the number that was seen, and its limit."""
 
     rule: str
     reason: str

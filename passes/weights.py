@@ -32,11 +32,11 @@ class LowWeights:
 
 @dataclass(frozen=True)
 class WeightReaders:
-    """Which weights may be stored low, and who reads them: what no plan changes.
+    """Which weights may be stored low, and who reads them. No plan changes this.
 
-    targets: name in the state of each placeholder that holds a weight. readers: of each, in the flat graph; None where
-    it must stay, as it is not fp32 or is written to. storage: of each, the address of its memory, by which tied
-    weights are known. masks: names of those that are saturated.
+    targets: for each placeholder that holds a weight, its name in the state. readers: the readers of each in the flat
+    graph; None where it must stay, as it is not fp32 or is written to. storage: the memory address of each, which is
+    equal for tied weights. masks: names of the placeholders that are saturated.
     """
 
     program: ExportedProgram = field(repr=False)
@@ -61,17 +61,17 @@ class WeightReaders:
     def stored_low(self, low: frozenset[fx.Node], fits: Callable[[str], bool]) -> list[str]:
         """Names of the placeholders whose weights only nodes in `low` read, and which fit.
 
-        A weight stays as it is when it is written to, given out or passed to a region, when it shares storage with
+        A weight stays as it is when it is written to, returned or passed to a region, when it shares storage with
         one that stays, or when `fits(name)` says no: a finite value of it would become inf.
         """
         wanted = {name for name, readers in self.readers.items() if readers is not None and readers <= low}
         stays = {self.storage[name] for name in self.readers if name not in wanted}
-        # Export gives all readers of tied weights one of the names, so the others are read by nobody.
+        # Export makes all readers of tied weights read the same placeholder, so nobody reads the others.
         read = {self.storage[name] for name in wanted if self.readers[name]} - stays
         return [name for name in sorted(wanted) if self.storage[name] in read and fits(name)]
 
     def fits(self, name: str, low_type: torch.dtype) -> bool:
-        """Whether it is a tensor of which no finite value becomes inf in the low type, masks saturated."""
+        """Whether it is a tensor whose finite values (masks saturated) all stay finite in the low type."""
         tensor = self.value(name, low_type)
         return tensor is not None and _fits(tensor, low_type)
 
@@ -112,7 +112,7 @@ def low_weights(
 
 
 def masks_to_saturate(program: ExportedProgram, source: fx.GraphModule, seen: Collection[str] | None) -> set[fx.Node]:
-    """The nodes in which calibration has `seen` mask values; without ranges, those that a number in the graph masks."""
+    """The nodes in which calibration has `seen` mask values; without ranges, those masked by a number in the graph."""
     if seen is None:
         return mask_nodes(source, set())
     names = set(seen)
@@ -133,7 +133,7 @@ def _written_state(program: ExportedProgram, targets: dict[str, str], mutated: s
 
 
 def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """The same for tensors that are the same elements of one storage."""
+    """Equal for tensors that are the same elements of one storage."""
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
@@ -143,7 +143,7 @@ def _storage(program: ExportedProgram, target: str) -> int:
 
 
 def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
-    """Whether no finite value becomes inf: then the cast is left to run time, where `init_max` governs it."""
+    """Whether no finite value becomes inf. If one does, the cast is left to run time, where `init_max` governs it."""
     most = torch.finfo(low_type).max
     if tensor.numel() == 0:
         return True
@@ -151,7 +151,7 @@ def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:
         low, high = torch.aminmax(piece)
         if -most <= low.item() and high.item() <= most:
             continue
-        # Next to the largest value rounding decides, and NaN and Inf of its own hide the rest.
+        # Close to the largest value, rounding decides; and NaN or Inf in the piece hide the other values.
         if not torch.equal(torch.isfinite(piece.to(low_type)), torch.isfinite(piece)):
             return False
     return True

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class WorkCounter:
-    """`work_of`, counted once for nodes that are alike, of which deep networks are made."""
+    """`work_of`, counted once per kind of node, since deep networks repeat the same kinds."""
 
     def __init__(self) -> None:
         self._found: dict[str, int] = {}
@@ -31,7 +31,7 @@ class WorkCounter:
 def work_of(node: fx.Node) -> int:
     """FLOPs of one call at the exported sizes; 0 for what the counter does not count.
 
-    The operator runs on meta tensors of these sizes: symbolic sizes are never asked, as that would add guards to
+    The operator runs on meta tensors of these sizes: symbolic sizes are never evaluated, as that would add guards to
     the user's program.
     """
     if node.op != "call_function" or base_op(node.target) not in WORKS:

@@ -1,7 +1,7 @@
-"""Where a multiplication by a power of two may stand: behind an input, and where a sum outgrows what it began as.
+"""Where a multiplication by a power of two may be put in: behind an input, and where a sum grows far above its start.
 
-In a growing sum only the sum reads the product: what else reads that tensor, such as a norm, gets it as it is, and
-loses none of its digits. A kernel that adds multiplies as well, so that it costs little."""
+In a growing sum only the sum reads the product. Other readers of that tensor, such as a norm, get it as it is, so that
+they lose no digits. The multiplication costs little, as the kernel that adds can do it, too."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def input_breaks(measures: Measures, limit: float) -> Breaks:
 
 
 def segment_breaks(measures: Measures, solutions: Solutions, limit: float) -> Breaks:
-    """Before each growth by 2^8 since the last such place, among tensors that share an exponent.
+    """The places before each growth by 2^8 since the last such place, among tensors that share an exponent.
 
-    Branches, which only sums read, are left out: they are stored like the sum that they go into.
+    Branches, that is, nodes that only sums read, are left out: they are stored like the sum that they go into.
     """
     nodes = _nodes(measures)
     classes: dict[object, list[tuple[str, float]]] = defaultdict(list)
@@ -63,7 +63,7 @@ def _nodes(measures: Measures) -> dict[str, fx.Node]:
 
 
 def _before_growth(members: list[tuple[str, float]]) -> list[str]:
-    """The last of each stretch of tensors, in order, within which none is 2^8 times another that came before."""
+    """The last tensor of each stretch, in order. Within a stretch no tensor is over 2^8 times an earlier one."""
     found, (last, since) = list[str](), members[0]
     for name, peak in members[1:]:
         if peak > _GROWTH * since:
@@ -74,7 +74,7 @@ def _before_growth(members: list[tuple[str, float]]) -> list[str]:
 
 
 def _free_standing(measures: Measures) -> frozenset[str]:
-    """Nodes whose storage nothing writes, and that are no result of the program."""
+    """Nodes whose storage nothing writes into, and that are not results of the program."""
     graph_module = measures.program.graph_module
     roots = storage_roots(graph_module)
     written = {root for n in graph_module.graph.nodes for a in written_arguments(n) for root in roots[a]}

@@ -1,4 +1,4 @@
-"""Whether two programs give the same bits in fp32, seen by running both: where the proof from the table ends."""
+"""Whether two programs give the same bits in fp32, checked by running both: a second proof beside the range table's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_CHECKED = 2
 
 @dataclass(frozen=True)
 class Check:
-    """Batches on which the program and what is made of it are run. device: where; None is where the program is."""
+    """Batches on which the program and its rescaled copy are run. device: None is the program's own."""
 
     program: ExportedProgram
     batches: tuple[Sequence[Any], ...]
@@ -39,7 +39,7 @@ class Check:
         return cls(program, tuple(flat for _, _, flat in numbered(first, signature_of(program), transform)), device)
 
     def difference(self, made: ExportedProgram, exponents: Exponents) -> Refusal | None:
-        """The first node whose result is not 2^-k of the original's, where any result of the program is another.
+        """The first node whose result is not 2^-k times the original's; None where the programs' results are the same.
 
         Both compute in fp32 without TF32, whatever the process has set.
         """
@@ -74,6 +74,6 @@ def _same(one: Any, other: Any) -> bool:
         return False
     if not one.is_floating_point():
         return torch.equal(one, other)
-    # NaN is a number that equals itself here.
+    # NaN counts as equal to NaN.
     both = torch.isnan(one) & torch.isnan(other)
     return bool(((one == other) | both).all())

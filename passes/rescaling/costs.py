@@ -1,4 +1,4 @@
-"""What each exponent would cost, tensor by tensor, read from what was measured. It proposes; the judge disposes."""
+"""What each exponent would cost, tensor by tensor, from the measurements. Costs only propose; plans decide."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch import fx
 REACH = 64  # exponents from -64 to 64
 EXPONENTS: Array = np.arange(-REACH, REACH + 1)
 IMPOSSIBLE = 1e6
-# fp32 itself: room above for data that calibration has not seen, and normal numbers below.
+# Limits of fp32 itself: room above for data that calibration has not seen, and only normal numbers below.
 _MOST, _LEAST = 2.0**120, 2.0**-126
-WHOLE_LOSS = 20.0  # dB: a tensor that is rounded so much louder costs as much as one in fp32
-ABSORBED = 2.0**11  # an eps is lost in float16 beside what is that many times larger
+WHOLE_LOSS = 20.0  # dB: a tensor whose rounding noise grows by this costs as much as one in fp32
+ABSORBED = 2.0**11  # an eps is lost in float16 beside a value that is this many times larger
 
 
 @dataclass(frozen=True)
 class Costs:
-    """One way of weighing. limit: a magnitude above it keeps a node in fp32. floor: weight of what rounding adds below
-    the smallest normal number, beside that."""
+    """One way of weighing. limit: a magnitude above it keeps a node in fp32. floor: weight of the noise that rounding
+    adds below the smallest normal number, where a node in fp32 weighs 1."""
 
     limit: float
     floor: float
@@ -43,7 +43,7 @@ class CostTable:
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor where it is read: who made it, and by whom it is read. summed: only sums do."""
+    """A tensor as it is read: the node that made it, and its readers. summed: only sums read it."""
 
     name: str
     readers: frozenset[str]
@@ -51,7 +51,7 @@ class _Place:
 
 
 class CostReader:
-    """Makes cost tables of one program, whatever the weighing: what is slow is read once."""
+    """Makes cost tables of one program, for any weighing. What is slow to read is read once."""
 
     def __init__(self, measures: Measures, low: NumberFormat) -> None:
         self._measures, self._low = measures, low
@@ -86,9 +86,9 @@ class CostReader:
         return _Place(kind.node, readers, kind.node in self._measures.summed)
 
     def loss_db(self, exponents: Exponents, low: frozenset[str]) -> float:
-        """How much louder rounding gets, at the tensor at which it does most, by what falls below the normal numbers.
+        """By how many dB rounding noise grows, at the tensor where it grows most, as values fall below the normal ones.
 
-        low: nodes that run in the low type. Addends do not count, as of them only what they do to the sum counts.
+        low: nodes that run in the low type. Addends do not count: only their effect on the sum matters.
         """
         worst = 0.0
         for (node, output), k in exponents.tensors.items():
@@ -128,7 +128,7 @@ class CostReader:
         return found
 
     def _lost(self, place: _Place, row: int, is_weight: bool) -> Array:
-        """How much louder rounding is than that of normal numbers: 0 at none, 1 at 20 dB, at most 2."""
+        """How far the rounding noise is above that of normal numbers: 0 for none, 1 at 20 dB, at most 2."""
         measures, name = self._measures, place.name
         if name in self._vectors or place.summed:
             return np.zeros(len(EXPONENTS))
@@ -145,7 +145,7 @@ class CostReader:
         return lost
 
     def _inside(self, place: _Place, scale: Array) -> Array:
-        """What readers form inside of this tensor alone: sums, and sums of squares."""
+        """The cost of overflow in what readers form inside from this tensor alone: sums, and sums of squares."""
         found = np.zeros(len(EXPONENTS))
         for reader in place.readers:
             largest, base = self._measures.largest.get(reader), base_op(self._nodes[reader].target)
@@ -171,7 +171,7 @@ class CostReader:
         return cost
 
     def _absorbed(self, kind: Number, node: fx.Node) -> bool:
-        """Whether what it is added to is always so much larger that it does not matter."""
+        """Whether the number is added to a tensor that is always so much larger that the number does not matter."""
         if base_op(node.target) in ADDS:
             first = argument_at(node, 0)
             row = self._measures.rows.get((first.name, 0)) if isinstance(first, fx.Node) else None
@@ -180,7 +180,7 @@ class CostReader:
 
 
 def _excess(histograms: Array, low: NumberFormat) -> Array:
-    """By tensor and exponent: mean squared rounding error over that of a type without a smallest number."""
+    """By tensor and exponent: mean squared rounding error, divided by that of a type without a smallest number."""
     exponents = np.arange(1, 255) - 127.0
     least = np.exp2(exponents)
     normal = (least * low.eps) ** 2
@@ -190,7 +190,7 @@ def _excess(histograms: Array, low: NumberFormat) -> Array:
     step = (low.smallest_normal * low.eps) ** 2
     for place, k in enumerate(EXPONENTS):
         subnormal = exponents - k < math.log2(low.smallest_normal)
-        # Of a value below the step all is lost, and no more than that.
+        # A value below the step is lost entirely, and the error is no more than that.
         noise = np.where(subnormal, np.minimum(step * 4.0**k, 48.0 * least**2), normal)
         found[:, place] = (inner @ noise) / np.where(whole > 0, whole, 1.0)
     return found

@@ -18,7 +18,7 @@ _TERM = re.compile(r"([+-]?)\s*(\d+(?=\s))?\s*(sum\s)?\s*([A-Za-z_]\w*|0)")
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """`count` times the exponent of an argument, of a result, or of the unknown `j`. every: of all in a list."""
+    """`count` times the exponent of an argument, of a result, or of the unknown `j`. every: summed over a list."""
 
     name: str
     count: int = 1
@@ -26,7 +26,7 @@ class Term:
 
 
 Expression = tuple[Term, ...]
-Chain = tuple[Expression, ...]  # all of which are equal
+Chain = tuple[Expression, ...]  # expressions that are all equal
 
 
 @cache
@@ -44,7 +44,7 @@ def _expression(text: str) -> Expression:
 
 
 def equations_of(node: fx.Node, table: Mapping[str, str] = EQUATIONS) -> tuple[Chain, ...] | None:
-    """What `node` asks of the exponents around it; None where nothing is known, so that all of them are 0."""
+    """The equations between the exponents around `node`; None where none are known, so that all exponents are 0."""
     base = base_op(node.target)
     if base == POWER:
         exponent = argument_of(node, "exponent")
@@ -60,7 +60,7 @@ def equations_of(node: fx.Node, table: Mapping[str, str] = EQUATIONS) -> tuple[C
 
 
 def implied(node: fx.Node, name: str) -> float | None:
-    """The number that an operator takes for one that was not given: a norm's eps, attention's scale; else None."""
+    """The number that an operator uses where none was given: a norm's eps, attention's scale; else None."""
     if name == "eps":
         return float(torch.finfo(torch.float32).eps)
     if name == "scale":

@@ -1,15 +1,15 @@
 """Whether fp32 gives the same bits after rescaling: shown from the range table, before anything is rewritten.
 
-A product with a power of two is exact while nothing overflows or goes subnormal. Of tensors that follows from `absmax`
-and `smallest`: the costs admit no exponent that takes one out of the normal fp32 numbers, with 2^7 to spare above.
-Of what is formed inside an operator:
+A product with a power of two is exact while nothing overflows or goes subnormal. For tensors that follows from `absmax`
+and `smallest`: the costs allow no exponent that takes a tensor out of the normal fp32 numbers, with 2^7 to spare above.
+For values that are formed inside an operator:
 
 - products under a sum may underflow where their sum is so much larger that nothing of them is left in it. A result of
   2^-78 or more is 2^48 times what is lost below 2^-126: beyond the 24 bits of two additions.
-- a product element by element must not be 0 for having underflowed, if it is to be stored larger than it was.
-- sums of squares must stay below 2^126, and what a norm divides by the root of, with its eps, above 2^-78.
+- an elementwise product that is to be stored larger than it was must not have underflowed to 0.
+- sums of squares must stay below 2^126, and the variance or eps of a norm above 2^-78.
 
-These are shown for what calibration has seen; data far from it is checked by running both programs.
+These conditions are shown for the data that calibration has seen; other data is checked by running both programs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`torch.no_grad` regions put where they are called: in inference they mean nothing, and would be left as they are.
+"""Inlines `torch.no_grad` regions: they mean nothing in inference, but what is in them would not be rescaled.
 
-What is inside is then rescaled like all else. The nodes of a region are renamed from `submod_1.linear` to
-`submod_1__linear`, in the program and in its range table, whose true values have the network's own names again.
+The nodes of a region are renamed from `submod_1.linear` to `submod_1__linear`, in the program and in its range table.
+The true values of that table have the network's own names again.
 Regions of `torch.autocast` stay: what they compute in another type has no fp32 values to keep.
 """
 
@@ -22,7 +22,7 @@ from torch.export.graph_signature import ExportGraphSignature, OutputSpec, Tenso
 
 
 def inlined(program: ExportedProgram) -> ExportedProgram:
-    """The program without `torch.no_grad` regions, which shares its weights; itself where it has none."""
+    """The program without `torch.no_grad` regions, with shared weights; the same program where it has none."""
     flat = flatten(program.graph_module)
     if flat is program.graph_module:
         return program
@@ -45,7 +45,7 @@ def inlined(program: ExportedProgram) -> ExportedProgram:
 
 
 def inlined_ranges(ranges: RangeTable, program: ExportedProgram) -> RangeTable:
-    """The table of a program, for what `inlined` made of it."""
+    """The range table of a program, renamed for the program that `inlined` made of it."""
     names = _renamed(ranges)
     rounding = ranges.rounding.with_columns(_under(name, names) for name in ("node", "input"))
     return replace(
@@ -58,7 +58,7 @@ def inlined_ranges(ranges: RangeTable, program: ExportedProgram) -> RangeTable:
 
 
 def with_own_names(scaled: RangeTable, ranges: RangeTable) -> RangeTable:
-    """A scaled table of the inlined program that knows `ranges`, of the program itself, as its true values."""
+    """The scaled table of the inlined program, whose true values are to be `ranges`, those of the original program."""
     record = scaled.calibration.rescaled
     assert record is not None
     back = {made: name for name, made in _renamed(ranges).items()}
@@ -77,7 +77,7 @@ def _under(column: str, names: dict[str, str]) -> pl.Expr:
 
 
 def _children(source: fx.GraphModule) -> dict[str, Any]:
-    """What the `get_attr` nodes name, under names without dots: `torch.export.save` looks for no others."""
+    """The modules that `get_attr` nodes name, under names without dots: `torch.export.save` finds no others."""
     children = {}
     for node in source.graph.nodes:
         if node.op == "get_attr":

@@ -1,4 +1,4 @@
-"""What a plan runs in the low type: by this, and by nothing of its own, a proposal is taken or left."""
+"""What a plan runs in the low type. A proposal is taken or left by this alone."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from calibcast.passes.classification import classify, masked_nodes
 from calibcast.passes.settings import Settings
 from torch.export import ExportedProgram
 
-# A gain below these shares of the whole is none: more work in the low type, or more bytes of activations.
+# Gains below these shares of the whole do not count: more work in the low type, or more bytes of activations.
 LEAST_WORK, LEAST_BYTES = 0.001, 0.05
-# Of two gains the one is to be preferred that moves so much less, casts and added multiplications counted.
+# Of two gains, one that moves this much less is preferred; casts and added multiplications count.
 LEAST_MOVED = 0.02
-# dB by which a tensor may be rounded louder than as it was: what is within the first is as good as none, and nothing is
-# taken beyond the second.
+# dB by which the rounding noise of a tensor may grow: up to the first it is as good as none, and beyond the second a
+# proposal is refused.
 QUIET_DB, LOUDEST_DB = 6.0, 20.0
 
 
@@ -25,8 +25,8 @@ class Judgement:
     """high: nodes in fp32. work_low, bytes_low: in the low type, as shares of all work and of all activation bytes.
 
     casts, bytes_cast: of the plan. cast, added: bytes of casts, and bytes that added multiplications read and write, as
-    shares of the latter.
-    loss_db: by how much rounding got louder at the tensor that lost most, as parts of it are too small for the type.
+    shares of all activation bytes.
+    loss_db: by how much rounding noise grew, at the tensor where it grew most, as parts are too small for the type.
     """
 
     high: int
@@ -39,7 +39,7 @@ class Judgement:
     loss_db: float = 0.0
 
     def improves(self, other: Judgement) -> bool:
-        """Whether it is to be taken in place of another gain: what is quiet before what is not, then the larger."""
+        """Whether it is preferred to another gain: a quiet one to one that is not, then the larger."""
         if self.quiet != other.quiet:
             return self.quiet
         if abs(self.work_low - other.work_low) >= LEAST_WORK:
@@ -48,7 +48,7 @@ class Judgement:
 
     @property
     def quiet(self) -> bool:
-        """Whether no tensor is rounded much louder than it was."""
+        """Whether the rounding noise of no tensor grew much."""
         return self.loss_db <= QUIET_DB
 
     def beats(self, other: Judgement) -> bool:
@@ -59,7 +59,7 @@ class Judgement:
 
     @property
     def net_bytes(self) -> float:
-        """Bytes in the low type, less what is spent to have them there."""
+        """The share of bytes in the low type, less that of the multiplications that were added for it."""
         return self.bytes_low - self.added
 
     def __str__(self) -> str:
@@ -73,9 +73,9 @@ def judged(
     settings: Settings,
     loss_db: Callable[[frozenset[str]], float] | None = None,
 ) -> Judgement:
-    """By `classify` on these ranges, and the casts that `insert_casts` would make of it.
+    """Judge the plan that `classify` makes from these ranges, and the casts that `insert_casts` would insert for it.
 
-    loss_db: of the nodes that run low, by how much rounding got louder.
+    loss_db: gives, for the nodes that run low, by how much rounding noise grew.
     """
     options = vars(settings)
     plan = classify(program, ranges, low_type, weights="ignore", **options)  # type: ignore[arg-type]

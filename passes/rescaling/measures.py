@@ -1,4 +1,4 @@
-"""What was measured of a program's tensors, as arrays: how large, how small, how much work stands on each."""
+"""What was measured of a program's tensors, as arrays: how large and small they are, and how much each node does."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Measures:
-    """rows: of each tensor, by node and output. absmax, smallest: NaN where nothing was seen; 0 where all is 0.
+    """rows: the row of each tensor, by node and output. absmax, smallest: NaN where nothing was seen; 0 where all is 0.
 
-    histograms: [rows, 256], or None. largest, least: what a node forms inside, by name. importance: of each node, the
-    share of bytes that it writes and of work that it does. summed: nodes that only sums read.
+    histograms: [rows, 256], or None. largest, least: of what a node forms inside, by name. importance: for each node,
+    the share of all bytes that it writes plus the share of all work that it does. summed: nodes that only sums read.
     """
 
     rows: Mapping[tuple[str, int], int]
@@ -76,7 +76,7 @@ def _sides(weight: torch.Tensor) -> Array:
     rows, columns = squares.flatten(1).mean(1), squares.transpose(0, 1).flatten(1).mean(1)
     sides = torch.cat([rows, columns]).cpu().numpy()
     top = float(sides.max()) if sides.size else 0.0
-    return np.asarray(sides[sides > 1e-8 * top])  # what is dead is not to be kept alive
+    return np.asarray(sides[sides > 1e-8 * top])  # rows and columns that are almost 0 need not be kept
 
 
 def _importance(program: ExportedProgram) -> dict[str, float]:
@@ -97,7 +97,7 @@ def _elements(value: torch.Tensor) -> int:
 
 
 def _summed(program: ExportedProgram) -> frozenset[str]:
-    """Nodes that only sums read, through movers: of an addend only what it does to the sum counts."""
+    """Nodes that only sums read, directly or through movers: for an addend, only its effect on the sum matters."""
     found: dict[fx.Node, bool] = {}
     for node in reversed(program.graph.nodes):
         readers = [u for u in node.users if u.op != "output"]

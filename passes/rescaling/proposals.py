@@ -1,4 +1,4 @@
-"""Exponents worth a look: the least cost, by coordinate descent over the free ones, at a few ways of weighing."""
+"""Exponents worth a try: those of the least cost, by coordinate descent over the free ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST_GAIN = 1e-9
 
 
 def cheapest(table: CostTable, free: Sequence[int]) -> dict[int, int]:
-    """Values of the free variables at which no single one, and no two that meet in a form, can be changed for less.
+    """Values of the free variables: to change any single one, or any two that meet in a form, costs no less.
 
     Equal to the optimum of an exhaustive search on small networks; see tests.
     """
@@ -53,7 +53,7 @@ class _Descent:
                     yield (one, 1), (other, -1)
 
     def improve(self, direction: tuple[tuple[int, int], ...]) -> bool:
-        """Take the best step in a direction; whether there was one."""
+        """Take the best step in a direction. Returns whether there was one."""
         places, counts = self._along(direction)
         after = self._now[places, None] + counts[:, None] * _STEPS[None, :]
         inside = np.abs(after) <= REACH

@@ -33,16 +33,16 @@ from calibcast.passes.settings import Settings, low_type_of
 from torch.export import ExportedProgram
 
 _log = logging.getLogger("calibcast")
-# Limits as shares of the plan's own, and weights of what is lost below the smallest normal number.
+# Ways of weighing: the limit, as a share of the plan's own, and the weight of loss below the smallest normal number.
 _WEIGHINGS = ((1.0, 0.3), (0.125, 0.3), (1 / 64, 0.1), (1.0, 2.0))
-_ROUNDS = 4  # of proposing again without what was not shown to be exact
+_ROUNDS = 4  # how often to propose again, without the nodes that were not shown to be exact
 _HEADROOM = 4.0  # as plans from measured rounding have it
 _DEFAULT_LIMIT = 512.0
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Exponents, and the program and ranges that they make. loss_db: see `CostReader.loss_db`, of low nodes."""
+    """Exponents, and the program and ranges that they make. loss_db: of the low nodes, see `CostReader.loss_db`."""
 
     exponents: Exponents
     program: ExportedProgram
@@ -61,13 +61,13 @@ def rescale(  # noqa: PLR0913 - the public contract
     device: torch.device | str | None = None,
     **settings: Any,
 ) -> Rescaling:
-    """Store tensors as powers of two of themselves where that lets more of the network run in the low type.
+    """Store tensors multiplied by powers of two where that lets more of the network run in the low type.
 
-    No operator is added, but for a multiplication at an input or in a growing sum where that pays; the fp32 results
-    have the same bits. The plan of `classify` with the same settings judges, and the program stays as it is where
-    none is better. Inputs, outputs, written buffers and what has no equation (`calib.operators.exponents`) keep their
-    true values. The rescaled weights are new tensors: train and save the original, and rescale again. Weight decay and
-    gradients of rescaled weights are not those of the network.
+    No operator is added, except a multiplication at an input or in a growing sum where that pays; the fp32 results
+    have the same bits. Proposals are judged by the plan of `classify` with the same settings, and the program stays as
+    it is where none is better. Inputs, outputs, written buffers and operators without an equation
+    (`calib.operators.exponents`) keep their true values. The rescaled weights are new tensors: train and save the
+    original, and rescale again. Weight decay and gradients of rescaled weights are not those of the network.
 
     Args:
         ranges: from `calibrate`, of this program.
@@ -111,7 +111,7 @@ def _nothing_to_do(ranges: RangeTable, low_type: torch.dtype) -> str | None:
 
 @dataclass(frozen=True)
 class _Search:
-    """What proposals are made for. held: nodes around which nothing is rescaled, as running both programs has shown."""
+    """What proposals are made for. held: nodes around which nothing is rescaled, as a run gave other bits there."""
 
     program: ExportedProgram
     ranges: RangeTable
@@ -121,8 +121,8 @@ class _Search:
 
 
 def _checked(search: _Search, check: Check | None) -> Rescaling:
-    """The best one. Where there is data, it is run beside the original; what gave other bits is left out, and the
-    search repeated.
+    """The best proposal. Where there is data, it is run beside the original; a node that gave other bits is left as it
+    is, and the search repeated.
     """
     for _ in range(_ROUNDS):
         found = _best(search)
@@ -166,7 +166,7 @@ def _best(search: _Search) -> Rescaling:
 
 
 def proposals(search: _Search) -> Iterator[Proposal]:
-    """Programs worth a look, the cautious ones first: without added multiplications, then with."""
+    """Programs worth a try, the cautious ones first: without added multiplications, then with them."""
     program, ranges = search.program, search.ranges
     limit = _limit(search.settings, ranges, search.low_type)
     measures = Measures.of(program, ranges)
@@ -191,7 +191,7 @@ def proposals(search: _Search) -> Iterator[Proposal]:
 
 
 def solved(program: ExportedProgram, system: System, held: set[int] | None = None) -> Solutions:
-    """The solutions of a program's equations, weights let go before activations."""
+    """The solutions of a program's equations; weights are eliminated before activations."""
     asked = frozenset(held or ())
     if asked not in system.solutions:
         weights = set(input_targets(program))
@@ -208,7 +208,7 @@ def _proposed(
     measures: Measures,
     left: Collection[str],
 ) -> tuple[Exponents, tuple[Refusal, ...]]:
-    """The cheapest exponents that are shown to be exact; the nodes that are left are not touched."""
+    """The cheapest exponents that are shown to be exact. left: nodes that stay as they are."""
     held, refused = _around(program, system, left), list[Refusal]()
     for _ in range(_ROUNDS):
         solutions = solved(program, system, held)

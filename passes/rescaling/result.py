@@ -21,8 +21,8 @@ class Rescaling:
 
     program: its fp32 outputs have the bits of the original's. ranges: of `program`; `ranges.true_values()` are the
     network's own. exponents: k by (node, output) of each tensor that is stored as 2^-k times itself. changed: False
-    where the program is the caller's own. reason: why it is, or what was gained. before, after: what plans make of the
-    two. refused: where exactness could not be shown. rewrite: the exponents with those of numbers and added nodes.
+    where the program is the caller's own. reason: why it is, or what was gained. before, after: how plans judge the two
+    programs. refused: where exactness could not be shown. rewrite: the exponents, also of numbers and added nodes.
     """
 
     program: ExportedProgram = field(repr=False)
@@ -40,7 +40,7 @@ class Rescaling:
 
 
 def described(rescaling: Rescaling) -> str:
-    """What is stored as which power of two of itself, what it took, and what it gains."""
+    """In words: which tensors are stored times which power of two, what was rewritten, and what is gained."""
     if not rescaling.changed:
         return f"Rescaling: unchanged; {rescaling.reason}" + _refused(rescaling)
     kinds = dict(rescaling.ranges.frame.select("node", "kind").iter_rows())

@@ -17,14 +17,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 
 MULTIPLY = torch.ops.aten.mul.Tensor
-SUFFIX = "_rescaled"  # of the multiplications that are put in
+SUFFIX = "_rescaled"  # of the names of multiplications that are put in
 
 
 @dataclass(frozen=True)
 class Exponents:
-    """What is stored as 2^-k of itself: tensors by node and output, and numbers by node and argument; 0 left out.
+    """k of what is stored as 2^-k times itself: tensors by node and output, numbers by node and argument; 0 left out.
 
-    multiplied: exponent of the factor that is put behind a node. readers: of that node, those that read the product.
+    multiplied: k of the factor 2^-k that is put behind a node. readers: the readers of that node that read the product.
     """
 
     tensors: Mapping[tuple[str, int], int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Exponents:
         return bool(self.tensors or self.numbers or self.multiplied)
 
     def negated(self) -> Exponents:
-        """Those that turn the rescaled program back; what was multiplied stays, by 1."""
+        """The exponents that undo these in the rescaled program; added multiplications stay, by 1."""
         factors = {(f"{node}{SUFFIX}", "other"): -k for node, k in self.multiplied.items()}
         return Exponents(
             {key: -k for key, k in self.tensors.items()},
@@ -64,9 +64,10 @@ class Exponents:
 
 
 def rewritten(program: ExportedProgram, exponents: Exponents, with_state: bool = True) -> ExportedProgram:
-    """A program whose tensors are stored so. The caller's is left alone; weights that do not change are shared.
+    """A program whose tensors are stored by these exponents. The caller's program is not changed; weights that stay the
+    same are shared.
 
-    with_state: False leaves the weights as they are, for a look at the graph alone.
+    with_state: False leaves the weights as they are, where only the graph is needed.
     """
     graph = _graph(program, exponents)
     state, constants = _state(program, exponents) if with_state else (program.state_dict, program.constants)
@@ -91,7 +92,7 @@ def _graph(program: ExportedProgram, exponents: Exponents) -> fx.Graph:
     numbers: dict[str, dict[str, int]] = {}
     for (node, argument), k in exponents.numbers.items():
         numbers.setdefault(node, {})[argument] = k
-    waiting: list[fx.Node] = []  # inputs are multiplied where all of them have come in
+    waiting: list[fx.Node] = []  # inputs are multiplied after the last placeholder
     for node in program.graph.nodes:
         if node.op != "placeholder":
             for old in waiting:
@@ -118,7 +119,7 @@ def _read_by(
     readers: Breaks,
     node: fx.Node,
 ) -> fx.Node:
-    """What stands for `node` where `reader` reads it."""
+    """The new node that `reader` reads in place of `node`."""
     return products[node] if node in products and reader.name in readers[node.name] else values[node]
 
 

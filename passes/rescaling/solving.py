@@ -10,10 +10,10 @@ from calibcast.passes.rescaling.system import Form, Number, Row, Solutions, Syst
 
 
 def solve(system: System, weights: Iterable[int] = (), held: Iterable[int] = ()) -> Solutions:
-    """Solve the equations. weights: variables of weights. held: more variables that are to be 0.
+    """Solve the equations. weights: variables of weights. held: more variables that must be 0.
 
-    Eliminated are numbers first, then weights, then activations: what stays free are exponents of activations, so that
-    a free one is a place in the network, and what adapts to it is near.
+    Numbers are eliminated first, then weights, then activations. So the free variables are exponents of activations:
+    each stands for a place in the network, and what depends on it is near.
     """
     roots = _union(system, held)
     zero, of_weights = roots(-1), set(weights)
@@ -63,7 +63,7 @@ def _reduced(row: Row, root: Callable[[int], int], zero: int) -> Row:
 
 
 class _Elimination:
-    """Keeps each eliminated variable as a sum of others, none of which is eliminated."""
+    """Keeps each eliminated variable as a sum of variables that are not eliminated."""
 
     def __init__(self, ranks: Mapping[int, int]) -> None:
         self._ranks = dict(ranks)
@@ -72,7 +72,7 @@ class _Elimination:
         self._next = max(self._ranks, default=0) + 1
 
     def order(self, row: Row) -> tuple[int, int]:
-        """First the rows in which something can go that is cheap to let go."""
+        """A key to sort rows by: those with a variable of low rank first, then short ones."""
         return min(self._ranks[v] for v in row), len(row)
 
     def form(self, variable: int) -> Form:
@@ -92,7 +92,7 @@ class _Elimination:
             row = self._with_smaller(row)
 
     def _with_smaller(self, row: Row) -> Row:
-        """No coefficient is 1: one step of Euclid's algorithm, by an integer change of variables that can be undone."""
+        """For a row without a coefficient of 1: a step of Euclid's algorithm, by an invertible integer substitution."""
         least = min(row, key=lambda v: abs(row[v]))
         made, self._next = self._next, self._next + 1
         self._ranks[made] = self._ranks[least]

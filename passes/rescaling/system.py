@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 Form = tuple[tuple[int, int], ...]  # (free variable, coefficient), sorted
 Row = dict[int, int]  # coefficients by variable: their sum is 0
-# Nodes behind which a multiplication may stand, each with those of its readers that read the product.
+# Nodes behind which a multiplication may be put in, each with those of its readers that read the product.
 Breaks = Mapping[str, frozenset[str]]
 
 
@@ -34,7 +34,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number in the call of `node`, by its argument, as it stands there."""
+    """A number in the call of `node`: its argument's name, and its value there."""
 
     node: str
     argument: str
@@ -45,10 +45,10 @@ class Number:
 class System:
     """Unknown exponents and the equations between them.
 
-    kinds: what each variable is the exponent of; None for the unknown `j`. equal, rows, zero: pairs that are equal,
-    sums that are 0, and variables that are. why_zero: the first reason of each. breaks: the node behind which a
-    multiplication may stand, by the name that it would have. readers: of its product, by the name of that node.
-    solutions: those that were asked for, by what more was to be 0.
+    kinds: what each variable is the exponent of; None for the unknown `j`. equal: pairs of equal variables. rows: sums
+    that are 0. zero: variables that are 0. why_zero: the first reason for each. breaks: by the name of a possible
+    multiplication, the node behind which it is put. readers: by the name of that node, the readers of the product.
+    solutions: a cache, by the variables that were held at 0 in addition.
     """
 
     kinds: list[Tensor | Number | None] = field(default_factory=list)
@@ -73,7 +73,7 @@ class System:
         return number
 
     def hold(self, variables: Iterable[int], why: str) -> None:
-        """These are 0."""
+        """Hold these variables at 0."""
         for variable in variables:
             self.zero.add(variable)
             self.why_zero.setdefault(variable, why)
@@ -81,7 +81,7 @@ class System:
 
 @dataclass(frozen=True)
 class Solutions:
-    """form: of each variable of the system, in terms of the free ones; () for what is 0. free: these, in order."""
+    """forms: each variable of the system as a sum of free ones; () where it is 0. free: the free ones, in order."""
 
     system: System = field(repr=False)
     forms: list[Form] = field(repr=False)
@@ -93,7 +93,7 @@ class Solutions:
 
 
 def system_of(program: ExportedProgram, breaks: Breaks | None = None, table: Mapping[str, str] = EQUATIONS) -> System:
-    """The equations of a program; what reads the product of a break sees an exponent of its own."""
+    """The equations of a program; for readers of a break's product, the product has an exponent of its own."""
     return _Reader(program, breaks or {}, table).read()
 
 
@@ -133,7 +133,7 @@ class _Reader:
             return
         base = base_op(node.target)
         if base in ASSERTS or base.startswith("sym_") or not (self._read_by(node) or self._made_by(node)):
-            return  # it sees no value of an fp32 tensor
+            return  # it handles no values of an fp32 tensor
         chains = None if self._has_other_floats(node) else equations_of(node, self._table)
         if chains is None:
             why = f"{base or node.target} has no equation"
@@ -160,7 +160,7 @@ class _Reader:
         return any(argument.name == name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
 
     def _sum(self, node: fx.Node, expression: Expression, halves: dict[str, int]) -> list[Row]:
-        """The coefficients of an expression; of one that names several tensors, that of each."""
+        """The coefficients of an expression; where its one term names several tensors, those of each."""
         if len(expression) == 1 and not expression[0].every:
             term = expression[0]
             return [{v: term.count} if v is not None else {} for v in self._variables(node, term.name, halves)]
@@ -172,7 +172,7 @@ class _Reader:
         return [row]
 
     def _variables(self, node: fx.Node, name: str, halves: dict[str, int]) -> list[int | None]:
-        """The variables of an argument or result; None for what has exponent 0."""
+        """The variables of an argument or result; None for an exponent of 0."""
         if name == "j":
             if name not in halves:
                 halves[name] = self.system.variable(None)
@@ -194,7 +194,7 @@ class _Reader:
         if isinstance(value, fx.Node):
             return list(self._of(value, node)) or [None]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value == 0 or value != value:
-            # 0 and NaN are what they are times any power of two; so is inf. A flag is no number.
+            # 0 stays 0 times any power of two, as inf does below. A flag is no number, and NaN is left as it is.
             return [self.system.variable(None)] if not isinstance(value, bool) and value == 0 else [None]
         if abs(value) == float("inf"):
             return [self.system.variable(None)]
@@ -244,7 +244,7 @@ class _Reader:
         return [v for argument in node.all_input_nodes for v in self._of(argument, node)]
 
     def _has_other_floats(self, node: fx.Node) -> bool:
-        """Whether it computes in another floating type, too."""
+        """Whether the node also reads or gives another floating type."""
         return any(
             (v.is_floating_point() or v.is_complex()) and not _is_fp32(v)
             for n in (node, *node.all_input_nodes)
@@ -264,7 +264,7 @@ class _Reader:
                 self.system.equal.append((home, variable))
 
     def _tie_storage(self) -> None:
-        """All that lives in storage that is written has one exponent, before and after."""
+        """All tensors in storage that is written into have one exponent, before and after the write."""
         graph_module = self._graph_module
         written = [(n, a) for n in graph_module.graph.nodes for a in written_arguments(n)]
         if not written:
