@@ -1,7 +1,7 @@
 """Whose error is it? An engine differs from the fp32 model by what the plan rounds and by what TensorRT does on top.
 
-The cast graph, run in PyTorch, has the plan's part alone: it is compared with fp32 and with the engine on the same
-batches.
+The cast graph, run in PyTorch, has only the plan's part of the error. It is compared with fp32 and with the engine, on
+the same batches.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Attribution:
         self._runner.reset()
 
     def update(self, flat: Sequence[Any], engine: Sequence[Any], reference: Sequence[Any], index: int) -> None:
-        """Take in one batch: flat inputs, and the flat outputs of engine and fp32 model."""
+        """Add one batch: flat inputs, and the flat outputs of engine and fp32 model."""
         cast = self._runner.run_batch(flat, index)
         for plan, ours, mine, middle, theirs in zip(self._plan, self._engine, engine, cast, reference, strict=True):
             if isinstance(middle, torch.Tensor) and isinstance(theirs, torch.Tensor):
@@ -52,8 +52,8 @@ class Attribution:
     def frame(self, compared: set[int]) -> pl.DataFrame:
         """One row per compared output, with the columns of `SCHEMA`.
 
-        *_nonfinite: elements that are NaN or Inf where what they are held against is finite. blame: "plan", "engine",
-        "both", or "none" when nothing differs.
+        *_nonfinite: elements that are NaN or Inf where the results that they are compared with are finite. blame:
+        "plan", "engine", "both", or "none" when nothing differs.
         """
         pairs = [pair for i, pair in enumerate(zip(self._plan, self._engine, strict=True)) if i in compared]
         return pl.DataFrame([_row(plan, engine) for plan, engine in pairs], schema=SCHEMA)

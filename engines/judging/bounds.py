@@ -1,4 +1,4 @@
-"""Bounds and the verdict on a report: what was set, what was seen, and whether it holds. Said in one place."""
+"""Bounds and the verdict on a report: what was set, what was seen, and whether it holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from calibcast.calib.errors import CalibcastError, SettingError
 
-# bound -> the column of the report that it is held against, and what it is called in a verdict.
+# bound -> the column of the report that it limits, and what it is called in a verdict.
 _COLUMNS = {
     "min_sqnr_db": ("sqnr_db", " dB"),
     "min_variation_db": ("variation_db", " dB of the variation"),
@@ -27,10 +27,11 @@ _COLUMNS = {
 class Bounds:
     """What a user asks of a report. None: not asked.
 
-    min_sqnr_db: of each output, against its power. min_variation_db: against its variation, each channel about its own
-    mean. min_channel_db, min_channel_variation_db: the same two of the worst channel alone. max_rel_l2, min_cosine,
-    max_abs: of each floating-point output. min_top1: share of rows whose largest element is the reference's.
-    min_equal: share of equal elements of each integer or boolean output. min_metrics: of the user's own metrics.
+    min_sqnr_db: of each output, its power to the error. min_variation_db: its variation to the error, each channel
+    about its own mean. min_channel_db, min_channel_variation_db: the same two of the worst channel alone. max_rel_l2,
+    min_cosine, max_abs: of each floating-point output. min_top1: share of rows whose largest element is the
+    reference's. min_equal: share of equal elements of each integer or boolean output. min_metrics: of the user's own
+    metrics.
     """
 
     min_sqnr_db: float | None = None
@@ -46,7 +47,7 @@ class Bounds:
 
     @classmethod
     def of(cls, bounds: Mapping[str, Any]) -> Bounds:
-        """From names and numbers; None is no bound. Raises CalibcastError for a name that there is not, and for NaN."""
+        """From names and numbers; None is no bound. Raises CalibcastError for an unknown name, and for NaN."""
         known = {entry.name for entry in fields(cls)}
         for name, value in bounds.items():
             if name not in known:
@@ -61,14 +62,14 @@ class Bounds:
         return {name: value for name, value in asdict(self).items() if value not in (None, {})}
 
     def and_also(self, others: Bounds) -> Bounds:
-        """These and `others`, which count where both set one."""
+        """These bounds and `others`; where both set one, that of `others` counts."""
         metrics = {**self.min_metrics, **others.min_metrics}
         return Bounds(**{**self.set(), **others.set(), "min_metrics": metrics})
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a bound was held against: the worst there was, where, and whether it holds."""
+    """What was seen for a bound: the worst value, where it was, and whether the bound holds."""
 
     name: str
     bound: float
@@ -99,7 +100,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a report passes. problems: what makes it fail whatever the bounds. seen: every bound that was set."""
+    """Whether a report passes. problems: what makes it fail under any bounds. seen: every bound that was set."""
 
     problems: tuple[str, ...]
     seen: tuple[Seen, ...]
@@ -125,10 +126,10 @@ def judged(
     bounds: Bounds, rows: Sequence[Mapping[str, Any]], floating: Iterable[str], metrics: Mapping[str, float],
     problems: Sequence[str],
 ) -> Verdict:  # fmt: skip
-    """Hold the rows of a report, and its metrics, against bounds.
+    """Judge the rows of a report, and its metrics, by bounds.
 
-    A bound on outputs counts for floating-point ones, `min_equal` for the others. One that no output can be held
-    against does not hold: nothing was compared. Raises CalibcastError for a bound of a metric that was not given.
+    A bound on outputs counts for floating-point ones, `min_equal` for the others. A bound that applies to no output
+    does not hold: nothing was compared. Raises CalibcastError for a bound of a metric that was not given.
     """
     found = [*_of_outputs(bounds, rows, set(floating)), *_of_metrics(bounds.min_metrics, metrics)]
     return Verdict(tuple(problems), tuple(found))

@@ -15,8 +15,8 @@ from calibcast.calib.output_noise import FEWEST, SILENT, every_channel
 class ChannelErrors:
     """Streamed float64 sums, a few per channel: dimension 1 of images and volumes, else the last.
 
-    All counts as one channel where their number changes from batch to batch, or where the batches together have fewer
-    than `FEWEST` elements in each.
+    The output counts as one channel where the number of channels changes from batch to batch, or where all batches
+    together have fewer than `FEWEST` elements in each.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class ChannelErrors:
         self._whole = False
 
     def update(self, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-        """Take in one batch of a real output; what is not finite in both is left out."""
+        """Add one batch of a real output; elements that are not finite in both are left out."""
         if not theirs.numel():
             return
         ours, theirs = (every_channel(t.detach()).double() for t in (ours, theirs))
@@ -55,7 +55,8 @@ class ChannelErrors:
         return torch.stack(plain).sum(1, keepdim=True)
 
     def _settled(self) -> torch.Tensor:
-        """The sums that tell: of the channels, or of all where these have few elements. [5, 0] before any batch."""
+        """The sums to judge by: of each channel, or of all together where they have few elements. [5, 0] before any
+        batch."""
         if self._sums is None:
             return torch.zeros(5, 0)
         few = self._sums.shape[1] > 1 and float(self._sums[0].sum()) < FEWEST * self._sums.shape[1]
@@ -63,7 +64,7 @@ class ChannelErrors:
 
     @property
     def variation_db(self) -> float:
-        """10 log10 of the variation, each channel about its own mean, to the error; NaN where nothing varies or is."""
+        """10 log10 of the variation, each channel about its own mean, to the error; NaN where both are 0."""
         variation, error = self._variation_and_error()
         return _decibels(variation.sum(), error.sum())
 
@@ -79,7 +80,7 @@ class ChannelErrors:
         return _worst(sums[4], sums[3])
 
     def _variation_and_error(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each channel, sums of squares."""
+        """The sums of squares of each channel."""
         count, total, squares, error, _ = self._settled()
         return (squares - total**2 / count.clamp(min=1)).clamp(min=0), error
 
@@ -94,7 +95,7 @@ def _summed(ours: torch.Tensor, theirs: torch.Tensor, finite: torch.Tensor, cent
 
 
 def _worst(signal: torch.Tensor, error: torch.Tensor) -> tuple[float, int | None]:
-    """The least ratio, dB, and where. A channel is held to no less than 60 dB below the mean of all."""
+    """The least ratio, dB, and its channel. A signal more than 60 dB below the mean of all counts as 60 dB below."""
     if not len(signal):
         return math.nan, None
     ratios = error / torch.maximum(signal, SILENT * signal.mean())

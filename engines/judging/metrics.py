@@ -1,4 +1,4 @@
-"""How far an engine's output is from the reference: `TensorErrors`, and what only outputs are judged by."""
+"""How far an engine's output is from the reference: `TensorErrors`, and further measures that only outputs have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from calibcast.engines.judging.channel_errors import ChannelErrors
 from calibcast.passes.tensor_errors import TensorErrors, decibels
 
-# Relative part of the tolerance under which `passing_atol` is the absolute one: the default of
+# The relative part of a tolerance; `passing_atol` is the absolute part that passes beside it. This is the default of
 # torch.testing.assert_close for float16.
 RTOL = 1e-3
 
@@ -19,8 +19,8 @@ RTOL = 1e-3
 class OutputError:
     """Running comparison of one output with its reference.
 
-    Differences are over elements that are finite in both; what is not finite is counted, and where both have the
-    same (both NaN, or the same infinity) it is not held against the engine. unlike: batches of another shape.
+    Differences are over elements that are finite in both. Elements that are not finite are counted; where both have the
+    same (both NaN, or the same infinity), that is no fault of the engine. unlike: batches of another shape.
     """
 
     output: str
@@ -40,7 +40,7 @@ class OutputError:
     _errors: TensorErrors | None = None  # made on the device of the first batch
 
     def update(self, engine: torch.Tensor, reference: torch.Tensor, batch: int) -> None:
-        """Take in one batch. One of another shape than the reference is counted, and not compared."""
+        """Add one batch. If its shape is not that of the reference, it is counted and not compared."""
         if engine.shape != reference.shape:
             self.unlike += 1
             return
@@ -60,7 +60,8 @@ class OutputError:
         self.equal += 0 if self.floating else int((engine == reference).sum())
 
     def _hold_nonfinite(self, ours: torch.Tensor, theirs: torch.Tensor, finite: torch.Tensor, batch: int) -> None:
-        """Count what is NaN or Inf where the reference is not, or is another: -inf for +inf, NaN for inf."""
+        """Count elements that are NaN or Inf where the reference is finite or a different one: -inf for +inf, NaN for
+        inf."""
         same = (ours == theirs) | (torch.isnan(ours) & torch.isnan(theirs))
         wrong = ~finite & ~same
         count, alone = int(wrong.sum()), int((wrong & torch.isfinite(theirs)).sum())
@@ -122,7 +123,7 @@ class OutputError:
 
     @property
     def powers(self) -> tuple[float, float]:
-        """Sums of squares over those: of the difference, and of the reference."""
+        """Sums of squares over the elements that are finite in both: of the difference, and of the reference."""
         return (0.0, 0.0) if self._errors is None else self._errors.powers(0)
 
     @property

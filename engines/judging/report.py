@@ -31,18 +31,18 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-@dataclass(eq=False)  # not frozen: it keeps the bounds that it is held against
+@dataclass(eq=False)  # not frozen: it keeps the bounds that it is judged by
 class VerificationReport:
     """Evidence, not a bool: how far each output is from the reference, over all batches.
 
-    frame: one row per tensor output. Beside the columns that explain themselves:
+    frame: one row per tensor output. Columns that need an explanation:
 
     - `sqnr_db`: the reference's power to the error's, over all elements. `variation_db`: the same with each channel's
-      mean taken off the reference: an offset counts for nothing.
+      mean subtracted from the reference, so that an offset does not count.
     - `worst_channel_db`, `worst_variation_db`: the least of both over single channels (dimension 1 of images and
       volumes, else the last); `worst_channel`: where the latter is. Null for integers and booleans.
-    - `equal`: of an integer or boolean output, the share of elements that are equal; null for others.
-    - `unlike`: batches in which its size, which depends on the data, was another, so that it was not compared.
+    - `equal`: for an integer or boolean output, the share of elements that are equal; null for others.
+    - `unlike`: batches that were not compared, as a size that depends on the data was not that of the reference.
 
     metrics: the user's own, averaged over samples. attribution: whose error it is, as in `engines.judging.attribution`;
     None where that was not asked. problems: what makes the engine fail before any threshold. reference_problem: where
@@ -62,8 +62,8 @@ class VerificationReport:
     def verdict(self) -> Verdict:
         """Whether it passes, and why: against the bounds, and finite wherever the reference is.
 
-        Where there are bounds, a reference that is NaN itself fails: nothing can be judged against it. So does an
-        output that was not compared in all batches.
+        Where there are bounds, the report fails if the reference itself is NaN, since nothing can be judged against
+        NaN, or if an output was not compared in all batches.
         """
         problems = list(self.problems)
         if self.bounds.set():
@@ -114,7 +114,7 @@ class VerificationReport:
     ) -> VerificationReport:
         """The gate: this report, or GateError with every bound that does not hold, and the numbers.
 
-        The report keeps the bounds: from now on `passed` and `verdict` are about them. `more`: `min_variation_db`,
+        The report keeps the bounds: from now on `passed` and `verdict` use them. `more`: `min_variation_db`,
         `min_channel_db`, `min_channel_variation_db`, `min_equal`; see `engines.judging.bounds.Bounds`.
 
         An engine that is NaN or Inf where fp32 is finite never passes, nor does a reference that is NaN itself:
@@ -151,7 +151,7 @@ _COLUMNS = (
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The cells of an output: of integers, only the share that is equal."""
+    """The cells of an output; for integers, only the share that is equal."""
     unlike = {"output": row["output"], "unlike": row["unlike"] or None}
     if row["equal"] is not None:
         return {**unlike, "equal": f"{100 * row['equal']:.4g}% equal"}

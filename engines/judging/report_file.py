@@ -16,7 +16,7 @@ _KIND = "verification"
 
 
 def save_report(path: str | os.PathLike[str], report: VerificationReport) -> None:
-    """Write a report as JSON, whole or not at all."""
+    """Write a report as JSON, atomically."""
     content = {
         "passed": report.passed,
         "verdict": str(report.verdict),
@@ -33,7 +33,7 @@ def save_report(path: str | os.PathLike[str], report: VerificationReport) -> Non
 
 
 def load_report(path: str | os.PathLike[str]) -> VerificationReport:
-    """Read a report. Raises ArtifactError when the file is truncated, foreign or newer."""
+    """Read a report. Raises ArtifactError when the file is truncated, not a report, or of a newer version."""
     content = load_json(path, _KIND)
     with parsed(path, _KIND):
         attribution = content["attribution"]

@@ -52,7 +52,7 @@ def verify(  # noqa: PLR0913 - the public contract
 ) -> VerificationReport:
     """Run `engine` and the fp32 `program` on the same batches and compare every output, streaming.
 
-    Use batches that calibration did not see: the same ones warn.
+    Use batches that calibration did not see; batches that it saw cause a warning.
 
     Args:
         engine: an `Engine`, or anything called like the model.
@@ -62,15 +62,16 @@ def verify(  # noqa: PLR0913 - the public contract
             tensors, in the structure that the model returns; the batch as the dataloader gave it.
         attribute: also run the engine's cast graph in PyTorch on the same batches, to tell the plan's error from the
             engine's. None: where the engine is something other than its cast graph in PyTorch.
-        carry_state: run the batches as a sequence: engine and program go on from what each of them has left in the
-            buffers that it writes to, so that errors add up, until a batch is a `NewSequence`. Without, both begin
-            again with each batch. Either way the engine's own state is put back (`engine.reset()`).
-        bounds: what the report is to be held against, by the names that `VerificationReport.require` takes:
+        carry_state: run the batches as a sequence: engine and program each go on from the buffers that they have
+            written to, so that errors add up, until a batch is a `NewSequence`. Without it, both begin again with each
+            batch. Either way the engine's own state is put back (`engine.reset()`).
+        bounds: what the report is to be judged by, under the names that `VerificationReport.require` takes:
             {"min_sqnr_db": 40}. The report keeps them, and says whether it passes; nothing is raised.
 
     Raises:
-        MismatchError: the engine's outputs have another structure or shape; not where a size depends on the data, as
-            of detections: such an output is compared where the sizes are the same. BatchError: as in `calibrate`.
+        MismatchError: the engine's outputs have another structure or shape. Sizes that depend on the data, such as the
+            number of detections, may differ: such an output is compared in the batches where they are the same.
+        BatchError: as in `calibrate`.
         CalibcastError: a metric raised.
     """
     require_program(program)
@@ -171,7 +172,7 @@ class _Comparison:
         error.update(mine.to(theirs.device), theirs, index)
 
     def _may_be(self, position: int, ours: torch.Size, theirs: torch.Size) -> bool:
-        """Whether an output may have this shape: equal to the program's but for sizes that depend on the data."""
+        """Whether an output may have this shape: equal to the program's, except sizes that depend on the data."""
         depends = self._by_data[position]
         same = all(a == b or i in depends for i, (a, b) in enumerate(zip(ours, theirs, strict=False)))
         return len(ours) == len(theirs) and same
@@ -218,7 +219,7 @@ class _Comparison:
 
 
 def _sizes_by_data(program: ExportedProgram) -> list[set[int]]:
-    """Of each flat user output, the dimensions whose size depends on the data, not on the inputs' sizes alone."""
+    """For each flat user output, the dimensions whose size depends on the data, not on the inputs' sizes alone."""
     nodes = {node.name: node for node in program.graph.nodes}
     outputs = [s.arg for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
     values = [nodes[arg.name].meta.get("val") if isinstance(arg, TensorArgument) else None for arg in outputs]

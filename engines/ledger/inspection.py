@@ -2,14 +2,14 @@
 
 Two sources:
 
-- The engine inspector's JSON (`IEngineInspector::getEngineInformation`), which needs the engine deserialised: a GPU.
-  TensorRT 8 to 10 give a tensor one field, `Format/Datatype` ("Row major linear FP16 format", "Half"); TensorRT 11
-  gives it `Format` and `Datatype` apart, and its engine `I/O Tensors` where `Bindings` was
+- The engine inspector's JSON (`IEngineInspector::getEngineInformation`). It needs the engine deserialised, and so a
+  GPU. TensorRT 8 to 10 give a tensor one field, `Format/Datatype` ("Row major linear FP16 format", "Half"). TensorRT 11
+  has two fields, `Format` and `Datatype`, and for the engine `I/O Tensors` in place of `Bindings`
   (https://docs.nvidia.com/deeplearning/tensorrt/11.3.0/api/migration/tensorrt-10x-to-11x-IEngineInspector.html). Below
-  detailed verbosity a layer is its name alone.
+  detailed verbosity a layer is only its name.
 - The listing inside an engine file of TensorRT-RTX: text that its compiler writes for its own runtime, with every
   kernel, what it reads and writes, and the metadata of the network layers that it came from. It is not documented;
-  where it is not found, nothing is claimed. It needs no GPU, so it is what an ahead-of-time build is judged by.
+  where it is not found, nothing is claimed. It needs no GPU, so ahead-of-time builds are judged by it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class EngineLayer:
 
 
 def parse_inspector(text: str) -> list[EngineLayer]:
-    """The layers in the JSON of TensorRT's engine inspector, of TensorRT 8 to 11 and TensorRT-RTX.
+    """The layers in the JSON of the engine inspector, from TensorRT 8 to 11 and TensorRT-RTX.
 
-    Raises ArtifactError for text that is no such JSON.
+    Raises ArtifactError for text that is not such JSON.
     """
     try:
         content = json.loads(text)
@@ -111,7 +111,7 @@ _HEADER, _ENTRY = b"header {", b"\nmain {"
 
 
 def _listings(engine: bytes) -> Iterator[str]:
-    """The listings in an engine, without those of what is fused at run time: their outer kernel is listed already."""
+    """The listings in an engine, without those of run-time fusions, whose outer kernel is listed already."""
     start = engine.find(_HEADER)
     while start >= 0:
         end = engine.find(_HEADER, start + 1)
@@ -122,12 +122,12 @@ def _listings(engine: bytes) -> Iterator[str]:
 
 
 def _printable(body: bytes) -> str:
-    # Metadata is joined by separators below the space, so those stay; a zero byte ends the text.
+    # The separators in metadata are control characters, so these are kept; a zero byte ends the text.
     return body.split(b"\0", 1)[0].decode("utf-8", errors="replace")
 
 
 _TENSOR = re.compile(r"^\s*(?:sub_)?tensor=\{.*? dims=\{([^}]*)\}.*? name=\"([^\"]*)\".* type=(\w+) \}", re.MULTILINE)
-# Another shape of a tensor that is there already.
+# A view: another shape of a tensor that is listed already.
 _VIEW = re.compile(r"^\s*sub_tensor=\{ base=\"([^\"]*)\".*? name=\"([^\"]*)\"", re.MULTILINE)
 _KERNEL = re.compile(r"^  (\w+)=\{ (.*)$", re.MULTILINE)
 _NAME = re.compile(r"\bname=(?:\"((?:[^\"\\]|\\.)*)\"|(\S+))")

@@ -1,4 +1,4 @@
-"""Which engine layer did a node go into? Every way of finding out, the surest first."""
+"""Which engine layer did a node go into? All ways to find out, the surest first."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Found = dict[str, list[int]]
 def traced(
     made: Sequence[Mapping[str, Any]], layers: Sequence[EngineLayer], readers: Mapping[str, Sequence[str]]
 ) -> tuple[Found, dict[str, str]]:
-    """Which engine layers each node went into, by index, and how that was found: the first way that finds any.
+    """Which engine layers each node went into, by index, and how that was found: by the first way that finds any.
 
-    made: the networks' layers before fusion. readers: of each node of the program, the nodes that read it.
+    made: the networks' layers before fusion. readers: for each node of the program, the nodes that read it.
     """
     ways = (
         ("metadata", _by_metadata(layers)),
@@ -41,8 +41,8 @@ def traced(
 def _by_neighbours(
     known: set[str], layers: Sequence[EngineLayer], found: Found, readers: Mapping[str, Sequence[str]]
 ) -> Found:
-    """Nodes between two layers of which one reads what the other writes: nothing can stand between these, so the nodes
-    are in them. So TensorRT leaves no trace of a batch norm folded into a convolution, or of its ReLU."""
+    """Nodes between two layers where one reads directly what the other writes: the nodes must be in these layers. This
+    finds, for example, a batch norm folded into a convolution, or its ReLU, of which TensorRT leaves no trace."""
     sources: dict[str, list[str]] = defaultdict(list)
     for node, followers in readers.items():
         for follower in followers:
@@ -75,7 +75,7 @@ _MOVES = re.compile(r"^(?:__myl_(?:Resh|Move|Tran|Repl|Conc)+(?:_myl\d+_\d+)?$|R
 
 
 def _through_moves(tensors: set[str], layers: Sequence[EngineLayer]) -> set[str]:
-    """These tensors, and those that they are only another arrangement of."""
+    """These tensors, and the tensors that they only rearrange."""
     moves = [layer for layer in layers if not layer.nodes and _MOVES.match(layer.name)]
     found = set(tensors)
     for layer in reversed(moves):  # engines list layers in the order in which they run
@@ -87,7 +87,7 @@ def _through_moves(tensors: set[str], layers: Sequence[EngineLayer]) -> set[str]
 def _lost_together(
     node: str, found: Found, readers: Mapping[str, Sequence[str]], sources: Mapping[str, Sequence[str]]
 ) -> set[str]:
-    """The nodes that are not found, connected to `node` by edges between such nodes."""
+    """The nodes that are connected to `node` by edges between nodes that were not found."""
     group, waiting = {node}, [node]
     while waiting:
         current = waiting.pop()
@@ -107,7 +107,7 @@ def _by_metadata(layers: Sequence[EngineLayer]) -> Found:
 
 
 def _by_layer_name(made: Sequence[Mapping[str, Any]], layers: Sequence[EngineLayer]) -> Found:
-    """TensorRT names a fused layer after those that it holds: "conv + relu", "PWN(a, b)"."""
+    """TensorRT names a fused layer after the layers in it: "conv + relu", "PWN(a, b)"."""
     places: Found = defaultdict(list)
     names = {str(row["name"]): str(row["node"]) for row in made if str(row["name"]).startswith("[")}
     for index, layer in enumerate(layers):
@@ -133,7 +133,7 @@ def _by_tensor_name(made: Sequence[Mapping[str, Any]], layers: Sequence[EngineLa
 def _by_shapes(
     made: Sequence[Mapping[str, Any]], layers: Sequence[EngineLayer], found: Mapping[str, Sequence[int]]
 ) -> dict[str, int]:
-    """Nodes and layers that are left, paired where exactly one of each has some output sizes."""
+    """Pair the remaining nodes and layers where exactly one node and one layer have the same output sizes."""
     used = {index for indices in found.values() for index in indices}
     left = [(i, layer.shapes[0]) for i, layer in enumerate(layers) if i not in used and layer.shapes]
     last = {str(row["node"]): tuple(row["shapes"][-1]) for row in made if row["node"] and row["shapes"]}

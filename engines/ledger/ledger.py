@@ -1,14 +1,14 @@
 """The ledger: for every planned node, which engine layer it went into, and in which types that layer runs.
 
-`match` says how sure that is. exact: a layer of its own. fused: a layer that it shares with other nodes, whose types
-are those of its edges, not of what happens inside; also a node that lowering folded away, which then has no layer.
-unknown: nothing in the engine could be traced back to it. `found_by` says how:
+`match` says how sure that is. exact: a layer of its own. fused: a layer that it shares with other nodes. The types of
+such a layer are those of its edges, not of what happens inside. A node that lowering folded away is fused, too, and has
+no layer. unknown: nothing in the engine could be traced back to it. `found_by` says how:
 
 - "metadata": the node's name, carried by TensorRT from our network layer to the engine's.
-- "layer name", "tensor name": an engine layer or tensor called like one of the node's network layers or their outputs.
-- "neighbours": between two layers of which one reads what the other writes.
+- "layer name", "tensor name": an engine layer or tensor has the name of one of the node's network layers or outputs.
+- "neighbours": between two layers where one reads what the other writes.
 - "shapes": the only layer and the only node left with these output sizes.
-- "lowering": no layer was made for it. "folding": its layers only move or hold data, and TensorRT left none over.
+- "lowering": no layer was made for it. "folding": its layers only move or hold data, and TensorRT kept none of them.
 - "pytorch": it runs outside the engine. "graph": the eager backend runs the graph itself.
 """
 
@@ -76,9 +76,9 @@ def ledger_of(
 ) -> pl.DataFrame:
     """The ledger of an engine: one row per low or high node of `plan`, with the columns of `SCHEMA`.
 
-    made: the layers of the networks before fusion (`name`, `node`, `outputs`, `shapes`). layers: of the engines, as
-    inspected; none where nothing could be inspected. torch_types: nodes that run in PyTorch, and their types. readers:
-    of each node, the nodes that read it. inserted: the nodes that calibcast has put into the graph.
+    made: the layers of the networks before fusion (`name`, `node`, `outputs`, `shapes`). layers: those of the engines,
+    as inspected; empty where nothing could be inspected. torch_types: nodes that run in PyTorch, and their types.
+    readers: for each node, the nodes that read it. inserted: the nodes that calibcast has put into the graph.
     """
     planned = [d for d in plan.decisions if d.precision != KEPT]
     types = {d.node: dtype_name(plan.low_precision_type) if d.precision == LOW else "float32" for d in planned}
@@ -97,7 +97,7 @@ def ledger_of(
         elif name in found:
             held = [layers[index] for index in found[name]]
             match, seen, agrees = _judged(name, held, types, casts)
-            # Moving data before a cast or after it is the same.
+            # It makes no difference whether data moves before a cast or after it.
             agrees = None if agrees is False and _moves(decision.op) else agrees
             row = _filled(row, [layer.name for layer in held], seen, match, how[name], agrees)
         elif name not in kinds and "" not in kinds:
@@ -109,7 +109,7 @@ def ledger_of(
 
 
 def eager_ledger(plan: PrecisionPlan, program: ExportedProgram) -> pl.DataFrame:
-    """The ledger of the eager backend, which runs each node of the cast graph as it stands."""
+    """The ledger of the eager backend, which runs each node of the cast graph as it is."""
     given = {node.name: {dtype_name(v.dtype) for _, v in tensor_values(node) if v.dtype.is_floating_point}
              for node in program.graph.nodes}  # fmt: skip
     low = dtype_name(plan.low_precision_type)
@@ -127,7 +127,7 @@ def eager_ledger(plan: PrecisionPlan, program: ExportedProgram) -> pl.DataFrame:
 
 
 def unknown_ledger(plan: PrecisionPlan) -> pl.DataFrame:
-    """The ledger of an engine that does not tell what its kernels are made from: every planned node is unknown."""
+    """The ledger of an engine that does not tell which nodes its kernels come from: every planned node is unknown."""
     low = dtype_name(plan.low_precision_type)
     rows = [
         LedgerRow(d.node, d.op, d.module, d.precision, low if d.precision == LOW else "float32")
@@ -154,8 +154,8 @@ def _judged(
 ) -> tuple[str, tuple[str, ...], bool | None]:
     """Match, types and agreement of a node that these layers carry.
 
-    A kernel's edges contradict a plan only where all planned nodes in it were to run in one type: between a cast to
-    fp32 and a cast back, a fused kernel shows fp16 on both sides and computes in fp32 all the same.
+    A kernel's edges contradict a plan only where all planned nodes in it should run in one type. A fused kernel with a
+    cast to fp32 and a cast back shows fp16 on both sides, although it computes in fp32.
     """
     seen = tuple(dict.fromkeys(kind for layer in layers for kind in layer.types))
     others = {node for layer in layers for node in layer.nodes if node != name}
@@ -173,11 +173,11 @@ def _moves(op: str) -> bool:
 
 
 def plan_of(plan: PrecisionPlan | None, program: ExportedProgram) -> PrecisionPlan:
-    """The plan that a ledger is held against: the one given, else the types that the program has."""
+    """The plan that a ledger is compared with: the given one, else the types that the program has."""
     return plan if plan is not None else PrecisionPlan.from_types(program)
 
 
 def readers_of(program: ExportedProgram) -> dict[str, list[str]]:
-    """Of each node that computes, the nodes that read it; the graph's inputs and outputs are left out."""
+    """For each node that computes, the nodes that read it; the graph's inputs and outputs are left out."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     return {node.name: [user.name for user in node.users if user.op == "call_function"] for node in calls}

@@ -1,4 +1,4 @@
-"""The ledger for people, and the gate on it."""
+"""The ledger as text, and the gate on it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def summary(ledger: pl.DataFrame) -> str:
 
 
 def ledger_text(ledger: pl.DataFrame, rows: int | None = None) -> str:
-    """The ledger for people: a summary, then a line per node, what disagrees first, then what is unknown."""
+    """The ledger as text: a summary, then a line per node: first those that disagree, then those that are unknown."""
     order = pl.when(pl.col("agrees").eq(False)).then(0).when(pl.col("match") == UNKNOWN).then(1).otherwise(2)
     shown = ledger.with_columns(order.alias("_order")).sort("_order", maintain_order=True).head(rows or ledger.height)
     cells = [

@@ -25,10 +25,10 @@ _Rows = dict[tuple[str, int], Any]
 class End:
     """One floating-point input or output of an engine.
 
-    name: the caller's, such as `image` or `output['logits']`. place: among the flat inputs, or the flat outputs. spec:
-    of its row in the range table. calibrated: that row, None where calibration has none. limit: the largest finite
-    value of the low type that it is computed in, or cast to by its readers; None where there is none. low_type: that
-    type's name.
+    name: the caller's name for it, such as `image` or `output['logits']`. place: its index among the flat inputs, or
+    the flat outputs. spec: that of its row in the range table. calibrated: that row; None where calibration has none.
+    limit: the largest finite value of the low type in which it is computed, or to which its readers cast it; None where
+    there is no such type. low_type: that type's name.
     """
 
     name: str
@@ -55,7 +55,7 @@ class _Known:
     own: dict[tuple[str, int], TensorSpec]  # of the program itself
 
     def spec_of(self, node: fx.Node) -> TensorSpec | None:
-        """The row of the tensor that `node` gives: its own, or that of what it only casts."""
+        """The row of the tensor that `node` gives: its own, or for a cast without one, that of the tensor it casts."""
         at: fx.Node | None = node
         while at is not None:
             producer, index = producer_of(at)
@@ -70,7 +70,7 @@ class _Known:
 def ends_of(program: ExportedProgram, ranges: RangeTable | None) -> list[End]:
     """The floating-point inputs and outputs of the cast program, inputs first; no tensor twice.
 
-    ranges: of the network itself (`RangeTable.true_values`). An end without a row there has that of `program`.
+    ranges: of the network itself (`RangeTable.true_values`). An end without a row there gets its row from `program`.
     """
     own = {(spec.node, spec.output): spec for spec in tensor_specs(program)}
     known = _known(ranges, own)
@@ -101,7 +101,7 @@ def _known(ranges: RangeTable | None, own: dict[tuple[str, int], TensorSpec]) ->
 
 
 def _places(program: ExportedProgram) -> list[tuple[bool, int, str, str]]:
-    """Of each tensor that goes in or out: whether it goes in, its place, the caller's name, the node."""
+    """For each tensor that goes in or out: whether it goes in, its place, the caller's name, the node."""
     signature = program.graph_signature
     inputs = [spec for spec in signature.input_specs if spec.kind == InputKind.USER_INPUT]
     outputs = [spec for spec in signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
@@ -116,7 +116,7 @@ def _places(program: ExportedProgram) -> list[tuple[bool, int, str, str]]:
 
 
 def _cast_of(node: fx.Node) -> fx.Node | None:
-    """What a cast that calibcast inserted was given; None for any other node."""
+    """The input of a cast that calibcast inserted; None for any other node."""
     if node.op != "call_function" or node.target is not CAST:
         return None
     return node.all_input_nodes[0]

@@ -10,7 +10,7 @@ from calibcast.engines.monitoring.ends import End
 # A peak within this factor of the low type's limit is reported before it overflows: one more doubling, one more bin.
 _NEAR = 2.0
 # Data whose peak is this many times smaller than the calibration's are other data (another unit, a lost scale): four
-# bins of the histogram. One quiet call is none; so it takes a few.
+# bins of the histogram. A single quiet call proves nothing, so it takes a few.
 _FAINT, _FAINT_CALLS = 16.0, 8
 _NONFINITE = ("nan", "posinf", "neginf")
 _SHOWN = {"nan": "NaN", "posinf": "Inf", "neginf": "-Inf"}
@@ -18,7 +18,7 @@ _SHOWN = {"nan": "NaN", "posinf": "Inf", "neginf": "-Inf"}
 
 @dataclass(frozen=True)
 class Seen:
-    """What one end has shown so far. least, most: of its finite values; inf and -inf where there was none."""
+    """What was seen at one end so far. least, most: of its finite values; inf and -inf where there was none."""
 
     least: float
     most: float
@@ -38,8 +38,8 @@ class Finding:
 
     cause: `nonfinite` (NaN or Inf where calibration had none), `overflow` (an output is NaN or Inf, and all inputs were
     finite), `near_limit` (within a factor of two of what the low type holds, or beyond), `outside` (beyond the
-    calibrated range), `faint` (the peak of several calls is a sixteenth of the calibrated one, or less). call: at about
-    which call it was seen. text: a sentence with the numbers, and what to do.
+    calibrated range), `faint` (the peak of several calls is a sixteenth of the calibrated one, or less). call: the
+    number of about the call at which it was seen. text: a sentence with the numbers, and what to do.
     """
 
     cause: str

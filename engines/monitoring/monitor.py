@@ -1,4 +1,4 @@
-"""`engine.monitor`: an engine's calls watched, one in so many."""
+"""`engine.monitor`: watches one of every N calls of an engine."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 _log = logging.getLogger("calibcast")
-# Which call of each `every` is watched: the first of the first, then a scattered one, lest the same step of a loop be
-# met every time. 2^32 by the golden ratio spreads consecutive numbers evenly (Knuth, TAOCP volume 3, section 6.4).
+# Of each `every` calls one is watched: at first the first, then one at a scattered place, so that it is not always the
+# same step of a loop. 2^32 by the golden ratio spreads consecutive numbers evenly (Knuth, TAOCP volume 3, section 6.4).
 _STRIDE = 0x9E3779B1
 
 
 class Watched(Protocol):
-    """What a monitor has to know of an `Engine`."""
+    """What a monitor has to know about an `Engine`."""
 
     @property
     def program(self) -> ExportedProgram: ...
@@ -49,11 +49,10 @@ class Watched(Protocol):
 
 
 class Monitor:
-    """Watches an engine's calls; made by `Engine.monitor`. A context manager: at its end, the engine is let go.
+    """Watches an engine's calls; made by `Engine.monitor`. A context manager: it stops watching at its end.
 
     Calls from several threads may be watched. On a GPU a watched call gives the device a little more work, and no call
-    waits for it: what was found is looked at when it has come, in a call soon after. Only `report`, `ranges` and `save`
-    wait.
+    waits for it: the results are read in a later call, once they have arrived. Only `report`, `ranges` and `save` wait.
     """
 
     def __init__(self, engine: Watched, every: int, tolerance: float) -> None:
@@ -73,7 +72,7 @@ class Monitor:
         self._findings: dict[tuple[str, str], Finding] = {}
 
     def run(self, runtime: Runtime, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """One call of the engine, watched when its turn has come."""
+        """One call of the engine, watched when it is its turn."""
         number = next(self._numbers)
         turn, place = divmod(number, self._every)
         if place != (turn * _STRIDE >> 8 & 0xFFFFFF) % self._every or self._captured():
@@ -86,7 +85,7 @@ class Monitor:
         return result
 
     def _captured(self) -> bool:
-        """Whether a CUDA graph is being captured: what is measured would be measured at each replay."""
+        """Whether a CUDA graph is being captured. Each replay would repeat a measurement that was captured."""
         return self._engine.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _inputs_before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
@@ -114,7 +113,7 @@ class Monitor:
         self._look(number)
 
     def _look(self, number: int) -> None:
-        """Tell what is new, if the numbers that were asked for have come."""
+        """Warn of new findings, if the numbers that were asked for have arrived."""
         with self._lock:
             if not self._waiting or not self._tally.ready():
                 return
@@ -138,7 +137,7 @@ class Monitor:
 
     @property
     def watched(self) -> int:
-        """How many of them were watched."""
+        """How many of these calls were watched."""
         return self._tally.watched
 
     def report(self) -> MonitorReport:
@@ -166,7 +165,7 @@ class Monitor:
         self.ranges.save(path)
 
     def _calibration(self) -> Calibration:
-        """What the table was measured on: the calibrated network where it is known, else the engine's own program."""
+        """The program that the table names: the calibrated network where it is known, else the engine's own program."""
         table, program = self._engine.ranges, self._engine.program
         if table is not None:
             of = table.true_values().calibration
@@ -178,7 +177,7 @@ class Monitor:
         return replace(made, ends_only=True)
 
     def stop(self) -> None:
-        """Let the engine go: its calls are its own again. What was seen can still be asked for."""
+        """Stop watching the engine. `report`, `ranges` and `save` still tell what was seen."""
         self._engine.unwatch(self)
 
     def __enter__(self) -> Monitor:

@@ -41,11 +41,11 @@ _SCHEMA: dict[str, Any] = {
 class MonitorReport:
     """An engine in service beside its calibration.
 
-    calls, watched: how many there were, and how many of them were looked at. findings: each cause at each tensor, in
-    the order in which they were seen. frame: a row for each floating-point input and output: `min`, `max`, `absmax`,
-    `rms` of what was watched and, as `.._calibrated`, of the calibration; `growth`, peak by peak; `unseen`, the share
-    of finite values whose power of two calibration never met; `headroom`, how many times the peak could grow before it
-    passes what its low type holds (null where it has none); `nonfinite`, how many NaN and Inf; `causes`.
+    calls, watched: how many calls there were, and how many of them were watched. findings: each cause at each tensor,
+    in the order in which they were seen. frame: a row for each floating-point input and output: `min`, `max`, `absmax`,
+    `rms` of the watched calls and, as `.._calibrated`, of the calibration; `growth`, the ratio of the peaks; `unseen`,
+    the share of finite values whose power of two calibration never met; `headroom`, how many times the peak could grow
+    before it passes what its low type holds (null where it has none); `nonfinite`, how many NaN and Inf; `causes`.
     """
 
     frame: pl.DataFrame

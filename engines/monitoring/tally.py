@@ -18,20 +18,20 @@ from calibcast.engines.monitoring.findings import Seen
 
 
 class Tally:
-    """Statistics of each end over the watched calls: the kernels, the bins and the merging of calibration.
+    """Statistics of each end over the watched calls, with the kernels, bins and merging of calibration.
 
-    One call at a time: the caller holds a lock. Calls may come on different streams of a GPU.
+    It takes one call at a time: the caller holds a lock. Calls may come on different streams of a GPU.
     """
 
     def __init__(self, ends: Sequence[End], device: torch.device) -> None:
         self._ends, self._device = tuple(ends), device
         masks = frozenset(str(i) for i, end in enumerate(ends) if (end.calibrated or {}).get("masked"))
-        # By number: two outputs of one operator are two rows, and an observer knows the first of each name.
+        # Rows are named by number: two outputs of an operator are two rows, but an observer keeps one for each name.
         specs = [replace(end.spec, node=str(i), output=0) for i, end in enumerate(ends)]
-        with torch.inference_mode(False):  # what is made in it could not be written to outside
+        with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside it
             self._observer = observer_for(specs, device, True, masks)
         on_gpu = device.type == "cuda"
-        # torch does not say what its events take and give.
+        # torch has no type annotations for its events.
         self._measured: Any = cast("Any", torch.cuda).Event() if on_gpu else None
         self._copied: Any = cast("Any", torch.cuda).Event() if on_gpu else None
         self._host: list[torch.Tensor] = []
@@ -39,7 +39,7 @@ class Tally:
         self.watched = 0
 
     def add(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Take in one call. On a GPU this only gives the device work, behind the engine's."""
+        """Add one call. On a GPU this only queues work on the device, behind the engine's."""
         with on(self._device), torch.no_grad():
             self._wait()
             self._observer.start(self.watched)
@@ -55,7 +55,8 @@ class Tally:
                 self._measured.record()
 
     def _wait(self) -> None:
-        """Have the present stream wait for the measurement before, which may have been on another. No host waits."""
+        """Make the current stream wait for the last measurement, which may be on another stream. The host does not
+        wait."""
         if self._measured is not None:
             torch.cuda.current_stream(self._device).wait_event(self._measured)
 
@@ -65,7 +66,7 @@ class Tally:
             count_size(dimension, str(int(size)))
 
     def ask(self) -> None:
-        """Have the numbers that findings are made of brought to the host, behind what is measured."""
+        """Queue a copy to the host of the numbers that findings are made from, behind the measurements."""
         total = self._observer.total
         if self._copied is None:
             self._host = [total.values, total.counts]
@@ -79,16 +80,16 @@ class Tally:
             self._copied.record()
 
     def ready(self) -> bool:
-        """Whether what was asked for has come. Does not wait."""
+        """Whether the numbers that `ask` copies have arrived. Does not wait."""
         return self._copied is None or bool(self._copied.query())
 
     def seen(self) -> list[Seen]:
-        """What was asked for, when it is ready."""
+        """The numbers that `ask` copied; call it when they are ready."""
         values, counts = (array.tolist() for array in self._host)
         return [Seen(v[0], v[1], c[1], c[2], c[3]) for v, c in zip(values, counts, strict=True)]
 
     def statistics(self) -> Statistics:
-        """All statistics so far, on the host. Waits for the device, also for what was asked for."""
+        """All statistics so far, on the host. Waits for the device, also for the copy of `ask`."""
         for event in (self._measured, self._copied):
             if event is not None:
                 event.synchronize()

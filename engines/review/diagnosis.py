@@ -1,4 +1,4 @@
-"""From where error enters a cast graph to what a plan should do about it."""
+"""Where error enters a cast graph, and what a plan should do about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 @dataclass(frozen=True)
 class ErrorSource:
-    """A node where error enters, why, and the nodes to keep in their exported type (none: nothing that a plan does)."""
+    """A node where error enters, why, and the nodes to keep in their exported type (none: a plan cannot help)."""
 
     node: str
     finding: str
@@ -24,7 +24,7 @@ class ErrorSource:
 
 
 def error_sources(program: ExportedProgram, plan: PrecisionPlan, comparison: Comparison) -> tuple[ErrorSource, ...]:
-    """One for each culprit of `comparison`, the largest loss first, with what `plan` says of it."""
+    """One for each culprit of `comparison`, the largest loss first, with what `plan` says about it."""
     reads, low = readings(program.graph_module), frozenset(plan.low_precision_nodes)
     return tuple(
         _of_node(row["node"], plan, reads[row["node"]], low)
@@ -89,7 +89,7 @@ def diagnosis_text(program: ExportedProgram, plan: PrecisionPlan, comparison: Co
 def _advice(comparison: Comparison, found: tuple[ErrorSource, ...]) -> list[str]:
     exclude = dict.fromkeys(name for source in found for name in source.exclude)
     if exclude:
-        # A row of patterns that the command line takes as they stand.
+        # Patterns that can be pasted into the command line.
         options = " ".join(f"--nodes-to-exclude '^{re.escape(name)}$'" for name in exclude)
         more = ", and diagnose again: what comes after may have its own" if comparison.first_nonfinite else ""
         return [f"keep these in fp32{more}: calibcast plan MODEL RANGES -o PLAN {options}"]

@@ -31,7 +31,7 @@ def diff_frame(diff: RangeDiff, flips: pl.DataFrame) -> pl.DataFrame:
     joined = diff.frame.join(decided.drop("op", "module"), on="node", how="left", maintain_order="left")
     changed = joined.filter((pl.col("change") != "same") | pl.col("flip").is_not_null())
     others = decided.join(diff.frame, on="node", how="anti", maintain_order="left")
-    front = ("node", "module", "growth", "flip")  # of many columns, polars prints the first four and the last four
+    front = ("node", "module", "growth", "flip")  # polars prints only the first four and last four of many columns
     both = pl.concat([changed, others], how="diagonal").select(*front, pl.exclude(*front))
     return both.sort(
         pl.col("flip").is_in(_FLIPS).fill_null(False), pl.col("growth").log().abs(), descending=True,
@@ -40,7 +40,7 @@ def diff_frame(diff: RangeDiff, flips: pl.DataFrame) -> pl.DataFrame:
 
 
 def diff_text(diff: RangeDiff, flips: pl.DataFrame, by: str, rows: int | None = None) -> str:
-    """The change, with a table as wide as the terminal. `by`: how the flips were found."""
+    """What changed, with a table as wide as the terminal. `by`: how the flips were found."""
     frame = diff_frame(diff, flips)
     how = "the same graph" if diff.same_graph else "another export, matched by module path and structure"
     counts = ", ".join(f"{number} {change}" for change, number in diff.counts.items())
@@ -77,7 +77,7 @@ def compared_tensors(diff: RangeDiff) -> int:
 
 
 def require_compared(count: int, what: str) -> None:
-    """Raise GateError where nothing was compared: then nothing can have flipped, and that says nothing."""
+    """Raise GateError where nothing was compared: that nothing flipped then has no meaning."""
     if not count:
         raise GateError(
             f"the alarm cannot compare: the two files have no {what} in common. Give files of the same model.", None

@@ -28,11 +28,11 @@ def write_frame(
     output: Path | None = None,
     red: Collection[int] = (),
 ) -> None:
-    """Write `frame` in `form` to `output`, or to stdout: `table` is what `text` gives.
+    """Write `frame` in `form` to `output`, or to stdout. For `table`, what `text` returns is written.
 
     red: numbers of the lines of a table that a terminal with colours shows in red.
 
-    A reader of the pipe that has seen enough, as `head` does, is no error. Raises UsageError for an unknown form, and
+    It is no error when the reader of a pipe stops early, as `head` does. Raises UsageError for an unknown form, and
     for Parquet on a terminal; ArtifactError when the file cannot be written.
     """
     check_format(form, output)
@@ -50,7 +50,7 @@ def _in_red(data: bytes, red: Collection[int]) -> bytes:
 
 
 def check_format(form: str, output: Path | None) -> None:
-    """Raise UsageError unless `form` is known and can go where it is to go."""
+    """Raise UsageError unless `form` is known and can be written to `output`."""
     if form not in FORMATS:
         raise UsageError(f"--format {form}: known are {', '.join(FORMATS)}")
     if form == "parquet" and output is None and sys.stdout.isatty():
@@ -92,7 +92,7 @@ def _texts(frame: pl.DataFrame) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """JSON with what a terminal would obey spelt out; `json` itself leaves some of it as it is."""
+    """JSON with terminal control characters escaped; `json` itself leaves some of them as they are."""
     if text.replace("\n", "").isprintable():
         return text
     return "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
@@ -102,7 +102,7 @@ def write_bytes(data: bytes) -> None:
     """Write to stdout, and end quietly when the reader of a pipe has gone."""
     try:
         stream = getattr(sys.stdout, "buffer", None)
-        if stream is None:  # replaced by one that takes text
+        if stream is None:  # stdout was replaced by a stream that takes text
             sys.stdout.write(data.decode())
         else:
             sys.stdout.flush()

@@ -15,7 +15,7 @@ _COLUMNS = (
 
 
 def high_nodes(plan: PrecisionPlan, rows: int | None = None) -> str:
-    """A line for each of the first `rows` (None: all) nodes that stay, in graph order; nothing where none does."""
+    """A line for each of the first `rows` (None: all) nodes that stay, in graph order; a sentence where none does."""
     kept = [decision for decision in plan.decisions if decision.precision == HIGH]
     if not kept:
         return "every node that a plan decides on runs in the low type"

@@ -43,16 +43,17 @@ def report_frame(  # noqa: PLR0913 - one per filter
     sort: str | None = None,
     descending: bool = True,
 ) -> pl.DataFrame:
-    """The table's rows, worst first: non-finite ones, then by magnitude. Columns as in `ranges.frame`, and
+    """The table's rows, worst first: non-finite ones, then by magnitude. The columns are those of `ranges.frame`, and
 
     `headroom`, how many times the tensor could grow before fp16 overflows; `nonfinite`, how many NaN and Inf; with a
-    plan, each node's `precision`, `rule` and `reason`. Of a rescaled program all numbers are the network's own, but for
-    `headroom`, which is of what is stored; `exponent` and `stored_absmax` say as what. All filters must hold:
+    plan, each node's `precision`, `rule` and `reason`. For a rescaled program all numbers are the network's own, except
+    `headroom`, which is that of the stored tensor; `exponent` and `stored_absmax` say how it is stored. All filters
+    must hold:
 
-    above: a larger magnitude, or none that is finite. op: an operator, `linear`, `aten.linear` or with its overload.
+    above: the magnitude is larger, or nothing is finite. op: an operator, `linear`, `aten.linear` or with its overload.
     module: a regex, matched from the start of the module path. kind: of the tensor. rule: one that the node has met,
     decisive or not. where: conditions on any column, `"rms>3"`, `"dtype=float16"`, `"source~model.py"` (a regex
-    anywhere). sort: a column, largest first unless not `descending`; nulls last.
+    anywhere). sort: a column, largest first, or smallest first if not `descending`; nulls last.
 
     Raises UsageError for an unknown column, kind, operator or rule, with the known ones.
     """
@@ -64,7 +65,7 @@ def report_frame(  # noqa: PLR0913 - one per filter
         frame = frame.drop("exponent", "stored_absmax")
     if plan is not None:
         frame = frame.join(_decisions(plan), on="node", how="left", maintain_order="left")
-    nothing_finite = pl.col("absmax").is_null() & (pl.col("nonfinite") > 0)  # neither all mask nor empty
+    nothing_finite = pl.col("absmax").is_null() & (pl.col("nonfinite") > 0)  # so neither only mask values nor empty
     conditions = [] if above is None else [(pl.col("absmax") > above) | nothing_finite]
     if op is not None:
         conditions.append(_has_op(frame, op))
@@ -76,7 +77,7 @@ def report_frame(  # noqa: PLR0913 - one per filter
         conditions.append(_has_rule(frame, plan, rule))
     conditions += [_condition(frame, text) for text in where]
     found = _sorted(frame.filter(conditions) if conditions else frame, sort, descending).drop("rules", strict=False)
-    # What it is sorted by stands in front: of many columns, polars prints the first four and the last four.
+    # The sort column comes early: polars prints only the first four and the last four of many columns.
     front = dict.fromkeys(["node", "module", sort or "absmax", "headroom"])
     return found.select(*front, pl.exclude(*front))
 
@@ -88,7 +89,7 @@ def report_table(
     frame: pl.DataFrame | None = None,
     sort: str | None = None,
 ) -> str:
-    """The first `rows` rows (None: all) of `frame` (None: all tensors) as text, under what was measured.
+    """The first `rows` rows (None: all) of `frame` (None: all tensors) as text, below a title on what was measured.
 
     sort: the column that the frame is sorted by, which is shown then.
     """
@@ -103,7 +104,7 @@ def report_table(
         Column("bad", "NaN/Inf", 9, number=True, drop=1),
     ]
     if ranges.calibration.rescaled is not None:
-        # The kind is told from the name, and an 80-column terminal has no room for both.
+        # The name shows the kind, too, and an 80-column terminal has no room for both columns.
         columns = [Column("stored", "stored as", 9) if c.name == "kind" else c for c in columns]
         found = found.with_columns(stored=_stored(pl.col("exponent")))
     if plan is not None:
@@ -122,7 +123,7 @@ def report_table(
 
 
 def _stored(exponent: pl.Expr) -> pl.Expr:
-    """`2^-10 x` of what is stored as 2^-10 of itself; nothing of what is stored as it is."""
+    """`2^-10 x` for a tensor that is stored as 2^-10 times itself; "" for one that is stored as it is."""
     power = pl.format("2^{} x", -exponent)
     return pl.when(exponent == 0).then(pl.lit("")).otherwise(power)
 
@@ -182,7 +183,7 @@ def _has_rule(frame: pl.DataFrame, plan: PrecisionPlan | None, rule: str) -> pl.
     if plan is None:
         raise UsageError(f"--rule {rule}: rules are of a plan; give --plan P.json")
     met = {v.rule for d in plan.decisions for v in d.verdicts} | {d.rule for d in plan.decisions if d.rule}
-    asked = {str(name) for name in plan.settings.get("rules", ())}  # those that no node has met, too
+    asked = {str(name) for name in plan.settings.get("rules", ())}  # also those that no node has met
     if rule not in met | asked:
         raise UsageError(f"--rule {rule}: the plan has no such rule; {known(rule, met | asked)}")
     return pl.col("rules").list.contains(rule).fill_null(False) | (pl.col("rule") == rule).fill_null(False)
@@ -208,7 +209,7 @@ def _condition(frame: pl.DataFrame, text: str) -> pl.Expr:
 
 
 def _matches(column: str, pattern: str) -> pl.Expr:
-    # With Python's own regexes, as everywhere else in calibcast: those of polars know no look-around.
+    # With Python's own regexes, as everywhere else in calibcast: those of polars have no look-around.
     compiled = re.compile(pattern)
     return (
         pl.col(column).cast(pl.String).map_elements(lambda s: compiled.search(s) is not None, return_dtype=pl.Boolean)

@@ -25,9 +25,9 @@ _COLUMNS = (
 
 
 def what_if_table(frame: pl.DataFrame, base: str) -> str:
-    """One line per setting, then which nodes flip against `base`."""
+    """One line per setting, then the nodes that flip compared with `base`."""
     rows = list(frame.iter_rows(named=True))
-    # Of the two only one is asked about.
+    # Only one of the two columns has something to tell.
     hidden = "range_quantile" if any(row["predicted_sqnr_db"] is not None for row in rows) else "predicted"
     lines = text_table([_cells(row) for row in rows], [column for column in _COLUMNS if column.name != hidden])
     lines.append(f"shares are of all decided nodes; flips (+low, -low) are against {base}")
@@ -63,7 +63,7 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def size(count: int) -> str:
-    """Bytes for people: `12.3 MB`."""
+    """A number of bytes as text: `12.3 MB`."""
     number, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if number < 1000:
