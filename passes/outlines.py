@@ -86,7 +86,7 @@ class Outliner:
         return None if facts is None else facts.min
 
     def _hidden_values(self, node: fx.Node, base: str, depth: int) -> tuple[Hidden, ...]:
-        # By position: `attention(x, x, x)` has one input node, and three operands.
+        # By argument: `attention(x, x, x)` has one input node, but three operands.
         rows = [row for argument in node.args if isinstance(argument, fx.Node) for row in self._rows_of(argument)]
         peaks = [self._peak(name, output) for name, output, _ in rows]
         found = hidden_values(node, base, depth, peaks, self._hidden.largest.get(self._names[node]))

@@ -35,7 +35,7 @@ class RoundingSummary:
 
     @classmethod
     def loaded(cls, row: Mapping[str, Any]) -> RoundingSummary:
-        """From what `asdict` gave."""
+        """The summary from its `asdict`."""
         return cls(**{**row, "edges": tuple(EdgeCost(**edge) for edge in row["edges"])})
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Proof:
 
     @classmethod
     def loaded(cls, row: Mapping[str, Any]) -> Proof:
-        """From what `asdict` gave."""
+        """The proof from its `asdict`."""
         return cls(**{**row, "outputs": tuple(row["outputs"])})
 
     def __str__(self) -> str:

@@ -124,7 +124,7 @@ class _Tuning:
         return replace(plan, notes=(told, *plan.notes))
 
     def _outcome(self, plan: PrecisionPlan) -> Outcome:
-        """What a run of the plan shows. A plan with the same nodes high was run already: another run shows the same."""
+        """The outcome of a run of the plan. Plans with the same nodes high run once."""
         high = plan.high_precision_nodes
         known = next((outcome for outcome in self.tried if outcome.plan.high_precision_nodes == high), None)
         if known is not None:
@@ -149,7 +149,7 @@ class _Tuning:
         if outcome.plan.rounding is None:
             return None
         if outcome.plan.rounding.spread and not self.at_any_cost:
-            self.at_any_cost = True  # no edge is to blame, and the budget is asked for all the same
+            self.at_any_cost = True  # no edge is to blame, but the budget must be met
             return allowance
         if outcome.nonfinite and self._raise_for_nonfinite(outcome):
             return allowance

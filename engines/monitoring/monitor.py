@@ -28,8 +28,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 _log = logging.getLogger("calibcast")
-# Of each `every` calls one is watched: at first the first, then one at a scattered place, so that it is not always the
-# same step of a loop. 2^32 by the golden ratio spreads consecutive numbers evenly (Knuth, TAOCP volume 3, section 6.4).
+# One of every N calls is watched: first call 0, then one at a scattered place, so that it is not always the same step
+# of a loop. 2^32 by the golden ratio spreads consecutive numbers evenly (Knuth, TAOCP volume 3, section 6.4).
 _STRIDE = 0x9E3779B1
 
 
@@ -57,7 +57,7 @@ class Monitor:
 
     def __init__(self, engine: Watched, every: int, tolerance: float) -> None:
         if every < 1:
-            raise SettingError(f"every={every}: watch every call (1), or one in so many (1000)")
+            raise SettingError(f"every={every}: give 1 to watch every call, or 1000 to watch one of 1000")
         if not tolerance >= 0:
             raise SettingError(f"tolerance={tolerance}: a share of the calibrated peak, at least 0")
         self._engine, self._tolerance, self._every = engine, tolerance, every

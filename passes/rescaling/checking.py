@@ -41,7 +41,7 @@ class Check:
     def difference(self, made: ExportedProgram, exponents: Exponents) -> Refusal | None:
         """The first node whose result is not 2^-k times the original's; None where the programs' results are the same.
 
-        Both compute in fp32 without TF32, whatever the process has set.
+        Both compute in fp32 without TF32, also where the process allows it.
         """
         ours, theirs = ProgramRunner(made, self.device), ProgramRunner(self.program, self.device)
         with torch.no_grad(), fp32_kernels():
