@@ -61,7 +61,9 @@ def export_engine(folder: str | os.PathLike[str], target: str | os.PathLike[str]
     source, path = Path(folder), _file(Path(target))
     manifest = read_manifest(source)
     if manifest["backend"] != "tensorrt":
-        raise BuildError(f"{source} was built by the backend {manifest['backend']}: only TensorRT's engines leave so")
+        raise BuildError(
+            f"{source} was built by the backend {manifest['backend']}: only engines of TensorRT can be exported so"
+        )
     program, _ = read_program(source)
     wired = _wired(source / _FILES, manifest)
     io = _io(source, program, manifest, wired, path.name)
@@ -103,7 +105,7 @@ def _wired(folder: Path, manifest: Mapping[str, Any]) -> _Wired:
         (name, part), steps = next(iter(content["parts"].items())), content["steps"]
         check_plain_part(name, folder / WIRING)
         if part["requires_output_allocator"]:
-            raise BuildError("the sizes of its outputs depend on the data: TensorRT alone needs more than addresses")
+            raise BuildError("the sizes of its outputs depend on the data: TensorRT needs an output allocator for them")
         return _Wired(name, *_bound(part, steps))
 
 
@@ -121,19 +123,21 @@ def _bound(
     state: list[tuple[str, str, str | None, bool]] = []
     for name in (step["state"] for step in steps if "state" in step):
         if name not in read:
-            raise BuildError(f"the engine does not read {name}, which the program keeps: it cannot leave alone")
+            raise BuildError(f"the engine does not read {name}, which the program keeps: it cannot be exported alone")
         output = made[updates[name]] if name in updates else aliased.get(read[name])
         state.append((name, read[name], output, name not in updates and output is not None))
     outputs = [_name(value) for value in last["outputs"]]
     for value in outputs:
         if value not in made:
-            raise BuildError(f"an output of the program is its {value}, handed through: the engine does not give it")
+            raise BuildError(f"an output of the program is its {value}, unchanged: the engine does not compute it")
     return [read.get(step["input"]) for step in steps if "input" in step], [made[value] for value in outputs], state
 
 
 def _name(value: Any) -> str:
     if not isinstance(value, dict):
-        raise BuildError(f"the constant {value!r} goes into the engine or comes out of the program: no tensor has it")
+        raise BuildError(
+            f"the constant {value!r} goes into the engine or comes out of the program, and is not a tensor"
+        )
     return str(value["value"])
 
 
@@ -173,7 +177,9 @@ def _inputs(source: Path, program: ExportedProgram, wired: _Wired, sizes: Mappin
             tensor = {"name": name, "binding": binding, "dtype": dtype_name(leaf.dtype), "shape": shape}
             found.append({**tensor, "min": list(low), "opt": list(usual), "max": list(high)})
         elif binding is not None:
-            raise BuildError(f"the engine takes the number {leaf.name}: only tensors leave with an engine")
+            raise BuildError(
+                f"the engine takes the number {leaf.name}: only tensors can be inputs of an exported engine"
+            )
     return found
 
 

@@ -60,7 +60,7 @@ def _check_build(file: JobFile, asked: Build) -> None:
         if name in Build.model_fields:
             raise JobError(f"{file.path}: [build] settings: {name!r} is a key of [build] itself: set it there")
         if name in _OF_THE_JOB:
-            raise JobError(f"{file.path}: [build] settings: {name!r} is not to be set, the job gives it")
+            raise JobError(f"{file.path}: [build] settings: {name!r} cannot be set here, the job gives it")
     backend, _ = chosen(asked.backend, asked.ahead_of_time)
     backend.require(asked.ahead_of_time)
     own: dict[str, Any] = {name: value for name, value in asked.settings.items() if name not in _OF_BUILD}

@@ -89,4 +89,4 @@ class Manifest:
             if found[name] != digest:
                 return f"{name} was changed after it was made"
         more = sorted(set(found) - set(record.files))
-        return f"{more[0]} is none of its files" if more else ""
+        return f"{more[0]} is not one of its files" if more else ""

@@ -258,8 +258,8 @@ class EngineTrial:
             batches = self._batches(program)
             runtime = TensorrtRuntime(folder, program, self._shapes)
         except torch.OutOfMemoryError as error:
-            _log.warning("the engine was not tried out, for want of memory: %s", error)
-            self.judgement = Judgement(why_not=f"for want of memory: {error}")
+            _log.warning("the engine was not tried out, because memory ran out: %s", error)
+            self.judgement = Judgement(why_not=f"memory ran out: {error}")
             return None
         except (ArtifactError, BuildError) as error:
             return str(error)

@@ -147,8 +147,8 @@ def judged(
             if callable(reset := getattr(run, "reset", None)):
                 reset()
     except torch.OutOfMemoryError as error:  # the copy of the program may be to blame
-        _log.warning("the engine was not tried out, for want of memory: %s", error)
-        return Judgement(why_not=f"for want of memory: {error}")
+        _log.warning("the engine was not tried out, because memory ran out: %s", error)
+        return Judgement(why_not=f"memory ran out: {error}")
     except Exception as error:  # any error of the runtime
         return Judgement(problem=f"the engine does not run: {type(error).__name__}: {error}", batches=len(batches))
     return held.judgement(len(batches))
