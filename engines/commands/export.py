@@ -26,9 +26,9 @@ def export(
         typer.Option(metavar="R.parquet", help="with MODEL and --engine: build for the sizes that calibration saw"),
     ] = None,
 ) -> None:
-    """Leave with an ONNX model or a plain TensorRT engine, for what does not know calibcast.
+    """Write an ONNX model or a plain TensorRT engine, for software that does not know calibcast.
 
-    The engine of a MODEL is built here: for the GPU that is here, or ahead of time (TensorRT-RTX) where there is none.
+    The engine of a MODEL is built first: for the GPU of this machine, or ahead of time (TensorRT-RTX) without a GPU.
     For other settings, build a DIR with calibcast build first.
 
     Example: calibcast export engine --onnx model.onnx, then trtexec --stronglyTyped --onnx=model.onnx

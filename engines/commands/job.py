@@ -38,7 +38,8 @@ def run(
     ] = "text",
     redo: Annotated[bool, typer.Option("--redo", help="make everything again, also what is up to date")] = False,
 ) -> None:
-    """Run a calibration job: every stage that is not up to date. Killed, the same command goes on where it was.
+    """Run a calibration job: every stage that is not up to date. After a kill, the same command continues from the
+    checkpoint.
 
     Under torchrun the processes share the calibration. Example: calibcast run job.toml --log-format json
     """

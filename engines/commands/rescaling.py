@@ -26,7 +26,7 @@ def rescale(
     transform: Transform = None,
     data_max: Annotated[float | None, typer.Option(help="largest magnitude of inputs and activations")] = None,
 ) -> None:
-    """Make MODEL fit fp16 by powers of two: its fp32 results keep their bits. Plan and build what is written.
+    """Make MODEL fit fp16 by powers of two: its fp32 results keep their bits. Then plan and build the new program.
 
     Example: calibcast rescale net.pt2 ranges.parquet -o fitted.pt2
     """

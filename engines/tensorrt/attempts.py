@@ -99,8 +99,8 @@ class Attempts:
         return Build(result, job, program, tuple(self._applied), widen)
 
     def _tried(self, job: BuilderJob, widen: tuple[str, ...]) -> Build:
-        """Build and try the engine out. Raises BuilderError also for what is refused: then this remedy failed, and
-        engines that were built before are not lost."""
+        """Build and try the engine out. Raises BuilderError also where the builder refuses a job with BuildError: then
+        only this remedy has failed, and engines that were built before are not lost."""
         try:
             build = self._attempt(job, widen)
         except BuildError as error:

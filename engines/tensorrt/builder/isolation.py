@@ -135,7 +135,7 @@ def _log_of(builder: Worker, work: Path) -> str:
 def _run(builder: Worker, work: Path, heard: _Progress, timeout: float | None) -> int | None:
     """0 when the builder has answered, else its exit status, or None when it took longer than `timeout`."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    builder.ask(work)  # if it has ended meanwhile, the end of its lines tells
+    builder.ask(work)  # if the builder has ended meanwhile, `lines` ends with None
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
