@@ -228,6 +228,19 @@ def read_program(folder: str | os.PathLike[str]) -> tuple[ExportedProgram, Preci
         return _checked_program(source, manifest), _plan_in(source, manifest)
 
 
+def read_plan(folder: str | os.PathLike[str]) -> PrecisionPlan | None:
+    """The plan in an engine's folder; None for an engine without one. It does not load the engine.
+
+    Raises ArtifactError when it cannot be read, or is not what the manifest was written for.
+    """
+    source = Path(folder)
+    manifest = read_manifest(source)
+    if manifest.get("plan") is not None:
+        check_sealed(source, manifest.get("files"), source / _MANIFEST, only=_PLAN)
+    with parsed(source / _MANIFEST, _KIND):
+        return _plan_in(source, manifest)
+
+
 def _checked_program(source: Path, manifest: Mapping[str, Any]) -> ExportedProgram:
     program = load_program(source / _PROGRAM)
     found = fingerprint(node_digests(program))

@@ -102,14 +102,17 @@ def inspect(
     Example: calibcast inspect engine --rows 20
     """
     check_engine(folder)
-    from calibcast.engines.engine import read_ledger, read_manifest
+    from calibcast.engines.engine import read_ledger, read_manifest, read_plan
     from calibcast.engines.ledger.ledger_text import ledger_text
 
     manifest, ledger = read_manifest(folder), read_ledger(folder)
+    plan = read_plan(folder)
     built = ", ".join(f"{name} {version}" for name, version in manifest.get("built_with", {}).items())
     say(f"{folder}: backend {manifest['backend']} ({manifest['why']}), built with {built}")
     for line in record_lines(manifest.get("build") or {}):
         say(line)
+    if plan is not None and plan.exponents:
+        say(f"a rescaled program: {len(plan.exponents)} tensors are stored as powers of two of themselves")
     say(ledger_text(ledger, rows or None))
 
 

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import torch
 from calibcast.calib.ranges import RangeTable
-from calibcast.engines import cli
+from calibcast.engines import build, cli
 from calibcast.engines.html_report import html_report
 from calibcast.engines.html_report.payload import payload, unpacked
 from calibcast.engines.review.diagnosis import diagnosis_text, in_true_values
@@ -123,6 +123,10 @@ def test_commands_on_a_rescaled_program(made: Any, tmp_path: Path, capsys: pytes
         assert not ended.value.code
         return capsys.readouterr().out
 
+    plan = classify(fitted.program, fitted.ranges)
+    build(insert_casts(fitted.program, plan), plan, fitted.ranges, backend="eager").save(tmp_path / "engine")
+    inspected = run("inspect", tmp_path / "engine")
+    assert f"a rescaled program: {len(plan.exponents)} tensors are stored as powers of two of themselves" in inspected
     shown = run("report", tmp_path / "f.parquet", "--format", "json", "--where", "node=add")
     assert f"{ranges.frame.filter(pl.col('node') == 'add')['absmax'][0]}" in shown
     for arguments in ((), ("--program", tmp_path / "m.pt2")):
