@@ -15,7 +15,7 @@ import torch
 from calibcast.calib.aliasing import written_arguments
 from calibcast.calib.execution import ProgramRunner, Watch
 from calibcast.calib.rounding import fp32_kernels, rounded, rounded_number
-from calibcast.calib.rounding_edges import is_mover, literals_of
+from calibcast.calib.rounding_edges import is_mover, literals_of, with_numbers
 from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -63,7 +63,7 @@ class _Rounding:
                 return values[argument]  # it was rounded when it was made
             return self._rounded(values[argument], prefix + argument.name, in_place=argument in written)
 
-        args, kwargs = with_numbers(node, self._numbers(name, node))
+        args, kwargs = with_numbers(node.target, node.args, node.kwargs, self._numbers(name, node))
         results = call(*fx.map_arg((args, kwargs), given))
         for argument in written:
             self._rounded(values[argument], name, in_place=True)
@@ -81,14 +81,3 @@ class _Rounding:
             return tensor.copy_(result) if in_place and result is not tensor else result
 
         return pytree.tree_map_only(torch.Tensor, one, value)
-
-
-def with_numbers(node: fx.Node, numbers: dict[str, float]) -> tuple[Any, Any]:
-    """The arguments of a call with some numbers replaced. numbers: by the argument's name in the operator's schema."""
-    if not numbers:
-        return node.args, node.kwargs
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    args = tuple(numbers.get(name, value) for name, value in zip(names, node.args, strict=False))
-    rest = {name: value for name, value in numbers.items() if name in names[len(args) :]}
-    return args, {**node.kwargs, **rest}

@@ -118,6 +118,16 @@ def literals_of(node: fx.Node) -> dict[str, float]:
     return found
 
 
+def with_numbers(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: Mapping[str, float]) -> Any:
+    """The arguments of a call with some numbers replaced. numbers: by the argument's name in the operator's schema."""
+    if not numbers:
+        return args, kwargs
+    names = [argument.name for argument in target._schema.arguments]
+    changed = tuple(numbers.get(name, value) for name, value in zip(names, args, strict=False))
+    rest = {name: value for name, value in numbers.items() if name in names[len(changed) :]}
+    return changed, {**kwargs, **rest}
+
+
 def _is_scalar(argument: Any) -> bool:
     kind = argument.real_type
     if isinstance(kind, torch.OptionalType):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from calibcast.calib.graph import argument_of, base_op
 from calibcast.calib.operators import operator_of
 from calibcast.calib.rounding import rounded, rounded_number, rounded_otherwise
-from calibcast.calib.rounding_edges import Edge, Source, literals_of
+from calibcast.calib.rounding_edges import Edge, Source, literals_of, with_numbers
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
 # A value joined from more makers than this is rounded as a whole, and its noise is shared out among them.
@@ -193,13 +193,3 @@ def _is_same(value: Value, made: torch.Tensor) -> bool:
     """
     small = value.maker is None and not made.is_cuda
     return made is value.tensor or (small and torch.equal(made, value.tensor))
-
-
-def with_numbers(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], numbers: Mapping[str, float]) -> Any:
-    """The arguments of a call with other numbers in it, by the names that its schema gives them."""
-    if not numbers:
-        return args, kwargs
-    names = [argument.name for argument in target._schema.arguments]
-    changed = tuple(numbers.get(name, value) for name, value in zip(names, args, strict=False))
-    rest = {name: value for name, value in numbers.items() if name in names[len(changed) :]}
-    return changed, {**kwargs, **rest}

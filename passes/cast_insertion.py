@@ -21,9 +21,8 @@ from calibcast.calib.host_kernels import CastProgram
 from calibcast.calib.marks import mark_inserted
 from calibcast.calib.operators import ASSERTS, MASK_CHOICE
 from calibcast.calib.process_settings import FAKE_TENSORS
-from calibcast.calib.rounded_runner import with_numbers
 from calibcast.calib.rounding import rounded_number
-from calibcast.calib.rounding_edges import literals_of
+from calibcast.calib.rounding_edges import literals_of, with_numbers
 from calibcast.passes.cast_sites import CallTable, Cast, CastSites, Value, cast_sites
 from calibcast.passes.dtype_arguments import with_low_dtype
 from calibcast.passes.low_types import fake_mode_of, retyped, types_of
@@ -102,7 +101,7 @@ class _Emission:
         made = self._node_copy(node, site.given)
         if node in self._types.low:
             made.args, made.kwargs = with_low_dtype(node, made.args, made.kwargs, self._types.low_type)
-            made.args, made.kwargs = with_numbers(made, self._low_numbers(node))
+            made.args, made.kwargs = with_numbers(node.target, made.args, made.kwargs, self._low_numbers(node))
         self._type(node, made)
 
     def _low_numbers(self, node: fx.Node) -> dict[str, float]:
