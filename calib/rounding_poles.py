@@ -57,8 +57,12 @@ class PoleWatch(Generic[T]):
     def _is_near_pole(self, call: Call) -> bool:
         return bool(at_poles(call)) or any(v is not None and self._gradients.is_near_pole(v) for v in call.outputs)
 
-    def _reaches_pole(self, call: Call, results: Results) -> bool:
-        """Whether these results have new NaN or Inf, or make them where a pole reads them. No gradient shows that."""
+    def _reaches_pole(self, call: Call, results: Results, tried: set[tuple[int, Value]] | None = None) -> bool:
+        """Whether these results have new NaN or Inf, or make them where a pole reads them. No gradient shows that.
+
+        tried: what was asked already, a reader and the input that changes: paths that meet again are followed once.
+        """
+        tried = set() if tried is None else tried
         for value, made in zip(call.outputs, results, strict=True):
             if value is None or not value.differentiable:
                 continue
@@ -67,7 +71,10 @@ class PoleWatch(Generic[T]):
             leads = self._gradients.is_near_pole(value) or value in self._exposed
             for reader in value.readers if leads else ():
                 on = self._is_near_pole(reader) or any(v in self._exposed for v in reader.outputs)
-                if on and self._reaches_pole(reader, reader.perform({value: made})):
+                if not on or (id(reader), value) in tried:
+                    continue
+                tried.add((id(reader), value))
+                if self._reaches_pole(reader, reader.perform({value: made}), tried):
                     return True
         return False
 

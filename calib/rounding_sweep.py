@@ -173,7 +173,7 @@ class Sweep:
         """Add what the error of a value does, by its gradient. Elements that are not finite in fp32 are left out."""
         signal = self._signals.get(value, math.inf)
         if not math.isfinite(signal):
-            self._take_finite(found, error.made, value, grads)
+            self._take_finite(found, error.made, value, grads, error.counts)
             return
         difference, columns = error.difference(value.tensor), list(grads)
         again, counts = error.again, error.counts  # not `error`: `made` need not be held until the end
@@ -186,9 +186,10 @@ class Sweep:
         def note(numbers: Sequence[float]) -> None:
             whole, *parts = numbers
             if math.isfinite(whole):
-                found.local += counts * (whole / signal if signal else math.inf if whole else 0.0)
+                if counts:  # not as a factor: 0 * inf is NaN
+                    found.local += whole / signal if signal else math.inf if whole else 0.0
             else:
-                self._take_finite(found, again(), value, {})
+                self._take_finite(found, again(), value, {}, counts)
             for column, part in zip(columns, parts, strict=True):
                 found.noise[column] += math.inf if math.isnan(part) else part
             if found.nonfinite:
@@ -227,13 +228,14 @@ class Sweep:
 
         self._ledger.await_(sums, note)
 
-    def _take_finite(self, found: Found, made: torch.Tensor, value: Value, grads: Grads) -> None:
+    def _take_finite(self, found: Found, made: torch.Tensor, value: Value, grads: Grads, counts: bool = True) -> None:
         """`_take` for a value that has NaN or Inf, in fp32 or once rounded."""
         sound = value.tensor.isfinite()
         found.nonfinite += int((sound & ~made.isfinite()).sum())
         error = torch.where(sound & made.isfinite(), made - value.tensor, 0).double()
         whole, signal = float(energy(error)), float(energy(torch.where(sound, value.tensor, 0).double()))
-        found.local += whole / signal if signal else math.inf if whole else 0.0
+        if counts:
+            found.local += whole / signal if signal else math.inf if whole else 0.0
         for column, grad in grads.items():
             found.noise[column] += float(energy(error * grad))
         if found.nonfinite:

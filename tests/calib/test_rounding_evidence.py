@@ -18,6 +18,7 @@ from calibcast.calib.range_diff import range_diff
 from calibcast.calib.rounded_runner import RoundedRunner
 from calibcast.calib.rounding import rounded, rounded_otherwise
 from calibcast.calib.rounding_table import ROUNDING_KEY, ROUNDING_SCHEMA, rounding_gaps
+from calibcast.calib.rounding_tape import Call
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
@@ -375,3 +376,40 @@ def test_a_tensor_and_its_own_largest_are_rounded_alike() -> None:
     table = measured(exported(top, x), x)
     assert table.rounding["noise"].max() < 1e-4
     assert table.rounding.filter(pl.col("node") == "topk")["method"].to_list() == ["gradient"] * 2
+
+
+def test_a_step_from_zero_leaves_the_local_error_a_number() -> None:
+    """The exact floor is 0 everywhere and the rounded one is 1: the local SQNR was 0 times inf, which is NaN."""
+
+    class Floor(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.floor(x * 3.0) + x
+
+    program = torch.export.export(Floor(), (torch.full((8,), 0.3333),))
+    rows = calibrate(program, [torch.full((8,), 0.33332)], progress=False).rounding
+    assert not rows["local_sqnr_db"].is_nan().any()
+
+
+def test_the_watch_on_poles_follows_paths_that_meet_again_once() -> None:
+    """Without that, sixteen diamonds are 65,536 paths. Calls are counted, as seconds depend on the machine."""
+
+    class Diamonds(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            d = x * 1.01
+            for _ in range(16):
+                d = torch.cat([d[:2], d.flip(0)[:2]])
+            return 1 / d
+
+    program = torch.export.export(Diamonds(), (torch.rand(4),))
+    calls = 0
+    perform = Call.perform
+
+    def counted(self: Call, changed: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return perform(self, changed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Call, "perform", counted)
+        calibrate(program, [torch.rand(4) + 1], progress=False, rounding_batches=1)
+    assert calls < 20_000
