@@ -117,7 +117,9 @@ class Comparison:
 
     def table(self, rows: int = 12) -> str:
         """A report to read: the first non-finite node, where error enters, and the worst tensors, `rows` of each."""
-        differs = pl.col("rel_l2").ne(0.0) | pl.col("changed").gt(0) | pl.col("nonfinite_alone").gt(0)
+        # Of a tensor without elements both are NaN, which polars holds to be above every number.
+        numbers = pl.col("rel_l2").fill_nan(0.0).ne(0.0) | pl.col("changed").fill_nan(0.0).gt(0)
+        differs = numbers | pl.col("nonfinite_alone").gt(0)
         changed = self.frame.filter(differs).height
         lines = [f"Comparison: {self.batches} batches, {self.frame.height} tensors, {changed} differ from the program"]
         first = self.first_nonfinite

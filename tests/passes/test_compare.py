@@ -480,3 +480,13 @@ def test_mask_values_mean_the_same_however_low_they_are(export, plan_of):
     assert row(comparison, "add")["absmax_reference"] < 100
     assert comparison.first_nonfinite is None
     assert not comparison.culprits.height
+
+
+def test_tensors_without_elements_do_not_differ() -> None:
+    class Empty(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x * 2, x.long()[:0], (x * 2)[:0]
+
+    program = torch.export.export(Empty(), (torch.randn(4),))
+    found = compare(program, program, [torch.randn(4)], progress=False)
+    assert ", 0 differ from the program" in str(found)
