@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from calibcast.engines.commands.options import PLAN, check_file, check_folder, check_inputs, say
+from calibcast.engines.commands.options import PLAN, RANGES, check_file, check_folder, check_inputs, say
 from calibcast.engines.usage import UsageError
 
 
@@ -23,7 +23,11 @@ def export(
     ] = None,
     ranges: Annotated[
         Path | None,
-        typer.Option(metavar="R.parquet", help="with MODEL and --engine: build for the sizes that calibration saw"),
+        typer.Option(
+            metavar="R.parquet",
+            help="with MODEL and --engine: build for the sizes that calibration saw",
+            callback=RANGES,
+        ),
     ] = None,
 ) -> None:
     """Write an ONNX model or a plain TensorRT engine, for software that does not know calibcast.

@@ -53,9 +53,8 @@ class Finding:
 
 def findings_of(ends: Sequence[End], seen: Sequence[Seen], watched: int, tolerance: float, call: int) -> list[Finding]:
     """What the watched calls so far have shown, at each end in order."""
-    finite_inputs = not any(
-        s.nan or s.posinf or s.neginf for end, s in zip(ends, seen, strict=True) if end.is_input
-    ) and any(end.is_input for end in ends)
+    # Integer inputs are no ends, and always finite.
+    finite_inputs = not any(s.nan or s.posinf or s.neginf for end, s in zip(ends, seen, strict=True) if end.is_input)
     found: list[Finding] = []
     for end, s in zip(ends, seen, strict=True):
         for cause, text in _causes(end, s, watched, tolerance, finite_inputs):
@@ -77,10 +76,14 @@ def _causes(end: End, s: Seen, watched: int, tolerance: float, finite_inputs: bo
     if s.peak < 0:  # nothing was finite
         return
     was = row.get("absmax")
-    if end.limit is not None and s.peak * _NEAR > end.limit and not (was is not None and was * _NEAR > end.limit):
-        when = "overflows" if s.peak > end.limit else "is about to overflow"
-        text = f"reached {s.peak:.4g}, and {end.low_type} holds {end.limit:.5g}: it {when}"
-        yield "near_limit", f"{text}. Calibrate with data like these."
+    if end.limit is not None and s.peak * _NEAR > end.limit:
+        over = s.peak > end.limit
+        # Calibration came as near, or as far beyond: the plan was made with that in mind.
+        known = was is not None and was * (1 if over else _NEAR) > end.limit
+        text = f"reached {s.peak:.4g}, and {end.low_type} holds {end.limit:.5g}"
+        if not known:
+            when = "overflows" if over else "is about to overflow"
+            yield "near_limit", f"{text}: it {when}. Calibrate with data like these."
     if was is None:
         return
     low, high = row["min"], row["max"]

@@ -14,7 +14,7 @@ from calibcast.calib.errors import BuildError
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt.ahead_of_time import is_rtx
 from calibcast.engines.tensorrt.builder.compiling import compile_job, write_in_pytorch
-from calibcast.engines.tensorrt.builder.isolation import RUNNING, BuilderError, build_isolated, failure_of
+from calibcast.engines.tensorrt.builder.isolation import CONVERTING, RUNNING, BuilderError, build_isolated, failure_of
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.cache import emptied
 from calibcast.engines.tensorrt.region_search import MOST_BUILDS as MOST_BISECTIONS
@@ -237,6 +237,7 @@ def _build_here(job: BuilderJob, program: ExportedProgram, folder: Path) -> Buil
     heard: dict[str, str] = {}
 
     def event(content: Mapping[str, Any]) -> None:
+        heard["stage"] = content["stage"]
         if content["stage"] == "convert":
             heard["node"] = content["node"]
 
@@ -245,7 +246,8 @@ def _build_here(job: BuilderJob, program: ExportedProgram, folder: Path) -> Buil
     except BuildError:
         raise
     except Exception as error:  # the builder, its converters and the partitioner each raise errors of their own
-        raise failure_of(type(error).__name__, str(error), node=heard.get("node", "")) from error
+        stage = CONVERTING if heard.get("stage") == "convert" else ""
+        raise failure_of(type(error).__name__, str(error), stage, heard.get("node", "")) from error
 
 
 def _advice(failure: BuilderError, program: ExportedProgram, settings: Mapping[str, Any]) -> str:

@@ -169,7 +169,8 @@ class _Held:
         low = [node.name for node in widenable(program)]
         wide = reference if reference is not None else widened(program, low) if low else program
         self._wide = self._cast if wide is program else ProgramRunner(wide, device)
-        self._proven = [*proven_db, *[-math.inf] * (len(names) - len(proven_db))]
+        self._proven_db = iter(proven_db)  # of the floating-point outputs alone, in their order
+        self._proven: dict[int, float] = {}
         self._errors = {kind: [OutputError(name) for name in names] for kind in ("engine", "cast", "moved")}
         self._expected: list[tuple[list[Any], list[Any]]] = []
         self._wrong = self._total = 0
@@ -178,9 +179,16 @@ class _Held:
         """Run the programs. Inputs changed by as little as TF32's rounding show how much error the model itself
         amplifies."""
         wanted, cast, moved = self._wide.run(flat), self._cast.run(flat), self._wide.run(_moved(flat))
+        self._proof_of(wanted)
         self._compare("cast", cast, wanted)
         self._compare("moved", moved, wanted)
         self._expected.append((wanted, cast))
+
+    def _proof_of(self, wanted: Sequence[Any]) -> None:
+        """Give each floating-point output its own number of the proof: integers have none."""
+        for position, value in enumerate(wanted):
+            if _is_floating(value) and position not in self._proven:
+                self._proven[position] = next(self._proven_db, -math.inf)
 
     def take(self, index: int, given: Sequence[Any]) -> None:
         """Compare what the engine gave for batch `index`."""
@@ -197,7 +205,8 @@ class _Held:
                 error.update(ours, theirs, 0)
 
     def judgement(self, batches: int) -> Judgement:
-        seen = [s for position in range(len(self._proven)) if (s := self._seen(position)) is not None]
+        found = [(s, proven) for place, proven in self._proven.items() if (s := self._seen(place, proven)) is not None]
+        seen = [output for output, _ in found]
         low = min(seen, key=lambda output: output.engine_db - output.asked_db, default=None)
         problem = plan_problem = None
         if self._wrong:
@@ -207,20 +216,20 @@ class _Held:
                 f"{low.output} of the engine has {low.engine_db:.1f} dB against fp32, where its cast graph has "
                 f"{low.cast_db:.1f} dB in PyTorch, and at least {low.asked_db:.1f} dB were asked"
             )
-        for output, proven in zip(seen, self._proven, strict=False):
+        for output, proven in found:
             if output.cast_db < proven - GRACE_DB:
                 plan_problem = (
                     f"{output.output} was proven to have {proven:.1f} dB, and has {output.cast_db:.1f} dB here"
                 )
         return Judgement(tuple(seen), problem, plan_problem, batches=batches)
 
-    def _seen(self, position: int) -> SeenOutput | None:
+    def _seen(self, position: int, proven: float) -> SeenOutput | None:
         engine, cast, moved = (self._errors[kind][position] for kind in ("engine", "cast", "moved"))
         if not engine.elements or not engine.powers[1]:
             return None  # nothing to compare with: no numbers, or all of them 0
         able = min(cast.sqnr_db, moved.sqnr_db, MOST_ASKED_DB)
         # Where the cast graph itself is below the proof here, the engine need not be better than the cast graph.
-        asked = max(able, min(self._proven[position], cast.sqnr_db)) - GRACE_DB
+        asked = max(able, min(proven, cast.sqnr_db)) - GRACE_DB
         return SeenOutput(engine.output, asked, cast.sqnr_db, engine.sqnr_db, engine.only_engine)
 
 

@@ -28,6 +28,11 @@ class Squares(torch.nn.Module):
         return x * x
 
 
+class Cube(torch.nn.Module):
+    def forward(self, x):
+        return x * x * x
+
+
 class Step(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -132,6 +137,37 @@ def test_an_overflow_is_told_before_and_when_it_begins():
         engine(torch.full((8,), 300.0))
     assert [finding.cause for finding in monitor.report().findings][-1] == "overflow"
     assert monitor.report().frame.row(1, named=True)["nonfinite"] == 8
+
+
+def test_an_overflow_of_a_model_with_integer_inputs_is_one():
+    """Token ids are always finite: there is nothing to look at in what feeds the engine."""
+    torch.manual_seed(0)
+    cubed = torch.nn.Sequential(torch.nn.Embedding(4, 3), Cube()).eval()
+    program = torch.export.export(cubed, (torch.tensor([0, 1]),))
+    cubed[0].weight.data[3] = 100.0
+    program.state_dict["0.weight"].data[3] = 100.0
+    ranges = calibcast.calibrate(program, [torch.tensor([0, 1])], progress=False, rounding_batches=0)
+    plan = calibcast.classify(program, ranges, nodes_to_include=[".*"])
+    engine = calibcast.build(calibcast.insert_casts(program, plan), plan, ranges, backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with engine.monitor(every=1) as monitor:
+            engine(torch.tensor([3, 1]))
+            causes = {finding.cause for finding in monitor.report().findings}
+    assert "overflow" in causes
+    assert "nonfinite" not in causes
+
+
+def test_an_overflow_is_told_where_calibration_only_came_near():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = squares([torch.tensor([200.0, -1.0])])  # 40000, more than half of the limit
+        with engine.monitor(every=1, tolerance=10.0) as monitor:
+            engine(torch.tensor([205.0, 1.0]))
+            assert monitor.report().findings == ()
+            engine(torch.tensor([300.0, 1.0]))
+            causes = {finding.cause for finding in monitor.report().findings}
+    assert causes & {"near_limit", "overflow"}
 
 
 def test_what_is_fed_with_nan_is_no_overflow():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from calibcast.calib import BuildError
+from calibcast.calib import calibrate as measure
 from calibcast.calib.batches import signature_of
 from calibcast.engines import build
 from calibcast.engines.runtimes import BuildRequest
@@ -22,7 +23,7 @@ from calibcast.engines.tensorrt.profiles import profiles
 from calibcast.engines.tensorrt.region_search import smallest_region
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from calibcast.engines.tensorrt.trial_run import judged, trial_inputs, trial_problem
-from calibcast.passes import classify, insert_casts
+from calibcast.passes import classify, insert_casts, tune
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -487,3 +488,45 @@ def test_the_proof_is_what_an_engine_is_held_to_and_what_a_plan_misses_is_the_pl
     assert found.problem is None
     assert "was proven to have 90.0 dB" in found.plan_problem
     assert json.loads(json.dumps(found.record()))["outputs"][0]["output"] == "output"
+
+
+class Mixed(nn.Module):
+    """An index, which has no place in a proof, before two outputs that have."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        hidden = self.one(x)
+        return hidden.argmax(-1), hidden, self.other(hidden).tanh()
+
+
+def test_each_output_is_held_to_its_own_proof_where_some_are_integers():
+    torch.manual_seed(0)
+    x = torch.randn(64, 64)
+    program = torch.export.export(Mixed().eval(), (x,))
+    module, plan = program.module(), tune(program, measure(program, [x], progress=False), [x])
+    mixed = insert_casts(program, plan)
+
+    def wrong(x):
+        index, hidden, last = module(x)
+        return index, hidden, last + last.std() * torch.randn_like(last) * 10 ** (-45 / 20)
+
+    found = judged(wrong, mixed, [[x]], program, plan.proof.outputs)
+    assert "output[2] of the engine has 4" in found.problem
+    assert found.plan_problem is None
+    assert judged(mixed.module(), mixed, [[x]], program, plan.proof.outputs).problem is None
+
+
+def test_a_converters_failure_in_this_process_names_its_stage(planned, monkeypatch):
+    """Without it, what fails is not left out where `isolate=False`."""
+
+    def failing(job, program, folder, event):
+        event({"stage": "convert", "node": "sigmoid"})
+        raise ValueError("Cannot broadcast")
+
+    monkeypatch.setattr(build_attempts, "compile_job", failing)
+    with pytest.raises(BuilderError) as caught:
+        build_attempts._build_here(None, planned[0], None)
+    assert (caught.value.stage, caught.value.node) == (CONVERTING, "sigmoid")
