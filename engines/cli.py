@@ -112,7 +112,10 @@ def _run(arguments: list[str] | None) -> int:
         if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
             raise
         command = getattr(getattr(error, "ctx", None), "command_path", "calibcast")
-        fail(f"{error.format_message()} See: {command} --help")
+        if type(error).__name__ == "NoArgsIsHelpError":  # no command at all: its message is the help
+            note(error.format_message())
+        else:
+            fail(f"{error.format_message()} See: {command} --help")
         return int(error.exit_code)
 
 

@@ -249,3 +249,11 @@ def test_signals_have_their_exit_codes(here, name, code):
     )
     assert done.returncode == code
     assert "Traceback" not in done.stderr
+
+
+def test_no_command_at_all_shows_the_help_and_no_error(capsys):
+    code, out, err = run(capsys)
+    assert code == 2
+    assert err.startswith("Usage: ")
+    assert "error:" not in out + err
+    assert "See: " not in err
