@@ -15,6 +15,7 @@ import datasets
 import torch
 from calibcast.calib.artifacts import save_program
 from calibcast.calib.calibration import calibrate
+from calibcast.calib.text_table import Column, text_table
 from calibcast.engines.building import build
 from calibcast.engines.engine import Engine
 from calibcast.engines.judging.report import VerificationReport
@@ -29,6 +30,7 @@ DATA = Path(__file__).parent / "demo_data" / "digits.parquet"
 TRAIN, CALIBRATION = 997, 200  # of 1797 images; the other 600 are held out
 BATCH = 100
 CLASSES = 10
+_STAYED = (Column("node", "node", 10), Column("rule", "rule", 9), Column("reason", "reason", head=True))
 # The images have values 0..16. Cameras and image files give 0..255, so the network is trained on that range.
 FULL_SCALE = 255.0 / 16.0
 
@@ -153,7 +155,7 @@ def run_demo(folder: Path, say: Callable[[str], None] = print) -> Outcome:
     plan = classify(program, ranges)
     say("3. plan       which nodes can run in fp16, decided by their ranges")
     engine = build(insert_casts(program, plan), plan, ranges)
-    say(f"4. build      backend {engine.backend} ({engine.why})")
+    say(f"4. build      backend {engine.backend}\n              {engine.why}")
     say(f"5. verify     {len(held)} held-out images\n")
     outcome = _judge(model, program, engine, held)
     _save(program, engine, outcome.report, folder)
@@ -211,19 +213,22 @@ def _table(outcome: Outcome) -> str:
 
 
 def _high_nodes(plan: PrecisionPlan) -> str:
-    lines = ["   the nodes that stayed in fp32:", f"   {'node':<10}{'rule':<10}reason"]
+    rows = []
     for name in plan.high_precision_nodes:
         decision = plan[name]
-        lines.append(f"   {name:<10}{decision.rule:<10}{decision.reason}")
         # A tensor that overflows in storage is above data_max, too: report that only once.
-        lines += [f"   {'':<10}{v.rule:<10}{v.reason}" for v in decision.verdicts[1:] if v.rule != "storage"]
-    return "\n".join(lines) + "\n"
+        more = [verdict for verdict in decision.verdicts[1:] if verdict.rule != "storage"]
+        rows.append({"node": name, "rule": decision.rule, "reason": decision.reason})
+        rows += [{"node": "", "rule": verdict.rule, "reason": verdict.reason} for verdict in more]
+    return "\n".join(["   the nodes that stayed in fp32:", *text_table(rows, _STAYED, indent="   "), ""])
 
 
 def _next_steps(folder: Path) -> str:
     return (
-        f"artifacts are in {folder}: program.pt2, ranges.parquet, plan.json, engine/, verification.csv\n"
-        f"next: calibcast report {folder}/ranges.parquet --plan {folder}/plan.json"
+        f"artifacts are in {folder}:\n"
+        "   program.pt2, ranges.parquet, plan.json, engine/, verification.csv\n"
+        "next:\n"
+        f"   calibcast report {folder}/ranges.parquet --plan {folder}/plan.json"
     )
 
 

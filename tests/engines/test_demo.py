@@ -37,8 +37,8 @@ def test_the_three_way_outcome(tmp_path):
     assert len(outcome.plan.low_precision_nodes) > len(outcome.plan.high_precision_nodes) > 0
     text = "\n".join(said)
     for name in outcome.plan.high_precision_nodes:
-        assert outcome.plan[name].reason in text
+        assert outcome.plan[name].reason[:40] in text  # a table is cut at the width of the terminal
     assert f"{100 * outcome.mixed:.2f}%" in text
-    assert text.splitlines()[-1].startswith("next: calibcast report ")
+    assert text.splitlines()[-1].startswith("   calibcast report ")
     written = {path.name for path in (tmp_path / "demo").iterdir()}
     assert written == {"program.pt2", "ranges.parquet", "plan.json", "engine", "verification.csv"}
