@@ -28,11 +28,11 @@ from calibcast.passes.dtype_arguments import with_low_dtype
 from calibcast.passes.low_types import fake_mode_of, retyped, types_of
 from calibcast.passes.node_types import NodeTypes
 from calibcast.passes.plan import PrecisionPlan
+from calibcast.passes.program_copies import with_graph
 from calibcast.passes.regions import flatten
-from calibcast.passes.weights import LowWeights, low_weights, masks_to_saturate, saturation
+from calibcast.passes.weights import low_weights, masks_to_saturate, saturation
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputSpec, OutputSpec, TensorArgument
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
 CAST = torch.ops.aten._to_copy.default
@@ -63,7 +63,7 @@ def insert_casts(program: ExportedProgram, plan: PrecisionPlan, keep_io_types: b
         low = {node: types.outputs[node] for node in types.low}
         sites = cast_sites(CallTable(program, source, keep_io_types), low, weights.placeholders, types.low_type)
         graph = _Emission(source, types, sites, masks).run()
-        return _assemble(program, source, graph, weights)
+        return with_graph(CastProgram, program, source, graph, weights.state_dict, weights.constants)
 
 
 class _Emission:
@@ -190,49 +190,6 @@ def _set_value(node: fx.Node, value: Any) -> None:
         node.meta["tensor_meta"] = _extract_tensor_metadata(value)
     else:
         node.meta.pop("tensor_meta", None)
-
-
-def _assemble(
-    program: ExportedProgram, source: fx.GraphModule, graph: fx.Graph, weights: LowWeights
-) -> ExportedProgram:
-    made = CastProgram(
-        root=_children(source, graph),  # not a module: its code would be generated and compiled twice
-        graph=graph,
-        graph_signature=_signature(program.graph_signature, graph),
-        state_dict=weights.state_dict,
-        range_constraints=copy.copy(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
-        example_inputs=program.example_inputs,
-        constants=weights.constants,
-        verifiers=program.verifiers,
-    )
-    made.graph_module.training = source.training
-    made.graph_module.meta.update(source.meta)
-    return made
-
-
-def _children(source: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
-    """The modules that `get_attr` nodes name, under names without dots: `torch.export.save` finds no others."""
-    children = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            child = source.get_submodule(str(node.target))
-            node.target = str(node.target).replace(".", "__")
-            children[node.target] = child
-    return children
-
-
-def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignature:
-    """The program's signature with the outputs' new names: a cast may stand before an output."""
-    output = next(iter(reversed(graph.nodes)))
-    specs = [
-        OutputSpec(spec.kind, TensorArgument(result.name), spec.target)
-        if isinstance(spec.arg, TensorArgument) and isinstance(result, fx.Node)
-        else spec
-        for spec, result in zip(old.output_specs, output.args[0], strict=True)
-    ]
-    inputs = [InputSpec(spec.kind, spec.arg, spec.target, spec.persistent) for spec in old.input_specs]
-    return ExportGraphSignature(input_specs=inputs, output_specs=specs)
 
 
 def place_of(value: torch.Tensor) -> tuple[torch.device, list[int]]:

@@ -7,18 +7,15 @@ Regions of `torch.autocast` stay: what they compute in another type has no fp32 
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
-from typing import Any
 
 import polars as pl
 from calibcast.calib.flattening import flatten, without_qualified_name
 from calibcast.calib.program_digests import node_digests
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_table import LITERAL
-from torch import fx
+from calibcast.passes.program_copies import with_graph
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, OutputSpec, TensorArgument
 
 
 def inlined(program: ExportedProgram) -> ExportedProgram:
@@ -28,20 +25,7 @@ def inlined(program: ExportedProgram) -> ExportedProgram:
         return program
     for node in flat.graph.nodes:
         without_qualified_name(node)
-    made = ExportedProgram(
-        root=_children(flat),
-        graph=flat.graph,
-        graph_signature=_signature(program.graph_signature, flat.graph),
-        state_dict=dict(program.state_dict),
-        range_constraints=copy.copy(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
-        example_inputs=program.example_inputs,
-        constants=dict(program.constants),
-        verifiers=program.verifiers,
-    )
-    made.graph_module.training = program.graph_module.training
-    made.graph_module.meta.update(program.graph_module.meta)
-    return made
+    return with_graph(ExportedProgram, program, flat, flat.graph, program.state_dict, program.constants)
 
 
 def inlined_ranges(ranges: RangeTable, program: ExportedProgram) -> RangeTable:
@@ -74,26 +58,3 @@ def _renamed(ranges: RangeTable) -> dict[str, str]:
 
 def _under(column: str, names: dict[str, str]) -> pl.Expr:
     return pl.col(column).replace(names)
-
-
-def _children(source: fx.GraphModule) -> dict[str, Any]:
-    """The modules that `get_attr` nodes name, under names without dots: `torch.export.save` finds no others."""
-    children = {}
-    for node in source.graph.nodes:
-        if node.op == "get_attr":
-            child = source.get_submodule(str(node.target))
-            node.target = str(node.target).replace(".", "__")
-            children[node.target] = child
-    return children
-
-
-def _signature(old: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSignature:
-    """The results have other names where a region gave them."""
-    output = next(iter(reversed(graph.nodes)))
-    specs = [
-        OutputSpec(spec.kind, TensorArgument(result.name), spec.target)
-        if isinstance(spec.arg, TensorArgument) and isinstance(result, fx.Node)
-        else spec
-        for spec, result in zip(old.output_specs, output.args[0], strict=True)
-    ]
-    return ExportGraphSignature(input_specs=list(old.input_specs), output_specs=specs)

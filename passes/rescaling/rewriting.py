@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from calibcast.calib.graph import argument_of, input_kinds, input_targets, state_tensor
+from calibcast.passes.program_copies import with_graph
 from calibcast.passes.rescaling.equations import implied
 from calibcast.passes.rescaling.system import Breaks, Number, Solutions, Tensor
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature
 
 MULTIPLY = torch.ops.aten.mul.Tensor
 SUFFIX = "_rescaled"  # of the names of multiplications that are put in
@@ -71,20 +71,7 @@ def rewritten(program: ExportedProgram, exponents: Exponents, with_state: bool =
     """
     graph = _graph(program, exponents)
     state, constants = _state(program, exponents) if with_state else (program.state_dict, program.constants)
-    made = ExportedProgram(
-        root=_children(program.graph_module),
-        graph=graph,
-        graph_signature=_signature(program.graph_signature),
-        state_dict=dict(state),
-        range_constraints=copy.copy(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
-        example_inputs=program.example_inputs,
-        constants=dict(constants),
-        verifiers=program.verifiers,
-    )
-    made.graph_module.training = program.graph_module.training
-    made.graph_module.meta.update(program.graph_module.meta)
-    return made
+    return with_graph(ExportedProgram, program, program.graph_module, graph, state, constants)
 
 
 def _graph(program: ExportedProgram, exponents: Exponents) -> fx.Graph:
@@ -166,11 +153,3 @@ def _scaled(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(scaled, requires_grad=tensor.requires_grad)
     return scaled
-
-
-def _children(source: fx.GraphModule) -> dict[str, Any]:
-    return {str(n.target): source.get_submodule(str(n.target)) for n in source.graph.nodes if n.op == "get_attr"}
-
-
-def _signature(old: ExportGraphSignature) -> ExportGraphSignature:
-    return ExportGraphSignature(input_specs=list(old.input_specs), output_specs=list(old.output_specs))
