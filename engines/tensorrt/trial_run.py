@@ -169,8 +169,7 @@ class _Held:
         low = [node.name for node in widenable(program)]
         wide = reference if reference is not None else widened(program, low) if low else program
         self._wide = self._cast if wide is program else ProgramRunner(wide, device)
-        self._proven_db = iter(proven_db)  # of the floating-point outputs alone, in their order
-        self._proven: dict[int, float] = {}
+        self._proven_db = tuple(proven_db)  # of the floating-point outputs alone, in their order
         self._errors = {kind: [OutputError(name) for name in names] for kind in ("engine", "cast", "moved")}
         self._expected: list[tuple[list[Any], list[Any]]] = []
         self._wrong = self._total = 0
@@ -179,16 +178,9 @@ class _Held:
         """Run the programs. Inputs changed by as little as TF32's rounding show how much error the model itself
         amplifies."""
         wanted, cast, moved = self._wide.run(flat), self._cast.run(flat), self._wide.run(_moved(flat))
-        self._proof_of(wanted)
         self._compare("cast", cast, wanted)
         self._compare("moved", moved, wanted)
         self._expected.append((wanted, cast))
-
-    def _proof_of(self, wanted: Sequence[Any]) -> None:
-        """Give each floating-point output its own number of the proof: integers have none."""
-        for position, value in enumerate(wanted):
-            if _is_floating(value) and position not in self._proven:
-                self._proven[position] = next(self._proven_db, -math.inf)
 
     def take(self, index: int, given: Sequence[Any]) -> None:
         """Compare what the engine gave for batch `index`."""
@@ -205,7 +197,7 @@ class _Held:
                 error.update(ours, theirs, 0)
 
     def judgement(self, batches: int) -> Judgement:
-        found = [(s, proven) for place, proven in self._proven.items() if (s := self._seen(place, proven)) is not None]
+        found = [(s, proven) for place, proven in self._proofs() if (s := self._seen(place, proven)) is not None]
         seen = [output for output, _ in found]
         low = min(seen, key=lambda output: output.engine_db - output.asked_db, default=None)
         problem = plan_problem = None
@@ -222,6 +214,11 @@ class _Held:
                     f"{output.output} was proven to have {proven:.1f} dB, and has {output.cast_db:.1f} dB here"
                 )
         return Judgement(tuple(seen), problem, plan_problem, batches=batches)
+
+    def _proofs(self) -> list[tuple[int, float]]:
+        """The place of each floating-point output, and the number of the proof that is its own: integers have none."""
+        places = [place for place, value in enumerate(self._expected[0][0]) if _is_floating(value)]
+        return list(zip(places, [*self._proven_db, *[-math.inf] * len(places)], strict=False))
 
     def _seen(self, position: int, proven: float) -> SeenOutput | None:
         engine, cast, moved = (self._errors[kind][position] for kind in ("engine", "cast", "moved"))
