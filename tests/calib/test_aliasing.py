@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,20 +11,7 @@ from calibcast.calib.aliasing import mutated_inputs, storage_roots, written_plac
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-
-class Apply(nn.Module):
-    """A function as a model."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        return self.function(*args)
-
-
-def exported(function: Callable[..., Any], *args: torch.Tensor) -> ExportedProgram:
-    return torch.export.export(Apply(function), args)
+from tests.functions import exported
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,16 +13,7 @@ from calibcast.calib.execution import NodeError, ProgramRunner, input_structure,
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-
-class Apply(nn.Module):
-    """A function as a model."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        return self.function(*args)
+from tests.functions import Apply
 
 
 def exported(model: nn.Module | Callable[..., Any], *args: torch.Tensor) -> ExportedProgram:

@@ -21,20 +21,7 @@ from polars.testing import assert_frame_equal
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-
-class Apply(nn.Module):
-    """A function as a model."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        return self.function(*args)
-
-
-def exported(function: Callable[..., Any], *args: torch.Tensor) -> ExportedProgram:
-    return torch.export.export(Apply(function), args)
+from tests.functions import Apply, exported
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -18,6 +18,8 @@ from calibcast.calib.program_digests import inputs_hash, node_digests, weights_h
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from tests.functions import exported
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -59,21 +61,6 @@ class Branches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cond(x.sum() > 0, lambda x: x * self.factor, lambda x: x - 1, (x,)) + 0.5
-
-
-class Apply(nn.Module):
-    """A function as a model."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        return self.function(*args)
-
-
-def exported(function: Callable[..., Any], *args: torch.Tensor) -> ExportedProgram:
-    return torch.export.export(Apply(function), args)
 
 
 def difference(one: ExportedProgram, other: ExportedProgram) -> str | None:

@@ -1,0 +1,25 @@
+"""A function as a model, and as an exported program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+
+class Apply(nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.function(*args)
+
+
+def exported(function: Callable[..., Any], *args: torch.Tensor) -> ExportedProgram:
+    return torch.export.export(Apply(function), args)
