@@ -50,10 +50,12 @@ def run_network(name: str, options: argparse.Namespace, rows: Path, deadline: fl
             return
         command = [sys.executable, __file__, "--child", name, "--rows", str(rows), "--device", options.device]
         command += ["--rounds", str(options.rounds), "--variants", *[v for v in options.variants if v not in skipped]]
-        child = subprocess.Popen(command, start_new_session=True)
+        said = rows.with_suffix(".stderr")
+        with said.open("w", encoding="utf-8") as stderr:
+            child = subprocess.Popen(command, start_new_session=True, stderr=stderr)
         try:
             code = child.wait(timeout=left)
-            ended = "" if code == 0 else _ending(code)
+            ended = "" if code == 0 else f"{_ending(code)}: {_last_line(said)}"
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
@@ -65,6 +67,13 @@ def run_network(name: str, options: argparse.Namespace, rows: Path, deadline: fl
         if not culprit or culprit in skipped or ended.startswith("ran past"):
             return
         skipped.append(culprit)
+
+
+def _last_line(said: Path) -> str:
+    """What a process said last on stderr: the error's own line of a traceback."""
+    lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    print("\n".join(lines[-40:]), file=sys.stderr)
+    return lines[-1][:200] if lines else "nothing was said"
 
 
 def _ending(code: int) -> str:
