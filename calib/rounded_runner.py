@@ -26,8 +26,8 @@ class RoundedRunner(ProgramRunner):
 
     low: qualified names of the nodes. Nodes that share storage which is written in place must be low together or not at
     all (`passes.node_types` makes a plan so). masks: names of the nodes whose values are saturated before they are
-    rounded. Nodes inside autocast regions run as the user wrote them. Cost: a forward pass, and one pass over memory
-    for each tensor rounded.
+    rounded. Nodes inside autocast regions run as the user wrote them. carry_state: as in `ProgramRunner`. Cost: a
+    forward pass, and one pass over memory for each tensor rounded.
     """
 
     def __init__(
@@ -37,8 +37,9 @@ class RoundedRunner(ProgramRunner):
         low_type: torch.dtype,
         masks: Collection[str] = (),
         device: torch.device | str | None = None,
+        carry_state: bool = False,
     ) -> None:
-        super().__init__(program, device, _Rounding(frozenset(low), low_type, frozenset(masks)).run)
+        super().__init__(program, device, _Rounding(frozenset(low), low_type, frozenset(masks)).run, carry_state)
 
     def run(self, flat: Sequence[Any], watch: Watch | None = None) -> list[Any]:
         """The flat user outputs; `watch` sees what each node gave, rounded. Raises NodeError where a node raises."""

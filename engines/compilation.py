@@ -60,7 +60,8 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
         rescale: "auto" scales stored tensors by powers of two where that lets more run in the low type; see
             `passes.rescale`. It needs calibration data. "off" leaves the program as it is.
         prove_batches: where rounding was measured, the plan is run on this many of the first calibration batches, and
-            mended until it meets `min_sqnr_db`: see `tune`. 0: it is not run.
+            mended until it meets `min_sqnr_db`: see `tune`. 0: it is not run. With `carry_state=True`, as for
+            `calibrate`, they are run as a sequence.
         settings: further arguments of `torch.export.export`, `calibrate`, `classify`, `insert_casts` and `build`, by
             name, and settings of the backend. Each argument goes to every stage that has it.
 
@@ -99,16 +100,12 @@ def compile(  # noqa: PLR0913 - the proposal's own name and arguments
         "targets_to_exclude": targets_to_exclude,
     }
     original = program
+    to_run = {"device": settings.get("device"), "carry_state": to_calibrate.get("carry_state", False)}
     if rescale == "auto" and ranges is not None:
-        fitted = rescale_program(
-            program, ranges, dataloader=first.kept, transform=transform, device=settings.get("device"), **to_classify
-        )
+        fitted = rescale_program(program, ranges, dataloader=first.kept, transform=transform, **to_run, **to_classify)
         program, ranges = fitted.program, fitted.ranges
     if ranges is not None and ranges.rounding.height and prove_batches > 0:
-        plan = tune(
-            program, ranges, first.kept[:prove_batches], transform=transform, device=settings.get("device"),
-            **to_classify,
-        )  # fmt: skip
+        plan = tune(program, ranges, first.kept[:prove_batches], transform=transform, **to_run, **to_classify)
     else:
         plan = classify(program, ranges, **to_classify)
     # If the data came as an iterator, it is used up; the batches in `first.kept` can be run again.

@@ -15,18 +15,24 @@ from calibcast.passes.weights import masks_to_saturate
 from torch.export import ExportedProgram
 
 
-def emulated(program: ExportedProgram, plan: PrecisionPlan, device: torch.device | str | None = None) -> RoundedRunner:
+def emulated(
+    program: ExportedProgram,
+    plan: PrecisionPlan,
+    device: torch.device | str | None = None,
+    carry_state: bool = False,
+) -> RoundedRunner:
     """A runner of `program` on flat inputs under `plan`. It shows each node's result to a watch.
 
     The low nodes are those of `insert_casts`: nodes that share storage agree, and nodes that cannot be low are not. The
-    outputs have the program's types. Raises MismatchError for a plan of another program.
+    outputs have the program's types. carry_state: each call goes on from what the one before left in the buffers.
+    Raises MismatchError for a plan of another program.
     """
     require_program(program)
     plan.check(program)
     source = flatten(program.graph_module)
     low = [qualified_name(node) for node in NodeTypes.of(source, plan).low]
     masks = [qualified_name(node) for node in masks_to_saturate(program, source, plan.masks)]
-    return RoundedRunner(program, low, plan.low_precision_type, masks, device)
+    return RoundedRunner(program, low, plan.low_precision_type, masks, device, carry_state)
 
 
 def emulate(program: ExportedProgram, plan: PrecisionPlan, *args: Any, **kwargs: Any) -> Any:

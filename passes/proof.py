@@ -51,7 +51,8 @@ class Proof:
     `worst_batch`, at `worst_output`, in its channel `worst_channel`. doubled_sqnr_db: the least with floating-point
     inputs times two. outputs: the least SQNR of each output. integers_changed: the largest share of the elements of an
     integer or boolean output that differed, over all batches. nonfinite: elements that are NaN or Inf only under the
-    plan. batches: how many were run. runs: how many plans were run in all.
+    plan. batches: how many were run. runs: how many plans were run in all. carry_state: whether the batches were run as
+    sequences, so that errors in what the program keeps between calls add up.
     """
 
     min_sqnr_db: float
@@ -65,6 +66,7 @@ class Proof:
     nonfinite: int = 0
     batches: int = 0
     runs: int = 1
+    carry_state: bool = False
 
     @classmethod
     def loaded(cls, row: Mapping[str, Any]) -> Proof:
@@ -76,9 +78,10 @@ class Proof:
         place += "" if not place else "" if self.worst_channel is None else f", channel {self.worst_channel}"
         place += ")" if place else ""
         runs = f"{self.runs} run{'' if self.runs == 1 else 's'}"
+        how = " in sequence" if self.carry_state else ""
         return (
-            f"proven on {self.batches} batches: at least {self.sqnr_db:.1f} dB{place}, {self.doubled_sqnr_db:.1f} dB "
-            f"with inputs times two; the budget is {self.min_sqnr_db:g} dB; {runs}"
+            f"proven on {self.batches} batches{how}: at least {self.sqnr_db:.1f} dB{place}, "
+            f"{self.doubled_sqnr_db:.1f} dB with inputs times two; the budget is {self.min_sqnr_db:g} dB; {runs}"
         )
 
 

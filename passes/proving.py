@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.errors import BatchError
-from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.execution import ProgramRunner, Watch
 from calibcast.calib.output_noise import channel_noise
 from calibcast.passes.emulation import emulated
 from calibcast.passes.plan import PrecisionPlan
@@ -75,17 +75,19 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Batch:
-    """Flat inputs, and what the program gives for them."""
+    """Flat inputs, and what the program gives for them. begins: whether a new sequence begins here."""
 
     index: int
     flat: list[Any] = field(repr=False)
     results: list[Any] = field(repr=False)
     doubled: bool = False
+    begins: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running one plan has shown. bad: the first batch in which something is newly non-finite."""
+    """What running one plan has shown. bad: the first batch in which something is newly non-finite. carry_state:
+    whether each batch went on from what the one before left in the buffers."""
 
     plan: PrecisionPlan = field(repr=False)
     worst: Worst
@@ -95,6 +97,7 @@ class Outcome:
     nonfinite: int
     bad: Batch | None = field(repr=False)
     batches: int
+    carry_state: bool = False
 
     @property
     def sqnr_db(self) -> float:
@@ -110,11 +113,16 @@ class Outcome:
         return Proof(
             min_sqnr_db, decibels(self.worst.noise), self.worst.batch, self.worst.output, self.worst.channel,
             decibels(self.doubled.noise), self.outputs, self.changed, self.nonfinite, self.batches, runs,
+            self.carry_state,
         )  # fmt: skip
 
 
 class Proving:
-    """Batches and the program's results for them, with which runs of plans are compared. All stay in memory."""
+    """Batches and the program's results for them, with which runs of plans are compared. All stay in memory.
+
+    carry_state: program and plan each run the batches as a sequence, so that a plan's errors add up, until a batch is a
+    `NewSequence`. The batches with inputs times two are a sequence of their own.
+    """
 
     def __init__(
         self,
@@ -123,29 +131,49 @@ class Proving:
         transform: Callable[[Any], Any] | None = None,
         max_batches: int | None = 8,
         device: torch.device | str | None = None,
+        carry_state: bool = False,
     ) -> None:
         """Raises BatchError as `calibrate` does."""
-        self.program, self._device = program, device
-        self.runner = ProgramRunner(program, device)
+        self.program, self._device, self._carry_state = program, device, carry_state
+        self.runner = ProgramRunner(program, device, carry_state=carry_state)
         self.batches: list[Batch] = []
         for index, _, flat in numbered(dataloader, signature_of(program), transform, max_batches):
-            self.batches.append(Batch(index, flat, _copies(self.runner.run_batch(_copies(flat), index))))
+            self.batches.append(self._batch(index, flat, flat.begins or not index))
         self.doubled = [double for batch in self.batches[:MOST_DOUBLED] if (double := self._double(batch)) is not None]
 
     def run(self, plan: PrecisionPlan) -> Outcome:
         """One emulated run of every batch, and of some with inputs times two."""
-        runner, seen, twice = emulated(self.program, plan, self._device), _Seen(), _Seen()
+        seen, twice = _Seen(), _Seen()
+        runner = self._emulated(plan)
         for batch, into in [*((b, seen) for b in self.batches), *((b, twice) for b in self.doubled)]:
-            into.take(runner.run_batch(_copies(batch.flat), batch.index), batch.results, batch)
+            into.take(_ran(runner, batch), batch.results, batch)
         outputs = tuple(decibels(noise) for _, noise in sorted(seen.outputs.items()))
         changed, lost = max(seen.changed, twice.changed), seen.nonfinite + twice.nonfinite
-        return Outcome(plan, seen.worst, twice.worst, outputs, changed, lost, seen.bad or twice.bad, seen.runs)
+        bad = seen.bad or twice.bad
+        return Outcome(plan, seen.worst, twice.worst, outputs, changed, lost, bad, seen.runs, self._carry_state)
 
     def first_nonfinite(self, plan: PrecisionPlan, batch: Batch) -> str | None:
         """The first node that has more non-finite elements under the plan than in the program itself, or None."""
-        expected = _nonfinite_in(self.runner, batch)
-        found = _nonfinite_in(emulated(self.program, plan, self._device), batch)
+        before = self._leading_to(batch)
+        expected = _nonfinite_in(self.runner, before, batch)
+        found = _nonfinite_in(self._emulated(plan), before, batch)
         return next((name for name, lost in found.items() if lost > expected.get(name, 0)), None)
+
+    def _emulated(self, plan: PrecisionPlan) -> ProgramRunner:
+        return emulated(self.program, plan, self._device, self._carry_state)
+
+    def _batch(self, index: int, flat: list[Any], begins: bool, doubled: bool = False) -> Batch:
+        """Inputs, and the results of a run of the program that goes on from the batch before, or begins anew."""
+        given = Batch(index, flat, [], doubled, begins)
+        return replace(given, results=_copies(_ran(self.runner, given)))
+
+    def _leading_to(self, batch: Batch) -> list[Batch]:
+        """The batches of the same sequence before this one: they make the state that it is run with."""
+        if not self._carry_state:
+            return []
+        before = [b for b in (self.doubled if batch.doubled else self.batches) if b.index < batch.index]
+        begins = max((place for place, b in enumerate(before) if b.begins), default=0)
+        return [] if batch.begins else before[begins:]
 
     def _double(self, batch: Batch) -> Batch | None:
         """The batch with its floating-point inputs times two; None where it has none, or the program refuses them."""
@@ -153,13 +181,21 @@ class Proving:
         if not any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in flat):
             return None
         try:
-            return Batch(batch.index, flat, _copies(self.runner.run_batch(_copies(flat), batch.index)), doubled=True)
+            return self._batch(batch.index, flat, batch.begins, doubled=True)
         except BatchError:  # an index outside its table, or a check in the program itself
             return None
 
 
-def _nonfinite_in(runner: ProgramRunner, batch: Batch) -> dict[str, int]:
-    """How many elements of each node's results are not finite, in the order in which they run."""
+def _ran(runner: ProgramRunner, batch: Batch, watch: Watch | None = None) -> list[Any]:
+    """The results of a batch."""
+    if batch.begins:
+        runner.reset()
+    return runner.run_batch(_copies(batch.flat), batch.index, watch)
+
+
+def _nonfinite_in(runner: ProgramRunner, before: Sequence[Batch], batch: Batch) -> dict[str, int]:
+    """How many elements of each node's results are not finite, in the order in which they run. before: the batches that
+    make the state."""
     counts: dict[str, int] = {}
 
     def watch(name: str, _: Any, result: Any, *__: Any) -> None:
@@ -168,7 +204,9 @@ def _nonfinite_in(runner: ProgramRunner, batch: Batch) -> dict[str, int]:
         if lost:
             counts[name] = lost
 
-    runner.run_batch(_copies(batch.flat), batch.index, watch)
+    for earlier in before:
+        _ran(runner, earlier)
+    _ran(runner, batch, watch)
     return counts
 
 

@@ -46,6 +46,7 @@ def tune(  # noqa: PLR0913 - the public contract
     low_precision_type: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     weights: str = "warn",
+    carry_state: bool = False,
     **settings: Any,
 ) -> PrecisionPlan:
     """`classify`, and then run the plan on data and mend it until it meets the budget there.
@@ -60,6 +61,8 @@ def tune(  # noqa: PLR0913 - the public contract
         min_sqnr_db: the budget, dB; None is 40 in float16 and 26 in bfloat16.
         start: a plan to begin with, such as `PrecisionPlan.from_autocast`: what it has in fp32 stays there.
         low_precision_type: torch.float16 (the default) or torch.bfloat16; None is that of `start`.
+        carry_state: as in `calibrate`: run the batches as a sequence, so that errors in what the program keeps between
+            calls add up, as they will in use. Without it each batch starts from the saved state.
         settings: further arguments of `classify`.
 
     Returns:
@@ -78,8 +81,8 @@ def tune(  # noqa: PLR0913 - the public contract
     asked = Settings(**settings, min_sqnr_db=min_sqnr_db if measured else None)
     planning = Planning.of(program, ranges, low_type, asked, weights)
     budget = default_budget(planning.judge.low_type) if min_sqnr_db is None else float(min_sqnr_db)
-    tuning = _Tuning(planning, Proving(program, dataloader, transform, max_batches, device), budget, _kept(start))
-    return tuning.run()
+    proving = Proving(program, dataloader, transform, max_batches, device, carry_state)
+    return _Tuning(planning, proving, budget, _kept(start)).run()
 
 
 def _kept(start: PrecisionPlan | None) -> dict[str, Verdict]:

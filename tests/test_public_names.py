@@ -33,8 +33,8 @@ ARGUMENTS = {
     "nodes_to_exclude targets_to_exclude nodes_to_include targets_to_include range_quantile rules / weights "
     "wide_accumulation",
     "tune": "program ranges dataloader min_sqnr_db transform max_batches start / low_precision_type device weights "
-    "settings",
-    "rescale": "program ranges low_precision_type / settings",
+    "carry_state settings",
+    "rescale": "program ranges low_precision_type / carry_state settings",
     "insert_casts": "program plan keep_io_types",
     "what_if": "program ranges data_max / low_precision_type range_quantile min_sqnr_db base keep_io_types weights "
     "settings",

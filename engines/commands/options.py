@@ -20,6 +20,14 @@ Transform = Annotated[
     str | None,
     typer.Option("--transform", metavar="LOC", help="file.py:function from a batch to the model's inputs"),
 ]
+CarryState = Annotated[
+    bool,
+    typer.Option(
+        "--carry-state",
+        help="the batches are sequences: each goes on from what the one before left in the "
+        "model's buffers, so that errors add up",
+    ),
+]
 MaxBatches = Annotated[int | None, typer.Option("--max-batches", min=1, help="stop after so many batches")]
 
 

@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from calibcast.engines.commands.options import RANGES, Model, Transform, check_file, check_inputs, inputs, say
+from calibcast.engines.commands.options import (
+    RANGES,
+    CarryState,
+    Model,
+    Transform,
+    check_file,
+    check_inputs,
+    inputs,
+    say,
+)
 
 if TYPE_CHECKING:
     from calibcast.calib.ranges import RangeTable
     from torch.export import ExportedProgram
 
 
-def rescale(
+def rescale(  # noqa: PLR0913 - a command line has options
     model: Model,
     ranges: Annotated[
         Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate", callback=RANGES)
@@ -24,6 +33,7 @@ def rescale(
         typer.Option("--data", metavar="LOC", help="run both programs on its first batches, as file.py:name"),
     ] = None,
     transform: Transform = None,
+    carry_state: CarryState = False,
     data_max: Annotated[float | None, typer.Option(help="largest magnitude of inputs and activations")] = None,
 ) -> None:
     """Make MODEL fit fp16 by powers of two: its fp32 results keep their bits. Then plan and build the new program.
@@ -40,6 +50,7 @@ def rescale(
         program = load_model(model)
     else:
         program, settings["dataloader"], settings["transform"] = inputs(model, data, transform)
+        settings["carry_state"] = carry_state
     write_rescaled(program, RangeTable.load(ranges), output, settings)
 
 

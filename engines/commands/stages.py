@@ -9,6 +9,7 @@ import typer
 from calibcast.calib.errors import BatchError, CalibcastError
 from calibcast.engines.commands.options import (
     RANGES,
+    CarryState,
     Data,
     MaxBatches,
     Model,
@@ -42,10 +43,7 @@ def calibrate(  # noqa: PLR0913 - a command line has options
     rounding_batches: Annotated[
         int, typer.Option(min=0, help="also measure on so many batches what rounding does to the outputs; 0: not")
     ] = 4,
-    carry_state: Annotated[
-        bool,
-        typer.Option("--carry-state", help="each batch goes on from what the one before left in the model's buffers"),
-    ] = False,
+    carry_state: CarryState = False,
 ) -> None:
     """Run data through MODEL and write the range of every tensor.
 
@@ -90,6 +88,7 @@ def plan(  # noqa: PLR0913
     ] = None,
     transform: Transform = None,
     max_batches: Annotated[int, typer.Option(min=1, help="batches of --data to run")] = 8,
+    carry_state: CarryState = False,
     data_max: Annotated[
         float | None,
         typer.Option(
@@ -158,12 +157,15 @@ def plan(  # noqa: PLR0913
         more: dict[str, Any] = {}
         if data is not None:
             _, more["dataloader"], more["transform"] = inputs(model, data, transform)
+            more["carry_state"] = carry_state
         program, table = write_rescaled(program, table, output.with_suffix(".pt2"), settings | more)
     if data is None or table is None:
         decided = classify(program, table, **settings)
     else:
         _, batches, function = inputs(model, data, transform)
-        decided = tune(program, table, batches, transform=function, max_batches=max_batches, **settings)
+        decided = tune(
+            program, table, batches, transform=function, max_batches=max_batches, carry_state=carry_state, **settings
+        )
     say(f"{decided}\n{high_nodes(decided, rows or None)}")
     if output is not None:
         decided.save(output)
@@ -189,10 +191,7 @@ def verify(  # noqa: PLR0913
         float | None,
         typer.Option(min=0.0, max=1.0, help="gate: least share of equal elements of each integer or boolean output"),
     ] = None,
-    carry_state: Annotated[
-        bool,
-        typer.Option("--carry-state", help="run the batches as a sequence: state goes on, and errors add up"),
-    ] = False,
+    carry_state: CarryState = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the report to write, JSON")] = None,
 ) -> None:
     """Compare an engine with the fp32 MODEL on data that calibration did not see. Exit code 3 when the gate says no.

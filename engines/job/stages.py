@@ -172,8 +172,9 @@ class JobRun(JobContext):
         """Rescale the program, and write it with its ranges. Returns its plan, and what was done as text."""
         feeding, device = self._calibration_batches(MOST_CHECKED, "rescale")
         fitted = rescale(
-            self.program, table, dataloader=feeding, transform=feeding.inputs, device=device, **self._arguments
-        )
+            self.program, table, dataloader=feeding, transform=feeding.inputs, device=device,
+            carry_state=self.file.job.calibration.carry_state, **self._arguments,
+        )  # fmt: skip
         save_program(fitted.program, self.folder.path / FITTED)
         fitted.ranges.save(self.folder.path / FITTED_RANGES)
         tell(str(fitted), event="rescaling", changed=fitted.changed)
@@ -208,7 +209,10 @@ class JobRun(JobContext):
         if not table.rounding.height or not most:
             return None
         feeding, device = self._calibration_batches(most, "prove")
-        return tune(program, table, feeding, transform=feeding.inputs, device=device, **self._arguments)
+        return tune(
+            program, table, feeding, transform=feeding.inputs, device=device,
+            carry_state=self.file.job.calibration.carry_state, **self._arguments,
+        )  # fmt: skip
 
     def _calibration_batches(self, most: int, name: str) -> tuple[Feeding, str | None]:
         """The first calibration batches, and the device to run them on."""

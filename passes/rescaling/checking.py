@@ -11,6 +11,7 @@ import torch
 from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.execution import ProgramRunner, tensors_of
 from calibcast.calib.rounding import fp32_kernels
+from calibcast.calib.sequences import FlatInputs
 from calibcast.passes.rescaling.exactness import Refusal
 from calibcast.passes.rescaling.rewriting import Exponents
 from torch.export import ExportedProgram
@@ -20,11 +21,13 @@ MOST_CHECKED = 2
 
 @dataclass(frozen=True)
 class Check:
-    """Batches on which the program and its rescaled copy are run. device: None is the program's own."""
+    """Batches on which the program and its rescaled copy are run. device: None is the program's own. carry_state: each
+    batch goes on from what the one before left in the buffers, until a batch is a `NewSequence`."""
 
     program: ExportedProgram
-    batches: tuple[Sequence[Any], ...]
+    batches: tuple[FlatInputs, ...]
     device: torch.device | str | None = None
+    carry_state: bool = False
 
     @classmethod
     def of(
@@ -33,21 +36,28 @@ class Check:
         dataloader: Iterable[Any],
         transform: Callable[[Any], Any] | None,
         device: torch.device | str | None,
+        carry_state: bool = False,
     ) -> Check:
         """On the first two batches. Raises BatchError as `calibrate` does."""
         first = list(islice(dataloader, MOST_CHECKED))
-        return cls(program, tuple(flat for _, _, flat in numbered(first, signature_of(program), transform)), device)
+        flat = tuple(flat for _, _, flat in numbered(first, signature_of(program), transform))
+        return cls(program, flat, device, carry_state)
 
     def difference(self, made: ExportedProgram, exponents: Exponents) -> Refusal | None:
         """The first node whose result is not 2^-k times the original's; None where the programs' results are the same.
 
         Both compute in fp32 without TF32, also where the process allows it.
         """
-        ours, theirs = ProgramRunner(made, self.device), ProgramRunner(self.program, self.device)
+        ours, theirs = (ProgramRunner(p, self.device, carry_state=self.carry_state) for p in (made, self.program))
         with torch.no_grad(), fp32_kernels():
             for index, flat in enumerate(self.batches):
-                held = theirs.to_device(flat)
+                if flat.begins:
+                    ours.reset()
+                    theirs.reset()
+                held, before = theirs.to_device(flat), (ours.state, theirs.state)
                 if not all(map(_same, ours.run(held), theirs.run(held))):
+                    ours.restore(before[0])
+                    theirs.restore(before[1])
                     return _first(ours, theirs, held, exponents, index)
         return None
 

@@ -59,6 +59,7 @@ def rescale(  # noqa: PLR0913 - the public contract
     dataloader: Iterable[Any] | None = None,
     transform: Callable[[Any], Any] | None = None,
     device: torch.device | str | None = None,
+    carry_state: bool = False,
     **settings: Any,
 ) -> Rescaling:
     """Store tensors multiplied by powers of two where that lets more of the network run in the low type.
@@ -76,7 +77,7 @@ def rescale(  # noqa: PLR0913 - the public contract
         dataloader: batches as `calibrate` takes them. Both programs are run on the first two in fp32: where a result
             has other bits, the part to blame is left as it is, and `refused` says so. Without data the range table
             alone shows that all is exact, for what calibration has seen.
-        transform, device: as in `calibrate`.
+        transform, device, carry_state: as in `calibrate`.
         settings: further arguments of `classify`.
 
     Raises:
@@ -92,7 +93,7 @@ def rescale(  # noqa: PLR0913 - the public contract
         return Rescaling(program, ranges, {}, False, why)
     flat = inlined(program)
     table = ranges if flat is program else inlined_ranges(ranges, flat)
-    check = None if dataloader is None else Check.of(flat, dataloader, transform, device)
+    check = None if dataloader is None else Check.of(flat, dataloader, transform, device, carry_state)
     with paused():
         found = _checked(_Search(flat, table, low_type, checked), check)
     if flat is program:

@@ -9,6 +9,7 @@ from calibcast.engines.job.checks import check_job
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.job_file import load_job
 from calibcast.engines.locations import load_model
+from calibcast.passes.plan import PrecisionPlan
 
 USER_FILE = """
 import os
@@ -153,3 +154,23 @@ def test_the_commands_carry_state_when_asked_to(job, tmp_path, capsys):
     assert _run(["build", model, plan, "--ranges", ranges, "-o", engine, "--backend", "eager"]) == 0
     assert _run(["verify", engine, model, "--data", data, "--carry-state"]) == 0
     assert "6 batches" in capsys.readouterr().out
+
+
+def test_a_job_proves_its_plan_over_the_sequence(job, tmp_path):
+    """Errors in what the model keeps are in the proof; so are checks of rescaling, which run the same batches."""
+    text = JOB.replace("rounding_batches = 0", "rounding_batches = 2") + '[plan]\nrescale = "auto"\n'
+    for carry in ("true", "false"):
+        assert _run(["run", str(job(carry=carry, text=text))]) == 0
+        proof = PrecisionPlan.load(tmp_path / "out" / "plan.json").proof
+        assert (proof.batches, proof.carry_state) == (6, carry == "true")
+
+
+def test_the_command_proves_a_plan_over_the_sequence(job, tmp_path, capsys):
+    job()
+    model, data = f"{tmp_path}/functions.py:model", f"{tmp_path}/functions.py:steps"
+    ranges, plan = str(tmp_path / "ranges.parquet"), str(tmp_path / "plan.json")
+    assert _run(["calibrate", model, "--data", data, "-o", ranges, "--carry-state"]) == 0
+    assert _run(["plan", model, ranges, "--data", data, "--carry-state", "--rescale", "-o", plan]) == 0
+    assert "in sequence" in capsys.readouterr().out
+    assert PrecisionPlan.load(plan).proof.carry_state
+    assert _run(["rescale", model, ranges, "--data", data, "--carry-state", "-o", str(tmp_path / "fit.pt2")]) == 0

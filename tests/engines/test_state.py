@@ -6,7 +6,7 @@ import pytest
 import torch
 from calibcast.calib import ArtifactError, CalibcastError, NewSequence
 from calibcast.calib.tensor_files import load_tensors, save_tensors
-from calibcast.engines import Engine, build, verify
+from calibcast.engines import Engine, build, compile, verify
 from calibcast.passes import classify, insert_casts
 from torch import nn
 
@@ -169,3 +169,12 @@ def test_verification_starts_from_equal_state_and_errors_add_up_over_a_sequence(
     split = [*calls[:3], NewSequence(calls[3]), calls[4]]
     found = verify(Off(), program, split, progress=False, carry_state=True)
     assert found.frame["max_abs"][0] == pytest.approx(0.03, rel=1e-3)
+
+
+def test_compile_proves_the_plan_over_the_sequence():
+    x = torch.ones(4)
+    for carry in (True, False):
+        engine = compile(
+            Sum().eval(), (x,), calibration_dataloader=[x] * 4, backend="eager", carry_state=carry, progress=False
+        )
+        assert engine.plan.proof.carry_state is carry
