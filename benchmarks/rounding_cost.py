@@ -54,8 +54,9 @@ def timed(work: Callable[[], Any], device: str) -> float:
 class Subject:
     """A network on a device, and what is done with it."""
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str, device: str, times: int = 1) -> None:
         model, inputs = made(name)
+        inputs = tuple(torch.cat([value] * times) for value in inputs)
         self.program = torch.export.export(model, inputs)
         self.device = device
         self.runner = ProgramRunner(self.program, device)
@@ -105,16 +106,15 @@ def predictions(subject: Subject) -> list[str]:
     return [*cells, f"{frame.height // 2}", f"{gaps}", f"{(frame['method'] == 'run').sum()}"]
 
 
-def peak(name: str, device: str, kind: str) -> float:
+def peak(name: str, device: str, times: int, kind: str) -> float:
     """MB at the peak of a process of its own that does this and nothing else."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--only", kind, "--device", device, name], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, __file__, "--only", kind, "--device", device, "--times", str(times), name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def only(name: str, device: str, kind: str) -> None:
-    subject = Subject(name, device)
+def only(name: str, device: str, times: int, kind: str) -> None:
+    subject = Subject(name, device, times)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     getattr(subject, kind)()
@@ -127,11 +127,11 @@ def resident_peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def row(name: str, device: str, count: int) -> str:
-    subject = Subject(name, device)
+def row(name: str, device: str, times: int, count: int) -> str:
+    subject = Subject(name, device, times)
     nodes = sum(node.op == "call_function" for node in subject.program.graph.nodes)
     forward, evidence, check = rounds(subject, count)
-    memory = [f"{peak(name, device, kind):.0f}" for kind in ("forward", "evidence")]
+    memory = [f"{peak(name, device, times, kind):.0f}" for kind in ("forward", "evidence")]
     cells = [name, f"{nodes}", f"{forward:.1f}", f"{evidence:.2f}", f"{check:.2f}", *memory, *predictions(subject)]
     return f"| {' | '.join(cells)} |"
 
@@ -141,11 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", default=DEFAULT, help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--times", type=int, default=1, help="batches of so many times the usual size")
     parser.add_argument("--only", choices=("forward", "evidence"), help="measure the memory of this in this process")
     parser.add_argument("--output")
     given = parser.parse_args(arguments)
     if given.only:
-        only(given.names[0], given.device, given.only)
+        only(given.names[0], given.device, given.times, given.only)
         return
     lines = [
         "| network | nodes | forward, ms | evidence, forwards per type | check, forwards | MB forward | MB evidence "
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in given.names:
-        lines.append(row(name, given.device, given.rounds))
+        lines.append(row(name, given.device, given.times, given.rounds))
         machine.write(given.output, f"# Rounding evidence: cost\n\n{machine.header()}\n" + "\n".join(lines))
 
 
