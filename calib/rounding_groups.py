@@ -12,6 +12,7 @@ from calibcast.calib.operators import operator_of
 from calibcast.calib.rounding import rounded, rounded_number, rounded_otherwise
 from calibcast.calib.rounding_edges import Edge, Source, literals_of, with_numbers
 from calibcast.calib.rounding_tape import Call, Tape, Value
+from calibcast.calib.twins import compares, selects
 
 # A value joined from more makers than this is rounded as a whole, and its noise is shared out among them.
 _MOST_APART = 4
@@ -73,7 +74,7 @@ class Rounder:
 
         Rounded together they compare as before, because rounding keeps the order. Rounding only one breaks ties.
         """
-        if not compares(call):
+        if not compares(call.node):
             return []
         alike: dict[Source, list[Edge]] = {}
         for edge in edges:
@@ -84,7 +85,7 @@ class Rounder:
     def _origin(self, source: Source) -> Source:
         """The tensor that this one was sorted or picked from, past movers; `source` itself otherwise."""
         maker = self._tape.made[source].maker
-        if maker is None or not selects(maker):
+        if maker is None or not selects(maker.node):
             return source
         read = frozenset().union(*(value.sources for value in maker.inputs))
         return self._origin(next(iter(read))) if len(read) == 1 else source
@@ -175,16 +176,6 @@ class Rounder:
             return (result.tensor + added(low).reshape(-1, *[1] * behind),)
 
         return Group((edge,), results, added=added, along=along)
-
-
-def compares(call: Call) -> bool:
-    """Whether a call asks which of two is larger."""
-    return call.node is not None and operator_of(base_op(call.node.target)).compares
-
-
-def selects(call: Call) -> bool:
-    """Whether a call gives elements of its input that are picked by their order."""
-    return call.node is not None and operator_of(base_op(call.node.target)).selects
 
 
 def _is_same(value: Value, made: torch.Tensor) -> bool:

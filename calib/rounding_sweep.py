@@ -21,11 +21,12 @@ from calibcast.calib.output_noise import channel_dimension, channel_power
 from calibcast.calib.rounding_alone import changes, run_alone
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_gradients import Gradients, Grads
-from calibcast.calib.rounding_groups import Group, Results, Rounder, compares, selects
+from calibcast.calib.rounding_groups import Group, Results, Rounder
 from calibcast.calib.rounding_ledger import Error, Ledger, Note, energy, parts_of
 from calibcast.calib.rounding_poles import PoleWatch
 from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
 from calibcast.calib.rounding_tape import Call, Tape, Value
+from calibcast.calib.twins import compares, selects
 
 _log = logging.getLogger("calibcast")
 LOW_TYPES = (torch.float16, torch.bfloat16)
@@ -151,7 +152,7 @@ class Sweep:
     def _look_at(self, found: Found, call: Call, group: Group, low: torch.dtype, results: Results) -> bool:
         """Take the errors of a call's results through the gradient. True where that is not enough."""
         needs_run = False
-        twin = partial(self._rounder.remade, edges=group.edges, low=low) if selects(call) else None
+        twin = partial(self._rounder.remade, edges=group.edges, low=low) if selects(call.node) else None
         for position, (value, made) in enumerate(zip(call.outputs, results, strict=True)):
             if value is None or not self._gradients.is_used(value):
                 continue
@@ -253,7 +254,7 @@ class Sweep:
             steps = self._gradients.is_step(reader)
             if not steps and not reader.mover:
                 continue
-            other = {v: twin(v) for v in reader.inputs} if twin is not None and compares(reader) else {}
+            other = {v: twin(v) for v in reader.inputs} if twin is not None and compares(reader.node) else {}
             for output, stepped in changes(reader, reader.perform({**other, value: made})).items():
                 if steps and not output.differentiable and self._gradients.is_used(output):
                     found.steps += int((stepped != output.tensor).sum())

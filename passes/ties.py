@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from operator import getitem
 
 from calibcast.calib.aliasing import Roots, picks_fresh, shared_arguments, written_arguments
-from calibcast.calib.graph import base_op
+from calibcast.calib.graph import base_op, tensor_values
 from calibcast.calib.operators import operator_of
 from calibcast.calib.operators.operator import STEP
 from calibcast.calib.sentinels import compared_chains
+from calibcast.calib.twins import commutes_with_rounding, compares, selects
 from calibcast.passes.regions import Candidate
 from calibcast.passes.verdict import LOW, Verdict
 from torch import fx
@@ -52,34 +53,42 @@ def ties_of(graph_module: fx.GraphModule) -> list[Tie]:
 
 
 def _twins(graph_module: fx.GraphModule) -> list[Tie]:
-    """Differences and comparisons of a tensor with itself, where a side is moved or loses its fraction.
+    """Differences and comparisons of a tensor with itself, where a side is moved, picked or loses its fraction.
 
-    If only one side is rounded to the low type, `p[None] > p[:, None]` says that an element is above itself, and
-    `x - floor(x)` leaves [0, 1).
+    If only one side is rounded to the low type, `p[None] > p[:, None]` says that an element is above itself,
+    `m >= topk(m)` loses the smallest of the k, and `x - floor(x)` leaves [0, 1).
     """
     why = "it leads to a difference or comparison of a tensor with itself, together with"
     found = []
     for node in graph_module.graph.nodes:
-        entry = operator_of(base_op(node.target)) if node.op == "call_function" else None
-        sides = [n for n in node.args[:2] if isinstance(n, fx.Node)] if entry is not None else []
-        if entry is None or len(sides) < 2 or not (entry.subtracts or entry.compares):
-            continue
-        (first, one), (second, other) = map(_followed, sides)
-        if first is second and one ^ other:
-            found.append(Tie(frozenset({node} | (one ^ other)), None, "storage", why))
+        subtracts = node.op == "call_function" and operator_of(base_op(node.target)).subtracts
+        sides = [n for n in node.args[:2] if isinstance(n, fx.Node)] if subtracts or compares(node) else []
+        if len(sides) == 2:
+            (first, one), (second, other) = (_followed(side, picked=not subtracts) for side in sides)
+            if first is second and one ^ other:
+                found.append(Tie(frozenset({node} | (one ^ other)), None, "storage", why))
     return found
 
 
-def _followed(node: fx.Node) -> tuple[fx.Node, set[fx.Node]]:
-    """The tensor before it was moved or stepped (as by `floor`), and the nodes that did that."""
+def _followed(node: fx.Node, picked: bool) -> tuple[fx.Node, set[fx.Node]]:
+    """The tensor before it was moved, picked from or stepped (as by `floor`), and the nodes that did that.
+
+    picked: also past nodes that pick elements by their order. Their errors are measured apart where a difference reads
+    them, so only a comparison needs them together.
+    """
     passed: set[fx.Node] = set()
-    while node.op == "call_function" and node.all_input_nodes:
-        entry = operator_of(base_op(node.target))
-        if not (entry.moves or entry.error == STEP) or len(node.all_input_nodes) > 1 or written_arguments(node):
+    while node.op == "call_function" and not written_arguments(node):
+        passes = commutes_with_rounding(node) and (picked or not selects(node))
+        read = [n for n in node.all_input_nodes if _has_floats(n)]
+        if len(read) != 1 or not (passes or operator_of(base_op(node.target)).error == STEP):
             break
         passed.add(node)
-        node = node.all_input_nodes[0]
+        node = read[0]
     return node, passed
+
+
+def _has_floats(node: fx.Node) -> bool:
+    return any(value.dtype.is_floating_point for _, value in tensor_values(node))
 
 
 def _compared_together(graph_module: fx.GraphModule) -> list[Tie]:

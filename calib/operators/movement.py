@@ -61,6 +61,6 @@ MOVEMENT: tuple[Operator, ...] = (
     operator("le less_equal", error=ORDER, compares=True, literals=("other",), takes_offset=True),
     operator("gt greater", error=ORDER, compares=True, literals=("other",), takes_offset=True),
     operator("ge greater_equal", error=ORDER, compares=True, literals=("other",), takes_offset=True),
-    operator("eq", error=ORDER, literals=("other",), takes_offset=True),
-    operator("ne not_equal", error=ORDER, literals=("other",), takes_offset=True),
+    operator("eq", error=ORDER, equates=True, literals=("other",), takes_offset=True),
+    operator("ne not_equal", error=ORDER, equates=True, literals=("other",), takes_offset=True),
 )

@@ -81,6 +81,7 @@ class Operator:
         mask_at: the argument in which it reads a mask.
         masks: what else it does to a mask.
         selects: it gives elements chosen by their order. compares: it compares elements by their order.
+        equates: it asks whether elements are equal.
 
     Types:
         converts: it converts its input to a type that it states.
@@ -137,6 +138,7 @@ class Operator:
     masks: str = ""
     selects: bool = False
     compares: bool = False
+    equates: bool = False
     converts: bool = False
     asserts: bool = False
     bitcasts: tuple[str, ...] = ()

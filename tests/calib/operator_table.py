@@ -24,6 +24,8 @@ epsilon=eps, variance_at=4, takes_offset
     _native_batch_norm_legit_no_training
 epsilon=eps, variance_at=4, takes_offset, training=5/None/3
     batch_norm
+equates, literals=other, error=order, takes_offset
+    eq ne=not_equal
 error=exponent
     cosh exp exp2=special_exp2 expm1=special_expm1 sinh
 error=exponent, poles=0@1.5708/None 0@-1.5708/None, takes_offset
@@ -106,8 +108,6 @@ literals=min_val max_val, checks_numbers, error=same
     hardtanh
 literals=nan posinf neginf, error=same
     nan_to_num
-literals=other, error=order, takes_offset
-    eq ne=not_equal
 literals=other, steps, error=step, poles=1@0/None
     floor_divide
 literals=other, steps, error=step, poles=1@0/None, takes_offset

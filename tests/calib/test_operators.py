@@ -187,6 +187,14 @@ def test_comparison_is_of_order(name: str) -> None:
     assert run(name, X, Y).dtype == torch.bool
 
 
+@pytest.mark.parametrize("name", saying("equates"))
+def test_equality_is_of_elements(name: str) -> None:
+    """It tells which elements are equal, also after a change that keeps order."""
+    same = torch.where(torch.arange(X.numel()).reshape(X.shape) % 2 == 0, X, Y)
+    assert torch.equal(run(name, X, same), run(name, X.exp(), same.exp()))
+    assert {bool(n) for n in run(name, X, same).flatten()} == {True, False}
+
+
 FILLED = {
     "full": ((2, 3), 4.0),
     "fill": (X, 4.0),

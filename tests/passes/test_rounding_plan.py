@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from calibcast import CalibcastError, PrecisionPlan, calibrate, classify, insert_casts, what_if
+from calibcast.passes.proving import Proving
 
 from tests.passes.measured import exported, with_noise
 
@@ -130,3 +132,54 @@ def test_what_moves_data_between_nodes_that_other_rules_keep_is_not_rounded() ->
     assert plan.low_precision_nodes == ()
     assert plan["t"].reason == "it follows `matmul`"
     torch.testing.assert_close(insert_casts(program, plan).module()(points), Gram()(points), rtol=0, atol=0)
+
+
+class Best(torch.nn.Module):
+    """Scores, then a comparison of them with some of their own."""
+
+    def __init__(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.score, self.chosen = torch.nn.Linear(16, 64, bias=False), chosen
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.score(x)
+        return torch.where(self.chosen(scores), scores, -1e30).softmax(-1) @ self.score.weight
+
+
+def _peaks(scores: torch.Tensor) -> torch.Tensor:
+    image = scores.view(-1, 1, 8, 8)
+    return (image >= torch.nn.functional.max_pool2d(image, 3, 1, 1)).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "picks"),
+    [
+        (lambda s: ~(s < s.topk(4).values[:, -1:]), "topk"),
+        (lambda s: s == s.amax(-1, keepdim=True), "amax"),
+        (_peaks, "max_pool2d"),
+    ],
+    ids=["topk", "amax", "max_pool"],
+)
+def test_what_is_compared_with_its_own_is_rounded_with_it(
+    chosen: Callable[[torch.Tensor], torch.Tensor], picks: str
+) -> None:
+    """The scores and the comparison are excluded: what picks among the scores must not round them alone."""
+    torch.manual_seed(1)  # no two scores become equal, so that nothing else keeps them high
+    batches = [torch.randn(32, 16) for _ in range(2)]
+    program = torch.export.export(Best(chosen), (batches[0],))
+    ranges = calibrate(program, batches, progress=False)
+    plan = classify(program, ranges, nodes_to_exclude={"^linear$", "^(lt|eq|ge)$"})
+    assert picks in plan.high_precision_nodes
+    assert plan.rounding is not None
+    assert Proving(program, batches).run(plan).sqnr_db > plan.rounding.predicted_sqnr_db - 6
+    free = classify(program, ranges)
+    assert free.rounding is not None
+    assert Proving(program, batches).run(free).sqnr_db > 40
+
+
+def test_a_comparison_with_its_own_largest_needs_no_fp32() -> None:
+    """Rounded together, an element and the largest stay equal."""
+    torch.manual_seed(0)
+    batches = [torch.randn(32, 16)]
+    program = torch.export.export(Best(lambda s: s == s.amax(-1, keepdim=True)), (batches[0],))
+    assert classify(program, calibrate(program, batches, progress=False)).high_precision_nodes == ()
