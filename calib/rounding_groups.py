@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ class Group:
 
     results: what the call then gives, as `Call.perform` gives it; None where rounding changes nothing. otherwise: the
     same with each element rounded the other way; gives None where that is not needed. added: for a bias, its error
-    [channels], which is added to the only result along dimension `along`.
+    [channels], which is added to the only result along dimension `along`. apart: the same call with each edge rounded
+    alone; for edges that are rounded together only because that takes less time.
     """
 
     edges: tuple[Edge, ...]
@@ -34,6 +35,7 @@ class Group:
     otherwise: Callable[[torch.dtype], Results | None] = lambda low: None
     added: Callable[[torch.dtype], torch.Tensor] | None = None
     along: int = -1
+    apart: tuple[Group, ...] = ()
 
 
 class Rounder:
@@ -66,8 +68,11 @@ class Rounder:
                 joined.append(edge)
             else:
                 found.append(self._together(call, (edge,)))
-        found += [self._together(call, tuple(part)) for part in (weights, joined) if part]
-        return found
+        return [*found, *(self._at_once(call, part) for part in (weights, joined) if part)]
+
+    def _at_once(self, call: Call, edges: Sequence[Edge]) -> Group:
+        apart = tuple(self._together(call, (edge,)) for edge in edges) if len(edges) > 1 else ()
+        return replace(self._together(call, tuple(edges)), apart=apart)
 
     def _twins(self, call: Call, edges: Sequence[Edge]) -> list[tuple[Edge, ...]]:
         """Operands of a comparison that come from one tensor, such as `m` and the k-th largest of `m`.

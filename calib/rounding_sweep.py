@@ -63,6 +63,7 @@ class Sweep:
         self._ledger = Ledger()
         self._slopes: dict[tuple[Value, int], torch.Tensor] = {}
         self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
+        self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups that made NaN or Inf
         self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS)
 
     def run(self) -> Measured:
@@ -88,6 +89,7 @@ class Sweep:
             self._run_waiting([entry for entry in self._waiting if entry[2] == low])
         self._run_at_risk()
         self._ledger.settle()
+        self._run_apart()
         return self._found
 
     def _note_signals(self) -> None:
@@ -134,7 +136,7 @@ class Sweep:
         found = Found([0.0] * self._columns)
         if group.added is not None and (value := self._smooth(call)) is not None:
             self._take_added(found, group.added(low), group.along, value)
-            self._share_out(group, low, found)
+            self._share_out(call, group, low, found)
             return
         try:
             results = group.results(low)
@@ -147,7 +149,7 @@ class Sweep:
             if needs_run:
                 self._waiting.append((call, group, low, found))
             self._poles.look(call, group, low, results, found)
-        self._share_out(group, low, found)
+        self._share_out(call, group, low, found)
 
     def _look_at(self, found: Found, call: Call, group: Group, low: torch.dtype, results: Results) -> bool:
         """Take the errors of a call's results through the gradient. True where that is not enough."""
@@ -217,13 +219,13 @@ class Sweep:
                 self._slopes[value, column] = torch.linalg.vector_norm(grad, dim=others) ** 2 if others else grad**2
         columns = list(grads)
         sums = [power.sum(), *(torch.dot(self._slopes[value, column], power) for column in columns)]
+        sums.append((~power.isfinite()).sum(dtype=power.dtype))
         each, signal = value.tensor.numel() / max(len(error), 1), self._signals[value]
 
         def note(numbers: Sequence[float]) -> None:
-            whole, *parts = numbers
+            whole, *parts, lost = numbers  # lost: how many channels
             found.local += whole * each / signal if signal else math.inf if whole else 0.0
-            lost = not math.isfinite(whole)
-            found.nonfinite += lost * int(each)
+            found.nonfinite += int(lost * each)
             for column, part in zip(columns, parts, strict=True):
                 found.noise[column] += math.inf if lost or math.isnan(part) else part
 
@@ -285,7 +287,7 @@ class Sweep:
                 continue
             paid -= elements
             self._note_run(found, noise)
-            self._share_out(group, low, found)
+            self._share_out(call, group, low, found)
 
     def _run_at_risk(self) -> None:
         """Run the program with each value at its pole. Where it gives NaN or Inf, the noise of the edge is inf."""
@@ -297,7 +299,28 @@ class Sweep:
                 continue
             if any(math.isinf(part) for part in noise):
                 found.noise, found.ran = [math.inf] * self._columns, True
-                self._share_out(group, low, found)
+                self._share_out(call, group, low, found)
+
+    def _run_apart(self) -> None:
+        """Where edges that were rounded together made NaN or Inf, run the program with each alone: which of them does
+        it, and what the others cost.
+        """
+        for (group, low), call in self._lost.items():
+            for part in group.apart:
+                self._found |= {(edge, low): self._alone(call, part, low) for edge in part.edges}
+
+    def _alone(self, call: Call, group: Group, low: torch.dtype) -> Found | str:
+        found = Found([0.0] * self._columns)
+        try:
+            if (results := group.results(low)) is not None:
+                for value, made in changes(call, results).items():
+                    self._take_finite(found, made, value, {})
+                self._note_run(found, run_alone(self._tape, call, results)[0])
+        except Exception as error:
+            return f"the program cannot be run with it rounded: {first_line(error)}"
+        if found.nonfinite:
+            found.noise = [math.inf] * self._columns
+        return found
 
     def _note_run(self, found: Found, noise: Sequence[float]) -> None:
         by_output = [
@@ -309,10 +332,12 @@ class Sweep:
             found.noise = [sum(part if output.differentiable else part**2 for part, output in by_output)]
         found.ran = True
 
-    def _share_out(self, group: Group, low: torch.dtype, found: Found) -> None:
+    def _share_out(self, call: Call, group: Group, low: torch.dtype, found: Found) -> None:
         """Give each edge its part when the sums are known: by the energy of each maker's rounding errors."""
 
         def note(numbers: Sequence[float]) -> None:
+            lost = found.nonfinite or any(map(math.isinf, found.noise))
+            self._lost.update({(group, low): call} if lost and group.apart else {})
             for edge, part in zip(group.edges, parts_of(numbers), strict=True):
                 noise = [whole if math.isinf(whole) else part * whole for whole in found.noise]
                 self._found[edge, low] = Found(noise, found.nonfinite, found.steps, found.local, found.ran)

@@ -378,6 +378,56 @@ def test_a_tensor_and_its_own_largest_are_rounded_alike() -> None:
     assert table.rounding.filter(pl.col("node") == "topk")["method"].to_list() == ["gradient"] * 2
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (1, 3, 8, 8)])
+def test_every_element_that_an_overflowing_bias_is_added_to_counts(shape: tuple[int, ...]) -> None:
+    """Two of five channels have a bias that float16 does not hold: all their elements become Inf."""
+    net = nn.Conv2d(3, 5, 3).eval()
+    with torch.no_grad():
+        net.bias.copy_(torch.tensor([0.1, 1e6, 0.2, -1e6, 0.3]))  # type: ignore[union-attr]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    table = measured(export(net, (x,)), x)
+    row = noise(table, "conv2d", "p_bias")
+    assert (row["nonfinite"], row["noise"]) == (2 * shape[0] * 6 * 6, math.inf)
+    assert noise(table, "conv2d", "p_bias", "bfloat16")["nonfinite"] == 0
+
+
+def test_a_weight_that_overflows_does_not_blame_the_other_weights() -> None:
+    """The scale of one channel is beyond float16. The shift beside it is rounded harmlessly, as it is in bfloat16."""
+    net = nn.LayerNorm(8).eval()
+    with torch.no_grad():
+        net.weight[3] = 1e5
+        net.bias.copy_(torch.linspace(0.1, 0.9, 8))
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    table = measured(export(net, (x,)), x)
+    scale, shift = noise(table, "layer_norm", "p_weight"), noise(table, "layer_norm", "p_bias")
+    assert (scale["nonfinite"], scale["noise"]) == (64, math.inf)
+    assert (shift["nonfinite"], shift["steps"], shift["method"]) == (0, 0, "run")
+    alone = RoundedRunner(export(_with(net, "bias"), (x,)), [], torch.float16).run([x])[0]
+    assert shift["noise"] == pytest.approx(float(channel_noise(alone, net(x)).mean()), rel=1e-3)
+
+
+def _with(net: nn.LayerNorm, name: str) -> nn.LayerNorm:
+    """A copy with one parameter rounded to float16."""
+    made = nn.LayerNorm(net.normalized_shape).eval()
+    made.load_state_dict(net.state_dict() | {name: getattr(net, name).detach().half().float()})
+    return made
+
+
+def test_a_part_that_overflows_does_not_blame_what_it_is_joined_with() -> None:
+    """Six parts are joined, too many to round each apart; one is beyond float16."""
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+
+    def joined(x: torch.Tensor) -> torch.Tensor:
+        parts = [x.sin() * factor for factor in (1.0, 2.0, 3e5, 4.0, 5.0, 6.0)]
+        return torch.cat(parts, -1) * 0.5
+
+    table = measured(exported(joined, x), x)
+    rows = table.rounding.filter(pl.col("node") == "mul_6", pl.col("low_precision_type") == "float16")
+    beyond = int(((x.sin() * 3e5).abs() >= 65520).sum())
+    assert rows["nonfinite"].to_list() == [0, 0, beyond, 0, 0, 0]
+    assert rows["noise"].is_finite().to_list() == [True, True, False, True, True, True]
+
+
 def test_a_step_from_zero_leaves_the_local_error_a_number() -> None:
     """The exact floor is 0 everywhere and the rounded one is 1: the local SQNR was 0 times inf, which is NaN."""
 
