@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ def forked(work: Callable[[], int], seconds: float) -> int | None:
     return None
 
 
-def covered(files: Iterable[Path], total: Cover, limit: float) -> Cover:
-    """Of these test files, added to `total`: the seconds of the tests, and the tests of each line."""
+def covered(files: Iterable[Path], total: Cover, limit: float) -> Iterator[Cover]:
+    """`total` after each of these test files, with the seconds of its tests, and the tests of each line."""
     part = Path(tempfile.mkdtemp()) / "part.json"
     for file in files:
         part.unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def covered(files: Iterable[Path], total: Cover, limit: float) -> Cover:
             kept = total["lines"].setdefault(path, {})
             for line, contexts in lines.items():
                 kept.setdefault(line, []).extend(contexts)
-    return total
+        yield total
 
 
 def covered_by(file: Path, part: Path) -> int:
@@ -184,7 +184,8 @@ def main() -> None:
     if options.what == "cover":
         before: Cover = json.loads(cover.read_text()) if options.files else {"seconds": {}, "lines": {}}
         files = [file.resolve() for file in options.files or test_files()]
-        cover.write_text(json.dumps(covered(files, before, limit=300.0)))
+        for so_far in covered(files, before, limit=300.0):
+            cover.write_text(json.dumps(so_far))
         return
     found = tried(json.loads(cover.read_text()), cover.with_suffix(".outcomes.json"), options)
     body = report(
