@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,36 +40,55 @@ import torchvision  # noqa: F401
 from benchmarks.machine import header, write
 from benchmarks.mutations.contexts import Contexts
 from benchmarks.mutations.sample import FOLDERS, Mutant, drawn, in_function
+from benchmarks.mutations.unseen import unseen
 
 ROOT = Path.cwd()
 PYTEST = ("-n", "0", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly")
 # Minutes long; they hold networks and laws, not one file.
 LONG = {"test_architectures.py", "test_program_zoo.py", "test_fuzz.py", "test_random_programs.py"}
+KILLED = ("killed", "hung")
 Cover = dict[str, Any]
 
 
-def forked(work: Callable[[], int], seconds: float) -> int | None:
-    """The exit code of `work` in a process of its own without output; None if it was still running after `seconds`."""
+@dataclass(frozen=True)
+class Limits:
+    """Of one process. cpu: seconds of the processor, which do not depend on what else the machine does. wall: seconds
+    of the clock. memory: bytes."""
+
+    cpu: float
+    wall: float
+    memory: int = 6 << 30
+
+
+def forked(work: Callable[[], int], limits: Limits) -> int | str:
+    """The exit code of `work` in a process of its own without output.
+
+    "hung" where it used up its processor time, "late" where the clock ran out before that.
+    """
     child = os.fork()
     if child == 0:
         os.setsid()
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1), os.dup2(quiet, 2)
         sys.dont_write_bytecode = True
+        used = int(time.process_time() + limits.cpu) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (used, used + 10))
+        resource.setrlimit(resource.RLIMIT_DATA, (limits.memory, limits.memory))
         code = 99
         try:
             code = work()
         finally:
             os._exit(code)
-    until = time.monotonic() + seconds
+    until = time.monotonic() + limits.wall
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            return "hung" if code == -signal.SIGXCPU else code
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return None
+    return "late"
 
 
 def covered(files: Iterable[Path], total: Cover, limit: float) -> Iterator[Cover]:
@@ -76,7 +97,7 @@ def covered(files: Iterable[Path], total: Cover, limit: float) -> Iterator[Cover
     for file in files:
         part.unlink(missing_ok=True)
         began = time.monotonic()
-        code = forked(partial(covered_by, file, part), limit)
+        code = forked(partial(covered_by, file, part), Limits(limit, 4 * limit))
         print(f"{file.name}: exit {code}, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         if not part.exists():
             continue
@@ -106,7 +127,11 @@ def covered_by(file: Path, part: Path) -> int:
 
 
 def tests_of(mutant: Mutant, cover: Cover, seconds: float) -> list[str]:
-    """The tests that run the mutant's line, as many as take `seconds`, and at least one."""
+    """The tests that run the mutant's line, as many as take `seconds`, and at least one.
+
+    First those of the file of the same name, then those that run much of the mutant's file and little else. One test of
+    each function comes before the second parameters of any, as these mostly see what the first saw.
+    """
     lines = cover["lines"].get(mutant.path, {})
     at_line = lines.get(str(mutant.line)) if in_function(ROOT / mutant.path, mutant.line) else None
     contexts = at_line or [name for names in lines.values() for name in names]
@@ -115,21 +140,43 @@ def tests_of(mutant: Mutant, cover: Cover, seconds: float) -> list[str]:
     if not at_line:  # run when it is imported, such as a table
         files |= {file for test in cover["seconds"] if _words(file := test.split("::")[0]) & _words(mutant.path)}
     chosen |= {test for test in cover["seconds"] if test.split("::")[0] in files}
+    here, everywhere = lines_by_test(lines), cover["tests"]
+    known = [test for test in chosen if test in cover["seconds"]]  # the others fail without a mutant
     ranks: dict[str, int] = defaultdict(int)
-    order = []
-    for test in sorted(chosen, key=lambda test: cover["seconds"].get(test, 1e9)):
-        file = test.split("::")[0]
-        alike = not at_line and bool(_words(file) & _words(mutant.path))
-        first = alike or Path(file).stem == f"test_{Path(mutant.path).stem}"
-        order.append((0 if first else 1 + ranks[file], len(order), test))
-        ranks[file] += 1
-    taken: list[str] = []
-    for _, _, test in sorted(order):
-        seconds -= cover["seconds"].get(test, 1e9)
-        if seconds < 0 and taken:
-            break
-        taken.append(test)
+    ranked = []
+    for test in sorted(known, key=lambda test: (everywhere.get(test, 0) / (1 + here.get(test, 0)), test)):
+        function = test.split("[")[0]
+        ranked.append((ranks[function], len(ranked), test))
+        ranks[function] += 1
+    ordered = [test for _, _, test in sorted(ranked)]
+    near = [test for test in ordered if _is_near(test.split("::")[0], mutant.path, bool(at_line))]
+    taken = _fitting(near, cover["seconds"], seconds / 2)
+    taken += _fitting([test for test in ordered if test not in near], cover["seconds"], seconds / 2)
+    return taken or near[:1] or ordered[:1]
+
+
+def _fitting(tests: list[str], each: dict[str, float], seconds: float) -> list[str]:
+    """Those that take `seconds`; a test that does not fit is left out, not those behind it."""
+    taken = []
+    for test in tests:
+        if each[test] <= seconds:
+            seconds -= each[test]
+            taken.append(test)
     return taken
+
+
+def _is_near(file: str, path: str, in_function: bool) -> bool:
+    """Whether a file of tests has the name of the mutant's file, or a word of it for what runs at import."""
+    return Path(file).stem == f"test_{Path(path).stem}" or (not in_function and bool(_words(file) & _words(path)))
+
+
+def lines_by_test(lines: dict[str, list[str]]) -> dict[str, int]:
+    """How many of these lines each test runs."""
+    found: dict[str, int] = defaultdict(int)
+    for names in lines.values():
+        for name in names:
+            found[name.removesuffix("|call")] += 1
+    return found
 
 
 def _words(path: str) -> set[str]:
@@ -139,8 +186,8 @@ def _words(path: str) -> set[str]:
     return {word.rstrip("s") for part in named for word in part.split("_")} - {"test", "", "__init__"}
 
 
-def outcome(mutant: Mutant, tests: list[str], limit: float) -> str:
-    """ "killed", "survived", or "no test" where none runs its line."""
+def outcome(mutant: Mutant, tests: list[str], seconds: float) -> str:
+    """ "killed", "hung" (which counts as killed), "survived", "late" (which does not), or "no test" runs its line."""
     if not tests:
         return "no test"
     path = ROOT / mutant.path
@@ -149,7 +196,8 @@ def outcome(mutant: Mutant, tests: list[str], limit: float) -> str:
         stale.unlink()
     try:
         path.write_text(mutant.code(source), encoding="utf-8")
-        return "survived" if forked(lambda: int(pytest.main([*PYTEST, *tests])), limit) == 0 else "killed"
+        found = forked(lambda: int(pytest.main([*PYTEST, *tests])), Limits(60 + 4 * seconds, 600 + 20 * seconds))
+        return found if isinstance(found, str) else "survived" if found == 0 else "killed"
     finally:
         path.write_text(source, encoding="utf-8")
 
@@ -161,11 +209,29 @@ def test_files() -> list[Path]:
 
 
 def report(found: list[tuple[Mutant, str, int]], names: str) -> str:
-    killed = sum(outcome == "killed" for _, outcome, _ in found)
-    lines = [f"**{killed} of {len(found)} mutants are killed: {killed / max(1, len(found)):.1%}.**", ""]
+    killed = sum(outcome in KILLED for _, outcome, _ in found)
+    rules = Counter(rule for mutant, _, _ in found if (rule := unseen_by_rule(mutant)))
+    visible = len(found) - rules.total()
+    lines = [
+        f"**{killed} of {visible} mutants are killed: {killed / max(1, visible):.1%}.** "
+        f"{sum(outcome == 'hung' for _, outcome, _ in found)} of them hang. "
+        f"With the {rules.total()} that rules leave out, as if none of these were seen: {killed} of {len(found)}, "
+        f"{killed / max(1, len(found)):.1%}.",
+        "",
+        "| left out by rule | mutants |",
+        "|---|---|",
+        *(f"| {rule} | {count} |" for rule, count in rules.most_common()),
+        "",
+    ]
     lines += [names, "", "| mutant | outcome | tests tried |", "|---|---|---|"]
-    lines += [f"| `{mutant}` | {said} | {tried} |" for mutant, said, tried in found if said != "killed"]
+    lines += [
+        f"| `{mutant}` | {said} | {tried} |" for mutant, said, tried in found if said in {"survived", "late", "no test"}
+    ]
     return "\n".join(lines) + "\n"
+
+
+def unseen_by_rule(mutant: Mutant) -> str | None:
+    return unseen(ROOT / mutant.path, mutant.line, mutant.column, mutant.operator)
 
 
 def main() -> None:
@@ -187,7 +253,11 @@ def main() -> None:
         for so_far in covered(files, before, limit=300.0):
             cover.write_text(json.dumps(so_far))
         return
-    found = tried(json.loads(cover.read_text()), cover.with_suffix(".outcomes.json"), options)
+    known: Cover = json.loads(cover.read_text())
+    known["tests"] = lines_by_test(
+        {f"{path}:{n}": names for path, one in known["lines"].items() for n, names in one.items()}
+    )
+    found = tried(known, cover.with_suffix(".outcomes.json"), options)
     body = report(
         found, f"The first {len(found)} of {options.count} places drawn with seed {options.seed}. Not killed:"
     )
@@ -200,12 +270,15 @@ def tried(cover: Cover, kept: Path, options: argparse.Namespace) -> list[tuple[M
     found: list[tuple[Mutant, str, int]] = []
     until = time.monotonic() + 60 * options.minutes
     for mutant in drawn(ROOT, options.count, options.seed):
+        if unseen_by_rule(mutant):
+            found.append((mutant, "unseen", 0))
+            continue
         tests = tests_of(mutant, cover, options.seconds)
         late = time.monotonic() > until
         if late and repr(mutant) not in known:
             break
-        if known.get(repr(mutant)) != "killed" and not late:
-            known[repr(mutant)] = outcome(mutant, tests, limit=8 * options.seconds)
+        if known.get(repr(mutant)) not in KILLED and not late:
+            known[repr(mutant)] = outcome(mutant, tests, options.seconds)
             kept.write_text(json.dumps(known))
             print(f"{known[repr(mutant)]:9} {len(tests):3} {mutant}", file=sys.stderr, flush=True)
         found.append((mutant, known[repr(mutant)], len(tests)))
