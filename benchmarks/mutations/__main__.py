@@ -46,6 +46,8 @@ ROOT = Path.cwd()
 PYTEST = ("-n", "0", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly")
 # Minutes long; they hold networks and laws, not one file.
 LONG = {"test_architectures.py", "test_program_zoo.py", "test_fuzz.py", "test_random_programs.py"}
+# They look at every module, so they come first for what runs when one is imported.
+EVERYWHERE = ("test_dataclasses.py",)
 KILLED = ("killed", "hung")
 Cover = dict[str, Any]
 
@@ -150,6 +152,8 @@ def tests_of(mutant: Mutant, cover: Cover, seconds: float) -> list[str]:
         ranks[function] += 1
     ordered = [test for _, _, test in sorted(ranked)]
     near = [test for test in ordered if _is_near(test.split("::")[0], mutant.path, bool(at_line))]
+    if not at_line:
+        near = [test for test in cover["seconds"] if test.split("::")[0].endswith(EVERYWHERE)] + near
     taken = _fitting(near, cover["seconds"], seconds / 2)
     taken += _fitting([test for test in ordered if test not in near], cover["seconds"], seconds / 2)
     return taken or near[:1] or ordered[:1]

@@ -1,0 +1,42 @@
+"""What data classes promise: to stay as they are, to be compared by fields or not, to have slots where many are made.
+
+Each was changed once without any test noticing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+import calibcast.calib
+import calibcast.passes
+
+# Filled while something runs.
+CHANGING = {"Call", "Found", "Layout", "Made", "RoundingStatistics", "Run", "System", "Tally", "_Seen", "_Tuning"}
+# Two of these with the same contents are not the same thing, or are compared by rules of their own.
+NOT_BY_FIELDS = {"Call", "Comparison", "Made", "RangeData", "RangeDiff", "RoundingRecord", "RoundingStatistics"}
+SLOTTED = {
+    "Call", "CallSite", "Candidate", "Cast", "CastSites", "MeasuredEdge", "NodeOutline", "Number", "Operand",
+    "Operator", "Pole", "Step", "Tally", "Tensor", "Term", "Training",
+}  # fmt: skip
+NEED_GPU = ("triton_",)
+
+
+def classes() -> Iterator[type]:
+    for package in (calibcast.calib, calibcast.passes):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if module.name.rsplit(".", 1)[1].startswith(NEED_GPU):
+                continue
+            for found in vars(importlib.import_module(module.name)).values():
+                if isinstance(found, type) and found.__module__ == module.name and dataclasses.is_dataclass(found):
+                    yield found
+
+
+def test_data_classes_keep_their_promises() -> None:
+    every = list(classes())
+    assert len(every) > 100
+    assert {c.__name__ for c in every if not c.__dataclass_params__.frozen} == CHANGING
+    assert {c.__name__ for c in every if not c.__dataclass_params__.eq} == NOT_BY_FIELDS
+    assert {c.__name__ for c in every if "__slots__" in vars(c)} == SLOTTED
