@@ -174,7 +174,9 @@ def _rounding(header: Mapping[str, Any] | None, arrays: Mapping[str, Any]) -> Ro
         return RoundingRecord()
     edges = tuple(Edge(str(node), str(name), int(output)) for node, name, output in header["edges"])
     found = RoundingStatistics.empty(len(edges), 1)
-    own = {name: torch.from_numpy(arrays[f"{_ROUNDING}.{name}"].copy()) for name in found.arrays()}
+    # Earlier versions did not write how much is estimated; a calibration that stopped half-way has no estimates.
+    names = [name for name in found.arrays() if name != "estimated" or f"{_ROUNDING}.{name}" in arrays]
+    own = {name: torch.from_numpy(arrays[f"{_ROUNDING}.{name}"].copy()) for name in names}
     missing = {int(row): str(reason) for row, reason in header["missing"].items()}
     statistics = replace(found, missing=missing, **own)
     return RoundingRecord(edges, bool(header["apart"]), statistics, int(header["seen"]))

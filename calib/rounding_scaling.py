@@ -8,7 +8,6 @@ carried over unchanged. Elsewhere it is estimated from what was measured, and ma
 - Where it overflowed or vanished: from bfloat16, which has the range of fp32 and so was measured at any scale. It
   rounds 2^3 times as coarsely, so float16's noise is a 64th of its noise wherever float16 holds the values in full.
   Where rounding changed steps, or the program had to be run, noise is proportional to the number of changes: an 8th.
-- The weights of a call were rounded together. Where one of them overflowed, all noise is estimated from bfloat16.
 - At a pole, such as a division's, small values count most: there the ratio is that of the smallest value.
 
 To measure it, use `tune` or calibrate the rescaled program. What cannot be estimated is a gap; there the rules that
@@ -34,7 +33,6 @@ _FINE, _COARSE = "float16", "bfloat16"
 # Bits of the mantissa, the smallest normal and the largest value.
 _TYPES = {_FINE: (10, 2.0**-14, 65504.0), _COARSE: (7, 2.0**-126, 3.3895313892515355e38)}
 _MOST = 65504.0
-_WEIGHTS = ("parameter", "buffer", "constant")
 _LOST = 2.0**-25  # half of the smallest value of float16: what is below becomes 0
 _MEASURED = (
     "noise", "noise_worst", "worst_batch", "noise_by_output", "nonfinite", "steps", "local_sqnr_db", "method",
@@ -87,15 +85,6 @@ class _Source:
         columns = self._frame.select("node", "output", "absmax", "smallest", "histogram").iter_rows()
         return {(n, o): Spread(most or 0.0, least or 0.0, bins) for n, o, most, least, bins in columns}
 
-    @cached_property
-    def _spoilt(self) -> frozenset[tuple[str, str]]:
-        """(reader, weight) of the calls where one weight overflowed: all weights of a call were rounded together."""
-        large = self._frame.select("node", "output", kind=pl.col("kind").is_in(_WEIGHTS), over=pl.col("absmax") > _MOST)
-        weights = {(n, o): over for n, o, kind, over in large.iter_rows() if kind}
-        pairs = [(reader, maker) for reader, maker, output, _ in self._rows if (maker, output) in weights]
-        lost = {reader for reader, maker, output, _ in self._rows if weights.get((maker, output))}
-        return frozenset((reader, maker) for reader, maker in pairs if reader in lost)
-
     def edge(self, key: Key, low: str, k: int | None = None) -> dict[str, Any]:
         """Evidence of an edge; `k`: the exponent of its tensor, where it is not the tensor's own."""
         node, maker, output = key
@@ -107,20 +96,18 @@ class _Source:
         spread = self._tensors.get((original, output))
         if own is None:
             return _missing(_WHY)
-        spoilt = (node, original) in self._spoilt
-        carried = spread is None or exponent == 0 or spread.whole(exponent)
-        if low == _COARSE or spread is None or (carried and not spoilt):
+        if low == _COARSE or spread is None or exponent == 0 or spread.whole(exponent):
             return own
         if spread.most * 2.0**-exponent > _MOST:
             return _missing("rescaled, and it overflows there")
-        return self._estimated(None if spoilt else own, other, spread, exponent, self._at_pole.get(node, False))
+        return self._estimated(own, other, spread, exponent, self._at_pole.get(node, False))
 
     def _estimated(
-        self, own: dict[str, Any] | None, other: dict[str, Any] | None, spread: Spread, k: int, pole: bool
+        self, own: dict[str, Any], other: dict[str, Any] | None, spread: Spread, k: int, pole: bool
     ) -> dict[str, Any]:
         now = spread.rounding(_FINE, k, pole)
         found = []
-        if own is not None and _finite(own) and spread.most <= _MOST:
+        if _finite(own) and spread.most <= _MOST:
             found.append(_times(own, max(1.0, _ratio(now, spread.rounding(_FINE, 0, pole)))))
         if other is not None and _finite(other):
             found.append(_times(other, _ratio(now, spread.rounding(_COARSE, 0, pole))))

@@ -10,7 +10,14 @@ import polars as pl
 import torch
 from calibcast.calib.errors import MismatchError
 from calibcast.calib.rounding_edges import Edge
-from calibcast.calib.rounding_table import LOW_TYPE_NAMES, METHODS, ROUNDING_KEY, ROUNDING_SCHEMA, empty_rounding
+from calibcast.calib.rounding_table import (
+    LOW_TYPE_NAMES,
+    METHODS,
+    ROUNDING_KEY,
+    ROUNDING_SCHEMA,
+    SCALED,
+    empty_rounding,
+)
 
 # How a statistic merges, by name.
 _SUM, _WORST = {"merge": "sum"}, {"merge": "worst"}
@@ -24,7 +31,7 @@ class RoundingStatistics:
 
     noise: float64 [rows, columns], a column for each output or one for all. worst: float64 [rows], with its batch.
     local: float64 [rows], noise to signal at the reader. The rest int64 [rows]: `ran` counts batches that needed a run
-    of their own.
+    of their own, `estimated` those in whose place a rescaled program has an estimate.
     missing: by row, why a batch gave nothing.
     """
 
@@ -36,6 +43,7 @@ class RoundingStatistics:
     steps: torch.Tensor = field(metadata=_SUM)
     batches: torch.Tensor = field(metadata=_SUM)
     ran: torch.Tensor = field(metadata=_SUM)
+    estimated: torch.Tensor = field(metadata=_SUM)
     missing: dict[int, str] = field(default_factory=dict)
 
     @classmethod
@@ -55,6 +63,7 @@ class RoundingStatistics:
             steps=counts(),
             batches=counts(),
             ran=counts(),
+            estimated=counts(),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -163,7 +172,7 @@ def _measured(found: RoundingStatistics, row: int, noise: list[float], local: fl
         "worst_batch": int(found.worst_batch[row]),
         "noise_by_output": noise if apart else None,
         "local_sqnr_db": -10 * math.log10(local) if local else math.inf,
-        "method": METHODS[int(found.ran[row] > 0)],
+        "method": SCALED if found.estimated[row] else METHODS[int(found.ran[row] > 0)],
         "why_missing": None,
         **counts,
     }
@@ -185,6 +194,7 @@ def _statistics_of(frame: pl.DataFrame) -> RoundingStatistics:
         for name in ("nonfinite", "steps", "batches"):
             getattr(found, name)[row] = entry[name]
         found.ran[row] = int(entry["method"] == METHODS[1])
+        found.estimated[row] = batches * int(entry["method"] == SCALED)
     return found
 
 

@@ -63,7 +63,7 @@ class Sweep:
         self._ledger = Ledger()
         self._slopes: dict[tuple[Value, int], torch.Tensor] = {}
         self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
-        self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups that made NaN or Inf
+        self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups in which something became NaN or Inf
         self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS)
 
     def run(self) -> Measured:
@@ -302,8 +302,8 @@ class Sweep:
                 self._share_out(call, group, low, found)
 
     def _run_apart(self) -> None:
-        """Where edges that were rounded together made NaN or Inf, run the program with each alone: which of them does
-        it, and what the others cost.
+        """Where one of several edges that were rounded together overflows, or all of them make NaN or Inf, run the
+        program with each alone: which of them does it, and what the others cost.
         """
         for (group, low), call in self._lost.items():
             for part in group.apart:
@@ -336,7 +336,7 @@ class Sweep:
         """Give each edge its part when the sums are known: by the energy of each maker's rounding errors."""
 
         def note(numbers: Sequence[float]) -> None:
-            lost = found.nonfinite or any(map(math.isinf, found.noise))
+            lost = found.nonfinite or not all(map(math.isfinite, [*found.noise, *numbers]))
             self._lost.update({(group, low): call} if lost and group.apart else {})
             for edge, part in zip(group.edges, parts_of(numbers), strict=True):
                 noise = [whole if math.isinf(whole) else part * whole for whole in found.noise]

@@ -24,7 +24,8 @@ Columns:
     batches: how many batches were measured; 0 where none was.
     method: "gradient": the error at the reader's results was taken through the gradient. "run": in at least one
         batch the program was run with only this edge rounded. "scaled": for a rescaled program, estimated from
-        measurements of the original; see `calib.rounding_scaling`. Null where there is no evidence.
+        measurements of the original; see `calib.rounding_scaling`. A merged row of which a part is estimated is
+        "scaled", too. Null where there is no evidence.
     why_missing: why there is none; null where there is.
 """
 

@@ -120,8 +120,8 @@ class Storage:
         tiny = facts.low.smallest_normal
         if tensor.magnified and tensor.smallest is not None:
             reason = (
-                f"{_role(facts, tensor)} has values down to {tensor.smallest:.3g}, below {tiny:.3g}, the smallest that "
-                f"{facts.low.short} holds in full, and a division or a logarithm blows them up"
+                f"{_role(facts, tensor)} has values down to {_number(tensor, tensor.smallest, 3)}, below {tiny:.3g}, "
+                f"the smallest that {facts.low.short} holds in full, and a division or a logarithm blows them up"
             )
             return Verdict("storage", reason, tensor.smallest, tiny)
         limit = self.faint if tensor.absmax is not None and tensor.absmax < 4 * tiny else self.limit
@@ -136,10 +136,10 @@ class Storage:
         what, low = _role(facts, tensor), facts.low.short
         most = facts.low.max
         if tensor.absmax is not None and tensor.absmax > most:
-            return f"{what} reached {tensor.absmax:.4g}, which becomes inf in {low} (it holds {most:g})"
+            return f"{what} reached {_number(tensor, tensor.absmax)}, which becomes inf in {low} (it holds {most:g})"
         return (
             f"{what} would keep {decibels:.3g} dB of signal over rounding in {low}, below {limit:g} dB "
-            f"(mean {tensor.mean:.4g}, rms {tensor.rms:.4g})"
+            f"(mean {tensor.mean:.4g}, rms {tensor.rms:.4g}{' as stored' if tensor.exponent else ''})"
         )
 
 
@@ -237,9 +237,9 @@ def _above(
         return None
     batch = "" if worst.absmax_batch is None or worst.is_weight else f" in batch {worst.absmax_batch}"
     share = "" if quantile >= 1.0 else f" (quantile {quantile:g})"
-    reached = "nothing finite" if math.isnan(worst_seen) else f"{worst_seen:.4g}"
+    reached = "nothing finite" if math.isnan(worst_seen) else _number(worst, worst_seen)
     if _all_mask(worst) and worst.mask_min is not None:
-        reached = f"nothing but mask values, down to {worst.mask_min:.4g}"
+        reached = f"nothing but mask values, down to {_number(worst, worst.mask_min)}"
     return Verdict(
         rule, f"{_role(facts, worst)} reached {reached}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
     )
@@ -270,3 +270,9 @@ def _role(facts: NodeFacts, tensor: TensorFacts) -> str:
     if tensor.is_weight:
         return f"its {tensor.kind} {tensor.name}{stored}"
     return f"its output{stored}" if tensor.name == facts.name else f"its input {tensor.name}{stored}"
+
+
+def _number(tensor: TensorFacts, value: float, digits: int = 4) -> str:
+    """A value of a tensor as it is stored, which is what a rule judges, and its true value where that is another."""
+    true = f" as stored (truly {value * 2.0**tensor.exponent:.{digits}g})" if tensor.exponent else ""
+    return f"{value:.{digits}g}{true}"

@@ -75,7 +75,9 @@ def test_reasons_say_that_a_tensor_is_stored_otherwise(made: Any) -> None:
     program, _, ranges, fitted = made
     plan = classify(fitted.program, fitted.ranges, data_max=1e-3)
     k = fitted.exponents["add", 0]
-    assert f"its input linear_2, stored as 2^{-k} of itself, reached" in plan.explain("add")
+    peak = ranges.frame.row(by_predicate=pl.col("node") == "linear_2", named=True)["absmax"]
+    reached = f"reached {peak * 2.0**-k:.4g} as stored (truly {peak:.4g})"
+    assert f"its input linear_2, stored as 2^{-k} of itself, {reached}" in plan.explain("add")
     assert plan.exponents["add:0"] == k
     assert any("the program is rescaled" in note for note in plan.notes)
     assert "stored as" not in str([d.reason for d in classify(program, ranges, data_max=1e-3).decisions])

@@ -152,17 +152,27 @@ def test_what_falls_below_the_normal_numbers_is_louder() -> None:
     assert not Spread(1.0, 2.0**-12, None).whole(6)
 
 
-def test_weights_of_a_call_that_were_rounded_together() -> None:
-    """A running variance of 10^8 overflows, and its noise is shared out to a scale of 1, which has none."""
+def test_a_weight_that_overflows_in_the_original_blames_no_other() -> None:
+    """A running variance of 10^8 overflows; a scale of 1 beside it has no noise, before and after."""
     case = CASES["convolutions, batch norm"]
     program, data = case.program(), [case.batch(i) for i in range(2)]
     ranges = calibrate(program, data, rounding_batches=1, progress=False)
-    shared = ranges.rounding.filter(pl.col("input") == "p_a_weight", pl.col("low_precision_type") == "float16")
-    assert shared["noise"][0] > 1e-4
     fitted = rescale(program, ranges)
-    found = fitted.ranges.rounding.filter(pl.col("input") == "p_a_weight")
-    assert found["noise"].to_list() == [0.0, 0.0]
+    for table in (ranges, fitted.ranges):
+        found = table.rounding.filter(pl.col("input") == "p_a_weight")
+        assert found["noise"].to_list() == [0.0, 0.0]
     assert not classify(fitted.program, fitted.ranges).high_precision_nodes
+
+
+def test_estimates_stay_estimates_when_tables_merge() -> None:
+    """A row of which a part was estimated says so, whichever table comes first; a measured row stays measured."""
+    _, data, _, fitted = fitted_to("rising")
+    again = calibrate(fitted.program, data[:1], rounding_batches=1, progress=False)
+    for tables in ([fitted.ranges, again], [again, fitted.ranges]):
+        merged = RangeTable.merge(tables).rounding
+        methods = zip(fitted.ranges.rounding["method"], merged["method"], strict=True)
+        assert all((before == "scaled") == (after == "scaled") for before, after in methods)
+    assert "scaled" in set(fitted.ranges.rounding["method"])
 
 
 def test_a_number_is_as_loud_as_its_own_rounding() -> None:
