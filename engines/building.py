@@ -11,6 +11,7 @@ from typing import Any
 from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.execution import require_program
 from calibcast.calib.ranges import RangeTable
+from calibcast.calib.sequences import FlatInputs
 from calibcast.engines.backends import chosen
 from calibcast.engines.engine import Engine
 from calibcast.engines.ledger.ledger_text import require_precision, unknown_share
@@ -41,6 +42,7 @@ def build(  # noqa: PLR0913 - the public contract
     batches: Iterable[Any] = (),
     transform: Callable[[Any], Any] | None = None,
     reference: ExportedProgram | None = None,
+    carry_state: bool = False,
     **settings: Any,
 ) -> Engine:
     """Build an engine that runs `mixed` in exactly the types of its graph.
@@ -63,9 +65,11 @@ def build(  # noqa: PLR0913 - the public contract
         cache_size: bytes that the cache may take; the least recently used engines are removed first.
         batches, transform: data as `calibrate` takes them. On a GPU the engine is run on up to two of these batches,
             or else on inputs made up from `ranges`. Its SQNR may be at most 6 dB below what its plan was proven to
-            have. The results are in `engine.record["trial"]`.
+            have. The results are in `engine.record["trial"]`. An engine from the cache that was judged by other data is
+            judged again.
         reference: the fp32 program that the engine is then compared with; None: `mixed` with every node in fp32 that
             can be.
+        carry_state: as in `calibrate`: run these batches as a sequence.
         settings: the backend's settings, by its own names; for TensorRT those of `torch_tensorrt.dynamo.compile`, such
             as `require_full_compilation`, `optimization_level`, `disable_tf32`, `torch_executed_ops`.
 
@@ -90,6 +94,7 @@ def build(  # noqa: PLR0913 - the public contract
         cache_size=cache_size,
         progress=progress,
         reference=reference,
+        carry_state=carry_state,
         batches=() if ahead_of_time or found.name == "eager" else _trial_batches(mixed, batches, transform),
     )
     built = found.build(request)
@@ -113,7 +118,7 @@ def build(  # noqa: PLR0913 - the public contract
 
 def _trial_batches(
     program: ExportedProgram, batches: Iterable[Any], transform: Callable[[Any], Any] | None
-) -> list[list[Any]]:
+) -> list[FlatInputs]:
     """Flat inputs of the first batches; empty where `batches` is empty."""
     first = list(islice(batches, MOST_TRIED))
     return [flat for _, _, flat in numbered(first, signature_of(program), transform)] if first else []

@@ -47,6 +47,7 @@ class BuildRequest:
     progress: bool = True
     reference: ExportedProgram | None = None
     batches: Sequence[Sequence[Any]] = ()  # flat inputs
+    carry_state: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,17 @@ from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import ArtifactError, BuildError, MismatchError, known
 from calibcast.calib.execution import input_structure
 from calibcast.calib.tensor_files import load_tensors, save_tensors
+from calibcast.engines.handover import EngineTrial, Recipe, Trial, handed_over, key_of
 from calibcast.engines.inductor.compiling import FACTS, FACTS_KIND, PACKAGE, STATE, STATE_NOW, compile_inductor
 from calibcast.engines.ledger.ledger import plan_of, unknown_ledger
 from calibcast.engines.runtimes import BuildRequest, Built
 from calibcast.engines.tensorrt.builder.isolation import BuilderError, build_isolated
 from calibcast.engines.tensorrt.builder.job import INDUCTOR, BuilderJob, BuilderResult, Profile
-from calibcast.engines.tensorrt.building import cache_of, key_of
 from calibcast.engines.tensorrt.compatibility import gpu_facts
 from calibcast.engines.tensorrt.profiles import profiles
-from calibcast.engines.tensorrt.trial_run import judged
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-_log = logging.getLogger("calibcast")
 _PARTS = "inductor"
 
 
@@ -79,6 +76,11 @@ class InductorRuntime:
             for name, value in zip(self._updated, new, strict=True):
                 self._state[name].copy_(value)
             return outputs
+
+    def owning(self, files: tempfile.TemporaryDirectory[str]) -> InductorRuntime:
+        """This engine, which now owns the folder `files`: the folder is deleted with it."""
+        self._files = files
+        return self
 
     def reset(self) -> None:
         if self._state:
@@ -131,26 +133,22 @@ class InductorBackend:
         self.check_settings(request.settings, request.ahead_of_time)
         settings = dict(request.settings)
         device = torch.device(settings.pop("device", "cuda" if torch.cuda.is_available() else "cpu"))
-        job = BuilderJob(tuple(_shapes(request)), settings, device=str(device), compiler=INDUCTOR)
+        shapes = _shapes(request)
+        job = BuilderJob(tuple(shapes), settings, device=str(device), compiler=INDUCTOR)
         files = tempfile.TemporaryDirectory(prefix="calibcast-engine-")
-        cache, key = cache_of(request), key_of(request, job, self.versions())
-        with cache.locked(key) if cache is not None else nullcontext():
-            kept = None if cache is None else cache.find(key, Path(files.name))
-            made: dict[str, Any] = {}
-            if kept is None:
-                made["build_seconds"] = round(_compiled(job, request, files).seconds, 3)
-            runtime = InductorRuntime(files, request.program, device)
-            if kept is None and request.batches:
-                made["trial"] = _tried(runtime, request)
-            if kept is None and cache is not None:  # only after the trial: a wrong engine is not kept
-                cache.keep(key, Path(files.name), made)
+        folder = Path(files.name)
+        trial = EngineTrial(request, shapes, device, lambda place, program: InductorRuntime(place, program, device))
+        recipe = Recipe(partial(_made, request, job, trial), lambda _: request.program)
+        _, made = handed_over(request, key_of(request, job, self.versions()), folder, trial, recipe)
         record: dict[str, Any] = {
-            "device": device.type, "isolated": request.isolate, **(kept or made),
+            "device": device.type, "isolated": request.isolate, **made,
             "applied_settings": {name: repr(value) for name, value in settings.items()},
-            "kernel_types": load_json(Path(files.name) / FACTS, FACTS_KIND)["kernels"],
-            "cache": None if cache is None else {"key": key, "hit": kept is not None},
+            "kernel_types": load_json(folder / FACTS, FACTS_KIND)["kernels"],
         }  # fmt: skip
-        return Built(runtime, request.program, request.plan, _ledger(request), record)
+        tried = trial.last
+        if not isinstance(tried, InductorRuntime):
+            tried = InductorRuntime(folder, request.program, device)
+        return Built(tried.owning(files), request.program, request.plan, _ledger(request), record)
 
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> InductorRuntime:
         with parsed(folder / "manifest.json", "engine"):
@@ -178,29 +176,23 @@ def check_same_machine(built_with: Mapping[str, str], present: Mapping[str, str]
             )
 
 
-def _compiled(job: BuilderJob, request: BuildRequest, files: tempfile.TemporaryDirectory[str]) -> BuilderResult:
-    folder = Path(files.name)
+def _made(request: BuildRequest, job: BuilderJob, trial: Trial, folder: Path) -> tuple[ExportedProgram, dict[str, Any]]:
+    """Compile a package into `folder` and try it out. Raises BuildError where nothing is compiled, or where the engine
+    is wrong."""
+    result = _compiled(job, request, folder)
+    if (problem := trial(folder, request.program)) is not None:
+        raise BuildError(f"the engine that Inductor compiled is wrong: {problem}")
+    assert trial.judgement is not None
+    return request.program, {"build_seconds": round(result.seconds, 3), "trial": trial.judgement.record()}
+
+
+def _compiled(job: BuilderJob, request: BuildRequest, folder: Path) -> BuilderResult:
     if not request.isolate:
         return compile_inductor(job, request.program, folder, lambda _: None)
     try:
         return build_isolated(job, request.program, folder, request.build_timeout, request.progress)
     except BuilderError as error:
         raise BuildError(f"AOTInductor compiled no engine ({error.kind}, {error.stage}): {error}") from error
-
-
-def _tried(runtime: InductorRuntime, request: BuildRequest) -> dict[str, Any]:
-    """Run the engine on calibration batches, and return the judgement as plain data. Raises BuildError where the engine
-    is wrong."""
-    moved = [[v.to(runtime.device) if isinstance(v, torch.Tensor) else v for v in flat] for flat in request.batches]
-    runtime.reset()
-    proof = getattr(request.plan, "proof", None)
-    judgement = judged(runtime, request.program, moved, request.reference, () if proof is None else proof.outputs)
-    runtime.reset()
-    if judgement.plan_problem is not None:
-        _log.warning("the plan is to blame: %s", judgement.plan_problem)
-    if judgement.problem is not None:
-        raise BuildError(f"the engine that Inductor compiled is wrong: {judgement.problem}")
-    return judgement.record()
 
 
 def _ledger(request: BuildRequest) -> pl.DataFrame:

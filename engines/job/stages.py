@@ -15,6 +15,7 @@ from calibcast.calib.errors import BatchError, GateError
 from calibcast.calib.graph_digests import fingerprint
 from calibcast.calib.program_digests import node_digests
 from calibcast.calib.ranges import RangeTable
+from calibcast.calib.sequences import NewSequence
 from calibcast.engines.backends import chosen
 from calibcast.engines.building import MOST_TRIED, build
 from calibcast.engines.job import ranks as ranks_module
@@ -270,17 +271,19 @@ class JobRun(JobContext):
         options = settings.model_dump(exclude={"keep_io_types", "backend", "settings"})
         engine = build(
             load_program(folder / MIXED), PrecisionPlan.load(folder / PLAN), self._planned_ranges,
-            settings.backend, progress=self.bar, reference=self.program, batches=self._to_try(), **options,
-            **settings.settings,
+            settings.backend, progress=self.bar, reference=self.program, batches=self._to_try(),
+            carry_state=self.file.job.calibration.carry_state, **options, **settings.settings,
         )  # fmt: skip
         engine.save(folder / ENGINE)
         return {"summary": f"backend {engine.backend} ({engine.why})", "backend": engine.backend}
 
     def _to_try(self) -> list[Any]:
-        """Calibration batches for the trial after the build; empty where there is none, as without a GPU."""
-        if self.file.job.build.ahead_of_time or not torch.cuda.is_available():
+        """Calibration batches for the trial after the build; empty where there is none."""
+        asked = self.file.job.build
+        if asked.ahead_of_time or chosen(asked.backend)[0].name == "eager":
             return []
         data, inputs = self.opened(self.file.job.data, Ranks())
         share = replace(self.calibration_share, rank=0, world=1)
         items = feed(data.batches.read(share, Done()), inputs, self.signature)
-        return [item.inputs for item in islice(items, MOST_TRIED) if item.error is None]
+        first = [item for item in islice(items, MOST_TRIED) if item.error is None]
+        return [NewSequence(item.inputs) if item.flat.begins else item.inputs for item in first]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calibcast.calib.errors import BuildError
+from calibcast.engines.handover import Trial
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt.ahead_of_time import is_rtx
 from calibcast.engines.tensorrt.builder.compiling import compile_job, write_in_pytorch
@@ -27,9 +28,6 @@ from torch.export import ExportedProgram
 _log = logging.getLogger("calibcast")
 
 _WHOLE = ("the whole program in PyTorch",)
-# What is wrong with the engine in a folder that was built from this program; None if nothing is, or if it cannot be
-# run.
-Trial = Callable[[Path, ExportedProgram], str | None]
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ class Attempts:
 
     def _judged(self, build: Build) -> Build:
         """The build together with what the last trial measured."""
-        judgement = getattr(self._trial, "judgement", None)
+        judgement = self._trial.judgement
         return build if judgement is None else replace(build, seen=judgement.record())
 
     def _remedied(self, first: BuilderError) -> Build:

@@ -21,19 +21,18 @@ from calibcast.calib.execution import input_structure
 from calibcast.calib.pt2.check import check_program_file
 from calibcast.calib.pt2.refusal import RefusedError, allowed_by_owner, how_to_allow
 from calibcast.calib.tensor_files import load_tensors, save_tensors
+from calibcast.engines.handover import EngineTrial, Trial, handed_over, key_of
 from calibcast.engines.runtimes import BuildRequest, Built
 from calibcast.engines.tensorrt.ahead_of_time import is_rtx, require_ahead_of_time
-from calibcast.engines.tensorrt.attempts import Trial
 from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.compiling import WHOLE
 from calibcast.engines.tensorrt.builder.job import BuilderJob, Profile
-from calibcast.engines.tensorrt.building import build_files, layers_of, ledger_in
+from calibcast.engines.tensorrt.building import layers_of, ledger_in, recipe_of
 from calibcast.engines.tensorrt.compatibility import check_compatible, gpu_facts, gpu_warning
 from calibcast.engines.tensorrt.engine_files import STATE, STATE_NOW, WIRING, read_parts, set_state, state_of
 from calibcast.engines.tensorrt.limits import buildable
 from calibcast.engines.tensorrt.profiles import check_profile, profiles
 from calibcast.engines.tensorrt.remedies import FAILED, raised, settings_for
-from calibcast.engines.tensorrt.trial_run import Judgement, judged, trial_inputs
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
@@ -197,7 +196,8 @@ class TensorrtBackend:
         files = tempfile.TemporaryDirectory(prefix="calibcast-engine-")
         request = replace(request, settings=settings)
         trial = _trial(request, shapes)
-        program, record = build_files(request, job, Path(files.name), self.versions(), trial)
+        key, recipe = key_of(request, job, self.versions()), recipe_of(request, job, trial)
+        program, record = handed_over(request, key, Path(files.name), trial, recipe)
         layers = layers_of(Path(files.name))
         typed = [layer for layer in layers if layer.types]
         counts = {"typed_layers": len(typed), "half_layers": sum(layer.is_half for layer in typed)}
@@ -205,8 +205,8 @@ class TensorrtBackend:
         record["outside_of_support"] = outside
         plan = raised(request.plan, dict.fromkeys(record["widened"], FAILED))
         ledger = ledger_in(Path(files.name), plan, program, layers)
-        tried = trial.last if isinstance(trial, EngineTrial) and not record["remedies"] else None
-        runtime = TensorrtRuntime(files, program, shapes) if tried is None else tried.owning(files)
+        tried = trial.last
+        runtime = tried.owning(files) if isinstance(tried, TensorrtRuntime) else TensorrtRuntime(files, program, shapes)
         return Built(runtime, program, plan, ledger, record)
 
     def load(self, folder: Path, program: ExportedProgram, manifest: Mapping[str, Any]) -> TensorrtRuntime:
@@ -238,50 +238,12 @@ def _warned() -> str | None:
     return outside
 
 
-class EngineTrial:
-    """Tries engines out where they can run here. What it measured of the last engine is in `judgement`. The engine
-    itself is in `last`, for reuse, because setting one up takes time and memory."""
-
-    def __init__(self, request: BuildRequest, shapes: list[Profile]) -> None:
-        self._request, self._shapes = request, shapes
-        self._possible = not request.ahead_of_time and adapter.missing() is None
-        self.judgement: Judgement | None = None
-        self.last: TensorrtRuntime | None = None
-
-    def __call__(self, folder: Path, program: ExportedProgram) -> str | None:
-        """What is wrong with the engine in `folder`, built from `program`; None if nothing is, or if it cannot be
-        run."""
-        self.judgement = self.last = None
-        if not self._possible:
-            return None
-        try:
-            batches = self._batches(program)
-            runtime = TensorrtRuntime(folder, program, self._shapes)
-        except torch.OutOfMemoryError as error:
-            _log.warning("the engine was not tried out, because memory ran out: %s", error)
-            self.judgement = Judgement(why_not=f"memory ran out: {error}")
-            return None
-        except (ArtifactError, BuildError) as error:
-            return str(error)
-        proof = getattr(self._request.plan, "proof", None)
-        proven = () if proof is None else proof.outputs
-        found = judged(runtime, program, batches, self._request.reference, proven)
-        self.judgement = replace(found, made_up=not self._request.batches)
-        if found.plan_problem is not None:
-            _log.warning("the plan is to blame: %s", found.plan_problem)
-        self.last = runtime
-        return found.problem
-
-    def _batches(self, program: ExportedProgram) -> list[list[Any]]:
-        device = torch.device("cuda")
-        given = [[v.to(device) if isinstance(v, torch.Tensor) else v for v in flat] for flat in self._request.batches]
-        examples = pytree.tree_leaves(self._request.program.example_inputs)
-        return given or [trial_inputs(program, self._shapes, self._request.ranges, device, examples)]
-
-
 def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
     """The trial of a request's engines."""
-    return EngineTrial(request, shapes)
+    why_not = "it was built ahead of time, to run elsewhere" if request.ahead_of_time else adapter.missing()
+    return EngineTrial(
+        request, shapes, torch.device("cuda"), lambda folder, program: TensorrtRuntime(folder, program, shapes), why_not
+    )
 
 
 def _check_names(settings: Mapping[str, Any], ahead_of_time: bool) -> None:

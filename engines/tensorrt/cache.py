@@ -29,7 +29,7 @@ from calibcast.calib.sealed_files import check_plain, check_sealed, files_under
 from filelock import FileLock, Timeout
 
 _log = logging.getLogger("calibcast")
-_ENTRY, _KIND, _VERSION = "entry.json", "cached engine", 4
+_ENTRY, _KIND, _VERSION = "entry.json", "cached engine", 5
 _UNFINISHED = ".new-"
 GIB = 1 << 30
 DEFAULT_SIZE = 10 * GIB
@@ -103,6 +103,14 @@ class EngineCache:
             self._trim(key)
         except (OSError, shutil.Error, ArtifactError) as error:  # such as a full disk: the engine is built, and stays
             _log.warning("the engine %s was built, but is not kept in the cache %s: %s", key[:12], self.folder, error)
+
+    def renew(self, key: str, record: Mapping[str, Any]) -> None:
+        """Replace the record of an entry. A failure is only logged, as in `keep`. Call it with the key locked."""
+        path = self.folder / key / _ENTRY
+        try:
+            save_json(path, _KIND, {**load_json(path, _KIND), "record": dict(record)})
+        except (OSError, ArtifactError) as error:
+            _log.warning("the record of the cached engine %s is not renewed: %s", key[:12], error)
 
     def _put(self, key: str, source: Path, record: Mapping[str, Any]) -> None:
         temporary = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{key}-", dir=self.folder))

@@ -46,7 +46,7 @@ class Judgement:
 
     problem: what is wrong with the engine; None when it is right, or could not be tried (`why_not`). plan_problem: what
     is wrong with the plan; another engine would not mend it. batches: how many were run. made_up: whether the batches
-    were made up here rather than the user's.
+    were made up here rather than the user's. basis: a digest of what the engine was judged by.
     """
 
     outputs: tuple[SeenOutput, ...] = ()
@@ -55,10 +55,11 @@ class Judgement:
     why_not: str | None = None
     batches: int = 0
     made_up: bool = False
+    basis: str = ""
 
     def record(self) -> dict[str, Any]:
         """As plain data, for a manifest."""
-        return asdict(self)
+        return {**asdict(self), "outputs": [asdict(output) for output in self.outputs]}
 
 
 def trial_inputs(
@@ -122,6 +123,7 @@ def judged(
     batches: Sequence[Sequence[Any]],
     reference: ExportedProgram | None = None,
     proven_db: Sequence[float] = (),
+    carry_state: bool = False,
 ) -> Judgement:
     """Run an engine, and its cast graph in PyTorch, and compare both with fp32.
 
@@ -130,22 +132,26 @@ def judged(
 
     run: the engine. batches: flat inputs on its device; copies of the programs are moved there. reference: the fp32
     program; None: the cast graph with every node in fp32 that can be. proven_db: SQNR of each output by the plan's
-    proof.
+    proof. carry_state: run the batches as a sequence; a batch whose `begins` is true starts from the saved state.
     """
     device = next((value.device for flat in batches for value in flat if isinstance(value, torch.Tensor)), None)
     try:
-        held = _Held(program, reference, device, proven_db)
+        held = _Held(program, reference, device, proven_db, carry_state)
         for flat in batches:
+            if _begins(flat):
+                held.reset()
             held.expect(flat)
     except (NodeError, RuntimeError) as error:  # not the engine's fault: a lack of memory, for example
         _log.warning("the engine was not tried out, as its program does not run on such inputs: %s", error)
         return Judgement(why_not=f"its program does not run on such inputs: {error}")
     try:
+        reset = getattr(run, "reset", lambda: None)
         for index, flat in enumerate(batches):
+            if index and (_begins(flat) or not carry_state):
+                reset()
             args, kwargs = input_structure(program, flat)
             held.take(index, pytree.tree_leaves(run(*args, **kwargs)))
-            if callable(reset := getattr(run, "reset", None)):
-                reset()
+        reset()
     except torch.OutOfMemoryError as error:  # the copy of the program may be to blame
         _log.warning("the engine was not tried out, because memory ran out: %s", error)
         return Judgement(why_not=f"memory ran out: {error}")
@@ -163,12 +169,13 @@ class _Held:
         reference: ExportedProgram | None,
         device: torch.device | None,
         proven_db: Sequence[float],
+        carry_state: bool,
     ) -> None:
         names = output_names(program)
-        self._cast = ProgramRunner(program, device)
         low = [node.name for node in widenable(program)]
         wide = reference if reference is not None else widened(program, low) if low else program
-        self._wide = self._cast if wide is program else ProgramRunner(wide, device)
+        runners = [ProgramRunner(p, device, carry_state=carry_state) for p in (program, wide, wide)]
+        self._cast, self._wide, self._disturbed = runners
         self._proven_db = tuple(proven_db)  # of the floating-point outputs alone, in their order
         self._errors = {kind: [OutputError(name) for name in names] for kind in ("engine", "cast", "moved")}
         self._expected: list[tuple[list[Any], list[Any]]] = []
@@ -177,10 +184,15 @@ class _Held:
     def expect(self, flat: Sequence[Any]) -> None:
         """Run the programs. Inputs changed by as little as TF32's rounding show how much error the model itself
         amplifies."""
-        wanted, cast, moved = self._wide.run(flat), self._cast.run(flat), self._wide.run(_moved(flat))
+        wanted, cast, moved = self._wide.run(flat), self._cast.run(flat), self._disturbed.run(_moved(flat))
         self._compare("cast", cast, wanted)
         self._compare("moved", moved, wanted)
         self._expected.append((wanted, cast))
+
+    def reset(self) -> None:
+        """Begin a new sequence."""
+        for runner in (self._cast, self._wide, self._disturbed):
+            runner.reset()
 
     def take(self, index: int, given: Sequence[Any]) -> None:
         """Compare what the engine gave for batch `index`."""
@@ -240,6 +252,10 @@ def _moved(flat: Sequence[Any]) -> list[Any]:
         return (value * (1 + noise * 2.0**-11)).to(value.dtype)
 
     return [moved(value) for value in flat]
+
+
+def _begins(flat: Sequence[Any]) -> bool:
+    return bool(getattr(flat, "begins", False))
 
 
 def _is_floating(value: Any) -> bool:

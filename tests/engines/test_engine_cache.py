@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from calibcast.calib import ArtifactError
+from calibcast.engines.handover import key_of as key_of_request
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt.builder.job import BuilderJob
-from calibcast.engines.tensorrt.building import key_of as key_of_request
 from calibcast.engines.tensorrt.cache import EngineCache, cache_key, default_folder
 from calibcast.passes import classify, insert_casts
 from torch import nn

@@ -10,12 +10,12 @@ from calibcast import Engine, build, calibrate, classify, insert_casts, tune, ve
 from calibcast.calib.artifacts import save_json
 from calibcast.calib.errors import ArtifactError, BuildError, MismatchError
 from calibcast.calib.tensor_files import load_tensors, save_tensors
-from calibcast.engines import backends
+from calibcast.engines import backends, handover
 from calibcast.engines.inductor import backend as inductor
 from calibcast.engines.inductor.backend import InductorRuntime, check_same_machine
 from calibcast.engines.inductor.compiling import FACTS, FACTS_KIND, PACKAGE, STATE, kernel_types
 from calibcast.engines.tensorrt.builder.job import BuilderResult
-from calibcast.engines.tensorrt.trial_run import GRACE_DB, MOST_ASKED_DB
+from calibcast.engines.tensorrt.trial_run import GRACE_DB, MOST_ASKED_DB, Judgement
 from torch import nn
 from torch.export import Dim
 
@@ -190,7 +190,7 @@ def proven():
 def engine_of(proven, tmp_path, **more):
     program, mixed, plan, ranges, batches = proven
     made = {"backend": "inductor", "isolate": False, "cache": tmp_path / "cache", "device": "cpu"}
-    return build(mixed, plan, ranges, reference=program, batches=batches, **made, **more)
+    return build(mixed, plan, ranges, reference=program, **{"batches": batches, **made, **more})
 
 
 def test_an_engine_comes_from_the_cache_and_another_graph_does_not(proven, compiled, tmp_path):
@@ -215,3 +215,38 @@ def test_its_trial_asks_for_what_the_plan_was_proven_to_have(proven, compiled, t
         engine_of(proven, tmp_path, max_autotune=True)
     compiled["wrong"] = 1.0
     assert not engine_of(proven, tmp_path, max_autotune=True).record["cache"]["hit"]
+
+
+def test_an_engine_without_batches_is_tried_on_inputs_made_up(proven, compiled, tmp_path):
+    """Nothing is handed over unjudged, and what fails is not kept in the cache."""
+    assert engine_of(proven, tmp_path, batches=()).record["trial"]["made_up"]
+    compiled["wrong"] = 1.01
+    with pytest.raises(BuildError, match="the engine that Inductor compiled is wrong"):
+        engine_of(proven, tmp_path, batches=(), max_autotune=True)
+
+
+def test_an_engine_in_the_cache_is_judged_by_what_this_build_brings(proven, compiled, tmp_path):
+    """The same data: what was measured stands. Other data or another reference: the engine is run again, and built
+    again only where it fails."""
+    first = engine_of(proven, tmp_path, batches=())
+    again = engine_of(proven, tmp_path)
+    assert again.record["cache"]["hit"]
+    assert (first.record["trial"]["made_up"], again.record["trial"]["made_up"]) == (True, False)
+    assert again.record["trial"]["basis"] != first.record["trial"]["basis"]
+    compiled["wrong"] = 1.01  # an engine that gives something else now shows whether it was run
+    assert engine_of(proven, tmp_path).record["trial"] == again.record["trial"]
+    with pytest.raises(BuildError, match="the engine that Inductor compiled is wrong"):
+        engine_of(proven, tmp_path, batches=proven[4][1:])
+    assert compiled["builds"] == 2
+    compiled["wrong"] = 1.0
+    assert engine_of(proven, tmp_path, batches=proven[4][1:]).record["cache"]["hit"]
+    assert compiled["builds"] == 2
+
+
+def test_what_could_not_be_tried_is_tried_the_next_time(proven, compiled, tmp_path, monkeypatch):
+    """Memory may be there then."""
+    with monkeypatch.context() as short:
+        short.setattr(handover, "judged", lambda *_: Judgement(why_not="memory ran out"))
+        assert engine_of(proven, tmp_path).record["trial"]["why_not"] == "memory ran out"
+    again = engine_of(proven, tmp_path).record
+    assert (again["cache"]["hit"], again["trial"]["why_not"], again["trial"]["batches"]) == (True, None, 2)

@@ -7,7 +7,7 @@ import torch
 from calibcast.calib import BuildError
 from calibcast.calib import calibrate as measure
 from calibcast.calib.batches import signature_of
-from calibcast.engines import build
+from calibcast.engines import build, handover
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt import attempts as build_attempts
 from calibcast.engines.tensorrt import backend as tensorrt
@@ -22,7 +22,7 @@ from calibcast.engines.tensorrt.builder.isolation import (
 from calibcast.engines.tensorrt.profiles import profiles
 from calibcast.engines.tensorrt.region_search import smallest_region
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
-from calibcast.engines.tensorrt.trial_run import judged, trial_inputs, trial_problem
+from calibcast.engines.tensorrt.trial_run import Judgement, judged, trial_inputs, trial_problem
 from calibcast.passes import classify, insert_casts, tune
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,6 +82,18 @@ def failing_at(monkeypatch, *names):
     return asked
 
 
+class Said:
+    """A trial that says what a function says. No engine can run here."""
+
+    possible, basis, last = False, "", None
+
+    def __init__(self, said):
+        self._said, self.judgement = said, Judgement()
+
+    def __call__(self, folder, program):
+        return self._said(folder, program)
+
+
 def wrong_until_sigmoids_are_wide(monkeypatch):
     """Let every trial find NaN as long as the sigmoids are in bf16. What it saw them in."""
     tried = []
@@ -90,7 +102,7 @@ def wrong_until_sigmoids_are_wide(monkeypatch):
         tried.append(computed_in(program, "sigmoid"))
         return None if tried[-1] == torch.float32 else "the engine gives NaN"
 
-    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: trial)
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: Said(trial))
     return tried
 
 
@@ -136,7 +148,7 @@ def test_an_engine_that_is_wrong_is_no_remedy(planned, monkeypatch):
     engine = ahead(planned, on_failure="fallback")
     assert set(engine.record["widened"]) == {"conv2d_1", "conv2d_2", "sigmoid", "sigmoid_1"}
     assert torch.bfloat16 in tried
-    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: lambda folder, program: "the engine gives NaN")
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: Said(lambda *_: "the engine gives NaN"))
     with pytest.raises(BuildError, match="with all of those that can be: the engine gives NaN"):
         ahead(planned, on_failure="fallback")
 
@@ -163,7 +175,7 @@ def test_an_engine_that_builds_and_is_wrong_is_remedied_where_that_is_allowed(pl
 def test_an_engine_that_stays_wrong_is_given_and_said_to_be(planned, monkeypatch, caplog, tmp_path):
     """A trial is of made-up inputs: what it finds is for `verify` to judge, and no reason to have no engine."""
     monkeypatch.setattr(build_attempts, "smallest_choice", lambda groups, helps: helps(groups[0]) or None)
-    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: lambda folder, program: "the engine gives NaN")
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: Said(lambda *_: "the engine gives NaN"))
     engine = ahead(planned, on_failure="fallback")
     assert (engine.record["trial_problem"], engine.record["widened"]) == ("the engine gives NaN", [])
     assert "the engine gives NaN, and no remedy was found" in caplog.text
@@ -212,7 +224,7 @@ def test_an_error_half_way_loses_no_engine(planned, monkeypatch):
         return build_isolated(*arguments)
 
     monkeypatch.setattr(build_attempts, "build_isolated", attempt)
-    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: lambda folder, program: "the engine gives NaN")
+    monkeypatch.setattr(tensorrt, "_trial", lambda request, shapes: Said(lambda *_: "the engine gives NaN"))
     engine = ahead(planned, on_failure="fallback")
     assert len(builds) == 2
     assert engine.record["trial_problem"] == "the engine gives NaN"
@@ -292,7 +304,7 @@ def test_a_trial_that_fails_ends_no_search(planned, monkeypatch):
 
     monkeypatch.setattr(tensorrt, "TensorrtRuntime", Refused)
     monkeypatch.setattr(tensorrt.adapter, "missing", lambda: None)
-    monkeypatch.setattr(tensorrt, "trial_inputs", lambda *arguments: [])
+    monkeypatch.setattr(handover, "trial_inputs", lambda *arguments: [])
     trial = tensorrt._trial(BuildRequest(planned[0]), [])
     assert trial(None, planned[0]) == "TensorRT refuses the engine"
 

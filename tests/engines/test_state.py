@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from calibcast.calib import ArtifactError, CalibcastError, NewSequence
+from calibcast.calib.sequences import FlatInputs
 from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines import Engine, build, compile, verify
+from calibcast.engines.tensorrt.trial_run import judged
 from calibcast.passes import classify, insert_casts
 from torch import nn
 
@@ -178,3 +180,27 @@ def test_compile_proves_the_plan_over_the_sequence():
             Sum().eval(), (x,), calibration_dataloader=[x] * 4, backend="eager", carry_state=carry, progress=False
         )
         assert engine.plan.proof.carry_state is carry
+
+
+def test_a_trial_can_run_over_a_sequence():
+    """An engine that keeps a little more than it should is right in every single call."""
+    program = torch.export.export(Sum().eval(), (torch.ones(4),))
+
+    class Keeping:
+        def __init__(self):
+            self.total = torch.zeros(4)
+
+        def __call__(self, x):
+            self.total = self.total * 1.05 + x
+            return self.total
+
+        def reset(self):
+            self.total = torch.zeros(4)
+
+    calls = [[torch.ones(4)], [torch.ones(4)]]
+    assert judged(Keeping(), program, calls).problem is None
+    found = judged(Keeping(), program, calls, carry_state=True)
+    assert "of the engine has" in found.problem
+    calls[1] = FlatInputs(calls[1])
+    calls[1].begins = True
+    assert judged(Keeping(), program, calls, carry_state=True).problem is None
