@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from calibcast.calib.printable import printable
+from calibcast.calib.terminal_text import broken, columns_of, cut, terminal_width
 
-# The width where no terminal says one, as for a file or a pipe.
-_USUAL_WIDTH = 80
 # Text is not cut to fewer columns than this.
 _LEAST_TEXT = 12
+# Of a cell that takes several lines, as many are shown.
+_MOST_LINES = 3
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,9 @@ class Column:
     """A column of a text table.
 
     name: the field of the row. heading: the text above it. width: its largest width; None for text that takes what is
-    left. number: align to the right. head: of text that is cut, show the beginning, not the end. drop: where the table
-    is too wide, the column with the largest number is dropped first; 0 is never dropped.
+    left. number: align to the right, and never cut: without its head a number is another number. head: of text that is
+    cut, show the beginning, not the end. wrap: the last column only: show the text on up to three lines. drop: where
+    the table is too wide, the column with the largest number is dropped first; 0 is never dropped.
     """
 
     name: str
@@ -30,12 +30,8 @@ class Column:
     width: int | None = None
     number: bool = False
     head: bool = False
+    wrap: bool = False
     drop: int = 0
-
-
-def terminal_width() -> int:
-    """Columns of the terminal, or what COLUMNS says; 80 where neither is known."""
-    return shutil.get_terminal_size((_USUAL_WIDTH, 24)).columns
 
 
 def text_table(
@@ -47,21 +43,13 @@ def text_table(
     texts = {c.name: [_text(row.get(c.name)) for row in found] for c in columns}
     # A column without text in any row is left out.
     shown = [c for c in columns if not found or any(texts[c.name])]
-    needs = {c.name: max(map(_columns, [c.heading, *texts[c.name]])) for c in columns}
+    needs = {c.name: max(map(columns_of, [c.heading, *texts[c.name]])) for c in columns}
     while (widths := _fitted(shown, needs, space)) is None:
         shown.remove(max(reversed(shown), key=lambda column: column.drop))
     lines = [_line(shown, widths, [column.heading for column in shown])]
-    lines += [_line(shown, widths, [texts[column.name][row] for column in shown]) for row in range(len(found))]
+    for row in range(len(found)):
+        lines += _lines(shown, widths, [texts[column.name][row] for column in shown])
     return [f"{indent}{line}" for line in lines]
-
-
-def cut(text: str, width: int, head: bool = False) -> str:
-    """Text in at most `width` columns: its end, which says more about a path, or with `head` its beginning."""
-    if _columns(text) <= width:
-        return text
-    while text and _columns(text) > width - 2:
-        text = text[:-1] if head else text[1:]
-    return f"{text}.." if head else f"..{text}"
 
 
 def listed(names: Sequence[str], most: int) -> str:
@@ -82,7 +70,9 @@ def place(node: str, output: int) -> str:
 
 def _fitted(columns: Sequence[Column], needs: Mapping[str, int], space: int) -> dict[str, int] | None:
     """A width for each column; None where they do not fit, and one of them can be dropped."""
-    widths = {c.name: min(needs[c.name], c.width) for c in columns if c.width is not None}
+    widths = {
+        c.name: needs[c.name] if c.number else min(needs[c.name], c.width) for c in columns if c.width is not None
+    }
     texts = [c.name for c in columns if c.width is None]
     left = space - sum(widths.values()) - max(0, len(columns) - 1)
     least = sum(min(needs[name], 2 * _LEAST_TEXT) for name in texts)
@@ -105,11 +95,19 @@ def _line(columns: Sequence[Column], widths: Mapping[str, int], cells: Sequence[
     padded = []
     for column, text in zip(columns, cells, strict=True):
         shown = cut(text, widths[column.name], column.head)
-        space = " " * (widths[column.name] - _columns(shown))
+        space = " " * (widths[column.name] - columns_of(shown))
         padded.append(space + shown if column.number else shown + space)
     return " ".join(padded).rstrip()
 
 
-def _columns(text: str) -> int:
-    """How many columns of a terminal a text takes: wide characters take two, combining ones none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+def _lines(columns: Sequence[Column], widths: Mapping[str, int], cells: Sequence[str]) -> list[str]:
+    """A row: one line, or more where its last column wraps."""
+    last = columns[-1]
+    if not last.wrap:
+        return [_line(columns, widths, cells)]
+    before = sum(widths[column.name] + 1 for column in columns[:-1])
+    first, *more = broken(cells[-1], widths[last.name], hang=0)
+    if len(more) >= _MOST_LINES:
+        more = [*more[: _MOST_LINES - 2], " ".join(more[_MOST_LINES - 2 :])]
+    rest = [" " * before + cut(text, widths[last.name], head=True) for text in more]
+    return [_line(columns, widths, [*cells[:-1], first]), *rest]

@@ -20,7 +20,7 @@ from calibcast.calib.printable import printable_lines
 from calibcast.engines.commands import diagnosis, engine, export, job, rescaling, review, stages
 from calibcast.engines.commands.options import fail, in_flags, note, say
 from calibcast.engines.job.errors import JobError
-from calibcast.engines.streams import give_up_stdout
+from calibcast.engines.streams import fitted, give_up_stdout
 from calibcast.engines.usage import LocationError, UsageError
 
 _HELP = (
@@ -82,7 +82,7 @@ def calibcast(
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `calibcast`: reports every error as one message and an exit code."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
+    handler.setFormatter(_OneStyle("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
     # Warnings of torch and its serialisers when they load files: a user can do nothing about them.
@@ -157,11 +157,12 @@ def _unwritten(error: OSError) -> int:
     return 1
 
 
-class _OneLine(logging.Formatter):
-    """Removes control characters of a terminal: messages contain names of modules, which can contain anything."""
+class _OneStyle(logging.Formatter):
+    """`warning: ` and the message, as Python's warnings are shown. Names of modules may contain control characters of a
+    terminal, which are removed."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable_lines(super().format(record))
+        return fitted(printable_lines(f"{record.levelname.lower()}: {super().format(record)}"), sys.stderr)
 
 
 def _terminated(*_: Any) -> None:

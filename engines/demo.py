@@ -30,7 +30,7 @@ DATA = Path(__file__).parent / "demo_data" / "digits.parquet"
 TRAIN, CALIBRATION = 997, 200  # of 1797 images; the other 600 are held out
 BATCH = 100
 CLASSES = 10
-_STAYED = (Column("node", "node", 10), Column("rule", "rule", 9), Column("reason", "reason", head=True))
+_STAYED = (Column("node", "node", 10), Column("rule", "rule", 9), Column("reason", "reason", wrap=True))
 # The images have values 0..16. Cameras and image files give 0..255, so the network is trained on that range.
 FULL_SCALE = 255.0 / 16.0
 

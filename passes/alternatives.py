@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import polars as pl
 import torch
 from calibcast.calib.errors import SettingError
 from calibcast.calib.execution import require_program
 from calibcast.calib.gc_pause import paused
-from calibcast.calib.graph import dtype_name
+from calibcast.calib.graph import dtype_name, module_path
 from calibcast.calib.ranges import RangeTable, require_table
 from calibcast.passes.cast_count import CastCounter
 from calibcast.passes.classification import masked_nodes
@@ -26,31 +25,9 @@ from calibcast.passes.rounding_planning import course_for, low_nodes, with_round
 from calibcast.passes.settings import Settings, check_limits, low_type_of
 from calibcast.passes.shares import LossTable
 from calibcast.passes.verdict import LOW
+from calibcast.passes.what_if_table import Alternatives
 from calibcast.passes.work import WorkCounter
 from torch.export import ExportedProgram
-
-SCHEMA: dict[str, Any] = {
-    "low_precision_type": pl.String,
-    "data_max": pl.Float64,
-    "range_quantile": pl.Float64,
-    "min_sqnr_db": pl.Float64,
-    "predicted_sqnr_db": pl.Float64,
-    "nodes_low": pl.Int64,
-    "nodes_high": pl.Int64,
-    "nodes_share": pl.Float64,
-    "work_low": pl.Int64,
-    "work_share": pl.Float64,
-    "activation_bytes_low": pl.Int64,
-    "activation_share": pl.Float64,
-    "casts": pl.Int64,
-    "bytes_cast": pl.Int64,
-    "overflow": pl.Float64,
-    "overflow_at_least": pl.Float64,
-    "underflow": pl.Float64,
-    "underflow_at_least": pl.Float64,
-    "to_low": pl.List(pl.String),
-    "to_high": pl.List(pl.String),
-}
 
 
 @dataclass(frozen=True)
@@ -74,12 +51,12 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
     keep_io_types: bool = True,
     weights: str = "warn",
     **settings: Any,
-) -> pl.DataFrame:
+) -> Alternatives:
     """Decide again for every combination of these settings, with all rules and without calibrating again.
 
     Each of `data_max`, `low_precision_type`, `range_quantile` and `min_sqnr_db` is one value or several; `settings` are
-    further arguments of `classify`, the same for all rows. The frame has one row per combination, with the columns of
-    `SCHEMA`; its numbers are those of `classify` and `insert_casts` with the same arguments:
+    further arguments of `classify`, the same for all rows. The frame, of polars, has one row per combination, with the
+    columns of `what_if_table.SCHEMA`; its numbers are those of `classify` and `insert_casts` with the same arguments:
 
     data_max, min_sqnr_db: as they were applied; null where there was none.
     predicted_sqnr_db: the SQNR at the worst output, predicted from the table of edges; null where rounding was not
@@ -121,7 +98,8 @@ def what_if(  # noqa: PLR0913 - `classify`'s arguments
         before = set(decider.low_nodes(Setting(torch.float16)) if base is None else base.low_precision_nodes)
         losses = {low_type: LossTable(ranges.frame, low_type) for low_type in {setting.low_type for setting in asked}}
         rows = [_row(setting, decider, counter, losses[setting.low_type], before) for setting in asked]
-        return pl.DataFrame(rows, schema=SCHEMA)
+        modules = {candidate.name: module_path(candidate.node) for candidate in decider.nodes}
+        return Alternatives.of(rows, modules, "the defaults, fp16" if base is None else "the plan `base`")
 
 
 class _Decider:
@@ -129,6 +107,7 @@ class _Decider:
 
     def __init__(self, program: ExportedProgram, ranges: RangeTable, settings: Settings) -> None:
         self._facts, self._ranges, self._settings = ProgramFacts.of(program, ranges), ranges, settings
+        self.nodes = self._facts.nodes
         self._flips: dict[tuple[torch.dtype, float, float | None], Flips] = {}
         self._courses: dict[tuple[torch.dtype, float], Course | None] = {}
         count = WorkCounter()

@@ -142,16 +142,20 @@ class PrecisionPlan:
         nan = float("nan")
         return (len(low) / len(mine) if mine else nan, sum(d.work for d in low) / work if work else nan)
 
-    def __str__(self) -> str:
-        counts = Counter((d.precision, d.rule or "") for d in self.decisions)
+    @property
+    def summary(self) -> str:
+        """How many nodes have which type, in a sentence."""
         nodes, work = self.share()
-        title = (
+        return (
             f"PrecisionPlan: {len(self.low_precision_nodes)} {dtype_name(self.low_precision_type)}, "
             f"{len(self.high_precision_nodes)} high, {sum(d.precision == KEPT for d in self.decisions)} kept; "
             f"{percent(nodes)} of nodes and {percent(work)} of work in low precision"
         )
+
+    def __str__(self) -> str:
+        counts = Counter((d.precision, d.rule or "") for d in self.decisions)
         order = {LOW: 0, HIGH: 1, KEPT: 2}
-        lines = [title, f"  {'precision':<10}{'rule':<24}{'nodes':>6}"]
+        lines = [self.summary, f"  {'precision':<10}{'rule':<24}{'nodes':>6}"]
         for (precision, rule), count in sorted(counts.items(), key=lambda item: (order[item[0][0]], -item[1])):
             lines.append(f"  {precision:<10}{rule:<24}{count:>6}")
         told = [f"  rounding: {self.rounding}"] if self.rounding is not None else []

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from calibcast.calib.errors import CalibcastError, GateError
 from calibcast.calib.printable import printable_lines
+from calibcast.calib.terminal_text import wrapped
 from calibcast.engines.commands.options import check_file, existing, say
 from calibcast.engines.usage import LocationError
 
@@ -53,7 +54,7 @@ def run(
     ranks, results = Ranks.here(), sys.stdout
 
     def say(line: str) -> None:
-        typer.echo(printable_lines(line), file=results)
+        typer.echo(wrapped(printable_lines(line)), file=results)
 
     with logging_to_stderr(log_format, ranks.rank, ranks.world):
         try:

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 from calibcast.calib.printable import printable_lines
+from calibcast.calib.terminal_text import wrapped
 from calibcast.engines.colour import painted
+from calibcast.engines.streams import fitted
 from calibcast.engines.usage import LocationError, UsageError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="a .pt2 file, or file.py:function")]
@@ -32,20 +34,21 @@ MaxBatches = Annotated[int | None, typer.Option("--max-batches", min=1, help="st
 
 
 def say(text: str) -> None:
-    """Print a result. Names in it may contain control characters of a terminal, which are removed."""
-    typer.echo(printable_lines(text))
+    """Print a result, as wide as the terminal. Names in it may contain control characters, which are removed."""
+    typer.echo(wrapped(printable_lines(text)))
 
 
 def fail(message: str) -> None:
     """Print why the command failed to stderr: `error: ` and the message, the same for every command."""
     with suppress(OSError):
-        typer.echo(f"{painted('error:', 'red', sys.stderr)} {printable_lines(message)}", err=True)
+        text = fitted(f"error: {printable_lines(message)}", sys.stderr)
+        typer.echo(painted("error:", "red", sys.stderr) + text.removeprefix("error:"), err=True)
 
 
 def note(message: str) -> None:
     """Print a message to stderr, since stdout is for results."""
     with suppress(OSError):  # if stderr cannot be written, there is no place for a message
-        typer.echo(printable_lines(message), err=True)
+        typer.echo(fitted(printable_lines(message), sys.stderr), err=True)
 
 
 # Words in messages of the Python calls that match no parameter of the command line -> what to write there.

@@ -116,7 +116,6 @@ def what_if(  # noqa: PLR0913
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.locations import load_model
     from calibcast.engines.review.frame_output import check_format, write_frame
-    from calibcast.engines.review.what_if_table import what_if_table
     from calibcast.passes.alternatives import what_if as ask
     from calibcast.passes.plan import PrecisionPlan
 
@@ -132,7 +131,7 @@ def what_if(  # noqa: PLR0913
         targets_to_include=targets_to_include or (),
     )  # fmt: skip
     against = "the defaults, fp16" if base is None else str(base)
-    write_frame(frame, lambda: what_if_table(frame, against), form, output)
+    write_frame(frame, lambda: frame.table(against), form, output)
 
 
 def diff(  # noqa: PLR0913

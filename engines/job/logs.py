@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, TextIO
 
 from calibcast.calib.printable import printable_lines
+from calibcast.engines.streams import fitted
 from tqdm import tqdm
 
 LOGGER = logging.getLogger("calibcast")
@@ -30,7 +31,7 @@ class _Lines(logging.Formatter):
         level = "" if record.levelno == logging.INFO else f" {record.levelname.lower()}:"
         # Messages contain names of modules, which can contain anything, also control characters of a terminal.
         message = printable_lines(record.getMessage())
-        return f"{datetime.fromtimestamp(record.created):%H:%M:%S}{self._rank}{level} {message}"
+        return fitted(f"{datetime.fromtimestamp(record.created):%H:%M:%S}{self._rank}{level} {message}", sys.stderr)
 
 
 class _Json(logging.Formatter):

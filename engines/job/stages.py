@@ -161,7 +161,7 @@ class JobRun(JobContext):
             plan, told = self._fitted(table)
         plan.save(self.folder.path / PLAN)
         proof = "" if plan.proof is None else f"; {plan.proof}"
-        summary = f"{str(plan).splitlines()[0]}{proof}"
+        summary = f"{plan.summary}{proof}"
         result: dict[str, Any] = {"summary": summary, "settling": None, "rescaling": told}
         if (self.folder.path / EARLY).exists():
             early = RangeTable.load(self.folder.path / EARLY)

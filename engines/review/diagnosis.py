@@ -89,10 +89,11 @@ def diagnosis_text(program: ExportedProgram, plan: PrecisionPlan, comparison: Co
 def _advice(comparison: Comparison, found: tuple[ErrorSource, ...]) -> list[str]:
     exclude = dict.fromkeys(name for source in found for name in source.exclude)
     if exclude:
-        # Patterns that can be pasted into the command line.
-        options = " ".join(f"--nodes-to-exclude '^{re.escape(name)}$'" for name in exclude)
+        # A command that can be pasted, a line for each option: it must not be broken by a terminal's width.
+        options = [f"  --nodes-to-exclude '^{re.escape(name)}$'" for name in exclude]
+        command = " \\\n".join(["calibcast plan MODEL RANGES -o PLAN", *options]).split("\n")
         more = ", and diagnose again: what comes after may have its own" if comparison.first_nonfinite else ""
-        return [f"keep these in fp32{more}: calibcast plan MODEL RANGES -o PLAN {options}"]
+        return [f"keep these in fp32{more}:", *(f"  {line}" for line in command)]
     worst = comparison.frame.filter(pl.col("kind") == "activation", pl.col("sqnr_db").is_finite())
     if (
         comparison.first_nonfinite is None
@@ -101,6 +102,6 @@ def _advice(comparison: Comparison, found: tuple[ErrorSource, ...]) -> list[str]
     ):
         return ["nothing: no node is non-finite and none loses much"]
     return [
-        "no node that a plan decides on is to blame alone: error builds up over many. Give more of them fp32 (a lower",
+        "no node that a plan decides on is to blame alone: error builds up over many. Give more of them fp32 (a lower "
         "--data-max, a --max-depth-of-reduction, a module under --nodes-to-exclude), or try another low type.",
     ]

@@ -13,6 +13,7 @@ from typing import Any
 import polars as pl
 from calibcast.calib.artifacts import written_whole
 from calibcast.calib.printable import printable, printable_lines
+from calibcast.calib.terminal_text import wrapped
 from calibcast.engines.colour import painted
 from calibcast.engines.streams import give_up_stdout
 from calibcast.engines.usage import UsageError
@@ -63,7 +64,7 @@ def encoded(frame: pl.DataFrame, text: Callable[[], str], form: str) -> bytes:
     In CSV, text that a spreadsheet would take for a formula gets an apostrophe before it.
     """
     if form == "table":
-        return f"{printable_lines(text())}\n".encode()
+        return f"{wrapped(printable_lines(text()))}\n".encode()
     if form == "json":
         rows = [{key: _plain(value) for key, value in row.items()} for row in frame.to_dicts()]
         return f"{_escaped(json.dumps(rows, indent=1, ensure_ascii=False))}\n".encode()

@@ -10,7 +10,7 @@ _COLUMNS = (
     Column("node", "node", 24),
     Column("module", "module", 24, drop=1),
     Column("rule", "rule", 12),
-    Column("reason", "reason", head=True),
+    Column("reason", "reason", wrap=True),
 )
 
 
@@ -21,5 +21,5 @@ def high_nodes(plan: PrecisionPlan, rows: int | None = None) -> str:
         return "every node that a plan decides on runs in the low type"
     shown = kept if rows is None else kept[:rows]
     table = text_table([vars(decision) for decision in shown], _COLUMNS, indent="  ")
-    more = and_more(len(shown), len(kept), "; --rows 0 shows all, and plan.explain(node) says all of it")
+    more = and_more(len(shown), len(kept), "; --rows 0 shows all")
     return "\n".join(["stay in their exported type:", *table, *(f"  {line}" for line in more)])

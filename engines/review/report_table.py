@@ -12,6 +12,7 @@ from calibcast.calib.errors import known
 from calibcast.calib.range_diff import HALF_MAX
 from calibcast.calib.range_scaling import true_frame
 from calibcast.calib.ranges import RangeTable
+from calibcast.calib.terminal_text import wrapped
 from calibcast.calib.text_table import Column, and_more, place, text_table
 from calibcast.engines.usage import UsageError
 
@@ -131,11 +132,10 @@ def _stored(exponent: pl.Expr) -> pl.Expr:
 def _titles(ranges: RangeTable) -> list[str]:
     record = ranges.calibration.rescaled
     if record is None:
-        return [str(ranges)]
+        return wrapped(str(ranges)).split("\n")
     stored = f"{len(record.exponents)} tensors are stored as powers of two of themselves"
-    return [
-        str(ranges.true_values()), f"a rescaled program, in true values: {stored},", "and headroom is of what is stored"
-    ]  # fmt: skip
+    about = f"a rescaled program, in true values: {stored}, and headroom is of what is stored"
+    return wrapped(f"{ranges.true_values()}\n{about}").split("\n")
 
 
 def overflowing(ranges: RangeTable, frame: pl.DataFrame) -> frozenset[int]:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from calibcast.calib.number_text import counted, size
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.rescaling.exactness import Refusal
 from calibcast.passes.rescaling.judging import Judgement
@@ -53,12 +54,12 @@ def described(rescaling: Rescaling) -> str:
         else:
             weights += 1
     lines = [
-        f"  {_count(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'} stored as 2^{-k} of "
+        f"  {counted(len(names), 'tensor')} {'is' if len(names) == 1 else 'are'} stored as 2^{-k} of "
         f"{'itself' if len(names) == 1 else 'themselves'}: {_places(names, modules)}"
         for k, names in sorted(by_exponent.items(), key=lambda found: -len(found[1]))
     ]
     numbers, added = len(rescaling.rewrite.numbers), rescaling.rewrite.multiplied
-    what = f"  rewritten: {_count(weights, 'weight')}, {_count(numbers, 'literal')}"
+    what = f"  rewritten: {counted(weights, 'weight')}, {counted(numbers, 'literal')}"
     if added:
         what += f"; added: {', '.join(f'{node} times 2^{-k}' for node, k in added.items())}"
     more = [f"  and {len(lines) - _MOST_LINES} more powers"] if len(lines) > _MOST_LINES else []
@@ -73,7 +74,7 @@ def _gain(rescaling: Rescaling) -> str:
     return (
         f"  fp32 nodes {before.high} -> {after.high}, work {before.work_low:.0%} -> {after.work_low:.0%}, "
         f"bytes {before.bytes_low:.0%} -> {after.bytes_low:.0%}, casts {before.casts} -> {after.casts} "
-        f"({_size(before.bytes_cast)} -> {_size(after.bytes_cast)})"
+        f"({size(before.bytes_cast)} -> {size(after.bytes_cast)})"
     )
 
 
@@ -87,15 +88,3 @@ def _refused(rescaling: Rescaling) -> str:
 def _places(names: list[str], modules: dict[str, str]) -> str:
     found = list(dict.fromkeys(modules.get(name) or name for name in names))
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} GB"

@@ -13,7 +13,7 @@ from calibcast.calib import ArtifactError, BatchError, CalibcastError, RangeTabl
 from calibcast.calib.artifacts import load_program, save_program
 from calibcast.calib.printable import printable_lines
 from calibcast.engines import Engine, build, cli
-from calibcast.engines.cli import _OneLine, _run
+from calibcast.engines.cli import _OneStyle, _run
 from calibcast.engines.commands.options import in_flags
 from calibcast.engines.job.openers import _told
 from calibcast.engines.locations import load_function
@@ -78,7 +78,7 @@ def test_no_cell_is_a_formula():
 
 def test_logs_are_printable():
     record = logging.LogRecord("calibcast", 30, "", 0, "node %s", ("a\x1b[31m\nb",), None)
-    assert _OneLine("%(message)s").format(record) == "node a\ufffd[31m\nb"
+    assert _OneStyle("%(message)s").format(record) == "warning: node a\ufffd[31m\nb"
     assert printable_lines("a\tb\r\nc") == "a b\ufffd\nc"
 
 

@@ -88,7 +88,8 @@ def test_unknown_nodes_are_named_with_near_ones(plan: PrecisionPlan) -> None:
 def test_str_is_a_compact_table(plan: PrecisionPlan) -> None:
     """Counts by precision and rule, the shares of nodes and of work, and the notes."""
     lines = str(plan).splitlines()
-    assert lines[0] == ("PrecisionPlan: 1 float16, 3 high, 2 kept; 25.0% of nodes and 0.0% of work in low precision")
+    assert lines[0] == "PrecisionPlan: 1 float16, 3 high, 2 kept; 25.0% of nodes and 0.0% of work in low precision"
+    assert lines[0] == plan.summary
     assert lines[1].split() == ["precision", "rule", "nodes"]
     assert [line.split() for line in lines[2:6]] == [
         ["low", "1"],

@@ -9,10 +9,10 @@ import pytest
 import torch
 from calibcast.calib import MismatchError, PlanError, RangeTable
 from calibcast.passes import PrecisionPlan, Verdict, classification, classify, insert_casts, what_if
-from calibcast.passes.alternatives import SCHEMA
 from calibcast.passes.cast_insertion import CAST
 from calibcast.passes.flips import flips_of, low_at
 from calibcast.passes.shares import losses
+from calibcast.passes.what_if_table import SCHEMA
 from torch import nn
 
 from tests.unmeasured import calibrate
@@ -249,3 +249,14 @@ def test_a_check_of_a_type_in_the_program_is_no_obstacle(export):
     assert any("_assert_tensor_metadata" in str(node.target) for node in program.graph.nodes)
     ranges = calibrate(program, [torch.randn(4, 8)], progress=False)
     assert what_if(program, ranges, data_max=[1e-3, 512])["nodes_low"].to_list() == [0, 1]
+
+
+def test_its_frame_prints_as_a_table_with_modules_and_is_a_polars_frame_all_the_same(measured):
+    frame = what_if(*measured, data_max=[1e-3, 512])
+    text = str(frame)
+    assert isinstance(frame, pl.DataFrame)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.splitlines()[0].split()[:3] == ["type", "limit", "quantile"]
+    assert "3 nodes no longer low: linear (first), relu, linear_1 (last)" in " ".join(text.split())
+    assert str(frame.clone()).splitlines()[0] == text.splitlines()[0]
+    assert str(frame.select("casts")) == str(pl.DataFrame(frame).select("casts"))
