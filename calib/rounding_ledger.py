@@ -48,12 +48,12 @@ class Ledger:
     def settle(self) -> None:
         """Wait for all, and note them."""
         sums, notes, self._sums, self._notes = self._sums, self._notes, [], []
-        values = _on_host(sums)
+        values = on_host(sums)
         for begin, end, note in notes:
             note([number for part in values[begin:end] for number in part])
 
 
-def _on_host(parts: Sequence[torch.Tensor | list[float]]) -> list[list[float]]:
+def on_host(parts: Sequence[torch.Tensor | list[float]]) -> list[list[float]]:
     """The numbers of each tensor, by one copy for each device and type."""
     kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for i, part in enumerate(parts):

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from calibcast.calib.rounding_gradients import Gradients, at_poles
 from calibcast.calib.rounding_groups import Group, Results
+from calibcast.calib.rounding_ledger import on_host
 from calibcast.calib.rounding_tape import Call, Value
 
 # Near a pole an edge is tried with this many times its own error, as other edges like it may add theirs.
 _SEVERAL = 4.0
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Asked(Generic[T]):
+    """Whether an edge is at risk, as the device will tell. doubts: not finite where it may be."""
+
+    group: Group
+    low: torch.dtype
+    found: T
+    doubts: list[torch.Tensor]
 
 
 class PoleWatch(Generic[T]):
@@ -22,61 +36,95 @@ class PoleWatch(Generic[T]):
     kept: these come first in the program. exposed: values whose error decides whether a pole is reached.
     """
 
-    def __init__(self, gradients: Gradients, most: int) -> None:
-        self._gradients = gradients
+    def __init__(self, gradients: Gradients, most: int, is_finite: Callable[[Value], bool]) -> None:
+        """is_finite: whether all elements of a value are known to be finite in fp32."""
+        self._gradients, self._is_finite = gradients, is_finite
         self._exposed: set[Value] = set()
+        self._asked: list[_Asked[T]] = []
         self.at_risk: deque[tuple[Call, Group, torch.dtype, Results, T]] = deque(maxlen=most)
 
     def pass_on(self, call: Call) -> None:
-        """Where a mover's result is exposed, its inputs are, too."""
-        if call.mover and not self._exposed.isdisjoint(v for v in call.outputs if v is not None):
+        """Note the edges of a call that were at risk. Where a mover's result is exposed, its inputs are, too.
+
+        The host waits for a GPU once for the call, not once for each tensor that was looked at.
+        """
+        asked, self._asked = self._asked, []
+        if asked:
+            doubts = iter(on_host([doubt.reshape(1) for entry in asked for doubt in entry.doubts]))
+            for entry in asked:
+                if not all([math.isfinite(next(doubts)[0]) for _ in entry.doubts]):
+                    self._look_closely(call, entry)
+        if call.mover and self._is_exposed(call):
             self._exposed.update(call.inputs)
 
     def watches(self, call: Call) -> bool:
         """Whether `look` does anything for this call."""
-        return self._is_near_pole(call) or not self._exposed.isdisjoint(v for v in call.outputs if v is not None)
+        return self._is_near_pole(call) or self._is_exposed(call)
 
     def look(self, call: Call, group: Group, low: torch.dtype, results: Results, found: T) -> None:
-        """Note an edge whose value is one rounding away from a pole, or whose error decides whether a later value is.
+        """Ask whether the value of an edge is one rounding away from a pole, or its error decides whether a later is.
 
         Rounding this edge alone need not reach the pole: noise of other edges may move the value first.
         """
-        risky: Results | None = None
-        if not self.watches(call):
+        tried = self._tried(call, group, low, results) if self.watches(call) else ()
+        ahead = [pair for moved in tried for pair in self._ahead(call, moved, set())]
+        if ahead:
+            doubts = [_doubt(value, made, self._is_finite(value)) for value, made in ahead]
+            self._asked.append(_Asked(group, low, found, doubts))
+
+    def _look_closely(self, call: Call, asked: _Asked[T]) -> None:
+        """Note an edge that reaches a pole: a sum that is not finite only raises the question."""
+        group, low = asked.group, asked.low
+        if (results := group.results(low)) is None:
             return
-        if self._is_near_pole(call) and (other := group.otherwise(low)) and self._reaches_pole(call, other):
-            risky = other
-        elif not self._exposed.isdisjoint(v for v in call.outputs if v is not None):
-            several = [_moved(call, results, factor) for factor in (_SEVERAL, -_SEVERAL)]
-            risky = next((moved for moved in several if self._reaches_pole(call, moved)), None)
-        if risky is not None:
-            self.at_risk.append((call, group, low, risky, found))
-            sources = {(edge.input, edge.output) for edge in group.edges}
-            self._exposed.update(value for value in call.inputs if value.sources & sources)
+        for moved in self._tried(call, group, low, results):
+            if any(bool(_lost(value, made)) for value, made in self._ahead(call, moved, set())):
+                self.at_risk.append((call, group, low, moved, asked.found))
+                sources = {(edge.input, edge.output) for edge in group.edges}
+                self._exposed.update(value for value in call.inputs if value.sources & sources)
+                return
+
+    def _tried(self, call: Call, group: Group, low: torch.dtype, results: Results) -> Iterator[Results]:
+        """Results of a call with its error the other way, where a pole is near, and with several times its error."""
+        if self._is_near_pole(call) and (other := group.otherwise(low)):
+            yield other
+        if self._is_exposed(call):
+            yield from (_moved(call, results, factor) for factor in (_SEVERAL, -_SEVERAL))
+
+    def _is_exposed(self, call: Call) -> bool:
+        return not self._exposed.isdisjoint(v for v in call.outputs if v is not None)
 
     def _is_near_pole(self, call: Call) -> bool:
         return bool(at_poles(call)) or any(v is not None and self._gradients.is_near_pole(v) for v in call.outputs)
 
-    def _reaches_pole(self, call: Call, results: Results, tried: set[tuple[int, Value]] | None = None) -> bool:
-        """Whether these results have new NaN or Inf, or make them where a pole reads them. No gradient shows that.
+    def _ahead(
+        self, call: Call, results: Results, tried: set[tuple[int, Value]]
+    ) -> Iterator[tuple[Value, torch.Tensor]]:
+        """These results, and what the readers at a pole make of them. No gradient shows NaN or Inf there.
 
         tried: what was asked already, a reader and the input that changes: paths that meet again are followed once.
         """
-        tried = set() if tried is None else tried
         for value, made in zip(call.outputs, results, strict=True):
             if value is None or not value.differentiable:
                 continue
-            if bool((~made.isfinite() & value.tensor.isfinite()).any()):
-                return True
+            yield value, made
             leads = self._gradients.is_near_pole(value) or value in self._exposed
             for reader in value.readers if leads else ():
-                on = self._is_near_pole(reader) or any(v in self._exposed for v in reader.outputs)
-                if not on or (id(reader), value) in tried:
-                    continue
-                tried.add((id(reader), value))
-                if self._reaches_pole(reader, reader.perform({value: made}), tried):
-                    return True
-        return False
+                if self.watches(reader) and (id(reader), value) not in tried:
+                    tried.add((id(reader), value))
+                    yield from self._ahead(reader, reader.perform({value: made}), tried)
+
+
+def _lost(value: Value, made: torch.Tensor) -> torch.Tensor:
+    """Whether an element became NaN or Inf, a tensor without dimensions."""
+    return (~made.isfinite() & value.tensor.isfinite()).any()
+
+
+def _doubt(value: Value, made: torch.Tensor, is_finite: bool) -> torch.Tensor:
+    """A number that is finite only where no element became NaN or Inf; one kernel where `value` is all finite."""
+    if not is_finite:
+        return torch.where(_lost(value, made), math.inf, 0.0)
+    return (torch.view_as_real(made) if made.is_complex() else made).sum(dtype=torch.float32)
 
 
 def _moved(call: Call, results: Results, factor: float) -> Results:

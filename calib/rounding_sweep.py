@@ -64,7 +64,7 @@ class Sweep:
         self._slopes: dict[tuple[Value, int], torch.Tensor] = {}
         self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
         self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups in which something became NaN or Inf
-        self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS)
+        self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS, self._is_finite)
 
     def run(self) -> Measured:
         """What was found at each edge that the tape has, for each low type."""
@@ -81,8 +81,8 @@ class Sweep:
             for group in self._rounder.groups(call, edges) if edges else ():
                 for low in LOW_TYPES:
                     self._measure(call, group, low)
-            self._gradients.pass_on(call)
             self._poles.pass_on(call)
+            self._gradients.pass_on(call)
             self._slopes.clear()
         self._ledger.settle()
         for low in LOW_TYPES:
@@ -103,6 +103,9 @@ class Sweep:
             if value is not None and value.differentiable:
                 self._ledger.await_([energy(value.tensor)], note(value))
         self._ledger.settle()
+
+    def _is_finite(self, value: Value) -> bool:
+        return math.isfinite(self._signals.get(value, math.inf))
 
     def _begin(self, output: Value, column: int, generator: torch.Generator) -> None:
         """The gradient of <u, y / |y|> by channel, u being random signs, and what rounding the output itself does."""
@@ -174,11 +177,10 @@ class Sweep:
 
     def _take(self, found: Found, error: Error, value: Value, grads: Grads) -> None:
         """Add what the error of a value does, by its gradient. Elements that are not finite in fp32 are left out."""
-        signal = self._signals.get(value, math.inf)
-        if not math.isfinite(signal):
+        if not self._is_finite(value):
             self._take_finite(found, error.made, value, grads, error.counts)
             return
-        difference, columns = error.difference(value.tensor), list(grads)
+        signal, difference, columns = self._signals[value], error.difference(value.tensor), list(grads)
         again, counts = error.again, error.counts  # not `error`: `made` need not be held until the end
         sums = [energy(difference)]
         for number, column in enumerate(columns, 1):
@@ -205,7 +207,7 @@ class Sweep:
         value = call.outputs[0] if len(call.outputs) == 1 else None
         if value is None or not self._gradients.is_used(value):
             return None
-        if not math.isfinite(self._signals.get(value, math.inf)):
+        if not self._is_finite(value):
             return None
         beyond = self._gradients.steps_next(value) or self._gradients.is_cut(value) or self._poles.watches(call)
         return None if beyond else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calibcast.calib.rounding_ledger import Error, Ledger, _on_host, energy, parts_of
+from calibcast.calib.rounding_ledger import Error, Ledger, on_host, energy, parts_of
 
 
 def test_numbers_come_back_to_who_gave_them() -> None:
@@ -21,7 +21,7 @@ def test_numbers_come_back_to_who_gave_them() -> None:
 def test_tensors_of_several_types_are_copied_to_the_host_by_type() -> None:
     """As of a GPU: numbers that are on the host already stay where they are."""
     parts = [torch.tensor([1.0]), [2.0], torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([5.0])]
-    assert _on_host(parts) == [[1.0], [2.0], [3.0, 4.0], [5.0]]
+    assert on_host(parts) == [[1.0], [2.0], [3.0, 4.0], [5.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.complex64])
