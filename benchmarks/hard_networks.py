@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--types", nargs="+", default=["fp32", "fp16", "bf16"])
     parser.add_argument("--seconds", type=float, default=300.0, help="for each network and type")
+    parser.add_argument("--at-once", type=int, default=1, help="so many processes build at one time")
     parser.add_argument("--output")
     parser.add_argument("--child", nargs=2)
     options = parser.parse_args()
@@ -181,9 +183,10 @@ def main() -> None:
     from benchmarks import machine
 
     rows = []
-    for network in options.networks:
-        for kind in options.types:
-            rows.append(_row(network, kind, options.seconds))
+    with ThreadPoolExecutor(options.at_once) as pool:
+        asked = [(network, kind, options.seconds) for network in options.networks for kind in options.types]
+        for row in pool.map(_row, *zip(*asked, strict=True)):
+            rows.append(row)
             text = "\n".join([*_HEADER, *rows])
             machine.write(options.output, "# Networks that are hard to build\n\n" + machine.header() + "\n" + text)
 

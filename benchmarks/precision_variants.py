@@ -49,6 +49,10 @@ class Prepared:
     times: list[float] = field(default_factory=list)
 
 
+class HalfError(Exception):
+    """A model cannot be made half as a whole."""
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """TF32 in matrix products and convolutions of eager PyTorch."""
@@ -123,8 +127,7 @@ class Network:
 
         start, plan, program = time.perf_counter(), None, self.program
         if variant.endswith("whole-half"):
-            with torch.no_grad():
-                program = torch.export.export(copy.deepcopy(self.subject.model).half(), _halved(self.inputs))
+            program = self._whole_half()
         elif not variant.endswith(" fp32"):
             low_type = torch.float16 if "fp16" in variant else torch.bfloat16
             if "by rules" in variant:
@@ -135,6 +138,14 @@ class Network:
             program = insert_casts(self.program, plan)
         return program, plan, time.perf_counter() - start
 
+    def _whole_half(self) -> Any:
+        """The model's own `half()`. Raises HalfError where that does not run, as of one that makes angles in fp32."""
+        try:
+            with torch.no_grad():
+                return torch.export.export(copy.deepcopy(self.subject.model).half(), _halved(self.inputs))
+        except Exception as error:  # whatever the model's own code raises
+            raise HalfError(f"its half() does not run: {str(error).strip().splitlines()[0]}") from error
+
     def _cast_or_why(self, variant: str) -> tuple[Any, Any, float] | Prepared:
         """`_cast`; a budget that cannot be met is a row, and the other variants are measured all the same."""
         from calibcast.calib.errors import PlanError
@@ -143,6 +154,8 @@ class Network:
             return self._cast(variant)
         except PlanError as error:
             return Prepared(None, note=f"no plan: {str(error).splitlines()[0]}")
+        except HalfError as error:
+            return Prepared(None, note=str(error))
 
     def _engine(self, variant: str, program: Any, plan: Any, seconds: float) -> Prepared:
         return _tried(lambda: self._built(variant, program, plan, seconds))
