@@ -9,6 +9,7 @@ modelled.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,38 +48,61 @@ class RoundedRunner(ProgramRunner):
             return super().run(flat, watch)
 
 
+@dataclass(frozen=True)
+class _LowNode:
+    """What stays the same at each run of a low node.
+
+    args, kwargs: with its numbers rounded. made_low: arguments that were rounded when they were made.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    written: tuple[fx.Node, ...]
+    made_low: frozenset[fx.Node]
+    keeps: bool  # its results need no rounding: it only moves elements
+
+
 class _Rounding:
     """How nodes run under a plan. A `calib.execution.Around`."""
 
     def __init__(self, low: frozenset[str], low_type: torch.dtype, masks: frozenset[str]) -> None:
         self._low, self._low_type, self._masks = low, low_type, masks
+        self._nodes: dict[str, _LowNode] = {}
 
     def run(self, name: str, node: fx.Node, values: dict[fx.Node, Any], call: Callable[[Any, Any], Any]) -> Any:
         if name not in self._low:
             return call(*fx.map_arg((node.args, node.kwargs), values.__getitem__))
         prefix = name.removesuffix(node.name)
-        written = set(written_arguments(node))
+        if (low := self._nodes.get(name)) is None:
+            low = self._nodes[name] = self._low_node(name, node, prefix)
 
         def given(argument: fx.Node) -> Any:
-            if prefix + argument.name in self._low and argument.op == "call_function":
-                return values[argument]  # it was rounded when it was made
-            return self._rounded(values[argument], prefix + argument.name, in_place=argument in written)
+            if argument in low.made_low:
+                return values[argument]
+            return self._rounded(values[argument], prefix + argument.name, in_place=argument in low.written)
 
-        args, kwargs = with_numbers(node.target, node.args, node.kwargs, self._numbers(name, node))
-        results = call(*fx.map_arg((args, kwargs), given))
-        for argument in written:
+        results = call(*fx.map_arg((low.args, low.kwargs), given))
+        for argument in low.written:
             self._rounded(values[argument], name, in_place=True)
-        return results if is_mover(node) and not written else self._rounded(results, name, in_place=bool(written))
+        return results if low.keeps else self._rounded(results, name, in_place=bool(low.written))
+
+    def _low_node(self, name: str, node: fx.Node, prefix: str) -> _LowNode:
+        args, kwargs = with_numbers(node.target, node.args, node.kwargs, self._numbers(name, node))
+        written = tuple(dict.fromkeys(written_arguments(node)))
+        made_low = frozenset(
+            a for a in node.all_input_nodes if a.op == "call_function" and prefix + a.name in self._low
+        )
+        return _LowNode(args, kwargs, written, made_low, is_mover(node) and not written)
 
     def _numbers(self, name: str, node: fx.Node) -> dict[str, float]:
         """The numbers in a call that rounding changes, rounded."""
-        saturate = name in self._masks
-        made = {key: rounded_number(value, self._low_type, saturate) for key, value in literals_of(node).items()}
-        return {key: value for key, value in made.items() if value != literals_of(node)[key]}
+        saturate, numbers = name in self._masks, literals_of(node)
+        made = {key: rounded_number(value, self._low_type, saturate) for key, value in numbers.items()}
+        return {key: value for key, value in made.items() if value != numbers[key]}
 
     def _rounded(self, value: Any, name: str, in_place: bool) -> Any:
         def one(tensor: torch.Tensor) -> torch.Tensor:
             result = rounded(tensor, self._low_type, name in self._masks)
             return tensor.copy_(result) if in_place and result is not tensor else result
 
-        return pytree.tree_map_only(torch.Tensor, one, value)
+        return one(value) if isinstance(value, torch.Tensor) else pytree.tree_map_only(torch.Tensor, one, value)
