@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from calibcast.passes.rescaling.measures import Measures, _importance, _sides, _
 from calibcast.passes.rescaling.rewriting import Exponents
 from calibcast.passes.rescaling.system import Number, Tensor
 from torch import nn
+from torch.export import ExportedProgram
 
 FP16 = format_of(torch.float16)
 BASE = Judgement(high=3, work_low=0.5, bytes_low=0.5, casts=4, bytes_cast=100)
@@ -130,9 +132,14 @@ class Net(nn.Module):
         return (h * 0.5).sum(-1) + 1e-6
 
 
+@cache
+def exported() -> ExportedProgram:
+    return torch.export.export(Net(), (torch.ones(2, 4),))
+
+
 def measures(**rows: tuple[float, float, list[int]]) -> Measures:
     """absmax, smallest and histogram of nodes; all have importance 1, but `linear` has 2."""
-    program = torch.export.export(Net(), (torch.ones(2, 4),))
+    program = exported()
     names = [n.name for n in program.graph.nodes]
     importance = dict.fromkeys(names, 1.0) | {"linear": 2.0}
     absmax, smallest = np.array([r[0] for r in rows.values()]), np.array([r[1] for r in rows.values()])
@@ -271,7 +278,7 @@ def test_loss_is_that_of_the_tensor_where_noise_grows_most() -> None:
 
 
 def test_importance_is_the_share_of_bytes_and_of_work() -> None:
-    program = torch.export.export(Net(), (torch.ones(2, 4),))
+    program = exported()
     found = _importance(program)
     nodes = [n.name for n in program.graph.nodes]
     least = 1e-4 / len(nodes)

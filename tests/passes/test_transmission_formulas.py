@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -42,19 +43,20 @@ class Asked:
     result: TensorFacts | None = RESULT
     least: float | None = None
     channels: float | None = None
-    inputs: list[fx.Node] = field(default_factory=list)
 
-    def by(self, need: Need | None = None, own: Need | None = None, share: float = SHARE) -> list[tuple[int, Need]]:
-        """(position of the argument, what is asked of it)."""
-
+    @cached_property
+    def graph(self) -> fx.Graph:
         class Net(nn.Module):
             def forward(net, *args: torch.Tensor) -> Any:  # noqa: N805
                 return self.function(*args)
 
         args = tuple(torch.ones(shape) for shape in self.shapes[: len(self.facts)])
-        graph = torch.export.export(Net(), args).graph
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        node = [n for n in graph.nodes if n.op == "call_function"][-1]
+        return torch.export.export(Net(), args).graph
+
+    def by(self, need: Need | None = None, own: Need | None = None, share: float = SHARE) -> list[tuple[int, Need]]:
+        """(position of the argument, what is asked of it)."""
+        placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
+        node = [n for n in self.graph.nodes if n.op == "call_function"][-1]
         known = dict(zip(placeholders, self.facts, strict=True)) | {node: self.result}
         seen = Seen(known.get, lambda n: self.least, lambda n: self.channels)
         return [(placeholders.index(x), found) for x, found in asked_of_arguments(node, need, own, seen, share)]
