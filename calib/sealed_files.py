@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from calibcast.calib.errors import ArtifactError, ChangedFileError
@@ -27,7 +27,7 @@ def check_plain(name: Any, said_by: Path | str) -> str:
     """`name` itself, when it is a relative path that stays below its folder; else ArtifactError naming `said_by`."""
     parts = name.split("/") if isinstance(name, str) else [""]
     odd = any(part in ("", ".", "..") or "\\" in part or "\0" in part or ":" in part for part in parts)
-    if odd or not name.isprintable() or PurePosixPath(name).is_absolute():
+    if odd or not name.isprintable():
         raise ArtifactError(f"{said_by} names the file {name!r}: only plain names inside its folder are allowed")
     return str(name)
 

@@ -171,7 +171,9 @@ def _fitting(tests: list[str], each: dict[str, float], seconds: float) -> list[s
 
 def _is_near(file: str, path: str, in_function: bool) -> bool:
     """Whether a file of tests has the name of the mutant's file, or a word of it for what runs at import."""
-    return Path(file).stem == f"test_{Path(path).stem}" or (not in_function and bool(_words(file) & _words(path)))
+    return Path(file).stem.startswith(f"test_{Path(path).stem}") or (
+        not in_function and bool(_words(file) & _words(path))
+    )
 
 
 def lines_by_test(lines: dict[str, list[str]]) -> dict[str, int]:

@@ -80,7 +80,8 @@ def never_run(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 
 def in_function(path: Path, line: int) -> bool:
-    """Whether a line runs when a function is called, and not when its file is imported."""
+    """Whether a line runs each time a function is called: not when its file is imported, nor in a first call alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    return any(n.body[0].lineno <= line <= (n.end_lineno or 0) for n in functions)
+    around = [n for n in functions if n.body[0].lineno <= line <= (n.end_lineno or 0)]
+    return bool(around) and not any("cache" in ast.unparse(name) for n in around for name in n.decorator_list)
