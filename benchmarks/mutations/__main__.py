@@ -46,6 +46,8 @@ ROOT = Path.cwd()
 PYTEST = ("-n", "0", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly")
 # Minutes long; they hold networks and laws, not one file.
 LONG = {"test_architectures.py", "test_program_zoo.py", "test_fuzz.py", "test_random_programs.py"}
+# Seconds of the tests of a file of the same name, for a line that only another process runs.
+LONGEST = 120.0
 # They look at every module, so they come first for what runs when one is imported.
 EVERYWHERE = ("test_dataclasses.py",)
 KILLED = ("killed", "hung")
@@ -135,7 +137,8 @@ def tests_of(mutant: Mutant, cover: Cover, seconds: float) -> list[str]:
     each function comes before the second parameters of any, as these mostly see what the first saw.
     """
     lines = cover["lines"].get(mutant.path, {})
-    at_line = lines.get(str(mutant.line)) if in_function(ROOT / mutant.path, mutant.line) else None
+    each_time = in_function(ROOT / mutant.path, mutant.line)
+    at_line = lines.get(str(mutant.line)) if each_time else None
     contexts = at_line or [name for names in lines.values() for name in names]
     chosen = {name.removesuffix("|call") for name in contexts if name.endswith("|call")}
     files = {name.split("::")[0] for name in contexts if name.endswith("|setup")}
@@ -154,7 +157,8 @@ def tests_of(mutant: Mutant, cover: Cover, seconds: float) -> list[str]:
     near = [test for test in ordered if _is_near(test.split("::")[0], mutant.path, bool(at_line))]
     if not at_line:
         near = [test for test in cover["seconds"] if test.split("::")[0].endswith(EVERYWHERE)] + near
-    taken = _fitting(near, cover["seconds"], seconds / 2)
+    elsewhere = each_time and not at_line  # in another process, which coverage does not see
+    taken = _fitting(near, cover["seconds"], LONGEST if elsewhere else seconds / 2)
     taken += _fitting([test for test in ordered if test not in near], cover["seconds"], seconds / 2)
     return taken or near[:1] or ordered[:1]
 
