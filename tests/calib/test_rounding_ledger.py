@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calibcast.calib.rounding_ledger import Error, Ledger, on_host, energy, parts_of
+from calibcast.calib.rounding_ledger import Error, Ledger, energy, on_host, parts_of
 
 
 def test_numbers_come_back_to_who_gave_them() -> None:
