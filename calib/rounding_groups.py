@@ -27,7 +27,7 @@ class Group:
     results: what the call then gives, as `Call.perform` gives it; None where rounding changes nothing. otherwise: the
     same with each element rounded the other way; gives None where that is not needed. added: for a bias, its error
     [channels], which is added to the only result along dimension `along`. apart: the same call with each edge rounded
-    alone; for edges that are rounded together only because that takes less time.
+    alone; for edges that are rounded together only because that takes less time. coherent: one number is rounded.
     """
 
     edges: tuple[Edge, ...]
@@ -36,6 +36,7 @@ class Group:
     added: Callable[[torch.dtype], torch.Tensor] | None = None
     along: int = -1
     apart: tuple[Group, ...] = ()
+    coherent: bool = False
 
 
 class Rounder:
@@ -137,7 +138,8 @@ class Rounder:
             changed = {value: made for value, made in given.items() if not _is_same(value, made)}
             return call.perform(changed) if changed else None
 
-        return Group(edges, results, lambda low: results(low, rounded_otherwise))
+        one = all(self._tape.made[edge.input, edge.output].tensor.numel() == 1 for edge in edges)
+        return Group(edges, results, lambda low: results(low, rounded_otherwise), coherent=one)
 
     def _literal(self, call: Call, edge: Edge) -> Group:
         name = edge.input.partition(":")[2]
@@ -152,7 +154,7 @@ class Rounder:
                 else call.perform({}, with_numbers(call.run, call.args[0], call.args[1], {name: made}))
             )
 
-        return Group((edge,), results)
+        return Group((edge,), results, coherent=True)
 
     def _bias(self, call: Call, edge: Edge) -> Value | None:
         """The bias of a call, where the edge leads from it and it is added to each result."""

@@ -15,13 +15,15 @@ Note = Callable[[Sequence[float]], None]
 @dataclass(frozen=True)
 class Error:
     """A result that rounding has changed. again: computes it once more. may_write: nobody else needs `made`, so its
-    memory may be overwritten. counts: it is a result of the reader itself, and counts in `local`.
+    memory may be overwritten. counts: it is a result of the reader itself, and counts in `local`. coherent: it comes of
+    one number that was rounded.
     """
 
     made: torch.Tensor
     again: Callable[[], torch.Tensor]
     may_write: bool = False
     counts: bool = True
+    coherent: bool = False
 
     def difference(self, exact: torch.Tensor) -> torch.Tensor:
         """How far it is from the exact result. An operator may return an input or an expanded tensor."""
@@ -78,6 +80,20 @@ def energy(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.as_strided((tensor.numel(),), (1,))
     flat = tensor.reshape(-1)
     return torch.dot(flat, flat)
+
+
+def noise_energy(product: torch.Tensor, coherent: bool) -> torch.Tensor:
+    """The noise at the outputs, estimated from the products of errors and gradients, element by element.
+
+    coherent: all errors come from one number, such as the base of a power, and add up instead of averaging out. The
+    square of their sum is then the estimate: over all elements, or over each slice of the first dimension, as those of
+    a batch do not meet. With one draw it may be too small by chance, so it is never less than the sum of squares.
+    """
+    apart = energy(product)
+    if not coherent or product.is_complex() or not product.ndim:
+        return apart
+    slices = product.flatten(1).sum(1) if product.ndim > 1 else product
+    return torch.stack([apart, slices.sum().square(), slices.square().sum()]).max()
 
 
 def parts_of(energies: Sequence[float]) -> list[float]:

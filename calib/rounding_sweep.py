@@ -22,7 +22,7 @@ from calibcast.calib.rounding_alone import changes, run_alone
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_gradients import Gradients, Grads
 from calibcast.calib.rounding_groups import Group, Results, Rounder
-from calibcast.calib.rounding_ledger import Error, Ledger, Note, energy, parts_of
+from calibcast.calib.rounding_ledger import Error, Ledger, Note, energy, noise_energy, parts_of
 from calibcast.calib.rounding_poles import PoleWatch
 from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
 from calibcast.calib.rounding_tape import Call, Tape, Value
@@ -163,9 +163,8 @@ class Sweep:
                 continue
             if value.differentiable:
                 alone = len(results) == 1 and not self._gradients.steps_next(value) and not self._poles.watches(call)
-                self._take(
-                    found, Error(made, partial(_again, group, low, position), alone), value, self._gradients.of(value)
-                )
+                error = Error(made, partial(_again, group, low, position), alone, coherent=group.coherent)
+                self._take(found, error, value, self._gradients.of(value))
                 needs_run |= self._gradients.is_cut(value)
                 if self._gradients.steps_next(value):
                     needs_run |= self._step(found, value, made, twin)
@@ -186,7 +185,8 @@ class Sweep:
         for number, column in enumerate(columns, 1):
             # In place, as fresh memory costs more than the product.
             last = number == len(columns) and grads[column].dtype == difference.dtype
-            sums.append(energy(difference.mul_(grads[column]) if last else difference * grads[column]))
+            product = difference.mul_(grads[column]) if last else difference * grads[column]
+            sums.append(noise_energy(product, error.coherent))
 
         def note(numbers: Sequence[float]) -> None:
             whole, *parts = numbers

@@ -162,6 +162,12 @@ class Planning:
         near = {name for e in edges if e.edge.node in readers for name in e.nodes}
         return (near | set(readers)) & set(low)
 
+    def rounding(self, makers: Collection[str]) -> set[str]:
+        """The nodes that round what `makers` made, when low: those themselves, all readers, and the movers between."""
+        evidence = self.facts.rounding.get(self.judge.low_type)
+        edges = () if evidence is None else evidence.edges
+        return {name for e in edges if e.edge.input in makers for name in e.nodes}
+
     @property
     def _measured(self) -> list[str]:
         return [name for name, low_type in LOW_TYPES.items() if low_type in self.facts.rounding]

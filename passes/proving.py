@@ -152,12 +152,22 @@ class Proving:
         bad = seen.bad or twice.bad
         return Outcome(plan, seen.worst, twice.worst, outputs, changed, lost, bad, seen.runs, self._carry_state)
 
-    def first_nonfinite(self, plan: PrecisionPlan, batch: Batch) -> str | None:
-        """The first node that has more non-finite elements under the plan than in the program itself, or None."""
+    def worst_batch(self, outcome: Outcome) -> Batch:
+        """The batch with the worst result of a run."""
+        twice = outcome.doubled.noise > outcome.worst.noise
+        index, among = (outcome.doubled.batch, self.doubled) if twice else (outcome.worst.batch, self.batches)
+        return next((batch for batch in among if batch.index == index), among[0])
+
+    def nonfinite_nodes(self, plan: PrecisionPlan, batch: Batch) -> list[str]:
+        """The nodes that have more non-finite elements under the plan than in the program itself, in graph order."""
         before = self._leading_to(batch)
-        expected = _nonfinite_in(self.runner, before, batch)
-        found = _nonfinite_in(self._emulated(plan), before, batch)
-        return next((name for name, lost in found.items() if lost > expected.get(name, 0)), None)
+        expected = _counted(_nonfinite, self.runner, before, batch)
+        found = _counted(_nonfinite, self._emulated(plan), before, batch)
+        return [name for name, lost in found.items() if lost > expected.get(name, 0)]
+
+    def nodes_beyond(self, limit: float, batch: Batch) -> list[str]:
+        """The nodes that give finite elements above `limit` in magnitude, in the program itself and in graph order."""
+        return list(_counted(lambda t: (t.abs() > limit) & t.isfinite(), self.runner, self._leading_to(batch), batch))
 
     def _emulated(self, plan: PrecisionPlan) -> ProgramRunner:
         return emulated(self.program, plan, self._device, self._carry_state)
@@ -193,16 +203,22 @@ def _ran(runner: ProgramRunner, batch: Batch, watch: Watch | None = None) -> lis
     return runner.run_batch(_copies(batch.flat), batch.index, watch)
 
 
-def _nonfinite_in(runner: ProgramRunner, before: Sequence[Batch], batch: Batch) -> dict[str, int]:
-    """How many elements of each node's results are not finite, in the order in which they run. before: the batches that
-    make the state."""
+def _nonfinite(tensor: torch.Tensor) -> torch.Tensor:
+    return ~tensor.isfinite()
+
+
+def _counted(
+    what: Callable[[torch.Tensor], torch.Tensor], runner: ProgramRunner, before: Sequence[Batch], batch: Batch
+) -> dict[str, int]:
+    """How many elements of each node's results are so, where any is, in the order in which they run. before: the
+    batches that make the state."""
     counts: dict[str, int] = {}
 
     def watch(name: str, _: Any, result: Any, *__: Any) -> None:
         tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-        lost = sum(int((~t.isfinite()).sum()) for t in tensors if t.is_floating_point())
-        if lost:
-            counts[name] = lost
+        count = sum(int(what(t).sum()) for t in tensors if t.is_floating_point())
+        if count:
+            counts[name] = count
 
     for earlier in before:
         _ran(runner, earlier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from calibcast.passes.classification import Planning
 from calibcast.passes.judge import default_budget
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import PrecisionPlan
-from calibcast.passes.proving import Outcome, Proving, spare_db
+from calibcast.passes.proving import Batch, Outcome, Proving, spare_db
+from calibcast.passes.raising import nodes_around, nonfinite_paths, steps_of
 from calibcast.passes.rounding_plan import allowance_of
 from calibcast.passes.settings import Settings
 from calibcast.passes.tensor_errors import most_changed
@@ -151,18 +152,38 @@ class _Tuning:
             return self._relaxed(allowance, outcome)
         if outcome.plan.rounding is None:
             return None
+        last = len(self.tried) == MOST_RUNS - 1 and not self.passed
         if outcome.plan.rounding.spread and not self.at_any_cost:
             self.at_any_cost = True  # no edge is to blame, but the budget must be met
-            return allowance
-        if outcome.nonfinite and self._raise_for_nonfinite(outcome):
+            return 0.0 if last else allowance
+        if (batch := self._batch_to_look_at(outcome)) is not None and self._raise_for_nonfinite(outcome, batch, last):
             return allowance
         self.failing = min(self.failing, allowance)
-        last = len(self.tried) == MOST_RUNS - 1 and not self.passed
-        return 0.0 if last else self._reduced(allowance, outcome)
+        wanted = 0.0 if last else self._reduced(allowance, outcome)
+        if self.passed or self._raises_more(wanted, outcome):
+            return wanted
+        return allowance if self._raise_for_steps(outcome, last) else None
+
+    def _batch_to_look_at(self, outcome: Outcome) -> Batch | None:
+        """The batch in which something became non-finite; or, where the run missed by far what the table predicts, the
+        worst one: an Inf inside may have given a 0 at the end.
+        """
+        assert outcome.plan.rounding is not None
+        unforeseen = outcome.plan.rounding.predicted_sqnr_db > outcome.sqnr_db + FAR_DB
+        return outcome.bad or (self.proving.worst_batch(outcome) if unforeseen else None)
+
+    def _raises_more(self, allowance: float | None, outcome: Outcome) -> bool:
+        if allowance is None:
+            return False
+        plan = self.planning.plan(allowance, self.raised, self.at_any_cost)
+        return plan.high_precision_nodes != outcome.plan.high_precision_nodes
 
     def _reduced(self, allowance: float, outcome: Outcome) -> float | None:
+        """A lower allowance, by as much as the budget was missed; by a little where it was met, but not by
+        `RELAXED_DB`. Integers have no SQNR: their share of changes counts like an amplitude.
+        """
         missed = -spare_db(outcome, self.budget)
-        if missed <= 0:  # integers
+        if missed <= 0:
             missed = 20 * math.log10(max(outcome.changed / most_changed(self.budget), 1.0))
         factor = MUCH_LESS if missed > FAR_DB else min(LESS, 10 ** ((missed + PAST_DB) / 20))
         return self._changing(allowance, allowance / factor**2, outcome.plan)
@@ -185,27 +206,39 @@ class _Tuning:
         further = [limit for limit in limits if 0 < limit <= wanted] if wanted < before else []
         return math.nextafter(max(further), 0.0) if further else None
 
-    def _raise_for_nonfinite(self, outcome: Outcome) -> bool:
-        """Raise the nodes that round the inputs of the first newly non-finite node; the next call goes one ring up.
-
-        False where nothing is left to raise.
+    def _raise_for_nonfinite(self, outcome: Outcome, batch: Batch, last: bool) -> bool:
+        """Raise the nodes that round the inputs of those where NaN or Inf begin, and whatever rounds a value on its way
+        that the low type does not hold. The next call goes one ring up, the last all the way. False where nothing is
+        left to raise.
         """
-        assert outcome.bad is not None
-        first = self.proving.first_nonfinite(outcome.plan, outcome.bad)
-        if first is None:
-            return False
-        low, grown = set(outcome.plan.low_precision_nodes), {first}
-        while len(self.tried) == MOST_RUNS - 1 and grown < (further := grown | self.planning.makers(grown)):
-            grown = further  # before the last run, all nodes that lead there
-        while not (ring := self.planning.ring(grown, low)):
-            further = grown | self.planning.makers(grown)
-            if further == grown:
-                return False
-            grown = further
-        batch = f"batch {outcome.bad.index}{' with inputs times two' if outcome.bad.doubled else ''}"
-        reason = f"in {self.planning.low_name} it made `{first}` NaN or Inf in a run of {batch}"
-        self.raised.update({name: Verdict("rounding", reason, -math.inf, self.budget) for name in sorted(ring)})
-        return True
+        lost = self.proving.nonfinite_nodes(outcome.plan, batch)
+        most = torch.finfo(self.planning.judge.low_type).max
+        reached, first = nonfinite_paths(self.planning, lost)
+        low, before = set(outcome.plan.low_precision_nodes), set(self.raised)
+        beyond = reached.intersection(self.proving.nodes_beyond(most, batch))
+        run = f"in a run of batch {batch.index}{' with inputs times two' if batch.doubled else ''}"
+        for name in sorted(first) or lost[:1]:
+            reason = f"in {self.planning.low_name} it made `{name}` NaN or Inf {run}"
+            self._raise(nodes_around(self.planning, {name}, low, last), reason, -math.inf)
+        for name in sorted(beyond):
+            reason = f"it rounds `{name}`, which passed {most:g} {run}"
+            self._raise(self.planning.rounding({name}) & low - self.raised.keys(), reason, -math.inf)
+        return self.raised.keys() > before
+
+    def _raise_for_steps(self, outcome: Outcome, last: bool) -> bool:
+        """Raise what decides a step, where the run misses what the table of edges predicts: each edge alone changed
+        nothing, and all together do. False where nothing is left to raise.
+        """
+        reason = "a run missed the budget, and no edge alone is to blame: many together change a step or a result"
+        ring, before = (
+            nodes_around(self.planning, steps_of(self.planning), outcome.plan.low_precision_nodes, last),
+            set(self.raised),
+        )
+        self._raise(ring, reason, outcome.sqnr_db)
+        return self.raised.keys() > before
+
+    def _raise(self, names: Collection[str], reason: str, sqnr_db: float) -> None:
+        self.raised.update(dict.fromkeys(sorted(names), Verdict("rounding", reason, sqnr_db, self.budget)))
 
     def _bytes_high(self, plan: PrecisionPlan) -> int:
         return sum(self.planning.facts.sizes.get(name, 0) for name in plan.high_precision_nodes)

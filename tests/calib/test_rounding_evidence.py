@@ -428,6 +428,21 @@ def test_a_part_that_overflows_does_not_blame_what_it_is_joined_with() -> None:
     assert rows["noise"].is_finite().to_list() == [True, True, False, True, True, True]
 
 
+def test_the_error_of_one_number_adds_up() -> None:
+    """0.99 becomes 0.9897 in float16. In a sum of 200 of its powers all errors have one sign: 31 dB, and not 49."""
+    x = torch.rand(4, 200, generator=torch.Generator().manual_seed(0))
+
+    def returns(x: torch.Tensor) -> torch.Tensor:
+        return (x * 0.99 ** torch.arange(200.0)).flip(-1).cumsum(-1).flip(-1)
+
+    program = exported(returns, x)
+    row = noise(measured(program, x), "pow_1", "literal:self")
+    number = float(torch.tensor(0.99).half())
+    off = (x * number ** torch.arange(200.0)).flip(-1).cumsum(-1).flip(-1)
+    assert row["noise"] == pytest.approx(float(channel_noise(off, returns(x)).mean()), rel=3)
+    assert decibels(row["noise"]) < decibels(float(channel_noise(off, returns(x)).mean())) + 3
+
+
 def test_a_step_from_zero_leaves_the_local_error_a_number() -> None:
     """The exact floor is 0 everywhere and the rounded one is 1: the local SQNR was 0 times inf, which is NaN."""
 

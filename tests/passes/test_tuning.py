@@ -148,6 +148,41 @@ def test_integer_results_count() -> None:
     assert plan.proof.integers_changed == 0.0
 
 
+def test_steps_that_only_all_edges_together_change_are_mended() -> None:
+    """The table says that no edge changes an index; run, some do. What leads to the steps goes up, ring by ring."""
+    first, second = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    near = torch.linspace(-1e-3, 1e-3, 64)[:, None]  # points as near to the one code as to the other
+    x = (first + second) / 2 + near * (first - second)
+
+    def nearest(x: torch.Tensor) -> torch.Tensor:
+        return ((x[:, None] - torch.stack([first, second]).to(x)) ** 2).sum(-1).argmin(-1)
+
+    program = exported(nearest, x)
+    plan = tune(program, with_noise(program, [x], {}, rest=0.0), [x])
+    assert {"argmin", "sum_1"} <= set(plan.high_precision_nodes)
+    assert "no edge alone is to blame" in plan.explain("argmin")
+    assert plan.proof.integers_changed <= 0.005
+
+
+def test_a_chain_of_sums_that_overflow_is_raised_at_once() -> None:
+    """Exponentials of inputs times two pass float16 at each step: one run shows all of them."""
+    x = 2.2 * torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).clamp(-2.5, 2.5)
+
+    def scan(x: torch.Tensor) -> torch.Tensor:
+        total, found = torch.zeros_like(x[0]), []
+        for row in x.unbind(0):
+            total = 0.9 * total + row.exp()
+            found.append(row.exp() / (total + row.exp()))
+        return torch.stack(found)
+
+    program = exported(scan, x)
+    plan = tune(program, calibrate(program, [x], progress=False), [x])
+    assert plan.proof.runs <= 3
+    assert plan.proof.doubled_sqnr_db > 40
+    assert plan.low_precision_nodes
+    assert "passed 65504 in a run of batch 0 with inputs times two" in str([d.reason for d in plan.decisions])
+
+
 def test_one_toss_up_among_many_integers_is_none() -> None:
     """One of a hundred changes in one of eight batches: an eighth of a percent in all, where half of one is allowed."""
     near = torch.linspace(0.1, 0.9, 100).round(decimals=2).mul(256).floor().div(256) + 1 / 1024

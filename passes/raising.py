@@ -1,0 +1,66 @@
+"""Which nodes go back to fp32 after a run that missed the budget, where the table of edges does not say it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from calibcast.calib.graph import base_op, tensor_values
+from calibcast.calib.operators import operator_of
+from calibcast.calib.operators.operator import ORDER, STEP
+from calibcast.calib.rounding_table import OUTPUT
+from calibcast.passes.classification import Planning
+from torch import fx
+
+
+def nonfinite_paths(planning: Planning, lost: Collection[str]) -> tuple[set[str], set[str]]:
+    """The nodes through which NaN or Inf reaches a result of the program, and those among them where it begins.
+
+    lost: all nodes that have it only under the plan. Where it reaches no result, as 1 / inf is 0, all of them count.
+    """
+    waiting, seen, first = planning.makers({OUTPUT}) & set(lost) or set(lost), set[str](), set[str]()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        before = planning.makers({name}) & set(lost)
+        waiting |= before - seen
+        if not before:
+            first.add(name)
+    return seen, first
+
+
+def steps_of(planning: Planning) -> set[str]:
+    """The nodes whose results change by steps: they sort, compare, round or give integers. Without any, the nodes that
+    make the program's results.
+    """
+    nodes = {c.name: c.node for c in planning.facts.nodes if c.node.op == "call_function"}
+    stepping = {name for name, node in nodes.items() if _steps(node)}
+    return stepping or planning.makers({OUTPUT})
+
+
+def nodes_around(planning: Planning, names: Collection[str], low: Collection[str], whole: bool) -> set[str]:
+    """The low nodes among `names` and the nodes that round what these read; where none of them is low, one ring further
+    up, and so on. whole: all low nodes that lead there.
+    """
+    grown = set(names)
+    while whole and grown < (further := grown | planning.makers(grown)):
+        grown = further
+    while not (ring := planning.ring(grown, low)):
+        further = grown | planning.makers(grown)
+        if further == grown:
+            return set()
+        grown = further
+    return ring
+
+
+def _steps(node: fx.Node) -> bool:
+    read = any(_is_floating(value) for argument in node.all_input_nodes for _, value in tensor_values(argument))
+    if not read or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    entry = operator_of(base_op(node.target))
+    whole = any(not _is_floating(value) for _, value in tensor_values(node))
+    return entry.error in {STEP, ORDER} or entry.steps or (whole and not entry.asserts)
+
+
+def _is_floating(value: torch.Tensor) -> bool:
+    return value.dtype.is_floating_point or value.dtype.is_complex
