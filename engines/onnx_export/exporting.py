@@ -30,8 +30,9 @@ def export_onnx(
     The types are those of the graph, so TensorRT runs what the plan says with `--stronglyTyped`. Beside `model.onnx`
     stands `model.onnx.data` with the weights, and, for a program that writes to its buffers, `model.onnx.state.npz`:
     each such buffer is an input `NAME` and an output `NAME_next`, which the caller feeds back, and this is its content
-    at the start. Both travel with the model. Inputs and outputs have the caller's names (`batch["ids"]` is
-    `batch_ids`), dynamic sizes those of `torch.export.Dim` where the program was not loaded from a file.
+    at the start. Both travel with the model. A user input that the program writes to has such an output, too. Inputs
+    and outputs have the caller's names (`batch["ids"]` is `batch_ids`), dynamic sizes those of `torch.export.Dim` where
+    the program was not loaded from a file.
 
     mixed: from `insert_casts`, or any exported program. plan: goes node by node, with reasons, into the model's
     metadata (`calibcast.plan`, JSON) and into that of its nodes; None for none. translations: for operators that ONNX

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,21 +15,48 @@ from torch.export.graph_signature import OutputKind, OutputSpec
 from torch.utils import _pytree as pytree
 
 VIEW = torch.ops.aten.view.default
-COPY = torch.ops.aten.clone.default
+COPY, WRITE = torch.ops.aten.clone.default, torch.ops.aten.copy_.default
 PRODUCT = torch.ops.prims.prod.default
+_WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
 
-def readied(program: ExportedProgram) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """`program` without writes, and the buffers that it writes: the next content of each is an output before its own.
+@dataclass(frozen=True)
+class Written:
+    """A buffer, or the placeholder of a user input, that the program writes to."""
 
-    Else torch.onnx drops what nothing but a buffer's next content needs. `program` is a copy already.
+    name: str
+    is_input: bool
+
+
+def readied(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Written, ...]]:
+    """`program` without writes, and what it writes to: the next content of each is an output before its own.
+
+    Else torch.onnx drops what nothing but a buffer's next content needs, and what is written to a user input. `program`
+    is a copy already.
     """
+    _contents_apart(program.graph)
     with SERIALISING:
         functional = program.run_decompositions({})  # takes no operator apart: it only has writes become outputs
     _laid_out(functional.graph)
     outputs = functional.graph_signature.output_specs
-    written = tuple(str(spec.target) for spec in outputs if spec.kind == OutputKind.BUFFER_MUTATION)
+    written = tuple(
+        Written(str(spec.target), spec.kind == OutputKind.USER_INPUT_MUTATION)
+        for spec in outputs
+        if spec.kind in _WRITES
+    )
     return (_all_given(functional), written) if written else (functional, ())
+
+
+def _contents_apart(graph: fx.Graph) -> None:
+    """Have each write of a whole tensor write a copy: torch takes no program in which two buffers get one new content,
+    as it knows outputs by their nodes."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is WRITE:
+            source = node.args[1]
+            with graph.inserting_before(node):
+                copy = graph.call_function(COPY, (source,))
+            copy.meta = {"val": source.meta.get("val")}
+            node.args = (node.args[0], copy, *node.args[2:])
 
 
 def _laid_out(graph: fx.Graph) -> None:
@@ -45,10 +72,10 @@ def _laid_out(graph: fx.Graph) -> None:
 
 
 def _all_given(functional: ExportedProgram) -> ExportedProgram:
-    """The same, whose written buffers are outputs like others."""
+    """The same, in which what is written is an output like others."""
     signature = functional.graph_signature
     given = [
-        OutputSpec(OutputKind.USER_OUTPUT, spec.arg, None) if spec.kind == OutputKind.BUFFER_MUTATION else spec
+        OutputSpec(OutputKind.USER_OUTPUT, spec.arg, None) if spec.kind in _WRITES else spec
         for spec in signature.output_specs
     ]
     calls = list(functional.module_call_graph)

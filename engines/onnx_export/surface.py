@@ -25,7 +25,7 @@ def name_everything(translation: Translation, program: ExportedProgram) -> dict[
     """Give inputs, outputs and sizes the caller's names, and make state of written buffers.
 
     A written buffer is an input `NAME` and an output `NAME_next`, which the caller feeds back. Returned: the content of
-    each at the start.
+    each at the start. An input that the program writes to has an output `NAME_next`, too.
     """
     model = translation.model
     graph = model.graph
@@ -35,10 +35,13 @@ def name_everything(translation: Translation, program: ExportedProgram) -> dict[
     _free(model, names)
     for value, name in zip(graph.inputs, names, strict=True):
         value.name = name
+    called = input_names(program)
+    written = [called[placeholder] for placeholder in translation.written_inputs]
+    graph.outputs.extend(translation.written_inputs.values())
     state = _with_state(translation, program, names)
     flat = flat_output_names(program, [*names, *state])
     wanted = [name for name, computed in zip(flat, tensor_outputs(program), strict=True) if computed]
-    wanted += [f"{name}_next" for name in state]
+    wanted += [f"{name}_next" for name in (*written, *state)]
     _free(model, wanted)
     for value, name in zip(graph.outputs, wanted, strict=True):
         value.name = name

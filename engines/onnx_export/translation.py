@@ -11,7 +11,7 @@ import importlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,13 @@ class Translation:
     """An ONNX model in memory (`onnx_ir.Model`), and what of the program it is made from.
 
     origins: ONNX node -> name of the program's node. mutations: written buffer -> the ONNX value of its next content.
+    written_inputs: the same by placeholder of a user input.
     """
 
     model: Any
     origins: dict[str, str]
     mutations: dict[str, Any]
+    written_inputs: dict[str, Any]
 
 
 def translated(program: ExportedProgram, own: Mapping[Any, Callable[..., Any]] | None = None) -> Translation:
@@ -61,14 +63,19 @@ def translated(program: ExportedProgram, own: Mapping[Any, Callable[..., Any]] |
     names = {node.name: stamped_name(node) for node in made.exported_program.graph.nodes}
     model = made.model
     _named(model)
-    mutations = _mutations(model, written)
-    _drop_copies(model)
+    contents = _contents(model, len(written))
+    contents = _drop_copies(model, contents)
     drop_promotions(model)
     _drop_zero_biases(model)
     origins = {node.name: names.get(graph_name(node), "") for node in every_node(model)}
     for node in every_node(model):
         node.metadata_props.pop(_TRACE, None)  # it tells where on the exporting machine files are
-    return Translation(model, {node: origin for node, origin in origins.items() if origin}, mutations)
+    origins = {node: origin for node, origin in origins.items() if origin}
+    buffers, inputs = (
+        {one.name: value for one, value in zip(written, contents, strict=True) if one.is_input is is_input}
+        for is_input in (False, True)
+    )
+    return Translation(model, origins, buffers, inputs)
 
 
 def every_node(model: Any) -> Iterator[Any]:
@@ -129,13 +136,18 @@ def _retyped(node: Any) -> None:
             cast.graph.remove(cast, safe=True)
 
 
-def _drop_copies(model: Any) -> None:
-    """Take out what came of the copies before views. Not onnx_ir's pass for it, which breaks the bodies of loops."""
+def _drop_copies(model: Any, contents: list[Any]) -> list[Any]:
+    """Take out what came of copies that `readied` put in. Not onnx_ir's pass for it, which breaks the bodies of loops.
+
+    contents: values that are no outputs yet; returned with what was copied in place of copies.
+    """
     for node in list(model.graph):
         copied_here = node.op_type == "Identity" and str(COPY) in node.metadata_props.get(_LINE, "")
         if copied_here and not node.outputs[0].is_graph_output():
+            contents = [node.inputs[0] if value is node.outputs[0] else value for value in contents]
             _replaced(node.outputs[0], node.inputs[0])
             model.graph.remove(node, safe=True)
+    return contents
 
 
 def _drop_zero_biases(model: Any) -> None:
@@ -157,11 +169,9 @@ def _replaced(old: Any, new: Any) -> None:
     importlib.import_module("onnx_ir").convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def _mutations(model: Any, written: Sequence[str]) -> dict[str, Any]:
-    """What is to be the next content of each buffer that the program writes: the first outputs, which are taken out."""
-    given = list(model.graph.outputs)
-    del model.graph.outputs[: len(written)]
-    return dict(zip(written, given, strict=False))
+def _contents(model: Any, written: int) -> list[Any]:
+    """The next contents of what the program writes to: the first outputs, which are taken out."""
+    return [model.graph.outputs.pop(0) for _ in range(written)]  # onnx_ir takes no slice out
 
 
 def _named(model: Any) -> None:

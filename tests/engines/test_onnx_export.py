@@ -327,3 +327,57 @@ def test_a_loop_keeps_what_its_body_hands_through(tmp_path):
     names = [value.name for value in onnx.load(path).graph.input]
     (found,) = answers(path, *zip(names, (value.numpy() for value in args), strict=True))
     np.testing.assert_allclose(found, program.module()(*args).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+class Pair(nn.Module):
+    """Two buffers that get one new content, one of them by way of the other, and a third that gets an input."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("first", "second", "third"):
+            self.register_buffer(name, torch.zeros(4))
+
+    def forward(self, x):
+        self.first.add_(x * 2)
+        self.second.copy_(self.first)
+        self.third.copy_(x)
+        return self.first + self.second
+
+
+def test_buffers_that_get_one_new_content_are_each_an_output(tmp_path):
+    x = torch.arange(4.0)
+    program = export(Pair().eval(), (x,))
+    path = export_onnx(program, None, tmp_path / "pair.onnx")
+    names = [value.name for value in onnx.load(path).graph.output]
+    assert names == ["output", "first_next", "second_next", "third_next"]
+    state, module = dict(np.load(tmp_path / "pair.onnx.state.npz")), program.module()
+    for step in range(3):
+        given = x + step
+        output, *new = answers(path, ("x", given.numpy()), *state.items())
+        state = dict(zip(("first", "second", "third"), new, strict=True))
+        np.testing.assert_array_equal(output, module(given).numpy())
+        for name, value in module.named_buffers():
+            np.testing.assert_array_equal(state[name], value.numpy())
+
+
+class Cache(nn.Module):
+    """It writes to what it is given, as decoders with a cache of the caller's do."""
+
+    def forward(self, x, cache):
+        cache["keys"].add_(x)
+        cache["values"].copy_(x)
+        return cache["keys"] * 2, cache["values"]
+
+
+def test_what_is_written_to_an_input_is_an_output(tmp_path):
+    x, cache = torch.arange(4.0), {"keys": torch.ones(4), "values": torch.zeros(4)}
+    program = export(Cache().eval(), (x, cache))
+    path = export_onnx(program, None, tmp_path / "cache.onnx")
+    names = [value.name for value in onnx.load(path).graph.output]
+    assert names == ["output_0", "output_1", "cache_keys_next", "cache_values_next"]
+    given = {"x": x, "cache_keys": cache["keys"], "cache_values": cache["values"]}
+    doubled, values, keys_next, values_next = answers(path, *((name, v.numpy()) for name, v in given.items()))
+    np.testing.assert_array_equal(doubled, (x + 1).numpy() * 2)
+    np.testing.assert_array_equal(keys_next, (x + 1).numpy())
+    for written_to in (values, values_next):
+        np.testing.assert_array_equal(written_to, x.numpy())
