@@ -10,6 +10,7 @@ import torch
 from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import output_names
 from calibcast.calib.graph import TensorSpec, dtype_name, is_measurable, producer_of, tensor_specs
+from calibcast.calib.masks import mask_tensors
 from calibcast.calib.range_statistics import specs_of
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.cast_insertion import CAST
@@ -28,7 +29,8 @@ class End:
     name: the caller's name for it, such as `image` or `output['logits']`. place: its index among the flat inputs, or
     the flat outputs. spec: that of its row in the range table. calibrated: that row; None where calibration has none.
     limit: the largest finite value of the low type in which it is computed, or to which its readers cast it; None where
-    there is no such type. low_type: that type's name.
+    there is no such type. low_type: that type's name. is_mask: whether it is read as a mask only, so that values at or
+    below -1e4 say what is left out, and have no size.
     """
 
     name: str
@@ -38,6 +40,7 @@ class End:
     calibrated: Mapping[str, Any] | None
     limit: float | None
     low_type: str
+    is_mask: bool = False
 
     @property
     def what(self) -> str:
@@ -74,7 +77,7 @@ def ends_of(program: ExportedProgram, ranges: RangeTable | None) -> list[End]:
     """
     own = {(spec.node, spec.output): spec for spec in tensor_specs(program)}
     known = _known(ranges, own)
-    nodes = {node.name: node for node in program.graph.nodes}
+    nodes, masks = {node.name: node for node in program.graph.nodes}, mask_tensors(program)
     found: dict[tuple[str, int], End] = {}
     for is_input, place, name, node_name in _places(program):
         node = nodes[node_name]
@@ -85,8 +88,9 @@ def ends_of(program: ExportedProgram, ranges: RangeTable | None) -> list[End]:
         key = (spec.node, spec.output)
         low = _low_type(node, is_input)
         limit = None if low is None else torch.finfo(low).max
-        end = End(name, place, is_input, spec, known.rows.get(key), limit, "" if low is None else dtype_name(low))
-        found.setdefault(key, end)
+        row, low_type = known.rows.get(key), "" if low is None else dtype_name(low)
+        is_mask = node_name in masks or bool((row or {}).get("masked"))
+        found.setdefault(key, End(name, place, is_input, spec, row, limit, low_type, is_mask))
     return list(found.values())
 
 

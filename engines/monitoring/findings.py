@@ -93,7 +93,7 @@ def _causes(end: End, s: Seen, watched: int, tolerance: float, finite_inputs: bo
             f"reached {s.least:.4g} to {s.most:.4g}; calibration saw {low:.4g} to {high:.4g}. "
             "The plan was not proven on such data: calibrate with data like these.",
         )
-    if watched >= _FAINT_CALLS and s.peak * _FAINT <= was:
+    if was > 0 and watched >= _FAINT_CALLS and s.peak * _FAINT <= was:
         yield (
             "faint",
             f"peaked at {s.peak:.4g} in {watched} watched calls; calibration saw {was:.4g}. "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import operator
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Mapping
@@ -66,8 +67,9 @@ class Monitor:
         self._written = _written_places(engine.program)
         self._tally = Tally(self._ends, engine.device)
         self._lock = threading.Lock()
-        # next() of a counter is one step of the interpreter: threads take different numbers without a lock.
-        self._numbers, self._asked = itertools.count(), 0
+        # next() of an iterator over a range is one step of the interpreter: threads take different numbers without a
+        # lock. How many are left is how many calls there were, and asking takes no number.
+        self._numbers = iter(range(sys.maxsize))
         self._waiting = False
         self._findings: dict[tuple[str, str], Finding] = {}
 
@@ -123,7 +125,7 @@ class Monitor:
             warnings.warn(f"engine in service: {finding}", stacklevel=5)
 
     def _new_findings(self, number: int) -> list[Finding]:
-        found = findings_of(self._ends, self._tally.seen(), self._tally.watched, self._tolerance, number - self._asked)
+        found = findings_of(self._ends, self._tally.seen(), self._tally.watched, self._tolerance, number)
         new = [finding for finding in found if (finding.cause, finding.name) not in self._findings]
         self._findings |= {(finding.cause, finding.name): finding for finding in new}
         return new
@@ -131,9 +133,7 @@ class Monitor:
     @property
     def calls(self) -> int:
         """How many calls the engine has had since the monitor began."""
-        with self._lock:
-            self._asked += 1
-            return next(self._numbers) - self._asked + 1
+        return sys.maxsize - operator.length_hint(self._numbers)
 
     @property
     def watched(self) -> int:
@@ -147,7 +147,7 @@ class Monitor:
             self._tally.ask()
             statistics = self._tally.statistics()
             self._waiting = False
-            self._new_findings(calls)
+            self._new_findings(calls - 1)
             findings = tuple(self._findings.values())
         return report_of(self._ends, statistics, findings, calls, self._tally.watched)
 

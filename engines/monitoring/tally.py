@@ -25,7 +25,7 @@ class Tally:
 
     def __init__(self, ends: Sequence[End], device: torch.device) -> None:
         self._ends, self._device = tuple(ends), device
-        masks = frozenset(str(i) for i, end in enumerate(ends) if (end.calibrated or {}).get("masked"))
+        masks = frozenset(str(i) for i, end in enumerate(ends) if end.is_mask)
         # Rows are named by number: two outputs of an operator are two rows, but an observer keeps one for each name.
         specs = [replace(end.spec, node=str(i), output=0) for i, end in enumerate(ends)]
         with torch.inference_mode(False):  # a tensor made in inference mode cannot be written to outside it

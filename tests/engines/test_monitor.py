@@ -381,3 +381,56 @@ def test_no_call_waits_for_the_gpu(built):
             torch.cuda.set_sync_debug_mode("default")
     assert {f.cause for f in monitor.report().findings} == {"outside"}
     assert monitor.watched == 2
+
+
+def test_asking_takes_no_turn_and_findings_name_calls_that_there_were(engine):
+    """A reader that looks every second must not shift which calls are watched, nor count as calls."""
+    (x, more), _ = batches(1)[0]
+    plain, asked = engine.monitor(every=5), None
+    for _ in range(40):
+        engine(x, more)
+    asked = engine.monitor(every=5)
+    for _ in range(40):
+        engine(x, more)
+        asked.report()
+        assert asked.calls
+    assert (asked.calls, asked.watched) == (plain.calls, plain.watched) == (40, 8)
+    for _ in range(3):
+        asked.report()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(5):
+            engine(x * 100, more)
+    numbers = [finding.call for finding in asked.report().findings]
+    assert numbers
+    assert all(40 <= number < asked.calls for number in numbers)
+
+
+class Masked(torch.nn.Module):
+    def forward(self, x, mask):
+        return ((x @ x.transpose(-1, -2)) * 0.3 + mask).softmax(-1) @ x
+
+
+def test_a_mask_is_no_large_value_though_calibration_left_nothing_out():
+    """Prompts of one length in calibration, a padded one in service."""
+    x, none = torch.linspace(-2, 2, 32).reshape(1, 4, 8), torch.zeros(4, 4)
+    program = torch.export.export(Masked().eval(), (x, none))
+    ranges = calibcast.calibrate(program, [(x, none)], progress=False, rounding_batches=0)
+    plan = calibcast.classify(program, ranges)
+    engine = calibcast.build(calibcast.insert_casts(program, plan), plan, ranges, backend="eager")
+    monitor = engine.monitor(every=1)
+    for _ in range(10):  # and zeros in a mask are no fainter than the zeros of calibration
+        engine(x, torch.triu(torch.full((4, 4), -1e9), 1))
+    found = monitor.report().findings
+    assert [finding.cause for finding in found if finding.name == "input mask"] == []
+
+
+def test_numbers_in_its_table_keep_their_heads():
+    x = torch.linspace(1, 2, 32) * 1e-20
+    engine = squares([x], torch.bfloat16)
+    monitor = engine.monitor(every=1)
+    with pytest.warns(UserWarning, match="reached"):
+        engine(x * 1.2345e22)
+    text = str(monitor.report())
+    assert "1.235e+22" in text
+    assert ".." not in text.splitlines()[-1]
