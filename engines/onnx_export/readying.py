@@ -15,7 +15,8 @@ from torch.export.graph_signature import OutputKind, OutputSpec
 from torch.utils import _pytree as pytree
 
 VIEW = torch.ops.aten.view.default
-COPY, WRITE = torch.ops.aten.clone.default, torch.ops.aten.copy_.default
+COPY = torch.ops.aten.clone.default
+WRITE = torch.ops.aten.copy_.default
 PRODUCT = torch.ops.prims.prod.default
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
