@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibcast.calib.errors import ArtifactError, first_line
-from calibcast.calib.file_kinds import told_kind
+from calibcast.calib.errors import ArtifactError, StorageError, first_line
+from calibcast.calib.file_kinds import PROGRAM_FILE, json_kind, wrong_kind
 from calibcast.calib.seal import UNSEALED, sealed
 from calibcast.calib.sealed_files import followed
 
@@ -47,13 +47,13 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it to `path` only when the block ends without an error.
 
     A symbolic link stays a link: the file that it points to is written.
-    Raises ArtifactError when the folder is missing or not writable.
+    Raises StorageError when the folder is missing or not writable.
     """
     target = followed(path)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or Path("."))
     except OSError as error:
-        raise ArtifactError(f"cannot write {target}: {error}. Give a folder that exists and is writable.") from error
+        raise StorageError(f"cannot write {target}: {error}. Give a folder that exists and is writable.") from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -62,7 +62,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, _usual_mode(target.parent))
         os.replace(temporary, target)
     except OSError as error:
-        raise ArtifactError(f"cannot write {target}: {error}") from error
+        raise StorageError(f"cannot write {target}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -96,8 +96,10 @@ def load_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{source}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: bytes, syntax, numbers of thousands of digits
-        told = told_kind(source, f"a {kind} file")
-        raise ArtifactError(f"{source} is not a readable {kind} file (truncated or foreign): {error}{told}") from error
+        told = wrong_kind(source, json_kind(kind))
+        raise ArtifactError(
+            told or f"{source} is not a readable {kind} file (truncated or foreign): {error}"
+        ) from error
     check_header(document if isinstance(document, dict) else {}, kind, source)
     return dict(document)
 
@@ -132,8 +134,11 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     Raises ArtifactError when it is missing, truncated, not a program, or needs more than tensors and plain containers.
     """
     source = Path(path)
-    if not source.is_file():
+    if not source.exists():
         raise ArtifactError(f"{path}: no such file; expected a .pt2 written by torch.export.save")
+    wrong = wrong_kind(source, PROGRAM_FILE)
+    if wrong is not None:
+        raise ArtifactError(wrong)
     from calibcast.calib.pt2.loading import load_checked
     from calibcast.calib.pt2.refusal import RefusedError
 
@@ -150,7 +155,6 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         raise ArtifactError(
             f"{path} cannot be loaded as an exported program (truncated, foreign, or of another torch; this is "
             f"torch {torch.__version__}): {type(error).__name__}: {first_line(error)}"
-            f"{told_kind(source, 'an exported program')}"
         ) from error
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, written_whole
 from calibcast.calib.errors import ArtifactError, MismatchError
+from calibcast.calib.file_kinds import CHECKPOINT_FILE, wrong_kind
 from calibcast.calib.graph import TensorSpec
 from calibcast.calib.measured import Measured, merge_measured
 from calibcast.calib.plain_npz import read_npz
@@ -107,7 +108,9 @@ class Checkpoint(Measured):
         except FileNotFoundError as error:
             raise ArtifactError(f"{source}: no such file; expected a checkpoint of a calibration") from error
         except OSError as error:
-            raise ArtifactError(f"{source} cannot be read: {error}") from error
+            raise ArtifactError(wrong_kind(source, CHECKPOINT_FILE) or f"{source} cannot be read: {error}") from error
+        if (wrong := wrong_kind(source, CHECKPOINT_FILE)) is not None:
+            raise ArtifactError(wrong)
         return cls.from_bytes(content, source)
 
     def table(self) -> RangeTable:

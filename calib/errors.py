@@ -4,7 +4,8 @@ CalibcastError
 ├── ProgramError    the exported program cannot be used: train mode, no floating-point tensor, or a node failed
 ├── BatchError      a batch or the dataloader: count, dtype, shape, key, or it raised (`ranges`: what was measured)
 ├── ArtifactError   a file is truncated, foreign, newer, or not what it claims to be
-│   └── ChangedFileError  a file is not the one that its manifest was written for (a MismatchError as well)
+│   ├── ChangedFileError  a file is not the one that its manifest was written for (a MismatchError as well)
+│   └── StorageError  a file cannot be written, a store not reached, or a job's own folder is damaged
 ├── MismatchError   two things that do not belong together: ranges, plan or engine of another program
 ├── PlanError       a plan cannot be made or used: unknown name, target, pattern, dtype
 │   ├── SettingError  a setting is out of range, or names something that does not exist
@@ -57,6 +58,10 @@ class PlanError(CalibcastError):
 
 class SettingError(PlanError):
     """A setting of a plan is out of range, or names something that does not exist."""
+
+
+class StorageError(ArtifactError):
+    """A file cannot be written, a store not reached, or a job's own folder is damaged: no given file is wrong."""
 
 
 class BuildError(CalibcastError):

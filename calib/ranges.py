@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from calibcast.calib.damage_report import damage_report
 from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
-from calibcast.calib.file_kinds import told_kind
+from calibcast.calib.file_kinds import RANGES, TRUNCATED, wrong_kind
 from calibcast.calib.graph_digests import first_difference
 from calibcast.calib.range_file import read_ranges, save_ranges
 from calibcast.calib.range_scaling import true_table
@@ -78,17 +78,17 @@ class RangeTable(RangeData):
         A file that is not byte for byte as it was written is not parsed in this process: see `calib.seal`.
         """
         source = Path(path)
-        if not source.is_file():
+        if not source.exists():
             raise ArtifactError(f"{source}: no such file; expected a ranges file written by calibcast calibrate")
+        wrong = wrong_kind(source, RANGES)
+        if wrong is not None:
+            raise ArtifactError(wrong)
         try:
             content = source.read_bytes()
         except OSError as error:
             raise ArtifactError(f"{source} cannot be read: {error}") from error
         if not has_parquet_ends(content):
-            raise ArtifactError(
-                f"{source} is not a readable Parquet file (truncated or foreign): it does not begin and end as one"
-                f"{told_kind(source, 'a range table')}"
-            )
+            raise ArtifactError(f"{source} is {TRUNCATED} Parquet file; a range table was expected")
         broken = broken_seal(content)
         if broken is not None:
             raise ArtifactError(

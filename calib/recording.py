@@ -12,7 +12,7 @@ from typing import Any
 
 from calibcast.calib.artifacts import load_json, save_json
 from calibcast.calib.call_files import load_call, save_call, size_of_call
-from calibcast.calib.errors import ArtifactError, CalibcastError
+from calibcast.calib.errors import ArtifactError, CalibcastError, StorageError
 from calibcast.calib.sequences import NewSequence
 from torch import nn
 
@@ -64,7 +64,7 @@ class Recorder(RecordedCalls):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ArtifactError(f"cannot write {folder}: {error}") from error
+            raise StorageError(f"cannot write {folder}: {error}") from error
         save_json(folder / _MANIFEST, _KIND, {"when_full": when_full})
         super().__init__(folder)
         self._budget, self._when_full = budget, when_full

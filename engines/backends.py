@@ -10,8 +10,11 @@ from calibcast.engines.runtimes import Backend
 from calibcast.engines.tensorrt.backend import TensorrtBackend
 from calibcast.engines.tensorrt.builder.isolation import prepare_builder
 from calibcast.engines.tensorrt.compatibility import gpu_warning
+from calibcast.engines.usage import BACKEND_NAMES
 
-BACKENDS: dict[str, Backend] = {"tensorrt": TensorrtBackend(), "inductor": InductorBackend(), "eager": EagerBackend()}
+BACKENDS: dict[str, Backend] = dict(
+    zip(BACKEND_NAMES, (TensorrtBackend(), InductorBackend(), EagerBackend()), strict=True)
+)
 
 
 def backend_named(name: str) -> Backend:

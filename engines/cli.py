@@ -1,7 +1,8 @@
 """The command line: thin layers over the Python calls, which read and write files.
 
-Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 2 a bad command line or job file; 3 a gate
-that the user set refuses the result; 130 and 143 for signals; 1 everything else.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 done; 2 a bad command line or job file, also
+a file in it that is not what it should be; 3 a gate that the user set refuses the result; 130 and 143 for signals; 1
+everything else.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
-from calibcast.calib.errors import BudgetError, CalibcastError, GateError, SettingError
+from calibcast.calib.errors import CalibcastError
 from calibcast.calib.printable import printable_lines
 from calibcast.engines.commands import diagnosis, engine, export, job, rescaling, review, stages
 from calibcast.engines.commands.options import fail, in_flags, note, say
-from calibcast.engines.job.errors import JobError
 from calibcast.engines.streams import fitted, give_up_stdout
-from calibcast.engines.usage import LocationError, UsageError
+from calibcast.engines.usage import exit_code
 
 _HELP = (
     "Calibration-driven autocast for Torch-TensorRT: your data decides which nodes stay in fp32.\n\n"
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        outcome = app(arguments, standalone_mode=False)
+        outcome = _command()(arguments, standalone_mode=False)
         return outcome if isinstance(outcome, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
@@ -102,7 +103,7 @@ def _run(arguments: list[str] | None) -> int:
         return 130
     except CalibcastError as error:
         fail(in_flags(str(error), _flags()))
-        return _EXIT_CODES.get(type(error), 1)
+        return exit_code(error)
     except OSError as error:
         if error.filename is not None:
             raise
@@ -119,25 +120,21 @@ def _run(arguments: list[str] | None) -> int:
         return int(error.exit_code)
 
 
+@cache
+def _command() -> Any:
+    """The command line as click sees it; typer would make it anew for every call."""
+    return typer.main.get_command(app)
+
+
 def _flags() -> dict[str, str]:
     """Name -> flag of each parameter of all commands. A switch such as `--no-cache` has the name `no_cache`."""
     found: dict[str, str] = {}
-    for made in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+    for made in _command().commands.values():
         for parameter in made.params:
             flags = [flag for flag in parameter.opts if flag.startswith("--")]
             if flags:
                 found[parameter.name] = flags[0]
     return found
-
-
-_EXIT_CODES: dict[type[Exception], int] = {
-    LocationError: 2,
-    UsageError: 2,
-    JobError: 2,
-    SettingError: 2,
-    GateError: 3,
-    BudgetError: 3,
-}
 
 
 def _flushed(code: int) -> int:

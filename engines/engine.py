@@ -14,7 +14,8 @@ from typing import Any
 import polars as pl
 import torch
 from calibcast.calib.artifacts import load_json, load_program, parsed, save_frame, save_json, save_program
-from calibcast.calib.errors import ArtifactError, MismatchError
+from calibcast.calib.errors import ArtifactError, MismatchError, StorageError
+from calibcast.calib.file_kinds import ENGINE, is_replaceable, wrong_kind
 from calibcast.calib.graph_digests import fingerprint
 from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.calib.ranges import RangeTable
@@ -111,19 +112,19 @@ class Engine:
         cannot be written.
         """
         target = followed(folder)
-        if target.exists() and not (target / _MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        if target.exists() and not is_replaceable(target):
             raise ArtifactError(f"{target} exists and is no engine folder: choose another, or remove it")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         except OSError as error:
-            raise ArtifactError(f"cannot write {target}: {error}") from error
+            raise StorageError(f"cannot write {target}: {error}") from error
         try:
             self._write(temporary)
             temporary.chmod(0o755)
             _replace(target, temporary)
         except OSError as error:
-            raise ArtifactError(f"cannot write {target}: {error}") from error
+            raise StorageError(f"cannot write {target}: {error}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -159,8 +160,8 @@ class Engine:
         file is checked before the file is parsed.
         """
         source = Path(folder)
-        if not source.is_dir():
-            raise ArtifactError(f"{source} is no folder; expected an engine written by calibcast build")
+        if (wrong := wrong_kind(source, ENGINE)) is not None:
+            raise ArtifactError(wrong)
         manifest = load_json(source / _MANIFEST, _KIND)
         _check_seal(source, manifest)
         with parsed(source / _MANIFEST, _KIND):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibcast.calib.artifacts import load_program
 from calibcast.calib.errors import CalibcastError, ProgramError, first_line, known
+from calibcast.calib.file_kinds import PROGRAM_FILE, PYTHON, wrong_kind
 from calibcast.engines.usage import LocationError
 
 if TYPE_CHECKING:  # torch takes seconds to import; a wrong path is reported before that
@@ -81,6 +82,8 @@ def check_model(location: str) -> None:
     """Raise LocationError when there is no such file. It runs before torch is imported, which takes seconds."""
     if ":" in location:
         check_location(location)
+    elif Path(location).exists() and (wrong := wrong_kind(Path(location), PROGRAM_FILE)) is not None:
+        raise LocationError(f"{wrong}: MODEL is a .pt2 file or file.py:function")
     elif not location.endswith(".pt2"):
         raise LocationError(f"MODEL is {location!r}: give a .pt2 file or file.py:function")
     elif not Path(location).is_file():
@@ -94,8 +97,10 @@ def check_location(location: str) -> Path:
     path = Path(file)
     if not file or not name.isidentifier() or path.suffix != ".py":
         raise LocationError(f"{location!r} is no location: give file.py:function")
-    if not path.is_file():
+    if not path.exists():
         raise LocationError(f"{location!r}: there is no file {path}")
+    if (wrong := wrong_kind(path, PYTHON)) is not None:
+        raise LocationError(wrong)
     return path
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from calibcast.calib.artifacts import load_json, parsed
 from calibcast.calib.batches import signature_of
-from calibcast.calib.errors import ArtifactError, BuildError
+from calibcast.calib.errors import BuildError, StorageError
 from calibcast.calib.graph import dtype_name
 from calibcast.calib.sealed_files import check_plain_part
 from calibcast.calib.tensor_files import load_tensors
@@ -82,7 +82,7 @@ def export_engine(folder: str | os.PathLike[str], target: str | os.PathLike[str]
             for file in sorted(made.iterdir(), key=lambda file: file.name == IO):
                 shutil.move(file, path.parent / file.name)
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error}") from error
+        raise StorageError(f"cannot write {path}: {error}") from error
     return path
 
 

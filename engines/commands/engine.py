@@ -17,7 +17,7 @@ from calibcast.engines.commands.options import (
     check_inputs,
     say,
 )
-from calibcast.engines.usage import LocationError, UsageError
+from calibcast.engines.usage import BACKEND_NAMES, LocationError, UsageError
 
 
 def build(  # noqa: PLR0913 - a command line has options
@@ -53,9 +53,7 @@ def build(  # noqa: PLR0913 - a command line has options
     """
     check_inputs(model)
     check_choice("--on-failure", on_failure, ("error", "fallback"))
-    from calibcast.engines.backends import BACKENDS
-
-    check_choice("--backend", backend, ("auto", *BACKENDS))
+    check_choice("--backend", backend, ("auto", *BACKEND_NAMES))
     PLAN(plan_file), RANGES(ranges)
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.backends import chosen, start_early

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from calibcast.engines.commands.options import PLAN, RANGES, check_file, check_folder, check_inputs, say
+from calibcast.engines.commands.options import PLAN, RANGES, check_engine, check_file, check_folder, check_inputs, say
 from calibcast.engines.usage import UsageError
 
 
@@ -43,13 +43,15 @@ def export(
         raise UsageError(f"--plan goes with a MODEL; {source} is an engine's folder, which has its own")
     if ranges is not None and (onnx is not None or Path(source).is_dir()):
         raise UsageError("--ranges are the sizes that an engine is built for: it goes with a MODEL and --engine")
+    if Path(source).is_dir():
+        check_engine(Path(source))
+    else:
+        check_inputs(source)
     written = _onnx(source, onnx, plan) if onnx is not None else _engine(source, engine, plan, ranges)
     say(f"wrote {written}")
 
 
 def _onnx(source: str, target: Path, plan_file: Path | None) -> Path:
-    if not Path(source).is_dir():
-        check_inputs(source)
     check_file(target)
     from calibcast.engines.engine import read_program
     from calibcast.engines.locations import load_model
@@ -70,7 +72,6 @@ def _engine(source: str, target: Path | None, plan_file: Path | None, ranges_fil
     assert target is not None
     if Path(source).is_dir():
         return export_engine(source, target)
-    check_inputs(source)
     check_folder(target)
     with tempfile.TemporaryDirectory(prefix="calibcast-export-") as name:
         folder = Path(name) / "engine"

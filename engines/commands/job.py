@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from calibcast.calib.errors import CalibcastError, GateError
+from calibcast.calib.errors import CalibcastError
+from calibcast.calib.file_kinds import RANGES_OR_CHECKPOINT
 from calibcast.calib.printable import printable_lines
 from calibcast.calib.terminal_text import wrapped
 from calibcast.engines.commands.options import check_file, existing, say
-from calibcast.engines.usage import LocationError
+from calibcast.engines.usage import LocationError, exit_code
 
-PARTS = existing("a ranges file written by calibcast calibrate, or a job's checkpoint")
+PARTS = existing("a ranges file written by calibcast calibrate, or a job's checkpoint", RANGES_OR_CHECKPOINT)
 
 
 def init(
@@ -44,10 +45,10 @@ def run(
 
     Under torchrun the processes share the calibration. Example: calibcast run job.toml --log-format json
     """
-    from calibcast.engines.job.errors import JobError, Stopped
+    from calibcast.engines.job.errors import Stopped
+    from calibcast.engines.job.job_file import load_jobs
     from calibcast.engines.job.logs import FORMATS, logging_to_stderr, tell
     from calibcast.engines.job.ranks import Ranks
-    from calibcast.engines.job.running import plan_job, run_job
 
     if log_format not in FORMATS:
         raise LocationError(f"--log-format {log_format!r}: known are {' and '.join(FORMATS)}")
@@ -58,12 +59,15 @@ def run(
 
     with logging_to_stderr(log_format, ranks.rank, ranks.world):
         try:
+            load_jobs(job)  # a mistake in it is told before torch is imported, which takes seconds
+            from calibcast.engines.job.running import plan_job, run_job
+
             if dry_run and ranks.first:
                 plan_job(job, say)
             elif not dry_run:
                 run_job(job, say, bar=log_format == "text", redo=redo)
         except CalibcastError as error:
-            code = 3 if isinstance(error, GateError) else 2 if isinstance(error, (JobError, LocationError)) else 1
+            code = exit_code(error)
             tell(str(error), 40, event="error", kind=type(error).__name__, exit_code=code)
             raise typer.Exit(code) from error
         except Stopped as stop:

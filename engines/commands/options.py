@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from calibcast.calib.file_kinds import ENGINE, Expected, wrong_kind
+from calibcast.calib.file_kinds import PLAN as PLAN_FILE
+from calibcast.calib.file_kinds import RANGES as RANGES_FILE
 from calibcast.calib.printable import printable_lines
 from calibcast.calib.terminal_text import wrapped
 from calibcast.engines.colour import painted
@@ -86,22 +89,23 @@ def _as_flag(name: str, value: str, flags: Mapping[str, str]) -> str:
     return flags[name] if value in {"", "True"} else f"{flags[name]} {value}"
 
 
-def existing(expected: str) -> Callable[[Any], Any]:
+def existing(expected: str, kind: Expected) -> Callable[[Any], Any]:
     """A check for an argument that names a file. It runs before torch is imported, and raises LocationError where there
-    is no such file."""
+    is no such file, or one of another kind."""
 
     def check(value: Any) -> Any:
         for path in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(path, Path) and not path.is_file():
-                what = "is a folder" if path.is_dir() else "no such file"
-                raise LocationError(f"{path}{' ' if path.is_dir() else ': '}{what}; expected {expected}")
+            if isinstance(path, Path) and not path.exists():
+                raise LocationError(f"{path}: no such file; expected {expected}")
+            if isinstance(path, Path) and (wrong := wrong_kind(path, kind)) is not None:
+                raise LocationError(wrong)
         return value
 
     return check
 
 
-RANGES = existing("a ranges file written by calibcast calibrate")
-PLAN = existing("a plan written by calibcast plan -o")
+RANGES = existing("a ranges file written by calibcast calibrate", RANGES_FILE)
+PLAN = existing("a plan written by calibcast plan -o", PLAN_FILE)
 
 
 def check_device(device: str | None) -> None:
@@ -136,9 +140,10 @@ def check_engine(folder: Path) -> None:
     """Raise LocationError unless `folder` is an engine's folder."""
     if not folder.exists():
         raise LocationError(f"{folder}: no such folder; expected an engine written by calibcast build")
-    if not (folder / "manifest.json").is_file():
-        what = "a file" if folder.is_file() else "not an engine folder: it has no manifest.json"
-        raise LocationError(f"{folder} is {what}; expected an engine written by calibcast build")
+    if folder.is_dir() and not (folder / "manifest.json").is_file():
+        raise LocationError(f"{folder} is not an engine folder: it has no manifest.json")
+    if (wrong := wrong_kind(folder, ENGINE)) is not None:
+        raise LocationError(wrong)
 
 
 def inputs(model: str, data: str, transform: str | None) -> tuple[Any, Any, Any]:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from calibcast.calib.file_kinds import PLAN as PLAN_FILE
+from calibcast.calib.file_kinds import RANGES_OR_PLAN, VERIFICATION, kind_of
 from calibcast.engines.commands.options import PLAN, RANGES, check_file, check_inputs, existing, note
 from calibcast.engines.usage import UsageError
 
 Ranges = Annotated[Path, typer.Argument(metavar="R.parquet", help="ranges from calibcast calibrate", callback=RANGES)]
-VERDICT = existing("a verdict written by calibcast verify -o")
-EITHER = existing("a ranges file written by calibcast calibrate, or a plan")
+VERDICT = existing("a verdict written by calibcast verify -o", VERIFICATION)
+EITHER = existing("a ranges file written by calibcast calibrate, or a plan", RANGES_OR_PLAN)
 Format = Annotated[str, typer.Option("--format", metavar="table|json|csv|parquet", help="how to write it")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="write there instead of to stdout")]
 Program = Annotated[str | None, typer.Option("--program", metavar="MODEL", help="a .pt2 file, or file.py:function")]
@@ -172,11 +174,10 @@ def diff(  # noqa: PLR0913
     from calibcast.engines.review.frame_output import check_format, write_frame
 
     gates = [_gate(text) for text in fail_on or ()]
+    _check_diff(program, data_max)
     check_file(output)
-    if not data_max > 0:
-        raise UsageError(f"--data-max {data_max:g}: give a positive number, or inf")
     check_format(form, output)
-    if old.suffix == ".json" and new.suffix == ".json":
+    if _kind_of_both(old, new) in PLAN_FILE.kinds:
         flips = _plans_diff(old, new)
         write_frame(flips, lambda: plan_diff_text(flips, rows or None), form, output)
         if any(gate is not None for gate in gates):
@@ -199,6 +200,20 @@ def diff(  # noqa: PLR0913
             require_no_flip(flips)
         else:
             require_headroom(changes, gate)
+
+
+def _check_diff(program: str | None, data_max: float) -> None:
+    if program is not None:
+        check_inputs(program)
+    if not data_max > 0:
+        raise UsageError(f"--data-max {data_max:g}: give a positive number, or inf")
+
+
+def _kind_of_both(old: Path, new: Path) -> str:
+    kinds = kind_of(old), kind_of(new)
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"{old} is {kinds[0]}, and {new} is {kinds[1]}: give two of one kind")
+    return kinds[0]
 
 
 def _ranges_diff(old: Path, new: Path, program: str | None, data_max: float, low_type: str) -> tuple[Any, Any, str]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from calibcast.calib.errors import CalibcastError
+from calibcast.engines.usage import UsageError
 
 
-class JobError(CalibcastError):
+class JobError(UsageError):
     """The job file is wrong, or asks for something impossible: exit code 2."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import filelock
 import fsspec
-from calibcast.calib.errors import ArtifactError, CalibcastError
+from calibcast.calib.errors import CalibcastError, StorageError
 from calibcast.calib.sealed_files import check_plain
 from calibcast.engines.job.job_file import JobFile
 
@@ -63,7 +63,7 @@ class JobFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise ArtifactError(f"cannot write into {self.path}: {error}. Give a folder that is writable.") from error
+            raise StorageError(f"cannot write into {self.path}: {error}. Give a folder that is writable.") from error
 
     def sweep(self) -> None:
         """Remove temporary files of runs that were killed. Call it only under the lock."""
@@ -88,7 +88,7 @@ class JobFolder:
                 "folder would mix their artifacts."
             ) from error
         except OSError as error:
-            raise ArtifactError(f"cannot lock {self.path}: {error}") from error
+            raise StorageError(f"cannot lock {self.path}: {error}") from error
         try:
             # This only tells who holds the lock; on a full disk the lock itself still works.
             with suppress(OSError):
@@ -183,4 +183,4 @@ def _told(url: str) -> Iterator[None]:
     except CalibcastError:
         raise
     except Exception as error:  # each store raises errors of its own
-        raise ArtifactError(f"{url}: {type(error).__name__}: {error}") from error
+        raise StorageError(f"{url}: {type(error).__name__}: {error}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibcast.calib.errors import known
+from calibcast.calib.file_kinds import JOB, wrong_kind
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.keys import model_of, type_words
 from calibcast.engines.job.model_list import models_of
@@ -57,6 +58,9 @@ def load_jobs(path: Path) -> tuple[JobFile, ...]:
     """Read and check a job file: one job, or one for each of its [[models]]. Raises JobError that lists every
     mistake."""
     try:
+        wrong = wrong_kind(path, JOB) if path.exists() else None
+        if wrong is not None:
+            raise JobError(wrong)
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise JobError(f"{path}: no such file; `calibcast init` writes one") from error

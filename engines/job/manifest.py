@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calibcast.calib.artifacts import load_json, parsed, save_json
-from calibcast.calib.errors import ArtifactError
+from calibcast.calib.errors import ArtifactError, StorageError
 from calibcast.calib.sealed_files import files_under
 from calibcast.engines.job.folder import MANIFEST
 
@@ -50,7 +50,7 @@ class Manifest:
         try:
             return cls._read(folder, path)
         except ArtifactError as error:
-            raise ArtifactError(f"{error}. `calibcast run --redo` makes everything again.") from error
+            raise StorageError(f"{error}. `calibcast run --redo` makes everything again.") from error
 
     @classmethod
     def _read(cls, folder: Path, path: Path) -> Manifest:

@@ -9,20 +9,21 @@ from pathlib import Path
 
 from calibcast.calib.checkpoint import Checkpoint, merge_checkpoints
 from calibcast.calib.errors import MismatchError
+from calibcast.calib.file_kinds import CHECKPOINT, kind_of
 from calibcast.calib.ranges import RangeTable
 
 _log = logging.getLogger("calibcast")
 
 
 def merge_files(paths: Sequence[Path]) -> RangeTable:
-    """One table from range tables (`.parquet`) and checkpoints (`.npz`) of one program.
+    """One table from range tables and checkpoints of one program.
 
     Checkpoints of one run keep their batch numbers; each following table's numbers continue after the earlier ones.
     Raises ArtifactError for a file that is neither, MismatchError for files of different programs or two of the same
     process.
     """
-    shards = {path: Checkpoint.load(path) for path in paths if path.suffix == ".npz"}
-    tables = {path: RangeTable.load(path) for path in paths if path.suffix != ".npz"}
+    shards = {path: Checkpoint.load(path) for path in paths if kind_of(path) == CHECKPOINT}
+    tables = {path: RangeTable.load(path) for path in paths if path not in shards}
     _refuse_repeated(paths, shards)
     for path, shard in shards.items():
         _log.warning("%s holds %d batches of a run that did not end", path, shard.position)

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
 from calibcast.calib.errors import CalibcastError
 from calibcast.engines.job.errors import JobError
+
+# torch is imported where it is needed: a wrong job file is told before that.
+if TYPE_CHECKING:
+    import torch
 
 # Shards may differ by hours, so wait long. A process that died closes its connections, which is noticed at once.
 _PATIENCE = timedelta(days=7)
@@ -51,6 +54,8 @@ def connected(ranks: Ranks) -> Iterator[None]:
     if ranks.world == 1:
         yield
         return
+    import torch.distributed as dist
+
     with _told("connect to"):
         # Statistics are merged on the host, so gloo serves machines with and without GPUs.
         dist.init_process_group("gloo", timeout=_PATIENCE)
@@ -64,6 +69,9 @@ def tell_all(ranks: Ranks, content: bytes = b"") -> bytes:
     """Send the first process's `content` to all. Every process returns it."""
     if ranks.world == 1:
         return content
+    import torch
+    import torch.distributed as dist
+
     with _told("hear from"):
         size = torch.tensor([len(content)])
         dist.broadcast(size, 0)
@@ -75,6 +83,9 @@ def tell_all(ranks: Ranks, content: bytes = b"") -> bytes:
 
 def give(content: bytes) -> None:
     """Send `content` to the first process, which receives it with `take`."""
+    import torch
+    import torch.distributed as dist
+
     with _told("reach"):
         dist.send(torch.tensor([len(content)]), 0)
         dist.send(_tensor(content), 0)
@@ -82,6 +93,9 @@ def give(content: bytes) -> None:
 
 def take(rank: int) -> bytes:
     """Receive what process `rank` sends with `give`. Raises CalibcastError when that process is lost."""
+    import torch
+    import torch.distributed as dist
+
     with _told("hear from", rank):
         size = torch.empty(1, dtype=torch.int64)
         dist.recv(size, rank)
@@ -91,6 +105,8 @@ def take(rank: int) -> bytes:
 
 
 def _tensor(content: bytes) -> torch.Tensor:
+    import torch
+
     return torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
 
 

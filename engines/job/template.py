@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from calibcast.calib.errors import ArtifactError
+from calibcast.calib.errors import StorageError
 from calibcast.engines.job.errors import JobError
 
 _DIGITS = Path(__file__).parents[1] / "demo_data" / "digits.parquet"
@@ -116,5 +116,5 @@ def write_template(folder: Path) -> list[Path]:
         functions.write_text(_FUNCTIONS, encoding="utf-8")
         shutil.copyfile(_DIGITS, data)
     except OSError as error:
-        raise ArtifactError(f"cannot write into {folder}: {error}") from error
+        raise StorageError(f"cannot write into {folder}: {error}") from error
     return [job, functions, data]

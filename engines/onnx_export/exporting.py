@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibcast.calib.errors import ArtifactError, BuildError, first_line
+from calibcast.calib.errors import ArtifactError, BuildError, StorageError, first_line
 from calibcast.calib.execution import require_program
 from calibcast.engines.onnx_export.surface import name_everything, write_plan
 from calibcast.engines.onnx_export.translation import Translation, drop_unused, translated
@@ -68,7 +68,7 @@ def _write(translation: Translation, state: Mapping[str, torch.Tensor], target: 
             for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
                 shutil.move(file, target.parent / file.name)
     except OSError as error:
-        raise ArtifactError(f"cannot write {target}: {error}") from error
+        raise StorageError(f"cannot write {target}: {error}") from error
 
 
 def _saved(model: Any, path: Path) -> None:

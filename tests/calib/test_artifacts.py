@@ -108,7 +108,7 @@ def test_truncated_ranges_are_refused(share: float, saved: Path) -> None:
     """A file cut off anywhere, also by its last byte, is no table."""
     whole = saved.read_bytes()
     saved.write_bytes(whole[: min(len(whole) - 1, int(share * len(whole)))])
-    with pytest.raises(ArtifactError, match=r"ranges\.parquet is not a readable Parquet file \(truncated or foreign\)"):
+    with pytest.raises(ArtifactError, match=r"ranges\.parquet is .*; a range table was expected"):
         RangeTable.load(saved)
 
 
@@ -127,14 +127,14 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
     """No file, or a folder in its place, is told with what was expected."""
     with pytest.raises(ArtifactError, match=r"absent\.parquet: no such file; expected a ranges file"):
         RangeTable.load(tmp_path / "absent.parquet")
-    with pytest.raises(ArtifactError, match="no such file"):
+    with pytest.raises(ArtifactError, match=r"is a folder without manifest\.json; a range table was expected"):
         RangeTable.load(tmp_path)
 
 
 def test_foreign_parquet_is_refused(saved: Path, tmp_path: Path) -> None:
     """Parquet without our header is foreign, even with the same columns."""
     pl.read_parquet(saved).write_parquet(tmp_path / "foreign.parquet")
-    with pytest.raises(ArtifactError, match=r"foreign\.parquet was not written by calibcast .* expected a ranges file"):
+    with pytest.raises(ArtifactError, match=r"foreign\.parquet is a Parquet file that calibcast did not write;"):
         RangeTable.load(tmp_path / "foreign.parquet")
 
 
@@ -142,15 +142,15 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
     """A plan, a program or a text given as ranges is told apart from a table."""
     save_json(tmp_path / "plan.json", "plan", {"nodes": []})
     (tmp_path / "notes.txt").write_text("PAR1 this is no Parquet PAR1")
-    for name in ("plan.json", "notes.txt"):
-        with pytest.raises(ArtifactError, match=f"{name} is not a readable Parquet file"):
+    for name, kind in (("plan.json", "a plan"), ("notes.txt", "a truncated or damaged Parquet file")):
+        with pytest.raises(ArtifactError, match=f"{name} is {kind}; a range table was expected"):
             RangeTable.load(tmp_path / name)
 
 
 HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another kind": (
         lambda header: {**header, "calibcast": "plan"},
-        "is a calibcast plan file; expected a ranges file",
+        "is a Parquet file .*; a range table was expected",
     ),
     "newer": (
         lambda header: {**header, "schema": SCHEMA_VERSION + 1},
@@ -158,7 +158,7 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "older": (lambda header: {**header, "schema": 0}, r"written by another calibcast \(schema 0;"),
     "no schema": (lambda header: {"calibcast": "ranges"}, r"written by another calibcast \(schema None"),
-    "list": (lambda header: [1, 2], "was not written by calibcast"),
+    "list": (lambda header: [1, 2], "is a Parquet file .*; a range table was expected"),
     "no calibration": (
         lambda header: {key: header[key] for key in ("calibcast", "schema")},
         "claims to be a ranges file, but cannot be read as one: KeyError",
@@ -306,14 +306,14 @@ def test_json_comes_back_with_its_header(tmp_path: Path) -> None:
 
 JSON_FILES: dict[str, tuple[bytes, str]] = {
     "truncated": (b'{"calibcast": "plan", "schema": 1, "no', "is not a readable plan file .truncated or foreign.: "),
-    "empty": (b"", "is not a readable plan file"),
-    "binary": (b"\x93\xff\x00\x01", "is not a readable plan file"),
+    "empty": (b"", "is an empty file; a plan was expected"),
+    "binary": (b"\x93\xff\x00\x01", "is of no kind that calibcast knows; a plan was expected"),
     "foreign": (b'{"nodes": []}', "was not written by calibcast .*expected a plan file"),
     "list": (b"[1, 2]", "was not written by calibcast"),
     "another kind": (b'{"calibcast": "engine", "schema": 1}', "is a calibcast engine file; expected a plan file"),
     "newer": (b'{"calibcast": "plan", "schema": 99}', "written by a newer calibcast .schema 99; .*Upgrade"),
     "endless number": (b'{"calibcast": "plan", "schema": %s}' % (b"1" * 5000), "is not a readable plan file"),
-    "deep": (b"[" * 100_000, "is not a readable plan file"),
+    "deep": (b"[" * 100_000, "is a text file; a plan was expected"),
     "schema of text": (b'{"calibcast": "plan", "schema": "1"}', "written by another calibcast"),
 }
 
@@ -331,7 +331,7 @@ def test_json_that_is_not_there_or_no_json(saved: Path) -> None:
     """A missing file says so; ranges given as a plan are no plan."""
     with pytest.raises(ArtifactError, match=r"plan\.json: no such file"):
         load_json(saved.parent / "plan.json", "plan")
-    with pytest.raises(ArtifactError, match=r"ranges\.parquet is not a readable plan file"):
+    with pytest.raises(ArtifactError, match=r"ranges\.parquet is a range table; a plan was expected"):
         load_json(saved, "plan")
 
 
@@ -365,15 +365,19 @@ def test_broken_programs_are_refused(program: ExportedProgram, tmp_path: Path) -
     torch.save({"a": torch.ones(2)}, pickled)
     with pytest.raises(ArtifactError, match=r"absent\.pt2: no such file; expected a \.pt2"):
         load_program(tmp_path / "absent.pt2")
-    for content in (b"", whole[:100], whole[: len(whole) // 2], whole[:-1], b"no program", pickled.getvalue()):
+    cut = "a truncated or damaged zip file"
+    for content, kind in (
+        (b"", "an empty file"), (whole[:100], cut), (whole[: len(whole) // 2], cut), (whole[:-1], cut),
+        (b"no program", "a text file"), (pickled.getvalue(), r"a file of torch.save \(weights, not a program\)"),
+    ):  # fmt: skip
         (tmp_path / "model.pt2").write_bytes(content)
-        with pytest.raises(ArtifactError, match=r"model\.pt2 cannot be loaded as an exported program .*this is torch"):
+        with pytest.raises(ArtifactError, match=rf"model\.pt2 is {kind}; an exported program was expected"):
             load_program(tmp_path / "model.pt2")
 
 
 def test_ranges_given_as_a_program_are_refused(saved: Path) -> None:
     """A table is no program."""
-    with pytest.raises(ArtifactError, match="cannot be loaded as an exported program"):
+    with pytest.raises(ArtifactError, match="is a range table; an exported program was expected"):
         load_program(saved)
 
 

@@ -146,7 +146,7 @@ def test_a_failing_loader_keeps_what_was_measured(here, capsys):
         (["plan", "user.py:model", "--range-quantile", "2"], 2, "--range-quantile 2.0: give a share"),
         (["plan", "user.py:model", "--max-depth-of-reduction", "0"], 2, "--max-depth-of-reduction 0: give"),
         (["plan", "user.py:model", "missing.parquet"], 2, "missing.parquet: no such file; expected a ranges file"),
-        (["plan", "user.py:model", "."], 2, ". is a folder; expected a ranges file"),
+        (["plan", "user.py:model", "."], 2, ". is a folder without manifest.json; a range table was expected"),
         (["plan", "user.py:model", "-o", "."], 2, ". is a folder; give the name of a file"),
         (["build", "user.py:model", "missing.json", "-o", "e"], 2, "missing.json: no such file; expected a plan"),
         (["diff", "missing.parquet", "missing.json"], 2, "missing.parquet: no such file"),
@@ -161,10 +161,10 @@ def test_a_failing_loader_keeps_what_was_measured(here, capsys):
         ),
         (["plan", "user.py:model", "--nodes-to-exclude", "^linaer"], 2, "near names: linear"),
         (["plan", "user.py:model", "--data-max", "-1"], 2, "--data-max -1.0: give a positive number"),
-        (["plan", "user.py:model", "user.py"], 1, "not a readable Parquet file"),
+        (["plan", "user.py:model", "user.py"], 2, "user.py is a text file; a range table was expected"),
         (["calibrate", "user.py:model", "--data", "user.py:number", "-o", "r.parquet"], 1, "cannot be iterated"),
         (["calibrate", "user.py:model", "--data", "user.py:data", "-o", "r.parquet"], 1, "got 2 inputs"),
-        (["build", "user.py:model", "user.py", "-o", "engine"], 1, "is not a readable plan file"),
+        (["build", "user.py:model", "user.py", "-o", "engine"], 2, "user.py is a text file; a plan was expected"),
         (["report", "missing.parquet"], 2, "no such file"),
         (["report", "missing.parquet", "--plan", "p.json"], 2, "no such file"),
     ],
@@ -180,7 +180,7 @@ def test_mistakes_are_one_message_and_leave_nothing_behind(here, capsys, argumen
 
 def test_a_setting_that_the_backend_does_not_have_is_a_bad_command_line(here, capsys):
     """Told before anything is read."""
-    (here / "p.json").write_text("{}")
+    (here / "p.json").write_text('{"calibcast": "plan"}')
     code, _, err = run(capsys, "build", "user.py:model", "p.json", "-o", "e", "--backend", "eager", "--setting", "z=1")
     assert (code, "--setting: --backend eager takes no setting but device; got z" in err) == (2, True)
 

@@ -103,7 +103,7 @@ def test_an_engine_that_is_not_whole_is_refused(engine, tmp_path):
     (folder / "program.pt2").unlink()
     with pytest.raises(ArtifactError, match="no such file"):
         Engine.load(folder)
-    with pytest.raises(ArtifactError, match="is no folder"):
+    with pytest.raises(ArtifactError, match="no such file or folder; an engine folder was expected"):
         Engine.load(tmp_path / "nothing")
 
 
@@ -124,7 +124,7 @@ def test_manifests_of_other_kinds_and_versions_are_refused(engine, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     for change, message in (
         ({"schema": 99}, "newer calibcast"),
-        ({"calibcast": "plan"}, "is a calibcast plan file"),
+        ({"calibcast": "plan"}, "a folder whose manifest.json is a plan; an engine folder was expected"),
         ({"backend": "onnx"}, "unknown backend 'onnx'"),
     ):
         (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))

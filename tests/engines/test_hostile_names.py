@@ -115,15 +115,15 @@ def test_a_users_file_is_imported_once_and_stems_do_not_clash(tmp_path):
 
 
 def test_a_wrong_file_is_named_as_what_it_is(files, tmp_path):
-    with pytest.raises(ArtifactError, match="It is a plan; a range table was expected"):
+    with pytest.raises(ArtifactError, match="is a plan; a range table was expected"):
         RangeTable.load(files / "p.json")
-    with pytest.raises(ArtifactError, match="It is a Parquet file, as range tables and ledgers are; a plan file was"):
+    with pytest.raises(ArtifactError, match="is a range table; a plan was expected"):
         PrecisionPlan.load(files / "r.parquet")
-    with pytest.raises(ArtifactError, match="It is a plan; an exported program was expected"):
+    with pytest.raises(ArtifactError, match="is a plan; an exported program was expected"):
         load_program(files / "p.json")
     program = torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),))
     save_program(program, tmp_path / "m.pt2")
-    with pytest.raises(ArtifactError, match="It is an exported program; a range table was expected"):
+    with pytest.raises(ArtifactError, match="is an exported program; a range table was expected"):
         RangeTable.load(tmp_path / "m.pt2")
 
 

@@ -165,5 +165,5 @@ def test_the_command_writes_the_page(made, tmp_path, monkeypatch, capsys):
     assert (
         _run(["report", "r.parquet", "--html", "no/such/report.html"]) == 2
     )  # a folder that is not there is a bad command line
-    assert _run(["report", "r.parquet", "--html", "r2.html", "--verification", "p.json"]) == 1
-    assert "expected a verification file" in capsys.readouterr().err
+    assert _run(["report", "r.parquet", "--html", "r2.html", "--verification", "p.json"]) == 2
+    assert "p.json is a plan; a verification report was expected" in capsys.readouterr().err
