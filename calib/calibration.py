@@ -114,7 +114,7 @@ def _rest(keeper: Keeper, dataloader: Iterable[Any]) -> Iterable[Any]:
         return dataloader
     if keeper.position:
         _log.info("%s: going on after %d batches", keeper.path, keeper.position)
-    return resumed(dataloader, keeper.position, keeper.last_hash)
+    return keeper.watched(resumed(dataloader, keeper.position, keeper.last_hash))
 
 
 def _told(run: Run, bar: tqdm[tuple[int, Any, FlatInputs]]) -> Iterator[tuple[Any, tuple[int, FlatInputs]]]:

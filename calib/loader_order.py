@@ -66,7 +66,7 @@ def batch_hash(batch: Any) -> str:
     for leaf in pytree.tree_leaves(dict(batch) if hasattr(batch, "keys") else batch):
         if isinstance(leaf, torch.Tensor) and not leaf.is_nested and leaf.layout == torch.strided:
             flat = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-            total.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+            total.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         elif isinstance(leaf, (str, int, float, bool, bytes)):
             total.update(repr(leaf).encode())
         else:

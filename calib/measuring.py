@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from calibcast.calib.errors import BatchError, MismatchError
 from calibcast.calib.loader_order import batch_hash
 
 Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
 
 
 class Keeper:
@@ -35,7 +36,8 @@ class Keeper:
         self._run, self.path, self._pace, self._made_of = run, path, pace, dict(made_of or {})
         self._more, self._kept = more, kept
         self.position, self.last_hash = 0, ""
-        self._last: Any = None  # the batch itself: it is hashed only when the file is written
+        self._last: Any = None
+        self._came: tuple[Any, str] = (None, "")  # the batch that the loader gave last, with its hash
 
     def resume(self) -> Checkpoint | None:
         """Bring the run to the state in the file; without a file, measure the weights, which come first.
@@ -52,10 +54,17 @@ class Keeper:
         self.position, self.last_hash = found.position, found.last
         return found
 
+    def watched(self, loaded: Iterable[Loaded], batch_in: Callable[[Loaded], Any] = lambda it: it) -> Iterator[Loaded]:
+        """What a loader gives, each batch hashed before anyone gets it: a transform may change it in place."""
+        for item in loaded:
+            batch = batch_in(item)
+            self._came = batch, "" if self.path is None else batch_hash(batch)
+            yield item
+
     def advance(self, batch: Any) -> None:
         """Count one more batch, measured or left out. Writes the file when it is due."""
         self.position += 1
-        self._last, self.last_hash = batch, ""
+        self._last, self.last_hash = batch, self._came[1] if self._came[0] is batch else ""
         if self._pace is not None and self._pace.tick():
             self.write()
             self._pace.reset()

@@ -5,18 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-import io
-import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibcast.calib.artifacts import load_program
 from calibcast.calib.errors import CalibcastError, ProgramError, first_line, known
 from calibcast.calib.file_kinds import PROGRAM_FILE, PYTHON, wrong_kind
+from calibcast.calib.process_settings import own_output_kept, unlogged
 from calibcast.engines.usage import LocationError
 
 if TYPE_CHECKING:  # torch takes seconds to import; a wrong path is reported before that
@@ -62,13 +61,8 @@ def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> Exp
 def _quiet() -> Iterator[None]:
     """Suppress what torch logs and prints when an export fails, since the error that it raises says the same. If the
     export succeeds, what was printed meanwhile goes to stderr."""
-    said, before = io.StringIO(), logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with redirect_stderr(said), redirect_stdout(said):
-            yield
-    finally:
-        logging.disable(before)
+    with unlogged("torch"), own_output_kept() as said:
+        yield
     sys.stderr.write(said.getvalue())
 
 

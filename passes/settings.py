@@ -10,6 +10,7 @@ from typing import Any, SupportsFloat, TypeGuard
 import torch
 from calibcast.calib.errors import SettingError, known
 from calibcast.calib.graph import module_path, op_name
+from calibcast.calib.operators import OPERATORS, canonical
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.judge import Included, Judge, weight_limit
 from calibcast.passes.low_types import LOW_TYPES
@@ -74,6 +75,7 @@ class Settings:
         include = _patterns(self.nodes_to_include, "nodes_to_include", nodes)
         targets = _targets(self.targets_to_exclude, "targets_to_exclude", nodes)
         included = Included(include, _targets(self.targets_to_include, "targets_to_include", nodes))
+        wide = _accumulating(self.wide_accumulation)
         limit = weight_limit(self.init_max, low_type)
         depth = self.max_depth_of_reduction
         every: tuple[Rule, ...] = (
@@ -87,7 +89,7 @@ class Settings:
             Mask(),
             LiteralRange(),
             *(() if depth is None else (MaxDepthOfReduction(depth),)),
-            Interior(frozenset(self.wide_accumulation)),
+            Interior(wide),
             Storage(),
             *self.rules,
             Follows(),
@@ -101,6 +103,7 @@ class Settings:
             "nodes_to_include": list(include),
             "targets_to_include": sorted(included.targets),
             "range_quantile": self.range_quantile,
+            "wide_accumulation": sorted(wide),
             "rules": [rule_id(rule) for rule in every],
         }
         budget = self.min_sqnr_db
@@ -169,6 +172,18 @@ def _patterns(patterns: Iterable[str], argument: str, nodes: Sequence[Candidate]
                 f"{argument}: {pattern!r} matches no node name and no module path; {known(plain, every)}"
             )
     return checked
+
+
+def _accumulating(names: Iterable[Target]) -> frozenset[str]:
+    """Operators that sum, as the operator table names them. Raises SettingError for any other name."""
+    summing = {entry.name: entry for entry in OPERATORS if entry.hides or entry.epsilon or entry.product}
+    found = set()
+    for given in names:
+        name = canonical(str(given).removeprefix("torch.ops.").removeprefix("aten.").partition(".")[0])
+        if name not in summing:
+            raise SettingError(f"wide_accumulation: {str(given)!r} is no operator that sums; {known(name, summing)}")
+        found.add(name)
+    return frozenset(found)
 
 
 def _targets(targets: Iterable[Target], argument: str, nodes: Sequence[Candidate]) -> frozenset[str]:

@@ -64,7 +64,8 @@ def measure_shard(task: Task, signals: Signals, bar: bool = True) -> Checkpoint:
     progress = Progress("calibrate", mine, shard.keeper.position, bar, quiet=task.share.rank > 0)
     loaded = task.batches.read(task.share, Done(shard.keeper.position, shard.keeper.last_hash))
     try:
-        items = feed(loaded, task.transform, run.signature)
+        watched = shard.keeper.watched(loaded, lambda one: one.batch)
+        items = feed(watched, task.transform, run.signature)
         measure_all(run, shard.counted(items, progress), shard.take, shard.keeper, signals.held)
     except (Stopped, GateError, BatchError):
         shard.keeper.write()

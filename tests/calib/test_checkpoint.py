@@ -7,7 +7,7 @@ import io
 import random
 import tracemalloc
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,23 @@ def test_weights_or_settings_that_changed_are_refused(program: ExportedProgram, 
         calibrate(network(seed=1), batches(), progress=False, checkpoint=path)
     with pytest.raises(MismatchError, match=r"histogram changed since the checkpoint .* delete"):
         calibrate(program, batches(), histogram=False, progress=False, checkpoint=path)
+
+
+def test_a_transform_may_change_its_batch_in_place(program: ExportedProgram, tmp_path: Path) -> None:
+    """What the loader gave is what must be the same again, not what the transform left of it."""
+    path = tmp_path / "c.npz"
+
+    def in_place(batch: dict[str, Any]) -> torch.Tensor:
+        batch.pop("label")
+        return batch["x"].mul_(2.0)
+
+    def labelled(values: Iterable[torch.Tensor]) -> Iterator[dict[str, Any]]:
+        return ({"x": value, "label": number} for number, value in enumerate(values))
+
+    whole = calibrate(program, labelled(batches()), in_place, progress=False)
+    with pytest.raises(Killed):
+        calibrate(program, labelled(dies_at(5)), in_place, progress=False, checkpoint=path, checkpoint_batches=1)
+    assert_same(calibrate(program, labelled(batches()), in_place, progress=False, checkpoint=path), whole)
 
 
 def test_data_or_order_that_changed_is_refused(program: ExportedProgram, tmp_path: Path) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calibcast.calib import BatchError, calibrate
+from calibcast.calib import BatchError, ProgramError, calibrate
 from calibcast.calib.gc_pause import paused
-from calibcast.calib.process_settings import HeldSetting, unlogged
+from calibcast.calib.process_settings import HeldSetting, own_output_kept, unlogged
 from calibcast.calib.pt2.loading import _LOUD, load_checked
 from calibcast.calib.rounding import _precisions, fp32_kernels
 from calibcast.calib.rounding_gradients import _CUDNN_OFF
 from calibcast.engines import build
+from calibcast.engines.locations import load_model
 from calibcast.passes import PrecisionPlan, classify, compare, insert_casts
 from torch import nn
 
@@ -61,7 +65,9 @@ def on_threads(work: Callable[[int], Any], count: int = 4) -> list[Any]:
 
 
 def state() -> tuple[Any, ...]:
-    levels = [(logging.getLogger(name).level, tuple(logging.getLogger(name).filters)) for name in _LOUD]
+    loggers = [logging.root, *(logging.getLogger(name) for name in ("torch", *_LOUD))]
+    handlers = [tuple(handler.filters) for logger in loggers for handler in logger.handlers]
+    levels = [(logger.level, tuple(logger.filters)) for logger in loggers], handlers
     return gc.isenabled(), tuple(_precisions()), torch.backends.cudnn.enabled, levels, logging.root.manager.disable
 
 
@@ -131,6 +137,81 @@ def test_overlapping_uses_leave_the_process_as_it_was(name: str) -> None:
     assert name == "loggers" or state() == inside  # the second still needs it
     second.__exit__(None, None, None)
     assert state() == before
+
+
+class _Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.names.append(record.name)
+
+
+def test_what_a_thread_logs_below_a_name_is_dropped_and_no_other() -> None:
+    """Also of loggers that are made meanwhile, and of one with a handler of its own."""
+    root, own = _Heard(), _Heard()
+    logging.root.addHandler(root)
+    child = logging.getLogger("tests.loud.child")
+    child.addHandler(own)
+    names = ["tests.loud", "tests.loud.child", f"tests.loud.new{id(root)}", "tests.louder", "tests"]
+    other = threading.Thread(target=lambda: [logging.getLogger(name).error("other") for name in names])
+    try:
+        with unlogged("tests.loud"):
+            for name in names:
+                logging.getLogger(name).error("mine")
+            assert (root.names, own.names) == (["tests.louder", "tests"], [])
+            other.start()
+            other.join()
+            assert (root.names[2:], own.names) == (names, ["tests.loud.child"])
+        child.error("after")
+        assert (root.names[-1], len(own.names)) == ("tests.loud.child", 2)
+    finally:
+        logging.root.removeHandler(root)
+        child.removeHandler(own)
+
+
+def test_models_that_fail_to_export_on_threads_leave_logging_and_streams(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """While one exports, another thread logs and prints: nothing of that is lost or comes out elsewhere."""
+    (tmp_path / "user.py").write_text(
+        "import torch, time\n"
+        "class N(torch.nn.Module):\n    def forward(self, x):\n"
+        "        print('of the model'); time.sleep(0.05)\n        return x if x.sum() > 0 else 1\n"
+        "def net(): return N(), (torch.randn(2, 4),)\n"
+    )
+    before = state(), sys.stdout, sys.stderr
+
+    def work(number: int) -> None:
+        if number == 0:
+            for _ in range(10):
+                print("of a thread")
+                logging.getLogger("calibcast.tests").error("of a thread")
+                time.sleep(0.01)
+            return
+        with pytest.raises(ProgramError, match="cannot export"):
+            load_model(f"{tmp_path}/user.py:net")
+
+    on_threads(work, 2)
+    assert (state(), sys.stdout, sys.stderr) == before
+    said = capfd.readouterr()
+    assert said.out.count("of a thread") == 10
+    assert "of the model" not in said.out
+
+
+def test_streams_are_as_they_were_whoever_ends_first(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stdout, sys.stderr
+    first, second = own_output_kept(), own_output_kept()
+    kept = first.__enter__()
+    later = second.__enter__()
+    print("mine")
+    first.__exit__(None, None, None)
+    print("later", file=sys.stderr)
+    second.__exit__(None, None, None)
+    assert (sys.stdout, sys.stderr) == before
+    print("out")
+    assert (kept.getvalue(), later.getvalue(), capsys.readouterr().out) == ("", "mine\nlater\n", "out\n")
 
 
 def test_a_setting_that_cannot_be_set_is_left_as_it_was() -> None:

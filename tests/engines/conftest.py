@@ -62,6 +62,7 @@ def note(batch):
         at, signum = map(int, os.environ["DIE_AT"].split())
         if started == at:
             os.kill(os.getpid(), signum)
+    batch["row"] += 1000  # a transform may change its batch in place
     return {"input": batch["x"]}
 
 def agreement(output, reference):

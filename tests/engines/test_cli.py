@@ -160,6 +160,11 @@ def test_a_failing_loader_keeps_what_was_measured(here, capsys):
             "--device gpu: give cpu",
         ),
         (["plan", "user.py:model", "--nodes-to-exclude", "^linaer"], 2, "near names: linear"),
+        (
+            ["plan", "user.py:model", "--wide-accumulation", "layernorm"],
+            2,
+            "--wide-accumulation: 'layernorm' is no operator that sums; near names: layer_norm",
+        ),
         (["plan", "user.py:model", "--data-max", "-1"], 2, "--data-max -1.0: give a positive number"),
         (["plan", "user.py:model", "user.py"], 2, "user.py is a text file; a range table was expected"),
         (["calibrate", "user.py:model", "--data", "user.py:number", "-o", "r.parquet"], 1, "cannot be iterated"),

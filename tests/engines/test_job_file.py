@@ -164,6 +164,7 @@ def test_init_overwrites_nothing(tmp_path, capsys):
             "model(seed=0, scale=1.0) cannot be",
         ),
         ({"plan": 'rules = ["functions.py:mine"]'}, 2, "has no function 'mine'"),
+        ({"plan": 'wide_accumulation = ["layernorm"]'}, 2, "[plan] wide_accumulation: 'layernorm' is no operator"),
         ({"plan": 'nodes_to_exclude = ["^attention"]'}, 2, "[plan] nodes_to_exclude: '^attention' matches no node"),
         ({"plan": 'nodes_to_include = ["(("]'}, 2, "is not a regular expression"),
         ({"plan": 'targets_to_exclude = ["aten.addd"]'}, 2, "no node has the target 'aten.addd'"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody writes it
+from calibcast.calib import SettingError
 from calibcast.calib import calibrate as measure
 from calibcast.passes import classify, insert_casts
 from torch import nn
@@ -281,6 +282,24 @@ def test_a_backend_that_accumulates_in_fp32_is_believed() -> None:
     program, ranges, _ = planned(Trap(trap.network, trap.harmful, trap.harmless, {}), trap.harmful)
     assert classify(program, ranges, wide_accumulation=["group_norm"])["group_norm"].precision == "low"
     assert classify(program, ranges, wide_accumulation=["layer_norm"])["group_norm"].rule == "interior"
+    for name in ("aten.group_norm", "torch.ops.aten.group_norm.default", torch.ops.aten.group_norm.default):
+        plan = classify(program, ranges, wide_accumulation=[name])
+        assert plan["group_norm"].precision == "low"
+        assert plan.settings["wide_accumulation"] == ["group_norm"]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("layernorm", "near names: layer_norm"),
+        ("group_nrom", "near names: group_norm"),
+        ("relu", "'relu' is no operator"),
+    ],
+)
+def test_a_misspelt_operator_that_sums_is_told_with_those_that_exist(name: str, told: str) -> None:
+    program = torch.export.export(torch.nn.LayerNorm(4).eval(), (torch.randn(2, 4),))
+    with pytest.raises(SettingError, match=told):
+        classify(program, None, wide_accumulation=name)
 
 
 class _Gate(nn.Module):
