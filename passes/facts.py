@@ -116,6 +116,7 @@ class NodeFacts:
     the op. least_spread: the least variance (or mean square) whose root a norm divides by.
     lost: rounding leaves too little of its result, or of a later result that is made from it. refused: why the operator
     cannot run in the low type at all, or None.
+    rows_masked: it computes with a mask that may mask a whole row.
     moves: it only moves data. custom: not an ATen op. has_ranges: a RangeTable was given. rounding_known: what rounding
     there does to the outputs was measured, so that rules which guess it from magnitudes do not apply. low_type: the
     type that it is to run in; a NumberFormat only where tensors are judged without a program.
@@ -134,6 +135,7 @@ class NodeFacts:
     least_spread: float | None = None
     lost: Lost | None = None
     refused: str | None = None
+    rows_masked: bool = True
     moves: bool = False
     custom: bool = False
     has_ranges: bool = True

@@ -6,7 +6,7 @@ Only this module reads graphs for the rules; `FactReader` turns outlines into fa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from calibcast.calib.graph import (
     producer_of,
     tensor_values,
 )
-from calibcast.calib.operators import MOVES, operator_of
+from calibcast.calib.operators import MASK_ARITHMETIC, MOVES, operator_of
 from calibcast.passes.evidence import Evidence, HiddenEvidence
 from calibcast.passes.facts import Hidden, Literal
 from calibcast.passes.reductions import depth_of_reduction, hidden_values
@@ -45,12 +45,21 @@ class NodeOutline:
 
 
 class Outliner:
-    """Makes outlines. `names` gives the qualified name of a node; without ranges, `has_ranges` is False."""
+    """Makes outlines. `names` gives the qualified name of a node; without ranges, `has_ranges` is False.
+
+    masks_a_row: whether a mask that a node gives may mask a whole row.
+    """
 
     def __init__(
-        self, names: Mapping[fx.Node, str], evidence: Evidence, hidden: HiddenEvidence, has_ranges: bool
+        self,
+        names: Mapping[fx.Node, str],
+        evidence: Evidence,
+        hidden: HiddenEvidence,
+        has_ranges: bool,
+        masks_a_row: Callable[[fx.Node], bool] = lambda node: True,
     ) -> None:
         self._names, self._evidence, self._hidden, self._has_ranges = names, evidence, hidden, has_ranges
+        self._masks_a_row = masks_a_row
         self._rows: dict[fx.Node, Rows] = {}  # a cache, as a tensor may have several readers
 
     def of(self, node: fx.Node) -> NodeOutline:
@@ -72,6 +81,7 @@ class Outliner:
             "least_spread": self._least_spread(node, base),
             "moves": base in MOVES and bool(inputs),
             "custom": not base,
+            "rows_masked": base in MASK_ARITHMETIC and self._may_mask_rows(node),
             "has_ranges": self._has_ranges,
         }
         return NodeOutline(name, inputs, outputs, values)
@@ -84,6 +94,15 @@ class Outliner:
             return self._hidden.least.get(self._names[node])
         facts = self._evidence.get((self._names.get(variance, variance.name), 0))
         return None if facts is None else facts.min
+
+    def _may_mask_rows(self, node: fx.Node) -> bool:
+        """Whether one of the masks that a node reads may mask a whole row."""
+        masks = [n for n in node.all_input_nodes if self._has_mask(n)]
+        return any(map(self._masks_a_row, masks))
+
+    def _has_mask(self, argument: fx.Node) -> bool:
+        found = (self._evidence.get((name, output)) for name, output, _ in self._rows_of(argument))
+        return any(facts is not None and facts.mask_min is not None for facts in found)
 
     def _hidden_values(self, node: fx.Node, base: str, depth: int) -> tuple[Hidden, ...]:
         # By argument: `attention(x, x, x)` has one input node, but three operands.

@@ -12,6 +12,7 @@ from calibcast.calib.graph import input_kinds, size_hint, tensor_values
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_edges import is_mover, output_types, rounding_edges
 from calibcast.passes.channels import channels_of
+from calibcast.passes.constant_masks import ConstantMasks
 from calibcast.passes.evidence import HiddenEvidence, evidence_of
 from calibcast.passes.fact_reader import FactReader
 from calibcast.passes.facts import WEIGHT_KINDS
@@ -51,7 +52,7 @@ class ProgramFacts:
         nodes = candidates(program)
         names, evidence, kinds = _names(nodes), evidence_of(ranges), input_kinds(program)
         hidden, channels = HiddenEvidence.of(ranges), channels_of(program)
-        outliner = Outliner(names, evidence, hidden, ranges is not None)
+        outliner = Outliner(names, evidence, hidden, ranges is not None, ConstantMasks(program).masks_a_row)
         outlines = {candidate.name: outliner.of(candidate.node) for candidate in nodes if candidate.kept is None}
         decided = {candidate.name: candidate.node for candidate in nodes if candidate.kept is None}
         rounding = _rounding(program, ranges)

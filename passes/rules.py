@@ -97,15 +97,16 @@ class Unmeasured:
 
 @dataclass(frozen=True)
 class Mask:
-    """It computes with finite mask values, as `scores + mask` does.
+    """It computes with finite mask values, as `scores + mask` does, and a whole row may be masked.
 
     Where a whole row is masked, fp32 loses all its scores alike in -1e9; the low type would round them to the spacing
-    of -65504 instead. Softmax and attention, which only read masks, are not concerned: what they get is saturated when
-    it is cast.
+    of -65504 instead. A mask that the program itself fixes and that leaves each row a value, such as a causal one, is
+    none of these. Softmax and attention, which only read masks, are not concerned: what they get is saturated when it
+    is cast.
     """
 
     def __call__(self, facts: NodeFacts) -> Verdict | None:
-        if facts.rounding_known or facts.base not in MASK_ARITHMETIC:
+        if facts.rounding_known or facts.base not in MASK_ARITHMETIC or not facts.rows_masked:
             return None
         lowest = min((t.mask_min for t in facts.inputs if t.mask_min is not None), default=None)
         if lowest is None:

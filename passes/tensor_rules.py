@@ -88,8 +88,9 @@ class Storage:
     Catches offsets (400.05 and 400.10 become equal) where a reader may remove the offset; a gate of 0.5 that is only
     multiplied is judged by its magnitude instead. A tensor that is faint as a whole (its peak is below four times the
     smallest normal value) must keep `faint` dB, as the rounding of subnormal values is not relative to them. Values
-    that a division or a logarithm blows up must be normal. Weights and constant tensors are exempt. Nodes that
-    `passes.needs` finds too noisy, such as a difference of nearly equal tensors, are kept high, too.
+    that a division or a logarithm blows up must be normal, also those of weights, which are exempt otherwise, as
+    constant tensors are. Nodes that `passes.needs` finds too noisy, such as a difference of nearly equal tensors, are
+    kept high, too.
     """
 
     limit: float = LEAST_SQNR_DB
@@ -99,7 +100,7 @@ class Storage:
         if facts.rounding_known:
             return None
         for tensor in facts.judged:
-            if tensor.measured and not tensor.is_weight:
+            if tensor.measured and (tensor.magnified or not tensor.is_weight):
                 verdict = self._lost(facts, tensor)
                 if verdict is not None:
                     return verdict
@@ -124,6 +125,8 @@ class Storage:
                 f"the smallest that {facts.low.short} holds in full, and a division or a logarithm blows them up"
             )
             return Verdict("storage", reason, tensor.smallest, tiny)
+        if tensor.is_weight:
+            return None
         limit = self.faint if tensor.absmax is not None and tensor.absmax < 4 * tiny else self.limit
         if keeps_surely(tensor, facts.low, limit):
             return None

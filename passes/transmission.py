@@ -89,8 +89,12 @@ def _through(node: fx.Node, entry: Operator, need: Need, seen: Seen, is_own: boo
         yield from _exponent(node, need, seen)
     elif entry.error == terms.LOGARITHM:
         yield from _logarithm(node, need, seen)
-    elif entry.error == terms.SAME and (not is_own or entry.takes_offset):
+    elif (entry.slopes and not is_own) or (entry.error == terms.SAME and (not is_own or entry.takes_offset)):
         yield from _as_large(node, entry, need, seen)
+
+
+def _keeps_size(entry: Operator) -> bool:
+    return entry.error == terms.SAME or entry.slopes
 
 
 def _by_itself(node: fx.Node, entry: Operator, need: Need, seen: Seen, share: float) -> Iterator[tuple[fx.Node, Need]]:
@@ -243,7 +247,7 @@ def _scaled(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Ne
             share = min(need.share, need.noise / result.rms**2)
             yield power, Need(need.asked, noise=share / math.log(node.args[0]) ** 2, firm=True)
         return
-    steep = _steepness(power, seen)
+    steep = _steepness(power, seen) * math.sqrt(_factors(node) if entry.multiplies else 1)
     for x in node.all_input_nodes:
         facts = seen.facts(x)
         if facts is None or not facts.rms or result is None or not result.rms:
@@ -253,6 +257,13 @@ def _scaled(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Ne
         if isinstance(power, (int, float)) and power != 1:
             floor = _floor(node, need, seen) ** (1 / power) if power > 0 else 0.0
         yield x, replace(need, noise=scaled, most=math.inf, share=need.share / steep**2, floor=floor)
+
+
+def _factors(node: fx.Node) -> int:
+    """How many elements a product along a dimension, or over all, multiplies at most."""
+    shape = [size_hint(size) for size in node.all_input_nodes[0].meta["val"].shape]
+    dim = argument_at(node, 1)
+    return shape[dim] if isinstance(dim, int) and shape else math.prod(shape)
 
 
 def _steepness(power: Any, seen: Seen) -> float:
@@ -274,7 +285,24 @@ def _exponent(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, 
         yield x, Need(need.asked, noise=share / steep, most=most if math.isinf(need.share) else math.inf, firm=True)
 
 
+def _angle(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:
+    """An error of the vector, relative to its length, is one of the angle. Where the angle may be pi, y must have the
+    right sign, so its own smallest magnitude counts. Elsewhere the length does, at least the larger smallest one.
+    """
+    y, x = _tensor(node, 0), _tensor(node, 1)
+    share = min(_absolute(node, need, seen).noise, 0.25)
+    known = {n: seen.facts(n) for n in (y, x) if n is not None}
+    least = {n: (facts.smallest or 0.0) for n, facts in known.items() if facts is not None}
+    length = max(least.values(), default=0.0)
+    turns = x is None or (facts := known.get(x)) is None or facts.min is None or facts.min < 0
+    for n, smallest in least.items():
+        yield n, Need(need.asked, share=share, floor=smallest if n is y and turns else length)
+
+
 def _logarithm(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:
+    if operator_of(base_op(node.target)).angle:
+        yield from _angle(node, need, seen)
+        return
     x = _tensor(node, 0)
     facts = seen.facts(x) if x is not None else None
     if x is not None and facts is not None:
@@ -285,6 +313,8 @@ def _logarithm(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node,
 def _as_large(node: fx.Node, entry: Operator, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:
     keeps = entry.hands_on or entry.masks
     wanted = replace(need, floor=_floor(node, need, seen)) if keeps else _absolute(node, need, seen)
+    if entry.takes_offset and not entry.hides:  # an angle may be off by so much, however large it is
+        wanted = replace(wanted, firm=True)
     yield from ((x, wanted) for x in node.all_input_nodes)
 
 

@@ -33,8 +33,10 @@ ARITHMETIC: tuple[Operator, ...] = (
         "div divide true_divide", error=SHARE, literals=("other",), masks=COMPUTES, poles=_AT_SECOND, hands_on=True
     ),
     operator("floor_divide", error=STEP, steps=True, literals=("other",), poles=_AT_SECOND),
-    operator("remainder", error=STEP, steps=True, literals=("other",), poles=_AT_SECOND, takes_offset=True),
-    operator("fmod", error=STEP, steps=True, literals=("other",), poles=_AT_SECOND, takes_offset=True),
+    operator(
+        "remainder", error=STEP, steps=True, slopes=True, literals=("other",), poles=_AT_SECOND, takes_offset=True
+    ),
+    operator("fmod", error=STEP, steps=True, slopes=True, literals=("other",), poles=_AT_SECOND, takes_offset=True),
     operator("maximum", error=SAME, masks=COMPUTES, hands_on=True),
     operator("minimum", error=SAME, masks=COMPUTES, hands_on=True),
     operator("clamp clip", error=SAME, literals=("min", "max"), masks=COMPUTES, checks_numbers=True, hands_on=True),

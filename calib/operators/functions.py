@@ -12,6 +12,7 @@ from calibcast.calib.operators.operator import (
     EXPONENT,
     LOGARITHM,
     SAME,
+    SHARE,
     STEP,
     Operator,
     Pole,
@@ -46,6 +47,8 @@ FUNCTIONS: tuple[Operator, ...] = (
     operator("xlogy special_xlogy", poles=(Pole(1),)),
     # The host rounds 1 - eps before it clamps to it; in bfloat16 the result is 1.
     operator("logit special_logit", poles=(Pole(0), Pole(0, 1.0)), wrong_on_host=True),
+    # A relative error of the vector becomes an error in radians. At an angle of pi, the sign of the first decides.
+    operator("atan2 arctan2", error=LOGARITHM, angle=True),
     operator("acos arccos", poles=_AT_ONE),
     operator("asin arcsin", poles=_AT_ONE),
     operator("atanh arctanh", poles=_AT_ONE),
@@ -53,7 +56,8 @@ FUNCTIONS: tuple[Operator, ...] = (
     operator("acosh arccosh", poles=(Pole(0, 1.0),)),
     operator("lgamma special_gammaln", poles=(Pole(0), Pole(0, -1.0))),
     operator("digamma special_psi special_digamma", poles=(Pole(0), Pole(0, -1.0))),
-    *alike("floor ceil round frac", error=STEP, steps=True, takes_offset=True),
+    *alike("floor ceil round", error=STEP, steps=True, takes_offset=True),
+    operator("frac", error=STEP, steps=True, slopes=True, takes_offset=True),
     operator("trunc fix", error=STEP, steps=True, takes_offset=True),
     *alike("sign sgn heaviside", steps=True),
     # Coordinates in an image: their error is a distance in pixels. The host kernels are wrong (NaN, or reads out of
@@ -71,5 +75,6 @@ FUNCTIONS: tuple[Operator, ...] = (
         """,
         error=SAME,
     ),
-    *alike("hardshrink cumprod prod cummax cummin"),
+    *alike("cumprod prod", error=SHARE, multiplies=True, hands_on=True),
+    *alike("hardshrink cummax cummin"),
 )

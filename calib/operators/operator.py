@@ -101,6 +101,9 @@ class Operator:
         steps: its floating-point results change in steps, which its gradient does not show.
         bias_along: the dimension of its result along which its bias is added, counted from the end.
         error: what an error of its first argument becomes. Products, sums and norms have their own fields instead.
+        slopes: although it steps, between the steps an error stays as large: it removes whole periods.
+        angle: it gives the angle of a vector, whose coordinates are its second and its first argument.
+        multiplies: it multiplies the elements along a dimension, so that their relative errors add up.
         places: the argument with coordinates, from -1 to 1, at which it reads elements of its first argument.
         poles: where a small change of an argument makes a large change of its result.
         keeps_poles: its result is small where its input is, so a pole of its reader is also a pole of its input.
@@ -151,6 +154,9 @@ class Operator:
     steps: bool = False
     bias_along: int | None = None
     error: str = ""
+    slopes: bool = False
+    angle: bool = False
+    multiplies: bool = False
     places: int | None = None
     poles: tuple[Pole, ...] = ()
     keeps_poles: bool = False

@@ -39,7 +39,7 @@ REDUCTIONS: tuple[Operator, ...] = (
     operator("avg_pool3d", hides=SUM, along=WINDOW, window=3),
     operator("adaptive_avg_pool3d", hides=SUM, along=WINDOW, window=3, adaptive=True),
     *alike("var std var_mean std_mean", hides=SQUARES, centred=True, takes_offset=True),
-    *alike("norm linalg_vector_norm", hides=SQUARES, hands_on=True),
+    *alike("norm linalg_vector_norm", hides=SQUARES, error=SAME, hands_on=True),
     *alike("layer_norm native_layer_norm", hides=SQUARES, along=LAST, centred=True, epsilon="eps", takes_offset=True),
     *alike("rms_norm _fused_rms_norm", hides=SQUARES, along=LAST, epsilon="eps"),
     operator("group_norm", hides=SQUARES, along=GROUPS, groups_at=1, centred=True, epsilon="eps", takes_offset=True),

@@ -7,7 +7,7 @@ meant, put what `test_operator_table.py` prints here.
 
 TABLE = """
 nothing
-    cummax cummin cumprod hardshrink prod
+    cummax cummin hardshrink
 asserts
     _assert_tensor_metadata
 checks_numbers
@@ -30,6 +30,8 @@ error=exponent
     cosh exp exp2=special_exp2 expm1=special_expm1 sinh
 error=exponent, poles=0@1.5708/None 0@-1.5708/None, takes_offset
     tan
+error=logarithm, angle
+    atan2=arctan2
 error=logarithm, poles=0@0/None
     log log10 log2
 error=order, takes_offset
@@ -50,6 +52,8 @@ error=share, hands_on, power=2.0
     square
 error=share, keeps_poles, hands_on, power=0.5
     sqrt
+error=share, multiplies, hands_on
+    cumprod prod
 error=share, poles=0@0/None, power=-0.5
     rsqrt
 error=share, poles=0@0/None, power=-1.0
@@ -76,7 +80,7 @@ hides=sum of squares, along=spatial, centred, epsilon=eps, takes_offset, trainin
     instance_norm
 hides=sum of squares, centred, takes_offset
     std std_mean var var_mean
-hides=sum of squares, hands_on
+hides=sum of squares, error=same, hands_on
     linalg_vector_norm norm
 hides=sum, along=window, window=1
     avg_pool1d
@@ -110,7 +114,7 @@ literals=nan posinf neginf, error=same
     nan_to_num
 literals=other, steps, error=step, poles=1@0/None
     floor_divide
-literals=other, steps, error=step, poles=1@0/None, takes_offset
+literals=other, steps, error=step, slopes, poles=1@0/None, takes_offset
     fmod remainder
 literals=s, fills, checks_numbers
     scalar_tensor
@@ -228,8 +232,10 @@ shares=1, fresh_of_several, product=contraction, hands_on, takes_offset
     einsum
 steps
     heaviside sgn sign
+steps, error=step, slopes, takes_offset
+    frac
 steps, error=step, takes_offset
-    ceil floor frac round trunc=fix
+    ceil floor round trunc=fix
 takes_offset
     l1_loss lerp mse_loss
 training=2/1/None

@@ -59,6 +59,7 @@ class Normalised(nn.Module):
         return self.norm(x)
 
 
+ALTERNATING = torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1])
 OFFSET = 300 + 0.3 * N + 50 * N[:1]
 CASES = {
     "a number minus a tensor": Case(lambda x: (1 - x).log(), NEAR_ONE, 0.5 * U),
@@ -79,6 +80,20 @@ CASES = {
     "pow": Case(lambda x: x**100, 0.94 + 0.06 * U, 0.99 + 0.01 * U, torch.bfloat16),
     "number to a power": Case(lambda x: 0.99**x, 300 * U, 12 * U, torch.bfloat16),
     "guard": Case(lambda x: (1 - x.clamp(max=1 - 1e-4)).log(), torch.cat([U, torch.ones(8)]), 0.2 + 0.2 * U),
+    "angle": Case(
+        lambda x: torch.atan2(x[:, :8] @ ALTERNATING, x[:, 8]),
+        torch.cat([torch.where(torch.arange(64)[:, None] < 8, 1 + 1e-5 * N[:, :8], N[:, :8]), -torch.ones(64, 1)], 1),
+        torch.cat([N[:, :8], torch.ones(64, 1)], 1),
+    ),
+    "product of many": Case(
+        lambda x: x.cumprod(-1), 1 + 2e-3 * torch.randn(1, 8192, generator=GENERATOR), (0.1 * N).exp(), torch.bfloat16
+    ),
+    "turns": Case(lambda x: (6.2832 * torch.remainder(x.cumsum(-1), 1)).sin(), 0.3 * U, U[:8] / 8, torch.bfloat16),
+    "difference of norms": Case(
+        lambda x: (x[:, :16] + 1).norm(dim=-1) - (x[:, 16:] + 1).norm(dim=-1),
+        torch.cat([N[:, :16], N[:, :16] + 1e-3 * N[:, 16:]], 1),
+        N,
+    ),
     "small values through linear": Case(
         lambda x: (x.square() @ torch.ones(32, 8) + 1e-7).log(), torch.cat([N, 1e-4 * N]), N
     ),
@@ -199,3 +214,59 @@ def test_eps_of_a_batch_norm_is_held_against_its_variance() -> None:
     net = Normalised(N)
     net.norm.eps = 1e-12
     assert judged(net, N, torch.float16)[1] == set()
+
+
+class Scaled(nn.Module):
+    """Features in units that it has learned."""
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        self.unit = nn.Parameter(unit * torch.linspace(1, 2, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / self.unit
+
+
+@pytest.mark.parametrize("low_type", [torch.float16, torch.bfloat16])
+def test_a_divisor_among_the_weights_counts(low_type: torch.dtype) -> None:
+    """float16 holds 10^-6 with 3%, bfloat16 as any other number; neither minds a unit of 1."""
+    for unit in (1e-6, 1.0):
+        program = torch.export.export(Scaled(unit), (300 * unit * N,))
+        ranges = calibrate(program, [(300 * unit * N,)], progress=False, rounding_batches=0)
+        plan = classify(program, ranges, low_type, data_max=float("inf"))
+        lost = low_type == torch.float16 and unit < 1
+        assert plan.high_precision_nodes == (("div",) if lost else ())
+        assert ("its parameter p_unit has values down to 1e-06" in plan.explain("div")) == lost
+
+
+class Attending(nn.Module):
+    """Scores plus a mask of -10^9, which is held, computed, or comes of an input."""
+
+    def __init__(self, mask: str) -> None:
+        super().__init__()
+        self.kind = mask
+        held = torch.full((16, 16), -1e9).triu(1)
+        self.register_buffer("mask", held if mask == "causal" else held.index_fill(0, torch.tensor([3]), -1e9))
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        scores = x @ x.mT
+        if self.kind == "computed":
+            place = torch.arange(16)
+            return (scores + torch.where(place[:, None] >= place, 0.0, -1e9)).softmax(-1)
+        return (scores + (self.mask if self.kind != "input" else (1 - keep) * -1e9)).softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"), [("causal", False), ("computed", False), ("a row of it", True), ("input", True)]
+)
+def test_a_mask_that_leaves_each_row_a_value_may_be_rounded(mask: str, kept: bool) -> None:
+    """Only where all scores of a row are masked does it matter how -10^9 rounds them."""
+    inputs = (torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), (torch.arange(16) < 12).float())
+    net = Attending(mask).eval()
+    program = torch.export.export(net, inputs)
+    ranges = calibrate(program, [inputs], progress=False, rounding_batches=0)
+    plan = classify(program, ranges, torch.float16)
+    assert (plan["add"].rule == "mask") == kept
+    ours = insert_casts(program, plan).module()(*inputs)
+    valid = [row for row in range(16) if mask != "a row of it" or row != 3]
+    torch.testing.assert_close(ours[valid], net(*inputs)[valid], atol=2e-3, rtol=0)
