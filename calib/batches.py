@@ -9,8 +9,9 @@ from typing import Any
 import sympy
 import torch
 from calibcast.calib.dimension_names import dimension_names, renamed
-from calibcast.calib.errors import BatchError, CalibcastError, known
-from calibcast.calib.input_checks import Leaf, Place, check_leaf, check_sizes, sizes_of_symbols
+from calibcast.calib.errors import BatchError, CalibcastError, known, raised_at
+from calibcast.calib.input_checks import Leaf, Place, check_leaf, check_sizes, from_numpy, sizes_of_symbols
+from calibcast.calib.number_text import counted
 from calibcast.calib.sequences import FlatInputs, unwrapped
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
@@ -96,7 +97,8 @@ class Signature:
             return tuple(batch), {}
         if first is not None and isinstance(batch, first):
             return (batch,), {}  # a registered pytree node, such as a dataclass
-        raise BatchError(f"{at} is a {type(batch).__name__}; the program takes {self}. {at.hint}")
+        how = f"Convert it {at.here}{from_numpy(batch)}." if from_numpy(batch) else at.hint
+        raise BatchError(f"{at} is a {type(batch).__name__}; the program takes {self}. {how}")
 
     def _is_two_arguments(self, batch: tuple[Any, ...] | list[Any]) -> bool:
         """Whether the program takes two arguments like this pair: a sequence, and a dict with these keys."""
@@ -232,7 +234,9 @@ def numbered(
     except TypeError as error:
         raise BatchError(f"the dataloader is a {type(dataloader).__name__}, which cannot be iterated") from error
     except Exception as error:
-        raise BatchError(f"the dataloader raised {type(error).__name__} before batch 0: {error}") from error
+        raise BatchError(
+            f"the dataloader raised {type(error).__name__} before batch 0: {error}{raised_at(error)}"
+        ) from error
     index = first
     while max_batches is None or index < max_batches:
         try:
@@ -243,7 +247,8 @@ def numbered(
             raise
         except Exception as error:
             raise BatchError(
-                f"the dataloader raised {type(error).__name__} at batch {index}, after {index} good batches: {error}"
+                f"the dataloader raised {type(error).__name__} at batch {index}, after "
+                f"{counted(index, 'good batch')}: {error}{raised_at(error)}"
             ) from error
         yield index, batch, _flat(signature, transform, batch, index)
         index += 1
@@ -267,4 +272,5 @@ def _transformed(transform: Callable[[Any], Any] | None, batch: Any, index: int)
     except Exception as error:
         raise BatchError(
             f"transform raised {type(error).__name__} on batch {index} (a {type(batch).__name__}): {error}"
+            f"{raised_at(error)}"
         ) from error

@@ -19,8 +19,10 @@ from calibcast.calib.checkpoint import Pace
 from calibcast.calib.errors import BatchError, CalibcastError, MismatchError
 from calibcast.calib.loader_order import refuse_unseeded, resumed, rewind
 from calibcast.calib.measuring import Keeper, measure_all
+from calibcast.calib.number_text import counted
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.sequences import FlatInputs
+from calibcast.calib.text_table import listed
 from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
@@ -94,6 +96,7 @@ def calibrate(  # noqa: PLR0913 - the public contract
         raise BatchError(f"all {len(run.skipped)} batches had NaN or Inf and were skipped: nothing was measured")
     table = run.table()
     _warn_nonfinite(run, table)
+    _warn_zeros(table)
     _tell_gaps(table)
     if keeper.path is not None:
         keeper.path.unlink(missing_ok=True)
@@ -139,6 +142,18 @@ def _warn_nonfinite(run: Run, table: RangeTable) -> None:
             f"NaN or Inf in fp32 itself: first in batch {first['nonfinite_batch']} at node {place}: {seen} over all "
             f"batches; {bad.height} tensors in all. They stay in fp32. If only some batches do this, pass "
             "on_nonfinite='skip'.",
+            stacklevel=3,
+        )
+
+
+def _warn_zeros(table: RangeTable) -> None:
+    """Inputs that are zero throughout are more often a mistake in loading than data: their ranges allow anything."""
+    zero = table.frame.filter(pl.col("kind") == "input", pl.col("absmax") == 0.0, pl.col("masked") == 0)
+    if zero.height:
+        names = listed(zero["node"].to_list(), 4)
+        warnings.warn(
+            f"{counted(zero.height, 'input')} held nothing but zeros, in every batch: {names}. Check how the data are "
+            "loaded: ranges from such data say nothing about other data.",
             stacklevel=3,
         )
 

@@ -17,8 +17,14 @@ CalibcastError
 from __future__ import annotations
 
 import difflib
+import sysconfig
 from collections.abc import Iterable
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any
+
+# Folders with code that is not the user's: Python's own, installed packages, calibcast.
+_INSTALLED = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), str(Path(__file__).parents[1]))
 
 
 class CalibcastError(Exception):
@@ -102,6 +108,14 @@ def require_kind(value: Any, kind: type, argument: str, remedy: str, error: type
     if not isinstance(value, kind):
         came = "None" if value is None else f"a {type(value).__name__}"
         raise error(f"{argument} is {came}, expected a {kind.__name__}. {remedy}")
+
+
+def raised_at(error: BaseException) -> str:
+    """Where the user's own code raised `error`, as ` (file.py:12)`: the innermost line outside installed packages, or
+    the innermost of all. "" for an error without a traceback, such as one from another process."""
+    places = [(frame.f_code.co_filename, line) for frame, line in walk_tb(error.__traceback__)]
+    own = [place for place in places if not place[0].startswith((*_INSTALLED, "<"))]
+    return "".join(f" ({file}:{line})" for file, line in (own or places)[-1:])
 
 
 def first_line(error: BaseException) -> str:

@@ -75,21 +75,39 @@ def check_leaf(leaf: Leaf, value: Any, at: Place) -> None:
             raise BatchError(f"{at}: the program was exported with {leaf}, got {came}. Export it with that value.")
         return
     if not isinstance(value, torch.Tensor):
-        raise BatchError(
-            f"{at}: expected a tensor {leaf}, got a {type(value).__name__}. Convert it {at.here}{at.only(_FORMAT)}."
-        )
+        how = f"Convert it {at.here}{from_numpy(value)}{at.only(_FORMAT)}"
+        raise BatchError(f"{at}: expected a tensor {leaf}, got a {type(value).__name__}. {how}.")
     if value.is_nested or value.layout != torch.strided:
         kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
         raise BatchError(f"{at}: expected {leaf}, got a {kind} tensor. Make it dense {at.here}.")
     if value.dtype != leaf.dtype:
         came = f"{dtype_name(value.dtype)}{list(value.shape)}"
-        raise BatchError(
-            f"{at}: expected {leaf}, got {came}: another dtype. "
-            f"Convert {at.here}, for example .to(torch.{dtype_name(leaf.dtype)})."
-        )
+        raise BatchError(f"{at}: expected {leaf}, got {came}: another dtype. {_converted(leaf, value, at)}")
     if value.dim() != len(leaf.sizes):
         came = f"{dtype_name(value.dtype)}{list(value.shape)}"
-        raise BatchError(f"{at}: expected {leaf}, got {came}: {value.dim()} dimensions, not {len(leaf.sizes)}.")
+        single = value.dim() == len(leaf.sizes) - 1
+        hint = f" For a single item add the batch dimension {at.here}: .unsqueeze(0)." if single else ""
+        raise BatchError(f"{at}: expected {leaf}, got {came}: {value.dim()} dimensions, not {len(leaf.sizes)}.{hint}")
+
+
+def from_numpy(value: Any) -> str:
+    """How a value of numpy becomes a tensor, for the end of a sentence; "" for other values."""
+    return " with torch.from_numpy" if type(value).__module__ == "numpy" else ""
+
+
+def _converted(leaf: Leaf, value: Any, at: Place) -> str:
+    """How to make a tensor of another type into what a leaf wants, also where it is an image with its channels last."""
+    order = _channels_last(leaf, value)
+    moved = "" if order is None or _fits(leaf, value.shape) else f".permute{order}"
+    convert = f"{moved}.to(torch.{dtype_name(leaf.dtype)})" if leaf.dtype is not None else moved
+    channels = " The channels come last, and the program wants them first." if moved else ""
+    pixels = leaf.dtype is not None and leaf.dtype.is_floating_point and value.dtype == torch.uint8
+    scale = ", and scale the pixels as in training" if pixels else ""
+    return f"Convert {at.here}, for example {convert}{scale}.{channels}"
+
+
+def _fits(leaf: Leaf, shape: Iterable[int]) -> bool:
+    return all(not isinstance(size, int) or size == came for size, came in zip(leaf.sizes, shape, strict=True))
 
 
 def _shape(leaf: Leaf, value: Any) -> tuple[int, ...]:
@@ -141,14 +159,13 @@ def check_sizes(
 
 def _channels_last(leaf: Leaf, value: Any) -> tuple[int, ...] | None:
     """How to permute an image whose channels come last, [batch, .., channels], where that makes its sizes fit."""
-    if not isinstance(value, torch.Tensor) or value.dim() not in (3, 4, 5):
+    if not isinstance(value, torch.Tensor) or value.dim() not in (3, 4, 5) or value.dim() != len(leaf.sizes):
         return None
     first = 0 if value.dim() == 3 else 1  # without a batch, as datasets of single images give them
     order = (*range(first), value.dim() - 1, *range(first, value.dim() - 1))
     moved = [value.shape[at] for at in order]
-    fits = all(not isinstance(size, int) or size == came for size, came in zip(leaf.sizes, moved, strict=True))
     few = isinstance(leaf.sizes[first], int) and leaf.sizes[first] in (1, 2, 3, 4)
-    return order if fits and few else None
+    return order if few and _fits(leaf, moved) else None
 
 
 def _came(leaf: Leaf, value: Any, dimension: int) -> str:

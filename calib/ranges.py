@@ -14,6 +14,7 @@ from calibcast.calib.damage_report import damage_report
 from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
 from calibcast.calib.file_kinds import RANGES, TRUNCATED, wrong_kind
 from calibcast.calib.graph_digests import first_difference
+from calibcast.calib.number_text import counted
 from calibcast.calib.range_file import read_ranges, save_ranges
 from calibcast.calib.range_scaling import true_table
 from calibcast.calib.range_schema import RangeData
@@ -52,7 +53,7 @@ class RangeTable(RangeData):
         above = self.frame.filter(pl.col("absmax") > 65504).height
         bad = self.frame.filter(pl.col("nonfinite_batch").is_not_null()).height
         return (
-            f"RangeTable: {len(self)} tensors over {self.calibration.batches} batches, "
+            f"RangeTable: {counted(len(self), 'tensor')} over {counted(self.calibration.batches, 'batch')}, "
             f"{above} above 65504, {bad} with NaN or Inf"
             + ("" if self.calibration.rescaled is None else "; of a rescaled program: these are not the true values")
         )

@@ -57,7 +57,7 @@ def check_sealed(folder: Path, files: Any, manifest: Path, only: str | None = No
 def _check_one(folder: Path, name: str, expected: Any, manifest: Path) -> None:
     file = folder / name
     if any(part.is_symlink() for part in (file, *_between(file, folder))):
-        raise ArtifactError(f"{file} is a symbolic link: what it points to is none of {folder}")
+        raise ArtifactError(f"{file} is a symbolic link: what it points to is no part of {folder}")
     try:
         found = sha256(file)
     except FileNotFoundError as error:

@@ -43,7 +43,7 @@ class EagerRuntime:
         """Continue from saved state. Raises ArtifactError for the state of another program."""
         held = {spec.arg.name for spec in self._program.graph_signature.input_specs}
         if unknown := state.keys() - held:
-            raise ArtifactError(f"the saved state has {', '.join(sorted(unknown))}, which the program has not")
+            raise ArtifactError(f"the saved state has {', '.join(sorted(unknown))}, which the program does not have")
         self._runner.restore({name: value.to(self.device) for name, value in state.items()})
 
     def save(self, folder: Path) -> None:

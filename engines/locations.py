@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibcast.calib.artifacts import load_program
-from calibcast.calib.errors import CalibcastError, ProgramError, first_line, known
+from calibcast.calib.errors import CalibcastError, ProgramError, first_line, known, raised_at
 from calibcast.calib.file_kinds import PROGRAM_FILE, PYTHON, wrong_kind
 from calibcast.calib.process_settings import own_output_kept, unlogged
 from calibcast.engines.usage import LocationError
@@ -100,9 +100,16 @@ def check_location(location: str) -> Path:
 
 def load_data(location: str) -> Iterable[Any]:
     """What the function at `file.py:function` returns: a dataloader, or any iterable of batches."""
-    made = call(location)
-    if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
-        raise CalibcastError(f"{location} returned a {type(made).__name__}, which cannot be iterated over batches")
+    path, name = check_location(location), location.rpartition(":")[2]
+    made: Any = getattr(_imported(path), name, None)
+    # A list of batches or a DataLoader with that name serves as well as a function that returns one.
+    what = "is" if made is not None and not callable(made) else "returned"
+    made = made if what == "is" else call(location)
+    if isinstance(made, str) or not (hasattr(made, "__iter__") or hasattr(made, "__getitem__")):
+        raise CalibcastError(
+            f"{location} {what} a {type(made).__name__}, which cannot be iterated over batches: give a function "
+            "that returns a DataLoader, or another iterable of batches"
+        )
     found: Iterable[Any] = made
     return found
 
@@ -118,7 +125,7 @@ def call(location: str, arguments: Mapping[str, Any] | None = None) -> Any:
     except CalibcastError:
         raise
     except Exception as error:
-        raise CalibcastError(f"{location} raised {type(error).__name__}: {error}{_line(error)}") from error
+        raise CalibcastError(f"{location} raised {type(error).__name__}: {error}{raised_at(error)}") from error
 
 
 def _check_arguments(location: str, function: Callable[..., Any], given: Mapping[str, Any]) -> None:
@@ -172,7 +179,7 @@ def _imported(path: Path) -> Any:
         del sys.modules[name]
         if not isinstance(error, Exception):
             raise
-        raise CalibcastError(f"{path} cannot be imported: {type(error).__name__}: {error}{_line(error)}") from error
+        raise CalibcastError(f"{path} cannot be imported: {type(error).__name__}: {error}{raised_at(error)}") from error
     return module
 
 
@@ -185,12 +192,5 @@ def exits_refused() -> Iterator[None]:
         yield
     except SystemExit as error:
         raise CalibcastError(
-            f"a function of yours called sys.exit({error.code!r}){_line(error)}: let it raise an error instead"
+            f"a function of yours called sys.exit({error.code!r}){raised_at(error)}: let it raise an error instead"
         ) from error
-
-
-def _line(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else f" ({trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"

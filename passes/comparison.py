@@ -25,6 +25,7 @@ from calibcast.calib.graph import (
     where,
 )
 from calibcast.calib.masks import mask_tensors
+from calibcast.calib.number_text import counted
 from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.text_table import Column, and_more, place, text_table
 from calibcast.calib.uninitialised import undefined_tensors
@@ -121,7 +122,8 @@ class Comparison:
         numbers = pl.col("rel_l2").fill_nan(0.0).ne(0.0) | pl.col("changed").fill_nan(0.0).gt(0)
         differs = numbers | pl.col("nonfinite_alone").gt(0)
         changed = self.frame.filter(differs).height
-        lines = [f"Comparison: {self.batches} batches, {self.frame.height} tensors, {changed} differ from the program"]
+        tensors = counted(self.frame.height, "tensor")
+        lines = [f"Comparison: {counted(self.batches, 'batch')}, {tensors}, {changed} differ from the program"]
         first = self.first_nonfinite
         lines.append(f"first non-finite node: {first or 'none'}")
         if self.culprits.height:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from calibcast.calib.number_text import counted
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,13 @@ class Proof:
         place = "" if self.worst_output is None else f" (batch {self.worst_batch}, output {self.worst_output}"
         place += "" if not place else "" if self.worst_channel is None else f", channel {self.worst_channel}"
         place += ")" if place else ""
-        runs = f"{self.runs} run{'' if self.runs == 1 else 's'}"
+        runs = counted(self.runs, "run")
         how = " in sequence" if self.carry_state else ""
+        # Inputs without a floating-point tensor cannot be doubled.
+        doubled = "" if self.doubled_sqnr_db == math.inf else f", {self.doubled_sqnr_db:.1f} dB with inputs times two"
         return (
-            f"proven on {self.batches} batches{how}: at least {self.sqnr_db:.1f} dB{place}, "
-            f"{self.doubled_sqnr_db:.1f} dB with inputs times two; the budget is {self.min_sqnr_db:g} dB; {runs}"
+            f"proven on {counted(self.batches, 'batch')}{how}: at least {self.sqnr_db:.1f} dB{place}{doubled}; "
+            f"the budget is {self.min_sqnr_db:g} dB; {runs}"
         )
 
 

@@ -87,7 +87,12 @@ class RoundingPlan:
             return None
         number = self.course.steps_of.get(node)
         if moves and (threshold == math.inf or number is None or not self._taken(number)):
-            return Verdict("rounding", f"it follows {_quoted(self.course.follows[node])}", None, self.min_sqnr_db)
+            return Verdict(
+                "rounding",
+                _moves_with(self.course.follows[node]),
+                None,
+                self.min_sqnr_db,
+            )
         assert number is not None
         reason = self._reason(node, self.course.steps[number])
         weight = self.course.steps[number].edge.weight
@@ -136,7 +141,7 @@ class RoundingPlan:
     def _reason(self, node: str, step: Step) -> str | None:
         edge = step.edge.edge
         if node in edge.movers and node not in (edge.node, edge.input):
-            return f"it follows {_quoted(edge.input if edge.node == OUTPUT else edge.node)}"
+            return _moves_with(edge.input if edge.node == OUTPUT else edge.node)
         if node == edge.node:
             return f"rounding {self._what(step.edge)} to {self.low_type} {self._leaves(step)}"
         if node == edge.input:
@@ -171,6 +176,10 @@ class RoundingPlan:
     def _peak(self, node: str, output: int) -> str:
         peak = self.peaks.get((node, output))
         return "" if peak is None else f" (up to {peak:.4g})"
+
+
+def _moves_with(node: str) -> str:
+    return f"it only moves data, and has the type of {_quoted(node)}"
 
 
 def _quoted(node: str) -> str:

@@ -42,9 +42,8 @@ class Legality:
         if operator_of(facts.base).never_low:
             return Verdict("legality", f"{facts.op} has no half-precision implementation")
         if facts.custom and not self.allow_custom:
-            return Verdict(
-                "legality", f"{facts.op} is a custom op, of which nothing is known; include it if its kernels take half"
-            )
+            why = f"{facts.op} is a custom operator, and nothing is known about it"
+            return Verdict("legality", f"{why}; include it if its kernels take half precision")
         return None
 
 

@@ -243,9 +243,10 @@ def _above(
     reached = "nothing finite" if math.isnan(worst_seen) else _number(worst, worst_seen)
     if _all_mask(worst) and worst.mask_min is not None:
         reached = f"nothing but mask values, down to {_number(worst, worst.mask_min)}"
-    return Verdict(
-        rule, f"{_role(facts, worst)} reached {reached}{share}{batch}, above {rule} {limit:g}", worst_seen, limit
-    )
+    bound = f"above {rule} {limit:g}"
+    if rule == "headroom":  # the name before the number would read as the headroom that is left
+        bound = f"above {limit:g}, 1/{facts.low.max / limit:g} of what {facts.low.short} holds"
+    return Verdict(rule, f"{_role(facts, worst)} reached {reached}{share}{batch}, {bound}", worst_seen, limit)
 
 
 def _seen(facts: NodeFacts, tensor: TensorFacts, quantile: float) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from calibcast.calib.number_text import percent
+from calibcast.calib.number_text import counted, percent
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.html_report.banner import banner, low_label, verdict_level, verdict_words
 from calibcast.engines.html_report.payload import packed, payload
@@ -78,7 +78,10 @@ def _hash(script: str) -> str:
 def _subtitle(ranges: RangeTable, made: date | None) -> str:
     """The model, the data and the date of the measurement in a few words."""
     calibration = ranges.calibration
-    parts = [f"a model of {len(calibration.digests)} nodes", f"{calibration.batches} batches of data"]
+    parts = [
+        f"a model of {counted(len(calibration.digests), 'node')}",
+        f"{counted(calibration.batches, 'batch')} of data",
+    ]
     return ", ".join([*parts, *([] if made is None else [made.isoformat()])])
 
 
@@ -90,7 +93,7 @@ def _facts(ranges: RangeTable, plan: PrecisionPlan | None) -> list[tuple[str, st
     facts = [
         ("model", f"{len(calibration.digests)} graph nodes, fingerprint {calibration.fingerprint[:12]}"),
         ("inputs", "; ".join(f"{node} [{', '.join(shape)}]" for node, shape in inputs) or "none that is floating"),
-        ("data", f"{calibration.batches} batches{skipped}"),
+        ("data", f"{counted(calibration.batches, 'batch')}{skipped}"),
         ("tensors", str(ranges.true_values()).split(": ", 1)[-1]),
         ("versions", ", ".join(f"{name} {version}" for name, version in calibration.versions.items())),
     ]
@@ -152,7 +155,7 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "level": verdict_level(content),
         "words": verdict_words(content),
-        "batches": content.get("batches"),
+        "batches": counted(content.get("batches") or 0, "batch"),
         "problems": list(content.get("problems") or ()),
         "metrics": {name: _number(value) for name, value in dict(content.get("metrics") or {}).items()},
         "outputs": [{name: _number(row.get(name)) for name in _OUTPUT_COLUMNS} for row in content.get("outputs") or ()],

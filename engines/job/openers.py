@@ -17,6 +17,7 @@ import fsspec
 import xxhash
 from calibcast.calib.artifacts import versions
 from calibcast.calib.errors import CalibcastError, first_line
+from calibcast.calib.number_text import counted
 from calibcast.calib.recording import RecordedCalls
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.job_file import JobFile
@@ -62,7 +63,7 @@ def open_data(file: JobFile, source: Source, rank: int = 0, world: int = 1) -> O
         columns = None if dataset.features is None else tuple(dataset.features)
         return OpenedData(StreamBatches(dataset, source.batch_size), columns, f"{about}, streamed")
     batches = RowBatches(dataset.with_format("torch"), source.batch_size, source.workers)
-    about = f"{about}, {len(dataset)} rows in {batches.length} batches"
+    about = f"{about}, {counted(len(dataset), 'row')} in {counted(batches.length, 'batch')}"
     return OpenedData(batches, tuple(dataset.column_names), about)
 
 

@@ -19,6 +19,7 @@ from uuid import uuid4
 from calibcast.calib.artifacts import versions
 from calibcast.calib.checkpoint import Checkpoint
 from calibcast.calib.errors import ArtifactError, CalibcastError, GateError
+from calibcast.calib.number_text import counted
 from calibcast.calib.sealed_files import files_under
 from calibcast.engines.backends import start_early
 from calibcast.engines.job.checks import check_job
@@ -88,17 +89,21 @@ def _plan_one(file: JobFile, say: Say) -> None:
         data, _ = run.opened(file.job.data, run.ranks)
         mine, _ = counts(data.batches.length, run.calibration_share)
         say(f"model       {file.job.model.location}: inputs {run.signature}")
-        say(f"data        {data.about}{'' if mine is None else f'; {mine} batches to calibrate on'}")
+        say(f"data        {data.about}{_to(mine, 'calibrate on')}")
         if run.held_out is not None:
             held, _ = run.opened(run.held_out[0], run.ranks)
             number, _ = counts(held.batches.length, run.held_out[1])
-            say(f"held out    {held.about}{'' if number is None else f'; {number} batches to verify with'}")
+            say(f"held out    {held.about}{_to(number, 'verify with')}")
         run.refuse_nothing(data.batches.length)
         say(f"output      {folder}")
         with _there(folder) as path:
             _say_stages(run, Manifest.load(path) or Manifest(path), say)
         for left in sorted((folder.path / "checkpoints").glob("rank-*.npz")):
             say(f"checkpoint  {left.name}: {_described(left, run.made_of())}")
+
+
+def _to(batches: int | None, what: str) -> str:
+    return "" if batches is None else f"; {counted(batches, 'batch')} to {what}"
 
 
 def _say_stages(run: JobRun, manifest: Manifest, say: Say) -> None:
@@ -132,8 +137,8 @@ def _described(path: Path, made_of: Mapping[str, str]) -> str:
         return f"would not be used: {error}"
     difference = found.difference(made_of)
     if difference is not None:
-        return f"{found.position} batches; would not be used alone: {difference} is not the same"
-    return f"would go on after {found.position} batches"
+        return f"{counted(found.position, 'batch')}; would not be used alone: {difference} is not the same"
+    return f"would go on after {counted(found.position, 'batch')}"
 
 
 def _lead(run: JobRun, say: Say, redo: bool) -> None:
@@ -191,9 +196,10 @@ def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any
 
 def _why(manifest: Manifest, stage: Stage, redone: set[str]) -> str:
     """Why a stage must run; empty when it need not. redone: earlier stages that would run again."""
-    for need in stage.needs:
-        if need in redone:
-            return f"{need} is made again"
+    if stage.name in manifest.stages:
+        for need in stage.needs:
+            if need in redone:
+                return f"{need} is made again"
     return manifest.why(stage.name, _inputs(manifest, stage), stage.settings, stage.artifacts)
 
 
@@ -273,7 +279,7 @@ def _finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status: str, r
         manifest.run = {**manifest.run, "finished": _now()}
         manifest.save()
     if run.store is not None:
-        tell(f"{run.store.push()} files written to {run.folder.url}")
+        tell(f"{counted(run.store.push(), 'file')} written to {run.folder.url}")
 
 
 def _try_to_finish(run: JobRun, manifest: Manifest, job: dict[str, Any], status: str, reason: str) -> None:

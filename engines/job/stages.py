@@ -13,6 +13,7 @@ from calibcast.calib.artifacts import load_program, save_program
 from calibcast.calib.checkpoint import Checkpoint, merge_checkpoints
 from calibcast.calib.errors import BatchError, GateError
 from calibcast.calib.graph_digests import fingerprint
+from calibcast.calib.number_text import counted
 from calibcast.calib.program_digests import node_digests
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.sequences import NewSequence
@@ -255,7 +256,10 @@ class JobRun(JobContext):
         mixed = insert_casts(self._planned, plan, keep_io_types=self.file.job.build.keep_io_types)
         save_program(mixed, self.folder.path / MIXED)
         casts = len(node_digests(mixed)) - len(node_digests(self.program))
-        return {"summary": f"{casts} nodes more than the exported program", "program": fingerprint(node_digests(mixed))}
+        return {
+            "summary": f"{counted(casts, 'node')} more than the exported program",
+            "program": fingerprint(node_digests(mixed)),
+        }
 
     def _build(self) -> Stage:
         asked = self.file.job.build

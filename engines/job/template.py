@@ -109,7 +109,9 @@ def write_template(folder: Path) -> list[Path]:
     job, functions, data = (folder / name for name in ("job.toml", "functions.py", "digits.parquet"))
     for path in (job, functions, data):
         if path.exists():
-            raise JobError(f"{path} exists: give another folder, calibcast init overwrites nothing")
+            raise JobError(
+                f"{path} exists, and calibcast init overwrites nothing. Name another folder: calibcast init FOLDER"
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         job.write_text(_JOB, encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.artifacts import load_program
+from calibcast.calib.number_text import counted
 from calibcast.engines.building import build
 from calibcast.engines.engine import Engine
 from calibcast.engines.job.context import JobContext
@@ -93,7 +94,7 @@ def _told(report: VerificationReport, judged: str = "") -> dict[str, Any]:
     """What the manifest says about a report. judged: what was verified."""
     verdict = report.verdict
     return {
-        "summary": f"{report.batches} batches, {verdict}{f' ({judged})' if judged else ''}",
+        "summary": f"{counted(report.batches, 'batch')}, {verdict}{f' ({judged})' if judged else ''}",
         "verdict": str(verdict),
         "passed": verdict.passed,
         "bounds": report.bounds.set(),

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.errors import GateError
+from calibcast.calib.number_text import counted
 from calibcast.calib.text_table import Column, text_table
 from calibcast.engines.judging.bounds import Bounds, Verdict, judged
 
@@ -91,7 +92,7 @@ class VerificationReport:
         return self.passed
 
     def __str__(self) -> str:
-        lines = [f"VerificationReport: {self.batches} batches, {self.verdict}"]
+        lines = [f"VerificationReport: {counted(self.batches, 'batch')}, {self.verdict}"]
         lines += text_table(map(_cells, self.frame.iter_rows(named=True)), _COLUMNS, indent="  ")
         for row in () if self.attribution is None else self.attribution.iter_rows(named=True):
             lines.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 from calibcast.calib.errors import GateError
+from calibcast.calib.number_text import counted
 from calibcast.calib.printable import printable
 from calibcast.calib.range_diff import RangeDiff, headroom_text
 from calibcast.calib.text_table import Column, and_more, listed, place, text_table
@@ -89,7 +90,8 @@ def require_no_flip(flips: pl.DataFrame) -> None:
     flipped = flips.filter(pl.col("change").is_in(_FLIPS))
     if flipped.height:
         names = listed(flipped["node"].to_list(), 8)
-        raise GateError(f"{flipped.height} decisions flip: {names}. Make a new plan, or look at what changed.", flipped)
+        count = f"{counted(flipped.height, 'decision')} {'flips' if flipped.height == 1 else 'flip'}"
+        raise GateError(f"{count}: {names}. Make a new plan, or look at what changed.", flipped)
 
 
 def require_headroom(diff: RangeDiff, least: float) -> None:
@@ -114,7 +116,7 @@ def _flip_lines(flips: pl.DataFrame, by: str, compared: int, most: int = 10) -> 
     flipped = flips.filter(pl.col("change").is_in(_FLIPS))
     if flipped.is_empty():
         return [f"no decision would flip ({by})" if compared else "nothing could be compared, so no flip can be seen"]
-    lines = [f"{flipped.height} decisions would flip ({by}):"]
+    lines = [f"{counted(flipped.height, 'decision')} would flip ({by}):"]
     lines += [f"  {_flip_line(row)}" for row in flipped.head(most).iter_rows(named=True)]
     return lines + ([f"  and {flipped.height - most} more"] if flipped.height > most else [])
 

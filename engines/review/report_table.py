@@ -109,7 +109,7 @@ def report_table(
         columns = [Column("stored", "stored as", 9) if c.name == "kind" else c for c in columns]
         found = found.with_columns(stored=_stored(pl.col("exponent")))
     if plan is not None:
-        columns += [Column("precision", "type", 4), Column("rule", "rule", 12, drop=2)]
+        columns += [Column("precision", "type", 4), Column("rule", "rule", 12, head=True, drop=2)]
     if sort is not None and sort not in {"node", *(column.name for column in columns)}:
         columns.insert(2, Column(sort, sort, 24, number=found.schema[sort].is_numeric()))
     shown = found if rows is None else found.head(rows)

@@ -78,7 +78,7 @@ def test_the_plan_from_calibration_has_nothing_to_diagnose(here, capsys):
         capsys, "diagnose", "user.py:net", "p.json", "--data", "user.py:few", "--max-batches", "1", "--rows", "3"
     )
     assert code == 0
-    assert "Comparison: 1 batches" in out
+    assert "Comparison: 1 batch," in out
     assert "first non-finite node: none" in out
     assert "and 32 more" in out
     assert max(map(len, out.splitlines())) <= 110

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -441,3 +442,19 @@ def test_thousands_of_tensors_open_and_answer_soon(show, made):
     page.fill("#search", "relu")
     page.click("#more")
     assert page.heard == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_labels_of_lines_stand_beside_the_data_and_never_on_each_other(show, made, width):
+    """Also where data_max is the largest value of fp16, so that two lines lie on each other."""
+    page = show(html_report(*made[1:], title="r.parquet"), width)
+    ask(page, 65504)
+    boxes = """(id) => [...document.querySelectorAll(`#${id} .annotation-text-g`)]
+        .map((label) => label.getBoundingClientRect()).map((box) => [box.left, box.right, box.top, box.bottom])"""
+    edge = "(id) => document.querySelector(`#${id} .nsewdrag`).getBoundingClientRect().right"
+    for chart in ("network", "heat"):
+        beside = [box for box in page.evaluate(boxes, chart) if box[0] >= page.evaluate(edge, chart) - 1]
+        assert len(beside) == {"network": 3, "heat": 2}[chart]
+        assert all(right <= width for _, right, _, _ in beside)
+        ordered = sorted(beside, key=lambda box: box[2])
+        assert all(above[3] <= below[2] + 2 for above, below in pairwise(ordered))

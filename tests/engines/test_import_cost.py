@@ -50,7 +50,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_report_imports_no_torch(tables: tuple[str, str]) -> None:
     """Filtered, sorted and as text."""
     done = run(COMMAND, "report", tables[1], "--above", "512", "--sort", "rms")
-    assert "5 tensors over 1 batches" in done.stdout
+    assert "5 tensors over 1 batch" in done.stdout
     assert done.stderr.strip() == "[]"
 
 

@@ -83,7 +83,7 @@ def test_state_of_another_program_is_refused(program, tmp_path):
     engine(CALLS[0])
     engine.save(tmp_path / "engine")
     save_tensors(tmp_path / "engine" / "state_now.safetensors", {"other": torch.zeros(3)})
-    with pytest.raises(ArtifactError, match="has other, which the program has not"):
+    with pytest.raises(ArtifactError, match="has other, which the program does not have"):
         engine.runtime.restore({"other": torch.zeros(3)})
     with pytest.raises(ArtifactError, match="is not the state_now that"):
         Engine.load(tmp_path / "engine")

@@ -27,7 +27,7 @@ def test_the_noisiest_edge_keeps_reader_maker_and_mover() -> None:
         in (plan.explain("sin"))
     )
     assert "`sin` reads it" in plan.explain("mul")
-    assert "it follows `sin`" in plan.explain("view")
+    assert "it only moves data, and has the type of `sin`" in plan.explain("view")
     assert plan.explain("exp").endswith("its rounding costs 87 dB; the budget is 40.")
     assert {plan[name].rule for name in plan.high_precision_nodes} == {"rounding"}
     assert plan["sin"].limit == 40.0
@@ -130,7 +130,7 @@ def test_what_moves_data_between_nodes_that_other_rules_keep_is_not_rounded() ->
     program = torch.export.export(Gram(), (points,))
     plan = classify(program, calibrate(program, [points], progress=False))
     assert plan.low_precision_nodes == ()
-    assert plan["t"].reason == "it follows `matmul`"
+    assert plan["t"].reason == "it only moves data, and has the type of `matmul`"
     torch.testing.assert_close(insert_casts(program, plan).module()(points), Gram()(points), rtol=0, atol=0)
 
 

@@ -525,7 +525,7 @@ class TestLegality:
     def test_custom_ops_only_when_included(self) -> None:
         """Of a custom op nothing is known, until the user says that its kernels take half."""
         facts = node(custom=True, op="mine.op.default")
-        assert Legality()(facts).reason.startswith("mine.op.default is a custom op")
+        assert Legality()(facts).reason.startswith("mine.op.default is a custom operator, and")
         assert Legality(allow_custom=True)(facts) is None
 
 

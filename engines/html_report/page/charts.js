@@ -82,12 +82,18 @@ function bandLabels(bands, count) {
   }));
 }
 function tail(label) { return label.split(".").slice(-2).join("."); }
-function lineLabels(lines, place) { // beside the chart, so that they cover no data; moved apart where they would meet
-  const size = narrow() ? 10 : 11;
-  return lines.map(([y, words]) => ({
-    xref: "paper", x: 1, xanchor: "left", y: place(y), yanchor: "middle", text: narrow() ? words.split(" ").join("<br>") : words,
-    showarrow: false, font: { size }, align: "left",
-  }));
+function lineLabels(lines, place, [bottom, top]) { // beside the chart, so that they cover no data
+  const size = narrow() ? 10 : 11, height = (narrow() ? 4.2 : 1.5) * size; // of a label, in pixels
+  const pixels = ($("network").clientHeight - 100) / (top - bottom);
+  let free = -Infinity; // labels that would meet are moved apart, upwards
+  return lines.map(([y, words]) => [place(y), words]).sort(([a], [b]) => a - b).map(([y, words]) => {
+    const at = Math.max(y * pixels, free);
+    free = at + height;
+    return {
+      xref: "paper", x: 1, xanchor: "left", y, yshift: at - y * pixels, yanchor: "middle", align: "left", showarrow: false, font: { size },
+      text: narrow() ? words.split(" ").join("<br>") : words,
+    };
+  });
 }
 const rightMargin = () => (narrow() ? 72 : 130);
 function drawNetwork() {
@@ -107,13 +113,13 @@ function drawNetwork() {
     });
   }
   const lines = limits().filter(([y]) => y > 0);
-  const bands = moduleBands(places.map(([, t]) => t));
+  const bands = moduleBands(places.map(([, t]) => t)), range = magnitudeRange(places, lines);
   Plotly.react("network", traces, layout({
     margin: { l: 56, r: rightMargin(), t: 8, b: 48 },
     xaxis: { title: { text: "tensors, from input to output", standoff: 24 }, showticklabels: false, showgrid: false, zeroline: false, range: [-1, places.length] },
-    yaxis: { type: "log", exponentformat: "power", dtick: narrow() ? 4 : 2, title: { text: narrow() ? "" : `magnitude${asStored}` }, range: magnitudeRange(places, lines) },
+    yaxis: { type: "log", exponentformat: "power", dtick: narrow() ? 4 : 2, title: { text: narrow() ? "" : `magnitude${asStored}` }, range },
     shapes: [...bandShapes(bands), ...lines.map(([y, , dash, color]) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: css(color), width: 1, dash } }))],
-    annotations: [...bandLabels(bands, places.length), ...lineLabels(lines, Math.log10)],
+    annotations: [...bandLabels(bands, places.length), ...lineLabels(lines, Math.log10, range)],
     uirevision: `${state.weights}`, hovermode: "closest",
   }), config);
 }
@@ -136,16 +142,16 @@ function drawHeat() {
   Plotly.react("heat", [{
     type: "heatmap", z, x0: 0, dx: 1, y: z.map((_, i) => first + i), zmin: -6, zmax: 0, colorscale: "Cividis", hoverongaps: false,
     hoverinfo: "none",
-    colorbar: { title: { text: narrow() ? "" : "share" }, tickvals: [-6, -4, -2, 0], ticktext: ["1e-6", "1e-4", "1%", "all"], thickness: 12, len: 0.9 },
+    colorbar: {
+      orientation: "h", y: -0.12, yanchor: "top", thickness: 10, len: 0.6, title: { text: "share of the tensor's values", side: "top" },
+      tickvals: [-6, -4, -2, 0], ticktext: ["1e-6", "1e-4", "1%", "all"],
+    },
   }], layout({
-    xaxis: { title: { text: "tensors, from input to output" }, showticklabels: false, range: [-1, of.length], showgrid: false, zeroline: false, ticks: "" },
+    xaxis: { title: { text: "tensors, from input to output", standoff: 8 }, showticklabels: false, range: [-1, of.length], showgrid: false, zeroline: false, ticks: "" },
     yaxis: { title: { text: narrow() ? "" : `power of two${asStored}` }, showgrid: false },
-    margin: { l: 56, r: rightMargin(), t: 8, b: 40 },
+    margin: { l: 56, r: rightMargin(), t: 8, b: 100 },
     shapes: edges.map(([y]) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: css(y > 0 ? "--bad" : "--high"), width: 2, dash: "dash" } })),
-    annotations: edges.map(([y, words]) => ({
-      xref: "paper", x: 0, xanchor: "left", y, yanchor: y > 0 ? "bottom" : "top", text: words, showarrow: false, font: { size: 11 },
-      bgcolor: css("--back"), opacity: 0.85,
-    })),
+    annotations: lineLabels(edges, (y) => y, [first, last]),
     uirevision: `${state.weights}`,
   }), config);
 }

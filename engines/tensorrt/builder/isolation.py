@@ -168,7 +168,9 @@ def _answer(work: Path, code: int | None, heard: _Progress, log: str, timeout: f
 
 def _crash(code: int, place: dict[str, Any]) -> BuilderError:
     if code == -signal.SIGKILL:
-        return BuilderError("memory", "the builder was killed from outside, most likely for want of memory", **place)
+        return BuilderError(
+            "memory", "the builder was killed from outside, most likely because memory ran out", **place
+        )
     if code < 0:
         return BuilderError("crash", f"the builder crashed with {signal.Signals(-code).name}", **place)
     last = next((line for line in reversed(place["log"].splitlines()) if line.strip()), "nothing")
