@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -95,7 +96,25 @@ def check_location(location: str) -> Path:
         raise LocationError(f"{location!r}: there is no file {path}")
     if (wrong := wrong_kind(path, PYTHON)) is not None:
         raise LocationError(wrong)
+    _check_name(path, name)
     return path
+
+
+def _check_name(path: Path, name: str) -> None:
+    """Raise LocationError where the file's text binds no such name. It is parsed, not run: that would import torch."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # importing it says what is wrong, and where
+        return
+    bound = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    bound |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    bound |= {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if name in bound or "*" in bound or read & {"globals", "exec", "setattr"}:
+        return
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    raise LocationError(f"{path} has no function {name!r}; {known(name, functions)}")
 
 
 def load_data(location: str) -> Iterable[Any]:

@@ -9,7 +9,7 @@ from calibcast.passes.verdict import HIGH
 _COLUMNS = (
     Column("node", "node", 24),
     Column("module", "module", 24, drop=1),
-    Column("rule", "rule", 16, head=True),
+    Column("rule", "rule", 16, head=True, drop=2),
     Column("reason", "reason", wrap=True),
 )
 

@@ -70,3 +70,15 @@ def test_a_list_of_batches_serves_as_a_location_of_data(tmp_path, monkeypatch):
             load_data(f"mine.py:{name}")
     with pytest.raises(CalibcastError, match="has no function 'batch'"):
         load_data("mine.py:batch")
+
+
+def test_a_location_that_names_nothing_is_told_without_running_the_file(tmp_path, monkeypatch):
+    from calibcast.engines.locations import check_location
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("raise RuntimeError\n\ndef batches():\n    pass\n\nlisted = []\n")
+    with pytest.raises(CalibcastError, match=r"mine.py has no function 'batch'; near names: batches"):
+        check_location("mine.py:batch")
+    check_location("mine.py:listed")
+    (tmp_path / "open.py").write_text("from other import *\n")
+    check_location("open.py:anything")
