@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--files", type=Path, nargs="+", help="of `cover`: these alone, added to what is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warm_up()
     cover = Path(options.cover)
     if options.what == "cover":
         before: Cover = json.loads(cover.read_text()) if options.files else {"seconds": {}, "lines": {}}
@@ -272,6 +273,12 @@ def main() -> None:
         found, f"The first {len(found)} of {options.count} places drawn with seed {options.seed}. Not killed:"
     )
     write(options.output, f"# Mutations of calib/ and passes/\n\n{header()}\n{body}")
+
+
+def warm_up() -> None:
+    """Import once, here, what torch imports at the first export: 3 s that each fork would take."""
+    program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+    program.run_decompositions().module()(torch.ones(1, 2))
 
 
 def tried(cover: Cover, kept: Path, options: argparse.Namespace) -> list[tuple[Mutant, str, int]]:
