@@ -19,7 +19,7 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run this Python in `cwd`, without the checkout on its path unless it is installed there."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900
     )
 
 

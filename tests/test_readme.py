@@ -67,7 +67,7 @@ def command(line):
     """Run a line of a shell block in the working folder; what it writes to stdout."""
     words = shlex.split(line)
     if words[0] == "python":
-        subprocess.run([sys.executable, *words[1:]], check=True, timeout=300)
+        subprocess.run([sys.executable, *words[1:]], check=True, timeout=900)
         return ""
     assert words[0] == "calibcast", line
     printed = io.StringIO()
@@ -139,7 +139,7 @@ def night(tmp_path_factory):
     (folder / "prepare.py").write_text(files_of(JOB)["prepare.py"])
     (folder / "night.toml").write_text(blocks("toml", JOB)[0])
     environment = {**os.environ, "PYTHONPATH": str(ROOT / ".package"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "prepare.py"], cwd=folder, env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "prepare.py"], cwd=folder, env=environment, check=True, timeout=900)
     return folder
 
 

@@ -84,7 +84,7 @@ def test_two_processes_find_the_same_digests() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT / ".package"), "PYTHONHASHSEED": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     digests, weights = json.loads(done.stdout.splitlines()[-1])

@@ -170,7 +170,7 @@ def test_a_second_process_finds_the_engine_of_the_first(empty_cache, tmp_path):
     def run(name):
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "mixed.pt2"), str(tmp_path / name)],
-            cwd=ROOT, capture_output=True, text=True, timeout=300,
+            cwd=ROOT, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout.split()[-1], next((tmp_path / name).rglob("*.engine")).read_bytes()

@@ -87,7 +87,7 @@ def show(browser, tmp_path):
         page.on("request", lambda request: page.heard.append(request.url) if request.url != file.as_uri() else None)
         page.on("dialog", lambda dialog: page.heard.append(dialog.message) or dialog.dismiss())
         page.goto(file.as_uri())
-        page.wait_for_selector("html[data-ready=yes]", timeout=60_000)
+        page.wait_for_selector("html[data-ready=yes]", timeout=300_000)
         return page
 
     yield show

@@ -200,7 +200,7 @@ def test_torchrun_runs_a_job(base: Path, make_job: Any) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "calibcast", "run", path,
          "--log-format", "json"],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / ".package"), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-
 
 
 def rows(how, names):
-    done = subprocess.run([sys.executable, ORACLE, how, *names], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([sys.executable, ORACLE, how, *names], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [row["name"] for row in found] == names

@@ -178,7 +178,7 @@ def told(files: Path) -> dict[tuple[str, str], tuple[int, str, bool]]:
     )
     lines = [json.dumps([part.format(name) for part in PLACES[place][0]]) for place, name in cases()]
     done = subprocess.run(
-        [sys.executable, "-c", script], input="\n".join(lines), capture_output=True, text=True, cwd=files, timeout=120,
+        [sys.executable, "-c", script], input="\n".join(lines), capture_output=True, text=True, cwd=files, timeout=900,
         env={**os.environ, "PYTHONPATH": str(ROOT / ".package")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
