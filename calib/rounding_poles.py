@@ -85,9 +85,11 @@ class PoleWatch(Generic[T]):
                 return
 
     def _tried(self, call: Call, group: Group, low: torch.dtype, results: Results) -> Iterator[Results]:
-        """Results of a call with its error the other way, where a pole is near, and with several times its error."""
-        if self._is_near_pole(call) and (other := group.otherwise(low)):
-            yield other
+        """Results of a call with its error, and with it the other way, where a pole is near; with several times it."""
+        if self._is_near_pole(call):
+            yield results
+            if other := group.otherwise(low):
+                yield other
         if self._is_exposed(call):
             yield from (_moved(call, results, factor) for factor in (_SEVERAL, -_SEVERAL))
 

@@ -202,3 +202,24 @@ def test_an_error_in_a_sum_reaches_each_output_by_its_own_power() -> None:
     made = (0.1 * X).half().float()
     real = float(channel_noise(function(made), function(0.1 * X)).mean())
     assert rows(table, "matmul", "x")["noise"] == pytest.approx(real, rel=0.5)
+
+
+@pytest.mark.parametrize("value", [0.9999, 1 - 2.6e-4, 1 - 2.4e-4])
+def test_what_rounding_takes_to_a_pole_is_lost(value: float) -> None:
+    """Rounded up to 1, or down with 1 at the other side: the logarithm of 1 - x is then -inf, which no slope shows."""
+    x = torch.cat([torch.tensor([value]), torch.linspace(0.1, 0.7, 999)])
+    row = rows(measured(lambda x: (1 - x).log(), x), "rsub", "x")
+    assert (row["noise"], row["method"]) == (math.inf, "run")
+
+
+def test_what_decides_whether_a_pole_is_reached_is_followed_to_its_beginning() -> None:
+    """Each product by 1 is rounded alike, and each alone takes the logarithm to its pole."""
+
+    def far(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(6):
+            x = (x * 1.0).reshape(-1)
+        return (1 - x).log()
+
+    table = measured(far, torch.cat([torch.tensor([0.9999]), torch.linspace(0.1, 0.7, 999)]))
+    lost = table.rounding.filter(pl.col("noise").is_infinite() & (pl.col("low_precision_type") == "float16"))
+    assert lost["node"].to_list() == ["mul", *(f"mul_{number}" for number in range(1, 6)), "rsub"]
