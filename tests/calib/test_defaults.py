@@ -54,7 +54,7 @@ FIELDS: dict[type, dict[str, Any]] = {
     passes.NodeFacts: {
         "op": "", "base": "", "module": "", "inputs": (), "outputs": (), "literals": (), "epsilon": None,
         "depth": None, "hidden": (), "least_spread": None, "lost": None, "refused": None, "moves": False,
-        "custom": False, "has_ranges": True, "rounding_known": False,
+        "custom": False, "has_ranges": True, "rounding_known": False, "rows_masked": True,
     },
     passes.PrecisionPlan: {"notes": (), "masks": None, "rounding": None, "proof": None},
     passes.Proof: {
@@ -69,7 +69,7 @@ FIELDS: dict[type, dict[str, Any]] = {
         "exponent": 0,
     },
     passes.Verdict: {"evidence": None, "limit": None},
-    Settings: {name: value for name, value in CLASSIFICATION.items() if name in {"range_quantile", "data_max"}},
+    Settings: {"range_quantile": 1.0, "data_max": None, "init_max": None, "min_sqnr_db": None},
     DataMax: {"quantile": 1.0, "given": True},
     Headroom: {"factor": 4.0},
     InitMax: {},
@@ -80,13 +80,11 @@ FIELDS: dict[type, dict[str, Any]] = {
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__qualname__)
 def test_functions_do_what_was_agreed_without_being_told(function: Callable[..., Any]) -> None:
     parameters = inspect.signature(function).parameters.values()
-    assert {p.name: p.default for p in parameters if p.default is not p.empty} == FUNCTIONS[function]
+    found = {p.name: p.default for p in parameters}
+    assert {name: found[name] for name in FUNCTIONS[function]} == FUNCTIONS[function]
 
 
 @pytest.mark.parametrize("kind", FIELDS, ids=lambda kind: kind.__name__)
 def test_data_begin_as_was_agreed(kind: type) -> None:
-    found = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
-    expected = FIELDS[kind]
-    if kind is Settings:
-        found = {name: found[name] for name in expected}
-    assert found == expected
+    found = {f.name: f.default for f in dataclasses.fields(kind)}
+    assert {name: found[name] for name in FIELDS[kind]} == FIELDS[kind]
