@@ -31,6 +31,7 @@ from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.rounded_runner import RoundedRunner
+from calibcast.calib.rounding import fp32_kernels
 from calibcast.calib.rounding_evidence import RoundingEvidence
 
 from benchmarks import machine
@@ -68,7 +69,7 @@ class Subject:
         self.checks = {kind: RoundedRunner(self.program, low, kind, masks, device) for kind in LOW_TYPES}
 
     def forward(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), fp32_kernels():  # as the evidence is: torch allows convolutions TF32
             self.module(*self.flat)
 
     def evidence(self) -> RoundingEvidence:
