@@ -34,7 +34,8 @@ def chosen(name: str, ahead_of_time: bool = False) -> tuple[Backend, str]:
         return backend_named(name), "as asked"
     if ahead_of_time:
         return BACKENDS["tensorrt"], "auto: only TensorRT is built ahead of time"
-    problem = BACKENDS["tensorrt"].unavailable() or gpu_warning()
+    # First the GPU: whether Torch-TensorRT works is known only after seconds of importing it.
+    problem = gpu_warning() or BACKENDS["tensorrt"].unavailable()
     if problem is None:
         return BACKENDS["tensorrt"], "auto: a GPU and Torch-TensorRT are present"
     if not torch.cuda.is_available():

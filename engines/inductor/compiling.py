@@ -7,6 +7,7 @@ state.safetensors    the state at the start
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 import zipfile
@@ -25,6 +26,7 @@ from calibcast.engines.tensorrt.builder.state_lifting import Lifted, lifted, wri
 from calibcast.engines.tensorrt.program_device import copied, on_device
 from torch.export import ExportedProgram
 
+_log = logging.getLogger("calibcast")
 PACKAGE, FACTS, FACTS_KIND = "model.pt2", "inductor.json", "inductor"
 STATE, STATE_NOW = "state.safetensors", "state_now.safetensors"
 # A CPU kernel in the generated code, and a pointer among its arguments.
@@ -58,7 +60,24 @@ def compile_inductor(
         save_tensors(folder / STATE, source.held)
     facts = {"held": list(source.held), "updated": list(source.updated), "kernels": kernel_types(folder / PACKAGE)}
     save_json(folder / FACTS, FACTS_KIND, facts)
+    event({"stage": "run"})
+    _run_once(folder / PACKAGE, source.program.example_inputs)
     return BuilderResult(seconds=time.perf_counter() - start)
+
+
+def _run_once(package: Path, examples: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+    """Load and run the package where a crash ends the builder's process, not the caller's.
+
+    What it raises on made-up inputs is left to the trial, which has real ones.
+    """
+    args, kwargs = examples
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_load_package(str(package))(*args, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except Exception as error:
+        _log.debug("the package does not run on zeros: %s", error)
 
 
 def _examples(job: BuilderJob, program: ExportedProgram, source: Lifted) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -84,6 +84,17 @@ def test_another_torch_gpu_or_host_is_refused():
         check_same_machine(here, {**here, "cpu": "x86_64 AVX2"}, "cpu")
 
 
+def test_a_gpu_outside_of_support_imports_no_torch_tensorrt(monkeypatch):
+    """Its import takes seconds, and loads libraries beside those of Inductor."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "gpu_warning", lambda: "H100 has compute capability 9.0")
+    monkeypatch.setattr(backends.BACKENDS["inductor"], "unavailable", lambda: None, raising=False)
+    monkeypatch.setattr(
+        backends.BACKENDS["tensorrt"], "unavailable", lambda: pytest.fail("it was imported"), raising=False
+    )
+    assert backends.chosen("auto")[0].name == "inductor"
+
+
 def test_settings_are_those_of_inductor(cast):
     with pytest.raises(BuildError, match=r"no setting 'max_autotunee'; near names: max_autotune"):
         build(cast[1], backend="inductor", max_autotunee=True)

@@ -28,7 +28,8 @@ _ROOT = PACKAGE_ROOT
 _TAIL = 20_000  # characters of a builder's own output that are searched for names
 LOADING, CONVERTING = "loading the program", "converting the graph"
 BUILDING, WRITING, RUNNING = "building the engine", "writing the engine", "running the engine"
-_STAGES = {"lower": "lowering the graph", "build": BUILDING, "write": WRITING, "load": LOADING}
+_STAGES = {"lower": "lowering the graph", "build": BUILDING, "write": WRITING, "load": LOADING,
+           "run": RUNNING}  # fmt: skip
 _CONTEXT_WORDS = ("execution context", "createexecutioncontext", "create_execution_context", "exec_ctx")
 _MEMORY_WORDS = ("out of memory", "outofmemory", "bad_alloc", "cannot allocate memory")
 
