@@ -1,6 +1,8 @@
 """A builder process is kept for the next build, and never when it might be of harm."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -71,3 +73,27 @@ def test_a_builder_that_is_not_asked_ends_by_itself(monkeypatch):
     assert process.wait(30) == 0
     isolation.prepare_builder()
     assert kept().process.pid != process.pid
+
+
+def test_a_builder_for_inductor_imports_no_torch_tensorrt():
+    """Its import takes seconds, and changes how torch compiles; so the two kinds are not taken for each other."""
+    search = isolation.module_search_path(isolation._ROOT)
+    command = [sys.executable, "-X", "importtime", "-P", "-m", worker.PROCESS, worker.PLAIN]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search}
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0
+    assert "torch" in imported
+    assert not {name for name in imported if name.startswith(("torch_tensorrt", "tensorrt"))}
+
+    plain = worker.take(search, (), plain=True)
+    worker.keep(plain)
+    assert worker.take(search, (), plain=True) is plain
+    worker.keep(plain)
+    other = worker.take(search, ())
+    try:
+        assert other is not plain
+        assert not alive(plain.process.pid)
+    finally:
+        other.end()

@@ -19,7 +19,7 @@ from calibcast.calib.artifacts import save_program
 from calibcast.calib.child_process import PACKAGE_ROOT, module_search_path
 from calibcast.calib.errors import ArtifactError, BuildError
 from calibcast.engines.tensorrt.builder import worker
-from calibcast.engines.tensorrt.builder.job import BUILT, PROGRAM, BuilderJob, BuilderResult, custom_modules
+from calibcast.engines.tensorrt.builder.job import BUILT, INDUCTOR, PROGRAM, BuilderJob, BuilderResult, custom_modules
 from calibcast.engines.tensorrt.builder.worker import Worker
 from torch.export import ExportedProgram
 from tqdm.auto import tqdm
@@ -105,7 +105,8 @@ def build_isolated(
     # The builder can import what the caller can, from the same places: importing their modules registers custom
     # operators.
     imports = custom_modules(program)
-    builder = worker.take(module_search_path(_ROOT), imports)
+    # Torch-TensorRT takes seconds to import, and changes how torch compiles.
+    builder = worker.take(module_search_path(_ROOT), imports, plain=job.compiler == INDUCTOR)
     good = False
     try:
         with tempfile.TemporaryDirectory(prefix="calibcast-build-") as name:

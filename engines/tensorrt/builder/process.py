@@ -30,7 +30,7 @@ from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.compiling import compile_job
 from calibcast.engines.tensorrt.builder.job import BUILT, INDUCTOR, PROGRAM, BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import Event
-from calibcast.engines.tensorrt.builder.worker import ANSWERED, EARLY, IDLE, LOG
+from calibcast.engines.tensorrt.builder.worker import ANSWERED, EARLY, IDLE, LOG, PLAIN
 
 
 def work(folder: Path, event: Event) -> None:
@@ -55,7 +55,8 @@ def main() -> NoReturn:
     def event(content: dict[str, Any]) -> None:
         telling.write(json.dumps(content) + "\n")
 
-    _warm_up(EARLY in sys.argv)
+    if PLAIN not in sys.argv:
+        _warm_up(EARLY in sys.argv)
     for folder in _asked():
         _print_to(folder / LOG)
         work(folder, event)
@@ -68,8 +69,8 @@ def main() -> NoReturn:
 
 
 def _warm_up(early: bool) -> None:
-    """Import what every build needs before the first job comes. early: also lower a small program once, so that what
-    torch does only the first time is done."""
+    """Import what every build with Torch-TensorRT needs before the first job comes. early: also lower a small program
+    once, so that what torch does only the first time is done."""
     pretend_gpu()
     importlib.import_module("torch._export.serde.serialize")
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 PROCESS = "calibcast.engines.tensorrt.builder.process"
-LOG, ANSWERED, EARLY = "builder.log", "answered", "--early"
+LOG, ANSWERED, EARLY, PLAIN = "builder.log", "answered", "--early", "--plain"
 # Seconds without a job after which a builder ends by itself. The parent does not take a builder that is about to end.
 IDLE = 60.0
 _LATE = IDLE - 10.0
@@ -69,19 +69,19 @@ class Worker:
         return self.process.wait()
 
 
-def started(search_path: str, imports: tuple[str, ...] = (), early: bool = False) -> Worker:
+def started(search_path: str, imports: tuple[str, ...] = (), early: bool = False, plain: bool = False) -> Worker:
     """A new builder. search_path: where it imports from. imports: modules that its job will import. early: there is
-    time to get ready before the first job."""
+    time to get ready before the first job. plain: it imports no Torch-TensorRT."""
     log = tempfile.TemporaryFile(prefix="calibcast-builder-")  # noqa: SIM115 - it lives as long as the worker
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", PROCESS, *([EARLY] if early else [])],
+        [sys.executable, "-P", "-m", PROCESS, *([EARLY] if early else []), *([PLAIN] if plain else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
         env={**os.environ, "PYTHONPATH": search_path},
         start_new_session=True,  # so that processes that the builder starts end with it
     )
-    worker = Worker(_key(search_path, imports), process, log)
+    worker = Worker(_key(search_path, imports, plain), process, log)
     threading.Thread(target=_read, args=(process, worker.lines), daemon=True).start()
     return worker
 
@@ -93,11 +93,11 @@ def _read(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes | Non
     lines.put(None)
 
 
-def _key(search_path: str, imports: tuple[str, ...]) -> _Key:
-    """What a builder and a job must have in common: the search path, the imports, the working folder and the
-    environment."""
+def _key(search_path: str, imports: tuple[str, ...], plain: bool) -> _Key:
+    """What a builder and a job must have in common: the search path, the imports, whether Torch-TensorRT is there, the
+    working folder and the environment."""
     surroundings = tuple(sorted((name, value) for name, value in os.environ.items() if name not in _SET_ON_THE_WAY))
-    return search_path, imports, os.getcwd(), surroundings
+    return search_path, imports, plain, os.getcwd(), surroundings
 
 
 class _Shelf:
@@ -107,15 +107,15 @@ class _Shelf:
         self._lock = threading.Lock()
         self._kept: Worker | None = None
 
-    def take(self, search_path: str, imports: tuple[str, ...], early: bool = False) -> Worker:
+    def take(self, search_path: str, imports: tuple[str, ...], early: bool = False, plain: bool = False) -> Worker:
         with self._lock:
             kept, self._kept = self._kept, None
         if kept is None or kept.owner != os.getpid():  # a forked process must not use its parent's
-            return started(search_path, imports, early)
+            return started(search_path, imports, early, plain)
         late = time.monotonic() - kept.since > _LATE
-        if late or kept.process.poll() is not None or kept.key != _key(search_path, imports):
+        if late or kept.process.poll() is not None or kept.key != _key(search_path, imports, plain):
             kept.end()
-            return started(search_path, imports, early)
+            return started(search_path, imports, early, plain)
         return kept
 
     def keep(self, worker: Worker) -> None:
