@@ -59,6 +59,7 @@ class Sweep:
         self._columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
         self._gradients = Gradients(tape)
         self._found: Measured = {}
+        self._generators: dict[torch.device, torch.Generator] = {}
         self._signals: dict[Value, float] = {}
         self._ledger = Ledger()
         self._slopes: dict[tuple[Value, int], torch.Tensor] = {}
@@ -69,10 +70,9 @@ class Sweep:
     def run(self) -> Measured:
         """What was found at each edge that the tape has, for each low type."""
         self._note_signals()
-        generator = torch.Generator().manual_seed(self._seed)
         for number, output in enumerate(self._outputs):
             if output.tensor.is_floating_point():
-                self._begin(output, min(number, self._columns - 1), generator)
+                self._begin(output, min(number, self._columns - 1))
         for call in reversed(self._tape.calls):
             edges = self._edges.get(call.name, ()) if call.node is not None else ()
             for value in call.outputs if edges else ():
@@ -107,7 +107,7 @@ class Sweep:
     def _is_finite(self, value: Value) -> bool:
         return math.isfinite(self._signals.get(value, math.inf))
 
-    def _begin(self, output: Value, column: int, generator: torch.Generator) -> None:
+    def _begin(self, output: Value, column: int) -> None:
         """The gradient of <u, y / |y|> by channel, u being random signs, and what rounding the output itself does."""
         tensor, dimension = output.tensor, channel_dimension(output.tensor)
         power = channel_power(tensor)
@@ -115,7 +115,9 @@ class Sweep:
         shape = (
             [-1 if i == dimension else 1 for i in range(tensor.ndim)] if dimension is not None else [1] * tensor.ndim
         )
-        signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int8).to(tensor.device)
+        signs = torch.randint(
+            0, 2, tensor.shape, generator=self._generator(tensor.device), dtype=torch.int8, device=tensor.device
+        )
         grad = (signs * 2 - 1) * scale.reshape(shape).to(tensor.dtype)
         self._gradients.add(output, column, grad)
         for edge in self._edges.get(OUTPUT, ()):
@@ -129,6 +131,12 @@ class Sweep:
                             output,
                             {column: grad},
                         )
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        """Of that device. Drawing the signs of an encoder's output on the host took longer than three forward passes."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
 
     def _of(self, edge: Edge, low: torch.dtype) -> Found:
         found = self._found.setdefault((edge, low), Found([0.0] * self._columns))
