@@ -11,6 +11,9 @@ _USUAL_WIDTH = 80
 # The indent of a line, with a label and the gap after it where it has one.
 _LABEL = re.compile(r"\s*(?:\S+ {2,})?")
 
+# Where a line may be broken: not between a number and its unit.
+_GAP = re.compile(r" +(?!(?:dB|B|[kMGT]B)\b)")
+
 
 def terminal_width() -> int:
     """Columns of the terminal, or what COLUMNS says; 80 where neither is known."""
@@ -56,7 +59,7 @@ def broken(line: str, space: int, hang: int | None = None) -> list[str]:
 
 def _break(line: str, space: int, hang: int) -> int | None:
     """Where to break a line: the last gap that fits, or the first one after a word that no line can hold."""
-    gaps = [found.start() for found in re.finditer(" +", line) if line[: found.start()].strip()]
+    gaps = [found.start() for found in _GAP.finditer(line) if line[: found.start()].strip()]
     fitting = [gap for gap in gaps if columns_of(line[:gap]) <= space]
     later = [gap for gap in gaps if gap not in fitting]
     if fitting:

@@ -228,7 +228,7 @@ def _next_steps(folder: Path) -> str:
         f"artifacts are in {folder}:\n"
         "   program.pt2, ranges.parquet, plan.json, engine/, verification.csv\n"
         "next:\n"
-        f"   calibcast report {folder}/ranges.parquet --plan {folder}/plan.json"
+        f"   calibcast report {folder}/ranges.parquet \\\n      --plan {folder}/plan.json"
     )
 
 

@@ -74,9 +74,12 @@ class Alternatives(pl.DataFrame):
     def table(self, base: str | None = None) -> str:
         """A line per setting, then the nodes that flip. base: what the flips are against (None: in general words)."""
         rows = list(self.iter_rows(named=True))
-        # Only one of the two columns has something to tell.
-        hidden = "range_quantile" if any(row["predicted_sqnr_db"] is not None for row in rows) else "predicted"
-        lines = text_table([_cells(row) for row in rows], [column for column in _COLUMNS if column.name != hidden])
+        predicted = any(row["predicted_sqnr_db"] is not None for row in rows)
+        hidden = set() if predicted else {"predicted"}
+        hidden |= {"range_quantile"} if predicted and len({row["range_quantile"] for row in rows}) == 1 else set()
+        lines = text_table([_cells(row) for row in rows], [column for column in _COLUMNS if column.name not in hidden])
+        if any(_is_unmet(row) for row in rows):
+            lines.append("! below the budget: the noise comes from all over the program, and no few nodes are to blame")
         lines.append(
             f"flips: nodes that become low (+) or stop being low (-), compared with {base or self.base}; "
             "shares are of the nodes that a plan decides on"
@@ -107,12 +110,20 @@ def _limit(row: Mapping[str, Any], long: bool = False) -> str:
     return ", ".join(budget + limit)
 
 
+def _is_unmet(row: Mapping[str, Any]) -> bool:
+    """Whether the plan at a setting is predicted to miss its budget."""
+    predicted, budget = row["predicted_sqnr_db"], row["min_sqnr_db"]
+    return predicted is not None and budget is not None and predicted < budget
+
+
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     decided = row["nodes_low"] + row["nodes_high"]
     return {
         **row,
         "limit": _limit(row),
-        "predicted": "" if row["predicted_sqnr_db"] is None else f"{row['predicted_sqnr_db']:.1f}",
+        "predicted": ""
+        if row["predicted_sqnr_db"] is None
+        else f"{row['predicted_sqnr_db']:.1f}{'!' * _is_unmet(row)}",
         "nodes": f"{row['nodes_low']} of {decided}",
         "work": percent(row["work_share"]),
         "activations": percent(row["activation_share"]),

@@ -160,3 +160,17 @@ def test_the_table_of_keys_is_that_of_the_settings():
 
     shown = text_of(JOB).split("checked by a test -->\n")[1].split("\n<!-- end of keys -->")[0]
     assert shown == keys_table()
+
+
+def test_the_blocks_of_the_rules_run_alone_and_print_what_they_show(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, printed = {}, []
+    for block in blocks("python", RULES):
+        with contextlib.redirect_stdout(io.StringIO()) as heard:
+            exec(compile(block, RULES, "exec"), names)
+        printed.append(heard.getvalue())
+    shown = blocks("text", RULES)
+    assert len(shown) == len(printed)
+    for said, block in zip(printed, shown, strict=True):
+        assert without_numbers(said) == without_numbers(block)
+    assert names["plan"].high_precision_nodes == ()

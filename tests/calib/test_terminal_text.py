@@ -28,6 +28,10 @@ def test_words_that_no_line_can_hold_stay_whole_and_where_they_are():
     assert wrapped(f"wrote {path} and {SENTENCE[:75]}", 80).split("\n")[0] == f"wrote {path}"
 
 
+def test_a_number_keeps_its_unit():
+    assert wrapped("budget 40 dB, predicted 57.2 dB", 30) == "budget 40 dB, predicted\n  57.2 dB"
+
+
 def test_what_fits_is_left_as_it_is():
     text = "  a  table   row\n\nsentence   "
     assert wrapped(text, 80) == text
