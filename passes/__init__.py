@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from calibcast.passes.alternatives import what_if
     from calibcast.passes.cast_insertion import insert_casts
     from calibcast.passes.classification import classify
-    from calibcast.passes.comparison import Comparison, compare
+    from calibcast.passes.comparison import compare
+    from calibcast.passes.comparison_result import Comparison
     from calibcast.passes.emulation import emulate
     from calibcast.passes.facts import Hidden, Literal, Lost, NodeFacts, TensorFacts
     from calibcast.passes.plan import Decision, PrecisionPlan
@@ -48,7 +49,8 @@ __getattr__, __dir__ = lazy_names(
         **dict.fromkeys(("Decision", "PrecisionPlan"), "calibcast.passes.plan"),
         **dict.fromkeys(("Proof", "RoundingSummary"), "calibcast.passes.proof"),
         **dict.fromkeys(("Rule", "Verdict"), "calibcast.passes.verdict"),
-        **dict.fromkeys(("Comparison", "compare"), "calibcast.passes.comparison"),
+        "compare": "calibcast.passes.comparison",
+        "Comparison": "calibcast.passes.comparison_result",
         "classify": "calibcast.passes.classification",
         "emulate": "calibcast.passes.emulation",
         "insert_casts": "calibcast.passes.cast_insertion",

@@ -5,132 +5,24 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import polars as pl
 import torch
 from calibcast.calib.batches import numbered, signature_of
-from calibcast.calib.errors import MismatchError
 from calibcast.calib.execution import ProgramRunner, Ran, naming_batch, require_program, tensors_of
-from calibcast.calib.graph import (
-    REGION_CHILD,
-    TensorSpec,
-    dtype_name,
-    op_name,
-    tensor_specs,
-    tensor_values,
-    walk,
-    where,
-)
+from calibcast.calib.graph import TensorSpec, dtype_name, tensor_specs
 from calibcast.calib.masks import mask_tensors
-from calibcast.calib.number_text import counted
 from calibcast.calib.sentinels import MASK_AT_MOST
-from calibcast.calib.text_table import Column, and_more, place, text_table
 from calibcast.calib.uninitialised import undefined_tensors
-from calibcast.passes.cast_insertion import CAST, CLAMP
+from calibcast.passes.comparison_result import CULPRIT_DB, SCHEMA, Comparison, NonfiniteNode
+from calibcast.passes.graph_match import check_match, key_of
 from calibcast.passes.lineage import readings
-from calibcast.passes.tensor_errors import COLUMNS, TensorErrors, decibels_of_changed, rounding_db
-from torch import fx
+from calibcast.passes.tensor_errors import TensorErrors, decibels_of_changed, rounding_db
 from torch.export import ExportedProgram
 from tqdm.auto import tqdm
 
 _log = logging.getLogger("calibcast")
-# The columns that the frame is sorted by come first: polars prints only the first four and the last four of many.
-SCHEMA: dict[str, Any] = {
-    "node": pl.String,
-    "module": pl.String,
-    "sqnr_db": pl.Float64,
-    "loss_db": pl.Float64,
-    "output": pl.Int64,
-    "op": pl.String,
-    "source": pl.String,
-    "kind": pl.String,
-    "dtype": pl.String,
-    "dtype_reference": pl.String,
-    "input_sqnr_db": pl.Float64,
-    **{name: dtype for name, dtype in COLUMNS.items() if name != "sqnr_db"},
-}
-# Losses below this are normal variation of rounding from one node to the next.
-CULPRIT_DB = 20.0
-
-
-@dataclass(frozen=True)
-class NonfiniteNode:
-    """The first node, in graph order, whose result is NaN or Inf where the program's is finite.
-
-    batch: the first in which that happened. elements: how many, over all batches. absmax_reference: the largest finite
-    magnitude of the program's result.
-    """
-
-    node: str
-    output: int
-    op: str
-    module: str
-    source: str
-    dtype: str
-    batch: int
-    elements: int
-    absmax_reference: float
-
-    def __str__(self) -> str:
-        place = ", ".join(part for part in (self.op, self.module, self.source) if part)
-        return (
-            f"{self.node} ({place}), batch {self.batch}\n"
-            f"  {self.elements} elements of its {self.dtype} result are NaN or Inf over all batches; the program's are "
-            f"finite, up to {self.absmax_reference:.4g}"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """How far each tensor of a cast graph is from the program's, over all batches.
-
-    frame: one row per tensor of the program, worst first, with the columns of `SCHEMA`:
-
-    - `node`, `output`, `op`, `module`, `source`, `kind` as in `RangeTable.frame`; `dtype` is the type in the cast
-      graph, `dtype_reference` in the program.
-    - `sqnr_db`, `rel_l2`, `max_abs` of the difference, over elements that are finite in both: inf dB when equal, NaN
-      when there were none. `absmax`, `absmax_reference`: over finite elements.
-    - `changed`: for integer and boolean tensors, such as indices, the share of elements that differ; null for others.
-      Such tensors have no `sqnr_db` and `rel_l2` (null). For sorting and for losses, a share counts as the SQNR of the
-      budget that allows it: half the error amplitude, so that 0.5% counts as 40 dB.
-    - `input_sqnr_db`: the least SQNR among the tensors that the node reads, inf where it reads none; -inf when one has
-      `nonfinite_alone`. `loss_db`: how far the SQNR falls from there to the node's result, 0 where it does not. With
-      exact inputs, what rounding to the low type costs does not count as a loss (71 dB remain in fp16, 53 dB in bf16).
-      A node with a large loss is a culprit; a node with a low SQNR but no loss is a victim. Values of a mask that are
-      at or below -1e4 in both count as equal: they are left out, as in calibration.
-    - `nonfinite`, `nonfinite_reference`: counts of NaN and Inf; `nonfinite_alone`: those in the cast graph where the
-      program is finite; `first_nonfinite_batch`: the first batch that has any.
-    - `unlike`: batches in which the two had different shapes, where sizes depend on data. These are not compared.
-
-    culprits: the rows whose loss is above `CULPRIT_DB`, largest first and then in graph order: where error enters.
-    """
-
-    frame: pl.DataFrame
-    culprits: pl.DataFrame
-    batches: int
-    first_nonfinite: NonfiniteNode | None = None
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def table(self, rows: int = 12) -> str:
-        """A report to read: the first non-finite node, where error enters, and the worst tensors, `rows` of each."""
-        # Of a tensor without elements both are NaN, which polars holds to be above every number.
-        numbers = pl.col("rel_l2").fill_nan(0.0).ne(0.0) | pl.col("changed").fill_nan(0.0).gt(0)
-        differs = numbers | pl.col("nonfinite_alone").gt(0)
-        changed = self.frame.filter(differs).height
-        tensors = counted(self.frame.height, "tensor")
-        lines = [f"Comparison: {counted(self.batches, 'batch')}, {tensors}, {changed} differ from the program"]
-        first = self.first_nonfinite
-        lines.append(f"first non-finite node: {first or 'none'}")
-        if self.culprits.height:
-            lines += ["where error enters, by what the SQNR loses there:", *_table(self.culprits, rows)]
-        else:
-            lines.append(f"no node loses more than {CULPRIT_DB:g} dB")
-        return "\n".join([*lines, "worst tensors:", *_table(self.frame, rows)])
 
 
 def compare(  # noqa: PLR0913 - as calibrate
@@ -185,7 +77,7 @@ class _Comparing:
 
     @classmethod
     def of(cls, program: ExportedProgram, mixed: ExportedProgram, device: Any) -> _Comparing:
-        _check(program, mixed)
+        check_match(program, mixed)
         theirs = ProgramRunner(program, device)
         return cls(ProgramRunner(mixed, theirs.device), theirs, tensor_specs(program, lambda _: True))
 
@@ -234,7 +126,7 @@ class _Comparing:
             frame=frame.sort(worst, maintain_order=True),
             culprits=culprits.sort("loss_db", descending=True, maintain_order=True),
             batches=self._batches,
-            first_nonfinite=_first_nonfinite(frame),
+            first_nonfinite=NonfiniteNode.first(frame),
         )
 
     def _losses(self, columns: dict[str, list[Any]]) -> tuple[list[float], list[float]]:
@@ -270,100 +162,6 @@ def _worth(columns: dict[str, list[Any]]) -> list[float]:
 def _advanced(steps: Generator[Ran, None, Any], name: str) -> Ran:
     """Run the cast graph until it has run the node that stands for `name`."""
     for ran in steps:
-        if _key(ran.name) == _key(name):
+        if key_of(ran.name) == key_of(name):
             return ran
     raise AssertionError(f"{name} was checked to be in both graphs")
-
-
-def _key(name: str) -> str:
-    """One key for a node in the program and in the cast graph, which inlines the nodes of no_grad regions."""
-    return name.replace(".", "__")
-
-
-def _check(program: ExportedProgram, mixed: ExportedProgram) -> None:
-    """Raise MismatchError unless `mixed` has the nodes of `program`, in their order, and otherwise only casts."""
-    theirs, ours = _tensor_nodes(program), _tensor_nodes(mixed)
-    problem = _difference(theirs, ours) or _signature_difference(program, mixed)
-    if problem is not None:
-        raise MismatchError(
-            f"the cast graph was not made from this program: {problem}. Compare a program with what insert_casts makes "
-            "of it."
-        )
-
-
-def _tensor_nodes(program: ExportedProgram) -> dict[str, fx.Node]:
-    """The nodes that make tensors, by key, in order; not those that only pass tensors on."""
-    return {
-        _key(step.name): step.node
-        for step in walk(program.graph_module)
-        if step.node.op == "call_function" or (step.node.op == "placeholder" and not step.inside)
-        if step.node.target is not getitem and step.node.target not in REGION_CHILD and tensor_values(step.node)
-    }
-
-
-def _difference(theirs: dict[str, fx.Node], ours: dict[str, fx.Node]) -> str | None:
-    for key, node in theirs.items():
-        if key not in ours:
-            return f"it lacks {where(node)}"
-        if node.target != ours[key].target and node.op == "call_function":
-            return f"{where(node)} is {op_name(node.target)} in the program and {op_name(ours[key].target)} in it"
-    for key, node in ours.items():
-        if key not in theirs and node.target not in {CAST, CLAMP}:
-            return f"the program lacks its {where(node)}"
-    if [key for key in ours if key in theirs] != list(theirs):
-        return "its nodes have another order"
-    return None
-
-
-def _signature_difference(program: ExportedProgram, mixed: ExportedProgram) -> str | None:
-    theirs, ours = signature_of(program).leaves, signature_of(mixed).leaves
-    if len(theirs) != len(ours):
-        return f"it takes {len(ours)} inputs, the program {len(theirs)}"
-    for leaf, other in zip(theirs, ours, strict=True):
-        if (leaf.dtype, len(leaf.sizes)) != (other.dtype, len(other.sizes)):
-            return f"input {leaf.name} is {leaf} in the program and {other} in it"
-    return None
-
-
-def _first_nonfinite(frame: pl.DataFrame) -> NonfiniteNode | None:
-    bad = frame.filter(pl.col("nonfinite_alone") > 0)
-    if not bad.height:
-        return None
-    row = bad.row(0, named=True)
-    same = ("node", "output", "op", "module", "source", "dtype", "absmax_reference")
-    return NonfiniteNode(
-        **{name: row[name] for name in same}, batch=row["first_nonfinite_batch"], elements=row["nonfinite_alone"]
-    )
-
-
-_SHOWN = (
-    Column("tensor", "node"),
-    Column("module", "module", drop=3),
-    Column("type", "dtype", 9),
-    Column("apart", "sqnr_db", 11, number=True),
-    Column("loss", "loss_db", 7, number=True),
-    Column("absmax", "absmax", 9, number=True),
-    Column("absmax_reference", "in fp32", 9, number=True, drop=2),
-    Column("bad", "NaN/Inf", 9, number=True, drop=1),
-)
-
-
-def _table(frame: pl.DataFrame, rows: int) -> list[str]:
-    shown = frame.head(rows)
-    cells = [
-        {
-            **row,
-            "tensor": place(row["node"], row["output"]),
-            "type": row["dtype"] or "not run",
-            "apart": _apart(row),
-            "loss": f"{row['loss_db']:.1f}",
-            "bad": row["nonfinite_alone"] or None,
-        }
-        for row in shown.iter_rows(named=True)
-    ]
-    return [*text_table(cells, _SHOWN, indent="  "), *(f"  {line}" for line in and_more(len(shown), len(frame)))]
-
-
-def _apart(row: dict[str, Any]) -> str:
-    """The SQNR of a row, or for integers the share that differs."""
-    return f"{row['sqnr_db']:.1f}" if row["changed"] is None else f"{row['changed']:.2%} !="

@@ -13,7 +13,8 @@ import calibcast
 import pytest
 from calibcast import Engine, PrecisionPlan, RangeTable, VerificationReport
 from calibcast.calib import errors
-from calibcast.engines import cli
+from calibcast.engines import cli, usage
+from calibcast.engines.job.errors import JobError
 
 NAMES = set(
     """
@@ -90,7 +91,8 @@ def test_an_error_is_still_caught_by_its_base(kind: str, base: str) -> None:
 
 
 def test_exit_codes() -> None:
-    assert {kind.__name__: code for kind, code in cli._EXIT_CODES.items()} == CODES
+    kinds: dict[str, Any] = {**vars(errors), **vars(usage), "JobError": JobError}
+    assert {name: usage.exit_code(kinds[name]("why")) for name in CODES} == CODES
 
 
 def test_commands() -> None:

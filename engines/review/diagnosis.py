@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
-from calibcast.passes.comparison import CULPRIT_DB, Comparison
+from calibcast.passes.comparison_result import CULPRIT_DB, Comparison
 from calibcast.passes.lineage import Row, readings
 from calibcast.passes.plan import PrecisionPlan
 from torch.export import ExportedProgram
