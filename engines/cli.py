@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from calibcast.calib.errors import CalibcastError
 from calibcast.calib.printable import printable_lines
-from calibcast.engines.commands import diagnosis, engine, export, job, rescaling, review, stages
+from calibcast.engines.commands import diagnosis, diff, engine, export, job, rescaling, review, stages
 from calibcast.engines.commands.options import fail, in_flags, note, say
 from calibcast.engines.streams import fitted, give_up_stdout
 from calibcast.engines.usage import exit_code
@@ -56,7 +56,7 @@ for command in (
     stages.verify,
     review.report,
     review.what_if,
-    review.diff,
+    diff.diff,
     job.merge,
     job.init,
     job.run,

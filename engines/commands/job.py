@@ -60,7 +60,8 @@ def run(
     with logging_to_stderr(log_format, ranks.rank, ranks.world):
         try:
             load_jobs(job)  # a mistake in it is told before torch is imported, which takes seconds
-            from calibcast.engines.job.running import plan_job, run_job
+            from calibcast.engines.job.dry_run import plan_job
+            from calibcast.engines.job.running import run_job
 
             if dry_run and ranks.first:
                 plan_job(job, say)

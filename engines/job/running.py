@@ -7,29 +7,26 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
 from calibcast.calib.artifacts import versions
-from calibcast.calib.checkpoint import Checkpoint
-from calibcast.calib.errors import ArtifactError, CalibcastError, GateError
+from calibcast.calib.errors import CalibcastError, GateError
 from calibcast.calib.number_text import counted
 from calibcast.calib.sealed_files import files_under
 from calibcast.engines.backends import start_early
 from calibcast.engines.job.checks import check_job
 from calibcast.engines.job.errors import Stopped
 from calibcast.engines.job.folder import MANIFEST, JobFolder, Store
+from calibcast.engines.job.freshness import inputs_of, reason_to_run, unchanged
 from calibcast.engines.job.job_file import JobFile, load_jobs
 from calibcast.engines.job.logs import tell
 from calibcast.engines.job.manifest import Manifest, Record
-from calibcast.engines.job.measuring import counts, measure_shard
-from calibcast.engines.job.openers import digest
+from calibcast.engines.job.measuring import measure_shard
 from calibcast.engines.job.ranks import Ranks, connected, give, tell_all
 from calibcast.engines.job.several import run_several
 from calibcast.engines.job.signals import Signals
@@ -73,74 +70,6 @@ def _run_one(file: JobFile, say: Say, bar: bool, redo: bool) -> None:
                 _follow(run)
 
 
-def plan_job(path: Path, say: Say) -> None:
-    """Report what `run_job` would do, and what is up to date. Writes nothing."""
-    for file in load_jobs(path):
-        _plan_one(file, say)
-
-
-def _plan_one(file: JobFile, say: Say) -> None:
-    if file.name is not None:
-        say(f"model       {file.name}")
-    folder = JobFolder.of(file)
-    with Signals() as signals, exits_refused():
-        run = JobRun(file, folder, Ranks(), signals)
-        check_job(file, run.program)
-        data, _ = run.opened(file.job.data, run.ranks)
-        mine, _ = counts(data.batches.length, run.calibration_share)
-        say(f"model       {file.job.model.location}: inputs {run.signature}")
-        say(f"data        {data.about}{_to(mine, 'calibrate on')}")
-        if run.held_out is not None:
-            held, _ = run.opened(run.held_out[0], run.ranks)
-            number, _ = counts(held.batches.length, run.held_out[1])
-            say(f"held out    {held.about}{_to(number, 'verify with')}")
-        run.refuse_nothing(data.batches.length)
-        say(f"output      {folder}")
-        with _there(folder) as path:
-            _say_stages(run, Manifest.load(path) or Manifest(path), say)
-        for left in sorted((folder.path / "checkpoints").glob("rank-*.npz")):
-            say(f"checkpoint  {left.name}: {_described(left, run.made_of())}")
-
-
-def _to(batches: int | None, what: str) -> str:
-    return "" if batches is None else f"; {counted(batches, 'batch')} to {what}"
-
-
-def _say_stages(run: JobRun, manifest: Manifest, say: Say) -> None:
-    stages = run.stages()
-    redone: set[str] = set()
-    for stage in stages:
-        why = _why(manifest, stage, redone)
-        if why:
-            redone.add(stage.name)
-        verdict = f"would be made: {why}" if why else _unchanged(manifest, stage)
-        say(f"{stage.name:<12}{', '.join(stage.artifacts)}: {verdict}")
-    for name in manifest.stages.keys() - {stage.name for stage in stages}:
-        say(f"{name:<12}would be removed: no stage of this job any more")
-
-
-@contextmanager
-def _there(folder: JobFolder) -> Iterator[Path]:
-    """The folder with the artifacts that a run would find: the job's folder, or a temporary copy of the store."""
-    with TemporaryDirectory(prefix="calibcast-dry-run-") as copy:
-        if folder.url is not None and not (folder.path / MANIFEST).exists():
-            Store(folder.url, Path(copy)).pull()
-            yield Path(copy)
-        else:
-            yield folder.path
-
-
-def _described(path: Path, made_of: Mapping[str, str]) -> str:
-    try:
-        found = Checkpoint.load(path)
-    except ArtifactError as error:
-        return f"would not be used: {error}"
-    difference = found.difference(made_of)
-    if difference is not None:
-        return f"{counted(found.position, 'batch')}; would not be used alone: {difference} is not the same"
-    return f"would go on after {counted(found.position, 'batch')}"
-
-
 def _lead(run: JobRun, say: Say, redo: bool) -> None:
     """Run the stages in the first process, which writes the artifacts."""
     with exits_refused():
@@ -173,7 +102,7 @@ def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any
         start_early(asked.backend, asked.ahead_of_time, bool(asked.settings.get("isolate", True)))
     _drop_others(run, manifest, {stage.name for stage in stages}, job)
     for stage in stages:
-        why = _why(manifest, stage, set())
+        why = reason_to_run(manifest, stage, set())
         if stage.name == "calibrate" and not why:
             tell_all(run.ranks)  # nothing to do for the others
         if why:
@@ -188,30 +117,8 @@ def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any
             )
             manifest.save()
         summary = manifest.stages[stage.name].result["summary"]
-        say(
-            f"{stage.name:<12}{', '.join(stage.artifacts)}: {'made' if why else _unchanged(manifest, stage)}; {summary}"
-        )
+        say(f"{stage.name:<12}{', '.join(stage.artifacts)}: {'made' if why else unchanged(manifest, stage)}; {summary}")
         stage.judge(manifest.stages[stage.name].result)
-
-
-def _why(manifest: Manifest, stage: Stage, redone: set[str]) -> str:
-    """Why a stage must run; empty when it need not. redone: earlier stages that would run again."""
-    if stage.name in manifest.stages:
-        for need in stage.needs:
-            if need in redone:
-                return f"{need} is made again"
-    return manifest.why(stage.name, _inputs(manifest, stage), stage.settings, stage.artifacts)
-
-
-def _unchanged(manifest: Manifest, stage: Stage) -> str:
-    return f"skipped, as nothing changed in {', '.join(_inputs(manifest, stage))} and its settings"
-
-
-def _inputs(manifest: Manifest, stage: Stage) -> dict[str, str]:
-    """All fingerprints that a stage depends on: its own inputs, and the files of the stages that it needs."""
-    before = {f"the result of {need}": digest(manifest.stages[need].files) for need in stage.needs
-              if need in manifest.stages}  # fmt: skip
-    return {**stage.inputs, **before}
 
 
 def _begin(manifest: Manifest, job: Mapping[str, Any]) -> None:
@@ -254,7 +161,7 @@ def _clear_remains(run: JobRun, manifest: Manifest, stage: Stage) -> None:
 
 
 def _do(run: JobRun, manifest: Manifest, stage: Stage) -> None:
-    inputs, began = _inputs(manifest, stage), time.monotonic()
+    inputs, began = inputs_of(manifest, stage), time.monotonic()
     result = stage.work()
     files = _files_of(run, stage)
     seconds = round(time.monotonic() - began, 3)
