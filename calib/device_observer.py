@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from calibcast.calib.graph import TensorSpec
 from calibcast.calib.hidden import Slices, SlicesInMemory, slices_of
-from calibcast.calib.kernel import memory_levels
+from calibcast.calib.memory_layout import memory_levels
 from calibcast.calib.observer import Observer
 from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.statistic_names import BINS

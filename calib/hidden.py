@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.graph import argument_of, as_list, base_op
-from calibcast.calib.kernel import memory_levels, pieces
+from calibcast.calib.memory_layout import memory_levels, pieces
 from calibcast.calib.operators import ATTENTION, SQUARES, SUMS, operator_of
 from calibcast.calib.operators.operator import GROUPS, LAST, SPATIAL, WINDOW
 from torch import fx

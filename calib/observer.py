@@ -10,7 +10,8 @@ import torch
 from calibcast.calib.execution import tensors_of
 from calibcast.calib.graph import TensorSpec
 from calibcast.calib.hidden import hidden_values
-from calibcast.calib.kernel import HostKernel, is_dense, measure_on_device
+from calibcast.calib.kernel import HostKernel, measure_on_device
+from calibcast.calib.memory_layout import is_dense
 from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.small_tensors import SmallTensors
 from calibcast.calib.statistics import Statistics

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from calibcast.calib.kernel import is_dense
+from calibcast.calib.memory_layout import is_dense
 
 Note = Callable[[Sequence[float]], None]
 

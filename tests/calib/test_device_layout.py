@@ -8,7 +8,7 @@ from calibcast.calib import device_observer
 from calibcast.calib.device_observer import BLOCK, PROGRAMS, Layout, fused_problem, observer_for
 from calibcast.calib.graph import TensorSpec
 from calibcast.calib.hidden import SlicesInMemory
-from calibcast.calib.kernel import is_dense, memory_levels, pieces, without_repeats
+from calibcast.calib.memory_layout import is_dense, memory_levels, pieces, without_repeats
 from calibcast.calib.observer import Observer
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from calibcast.calib import kernel
 from calibcast.calib.graph import TensorSpec
-from calibcast.calib.kernel import ExponentCounter, HostKernel, is_dense, measure_on_device
+from calibcast.calib.kernel import ExponentCounter, HostKernel, measure_on_device
+from calibcast.calib.memory_layout import is_dense
 from calibcast.calib.observer import Observer
 from calibcast.calib.statistic_names import BINS, COUNTS, VALUES
 from hypothesis import given, settings

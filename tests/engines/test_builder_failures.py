@@ -149,7 +149,7 @@ LAYERS = '[{"name": "[CONV]-[linear_2]", "node": "linear_2"}]'
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "crash", "crashed with SIGSEGV"),
         ("os.kill(os.getpid(), signal.SIGABRT)", "crash", "crashed with SIGABRT"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "memory", "want of memory"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "memory", "memory ran out"),
         ("sys.exit('libnvinfer.so: not found')", "crash", "status 1; it last said: libnvinfer.so: not found"),
         ("event(stage='build', engine=0); time.sleep(60)", "hang", "did not end within 2 s"),
     ],

@@ -17,6 +17,7 @@ from calibcast.calib.graph import dtype_name, tensor_values
 from calibcast.engines.io_names import outputs_by_node
 from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult, Profile
+from calibcast.engines.tensorrt.builder.network_layers import Conversion, stamp, stamped_name
 from calibcast.engines.tensorrt.builder.size_bounds import (
     Bounds,
     check_profile_read_back,
@@ -24,13 +25,7 @@ from calibcast.engines.tensorrt.builder.size_bounds import (
     sizes_in_graph,
 )
 from calibcast.engines.tensorrt.builder.state_lifting import Lifted, lifted, writes_buffers
-from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import (
-    Conversion,
-    Event,
-    stamp,
-    stamped_name,
-    watched_conversion,
-)
+from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import Event, watched_conversion
 from calibcast.engines.tensorrt.engine_files import Made, WiringError, write_parts
 from calibcast.engines.tensorrt.program_device import copied, on_device
 from torch import fx
