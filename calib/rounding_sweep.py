@@ -133,7 +133,7 @@ class Sweep:
                         )
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        """Of that device. Drawing the signs of an encoder's output on the host took longer than three forward passes."""
+        """Of that device: drawing the signs of an encoder's output on the host costs more than three forward passes."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self._seed)
         return self._generators[device]
