@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
+from collections.abc import Callable
 from itertools import permutations
+from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
-from calibcast.calib.errors import MismatchError
+from calibcast.calib.errors import ArtifactError, MismatchError
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_statistics import NOT_REACHED, RoundingRecord, RoundingStatistics, record_of
+from calibcast.calib.rounding_table import ROUNDING_SCHEMA, rounding_metadata, rounding_of
 
 EDGES = (Edge("sin", "x", 0), Edge("mul", "sin", 1))
 ROWS = 2 * len(EDGES)
@@ -156,3 +162,37 @@ def test_records_merge_where_their_edges_are_the_same() -> None:
     copy = record(0).copy()
     copy.statistics.merge(batch(1))
     assert copy != record(0)
+
+
+def metadata(frame: pl.DataFrame) -> dict[str, str]:
+    stream = io.BytesIO()
+    frame.write_parquet(stream)
+    (name,) = rounding_metadata(record(0).frame())
+    return {name: base64.b64encode(stream.getvalue()).decode()}
+
+
+def test_evidence_comes_back_from_a_file() -> None:
+    frame = record(0, 1).frame()
+    assert rounding_of(rounding_metadata(frame), Path("r")).equals(frame)
+    assert rounding_metadata(frame.clear()) == {}
+    assert rounding_of({}, Path("r")).schema == ROUNDING_SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: f.drop("steps"), "column steps of its evidence of rounding is missing, expected Int64"),
+        (lambda f: f.with_columns(pl.col("noise").cast(pl.Float32)), "column noise .* is Float32, expected Float64"),
+        (lambda f: pl.concat([f, f[:1]]), "two rows of rounding for one edge"),
+    ],
+)
+def test_evidence_that_was_changed_is_refused(change: Callable[[pl.DataFrame], pl.DataFrame], said: str) -> None:
+    with pytest.raises(ArtifactError, match=said):
+        rounding_of(metadata(change(record(0).frame())), Path("ranges.parquet"))
+
+
+@pytest.mark.parametrize("text", ["no base64!", "bm8gcGFycXVldA=="])
+def test_evidence_that_is_damaged_is_refused(text: str) -> None:
+    (name,) = rounding_metadata(record(0).frame())
+    with pytest.raises(ArtifactError, match=r"ranges\.parquet: its evidence of rounding is not readable"):
+        rounding_of({name: text}, Path("ranges.parquet"))
