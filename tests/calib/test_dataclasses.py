@@ -21,6 +21,16 @@ SLOTTED = {
     "Call", "CallSite", "Candidate", "Cast", "CastSites", "MeasuredEdge", "NodeOutline", "Number", "Operand",
     "Operator", "Pole", "Step", "Tally", "Tensor", "Term", "Training",
 }  # fmt: skip
+# Graphs, tables and caches, which would fill a terminal.
+NOT_SHOWN = """
+Batch.flat Batch.results Course.edges Course.follows Course.steps Course.steps_of Course.thresholds FactReader._known
+FactReader.evidence FactReader.kinds FactReader.refused FactReader.rounding Judge.rounding Judge.settings
+Measures.histograms Measures.program NodeOutline.values NodeTypes.outputs Outcome.bad Outcome.plan PrecisionPlan.budgets
+PrecisionPlan.digests PrecisionPlan.exponents PrecisionPlan.flips ProgramFacts.leading ProgramFacts.nodes
+ProgramFacts.outlines ProgramFacts.readers ProgramFacts.rounding ProgramFacts.sizes ProgramFacts.ties
+Rescaling.exponents Rescaling.program Rescaling.ranges Rescaling.rewrite RoundingEvidence.edges RoundingPlan.nodes
+RoundingPlan.peaks Solutions.forms Solutions.system System.solutions TensorFacts.histogram WeightReaders.program
+"""
 NEED_GPU = ("triton_",)
 
 
@@ -40,3 +50,8 @@ def test_data_classes_keep_their_promises() -> None:
     assert {c.__name__ for c in every if not c.__dataclass_params__.frozen} == CHANGING
     assert {c.__name__ for c in every if not c.__dataclass_params__.eq} == NOT_BY_FIELDS
     assert {c.__name__ for c in every if "__slots__" in vars(c)} == SLOTTED
+
+
+def test_what_is_large_is_not_printed() -> None:
+    found = {f"{c.__name__}.{f.name}" for c in classes() for f in dataclasses.fields(c) if not f.repr}
+    assert set(NOT_SHOWN.split()) - found == set()
