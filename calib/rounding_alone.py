@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.rounding_tape import Call, Tape, Value
+from calibcast.calib.twins import compares
 
 
-def run_alone(tape: Tape, call: Call, results: tuple[object, ...]) -> tuple[list[float], int]:
+def run_alone(
+    tape: Tape, call: Call, results: tuple[object, ...], twin: Callable[[Value], torch.Tensor] | None = None
+) -> tuple[list[float], int]:
     """The noise at each output of the program (0 for one that is not a tensor), and how many elements were computed.
 
-    results: what `call` gives, rounded at one place. Raises RuntimeError and the like where a node refuses its inputs.
+    results: what `call` gives, rounded at one place. twin: rounds the other side of a comparison with what `call` picks
+    from it. Raises RuntimeError and the like where a node refuses its inputs.
     """
     changed = changes(call, results)
     elements = 0
     for later in tape.calls[tape.calls.index(call) + 1 :]:
         if not any(value in changed for value in later.inputs) or not any(later.outputs):
             continue
-        given = later.perform(changed)
+        others = {v: twin(v) for v in later.inputs} if twin is not None and compares(later.node) else {}
+        given = later.perform({**others, **changed})
         elements += sum(r.numel() for r in given if isinstance(r, torch.Tensor))
         changed |= changes(later, given)
     return [_noise(changed, output) for output in tape.outputs], elements

@@ -32,6 +32,10 @@ _log = logging.getLogger("calibcast")
 LOW_TYPES = (torch.float16, torch.bfloat16)
 # For each low type, runs of single edges may compute twice as many elements as a forward pass; 16 runs are always made.
 _RUN_SHARE, _LEAST_RUNS = 2.0, 16
+# Single numbers, such as the base of a power, are run as well where they make more noise than this, a hundredth of what
+# the default budgets allow; until as many elements were computed as half a forward pass has.
+LOUD = {torch.float16: 1e-6, torch.bfloat16: 2.5e-5}
+_NUMBER_SHARE = 0.5
 
 
 @dataclass
@@ -56,6 +60,7 @@ class Sweep:
         self._tape, self._edges, self._rounder, self._seed = tape, edges, rounder, seed
         self._outputs = [value for value in tape.outputs if value is not None]
         floating = sum(value.tensor.is_floating_point() for value in self._outputs)
+        self._size = sum(v.tensor.numel() for call in tape.calls for v in call.outputs if v is not None)
         self._columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
         self._gradients = Gradients(tape)
         self._found: Measured = {}
@@ -64,6 +69,7 @@ class Sweep:
         self._ledger = Ledger()
         self._slopes: dict[tuple[Value, int], torch.Tensor] = {}
         self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
+        self._numbers: list[tuple[Call, Group, torch.dtype, Found]] = []
         self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups in which something became NaN or Inf
         self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS, self._is_finite)
 
@@ -88,6 +94,8 @@ class Sweep:
         for low in LOW_TYPES:
             self._run_waiting([entry for entry in self._waiting if entry[2] == low])
         self._run_at_risk()
+        for low in LOW_TYPES:
+            self._run_numbers([entry for entry in self._numbers if entry[2] == low], LOUD[low])
         self._ledger.settle()
         self._run_apart()
         return self._found
@@ -160,12 +168,14 @@ class Sweep:
             if needs_run:
                 self._waiting.append((call, group, low, found))
             self._poles.look(call, group, low, results, found)
+            if group.coherent and not needs_run:
+                self._numbers.append((call, group, low, found))
         self._share_out(call, group, low, found)
 
     def _look_at(self, found: Found, call: Call, group: Group, low: torch.dtype, results: Results) -> bool:
         """Take the errors of a call's results through the gradient. True where that is not enough."""
         needs_run = False
-        twin = partial(self._rounder.remade, edges=group.edges, low=low) if selects(call.node) else None
+        twin = self._twin(call, group, low)
         for position, (value, made) in enumerate(zip(call.outputs, results, strict=True)):
             if value is None or not self._gradients.is_used(value):
                 continue
@@ -181,6 +191,10 @@ class Sweep:
                 found.steps += differ
                 needs_run |= differ > 0
         return needs_run
+
+    def _twin(self, call: Call, group: Group, low: torch.dtype) -> Callable[[Value], torch.Tensor] | None:
+        """Where a call picks elements: what rounds the tensor that they are compared with."""
+        return partial(self._rounder.remade, edges=group.edges, low=low) if selects(call.node) else None
 
     def _take(self, found: Found, error: Error, value: Value, grads: Grads) -> None:
         """Add what the error of a value does, by its gradient. Elements that are not finite in fp32 are left out."""
@@ -259,7 +273,8 @@ class Sweep:
     ) -> bool:
         """Look at the readers of a value, past movers, that may step. True where integers or booleans of one changed.
 
-        twin: rounds the other side of a comparison, where `value` was picked from it.
+        twin: rounds the other side of a comparison, where `value` was picked from it. What changes there is left to the
+        edges of the comparison: to round what was picked is the same as to pick from what is rounded.
         """
         needs_run = False
         for reader in value.readers:
@@ -270,7 +285,7 @@ class Sweep:
             for output, stepped in changes(reader, reader.perform({**other, value: made})).items():
                 if steps and not output.differentiable and self._gradients.is_used(output):
                     found.steps += int((stepped != output.tensor).sum())
-                    needs_run = True
+                    needs_run |= not other
                 elif steps and output.differentiable:
                     error = Error(stepped, partial(_given, stepped), counts=False)
                     self._take(found, error, output, self._gradients.of(output))
@@ -281,7 +296,7 @@ class Sweep:
     def _run_waiting(self, waiting: Sequence[tuple[Call, Group, torch.dtype, Found]]) -> None:
         """Run the program for each edge whose gradient is not enough, as far as the budget goes."""
         first = len(waiting) * (self._seed % 4) // 4  # each batch begins elsewhere
-        paid = _RUN_SHARE * sum(v.tensor.numel() for call in self._tape.calls for v in call.outputs if v is not None)
+        paid = _RUN_SHARE * self._size
         for number, (call, group, low, found) in enumerate([*waiting[first:], *waiting[:first]]):
             if paid <= 0 and number >= _LEAST_RUNS:
                 reason = "it needs runs of its own, and more edges do than are run"
@@ -290,10 +305,29 @@ class Sweep:
             results = group.results(low)
             assert results is not None
             try:
-                noise, elements = run_alone(self._tape, call, results)
+                noise, elements = run_alone(self._tape, call, results, self._twin(call, group, low))
             except Exception as error:
                 reason = f"the program cannot be run with it rounded: {first_line(error)}"
                 self._found |= {(edge, low): reason for edge in group.edges}
+                continue
+            paid -= elements
+            self._note_run(found, noise)
+            self._share_out(call, group, low, found)
+
+    def _run_numbers(self, numbers: Sequence[tuple[Call, Group, torch.dtype, Found]], loud: float) -> None:
+        """Run the program for single numbers that seem loud, the loudest first. Their errors have one sign, so the
+        estimate by one draw is rough: they may add up, or vanish in a norm.
+        """
+        paid = _NUMBER_SHARE * self._size
+        for call, group, low, found in sorted(numbers, key=lambda entry: -max(entry[3].noise)):
+            if not loud < max(found.noise) < math.inf or paid <= 0:
+                return
+            results = group.results(low)
+            assert results is not None
+            try:
+                noise, elements = run_alone(self._tape, call, results)
+            except Exception as error:
+                _log.debug("%s was not run with a number rounded: %s", call.name, first_line(error))
                 continue
             paid -= elements
             self._note_run(found, noise)

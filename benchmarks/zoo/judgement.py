@@ -17,10 +17,12 @@ from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import NodeError, ProgramRunner
 from calibcast.calib.graph import base_op, op_name, size_hint, tensor_values
+from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.rounding_table import empty_rounding
 from calibcast.passes import PrecisionPlan, classify, insert_casts
 from calibcast.passes.plan import Decision
 from calibcast.passes.regions import candidates
+from calibcast.passes.rounding_course import BLAMED_SHARE, MARGIN
 from calibcast.passes.verdict import HIGH, KEPT
 from torch.export import ExportedProgram
 
@@ -111,18 +113,17 @@ class Trial:
         changed = changed_surface(self.program, mixed, outputs, self.reference)
         return replace(outcome, misses=(*changed, *misses_of(outcome, TOLERANCE[plan.low_precision_type])))
 
-    def half_error(self, low_type: torch.dtype, in_one_batch: bool = False) -> float:
+    def half_error(self, low_type: torch.dtype, by_channel: bool = False) -> float:
         """The error of the graph with everything low; inf where an operator refuses to run like that.
 
-        in_one_batch: of the worst batch, not of all together.
+        by_channel: of the worst channel in the worst batch, as budgets count it, not of all together.
         """
         half = insert_casts(self.program, everything_low(self.program, low_type))
         try:
             outputs = outputs_of(half, self.inputs)
         except NodeError:  # such as a mask value that fp16 cannot hold
             return math.inf
-        parts = zip(outputs, self.reference, strict=True) if in_one_batch else ()
-        return max([worst_error([one], [other]) for one, other in parts] or [worst_error(outputs, self.reference)])
+        return worst_channel(outputs, self.reference) if by_channel else worst_error(outputs, self.reference)
 
 
 def flat_inputs(architecture: Architecture, program: ExportedProgram) -> list[list[Any]]:
@@ -156,6 +157,13 @@ def worst_error(outputs: Outputs, reference: Outputs) -> float:
     return worst
 
 
+def worst_channel(outputs: Outputs, reference: Outputs) -> float:
+    """The largest relative error of one channel of one floating-point output in one batch, as budgets count it."""
+    pairs = [pair for mine, theirs in zip(outputs, reference, strict=True) for pair in zip(mine, theirs, strict=True)]
+    floating = [(a, b) for a, b in pairs if isinstance(b, torch.Tensor) and b.is_floating_point() and b.numel()]
+    return max((math.sqrt(float(channel_noise(a, b).max())) for a, b in floating), default=0.0)
+
+
 def _relative_error(mine: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> float:
     difference = total = 0.0
     for one, other in zip(mine, theirs, strict=True):
@@ -182,13 +190,20 @@ def changed_surface(
     return changed
 
 
-def excess_of(outcome: Outcome, by_rules: Shares, half_error: float, tolerance: float) -> list[str]:
-    """What a plan for a budget has in fp32 that the rules' plan has not, where whole-half is good with a dB to spare.
+# How far the table of edges is off in the median, dB, over many networks.
+TABLE_DB = 1.5
 
-    Where it is not, such fp32 is what meets the budget. half_error: in the worst batch, as budgets have it. A part of
-    1.5% is left out, which a plan may spend on an edge that makes most of the noise.
+
+def excess_of(outcome: Outcome, by_rules: Shares, half_error: float, tolerance: float) -> list[str]:
+    """What a plan for a budget has in fp32 that the rules' plan has not, where whole-half is good with enough to spare.
+
+    Where it is not, such fp32 is what meets the budget. Enough is what the table may be off by; or, where one edge that
+    the plan avoids makes much of whole-half's noise, the margin that plans are made with. half_error: of the worst
+    channel in the worst batch, as budgets count it.
     """
-    if not half_error <= tolerance * 10 ** (-1 / 20):
+    avoided = max((10 ** (-d.evidence / 10) for d in outcome.high if d.rule == "rounding" and d.evidence), default=0.0)
+    margin = MARGIN if avoided >= BLAMED_SHARE * half_error**2 else 10 ** (-TABLE_DB / 20)
+    if not half_error <= tolerance * margin:
         return []
     pairs = {"work": (outcome.shares.work, by_rules.work), "bytes": (outcome.shares.bytes, by_rules.bytes)}
     return [

@@ -79,7 +79,7 @@ def budget(model: str, low_type: torch.dtype) -> dict[str, Any]:
     outcome = tried.judged(plan, insert_casts(tried.program, plan))
     by_rules = tried.plan_by_rules(low_type)
     shares = shares_of(tried.program, by_rules, insert_casts(tried.program, by_rules))
-    half = tried.half_error(low_type, in_one_batch=True)
+    half = tried.half_error(low_type, by_channel=True)
     summary = plan.rounding
     return {
         "shares": asdict(outcome.shares),

@@ -54,7 +54,7 @@ def test_a_plan_for_the_budget_keeps_no_more_than_that_takes(measured: Trial, lo
     plan, by_rules = measured.plan(low_type), measured.plan_by_rules(low_type)
     outcome = measured.judged(plan, insert_casts(measured.program, plan))
     shares = shares_of(measured.program, by_rules, insert_casts(measured.program, by_rules))
-    half = measured.half_error(low_type, in_one_batch=True)
+    half = measured.half_error(low_type, by_channel=True)
     short = [*outcome.misses, *excess_of(outcome, shares, half, TOLERANCE[low_type])]
     assert not short, "\n".join([*short, *map(str, outcome.high)])
 
