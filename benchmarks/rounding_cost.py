@@ -32,7 +32,7 @@ from calibcast.calib.masks import mask_tensors
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.rounded_runner import RoundedRunner
 from calibcast.calib.rounding import fp32_kernels
-from calibcast.calib.rounding_evidence import RoundingEvidence
+from calibcast.calib.rounding_evidence import RoundingObserver
 
 from benchmarks import machine
 from benchmarks.networks import NETWORKS, made
@@ -72,8 +72,8 @@ class Subject:
         with torch.no_grad(), fp32_kernels():  # as the evidence is: torch allows convolutions TF32
             self.module(*self.flat)
 
-    def evidence(self) -> RoundingEvidence:
-        made_of = RoundingEvidence(self.runner, 1)
+    def evidence(self) -> RoundingObserver:
+        made_of = RoundingObserver(self.runner, 1)
         made_of.measure(self.flat, 0, {})
         return made_of
 

@@ -24,7 +24,7 @@ from calibcast.calib.observer import Observer
 from calibcast.calib.program_digests import begin_inputs_hash, node_digests, weights_hash
 from calibcast.calib.range_schema import MAX_HASHES, Calibration
 from calibcast.calib.ranges import RangeTable
-from calibcast.calib.rounding_evidence import RoundingEvidence
+from calibcast.calib.rounding_evidence import RoundingObserver
 from calibcast.calib.training_mode import refuse_training
 from calibcast.calib.uninitialised import undefined_tensors
 from torch import fx
@@ -45,7 +45,7 @@ class Run:
     observer: Observer
     signature: Signature
     on_nonfinite: str
-    evidence: RoundingEvidence
+    evidence: RoundingObserver
     batches: int = 0
     skipped: list[int] = field(default_factory=list)
     sizes: dict[str, list[dict[str, int]]] = field(default_factory=dict)
@@ -169,7 +169,7 @@ def prepare(
         observer = observer_for(specs, runner.device, histogram, mask_tensors(program))
     except (RuntimeError, AssertionError) as error:  # no such device, or torch built without it
         raise CalibcastError(f"the program cannot be moved to device={device!r}: {error}") from error
-    evidence = RoundingEvidence(runner, rounding_batches)
+    evidence = RoundingObserver(runner, rounding_batches)
     return Run(program, runner, specs, observer, signature_of(program), on_nonfinite, evidence)
 
 

@@ -20,7 +20,7 @@ from calibcast.calib.rounding import fp32_kernels
 from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
 from calibcast.calib.rounding_groups import Rounder
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
-from calibcast.calib.rounding_sweep import LOW_TYPES, Found, Measured, Sweep
+from calibcast.calib.rounding_sweep import LOW_TYPES, Findings, Found, Sweep
 from calibcast.calib.rounding_table import MOST_OUTPUTS
 from calibcast.calib.rounding_tape import Tape, random_state, record, set_random_state
 from torch import fx
@@ -29,7 +29,7 @@ from torch.export.graph_signature import OutputKind
 _log = logging.getLogger("calibcast")
 
 
-class RoundingEvidence:
+class RoundingObserver:
     """Evidence from the first `most` batches that it is shown; see `calib.rounding_sweep` for how it is measured.
 
     An edge or a whole batch that cannot be measured is noted with the reason, and left to other rules. Memory: the
@@ -100,14 +100,14 @@ class RoundingEvidence:
         """The names of masks, and those of weights."""
         return mask_tensors(self._runner.program), frozenset(input_targets(self._runner.program))
 
-    def _sweep(self, flat: Sequence[Any], index: int, state: Mapping[str, torch.Tensor]) -> Measured:
+    def _sweep(self, flat: Sequence[Any], index: int, state: Mapping[str, torch.Tensor]) -> Findings:
         operands = [_plain(value) for value in self._runner.operands(self._runner.to_device(flat), state)]
         tape = record(self._graph, operands, self._runner.moved_to)
         outputs = [value for value, users in zip(tape.outputs, self._results, strict=True) if users]
         tape = Tape(tape.calls, tape.made, outputs)
         return Sweep(tape, self._by_reader, Rounder(tape, *self._names), index).run()
 
-    def _take(self, measured: Measured, index: int) -> None:
+    def _take(self, measured: Findings, index: int) -> None:
         into = self.record.statistics
         batch = RoundingStatistics.empty(len(self._edges), into.noise.shape[1])
         found: dict[int, Found] = {}

@@ -49,7 +49,7 @@ class Found:
     ran: bool = False
 
 
-Measured = dict[tuple[Edge, torch.dtype], Found | str]  # a string says why there is nothing
+Findings = dict[tuple[Edge, torch.dtype], Found | str]  # a string says why there is nothing
 
 
 class Sweep:
@@ -63,7 +63,7 @@ class Sweep:
         self._size = sum(v.tensor.numel() for call in tape.calls for v in call.outputs if v is not None)
         self._columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
         self._gradients = Gradients(tape)
-        self._found: Measured = {}
+        self._found: Findings = {}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._signals: dict[Value, float] = {}
         self._ledger = Ledger()
@@ -73,7 +73,7 @@ class Sweep:
         self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups in which something became NaN or Inf
         self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS, self._is_finite)
 
-    def run(self) -> Measured:
+    def run(self) -> Findings:
         """What was found at each edge that the tape has, for each low type."""
         self._note_signals()
         for number, output in enumerate(self._outputs):

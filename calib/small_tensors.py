@@ -22,7 +22,7 @@ _TYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _MAGNITUDE, _INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 
 
-class Measured(NamedTuple):
+class SmallStatistics(NamedTuple):
     """Statistics of R tensors: their rows, `VALUES` as float64 [R, 5], `COUNTS` as int64 [R, 6], int64 [R, 256]."""
 
     rows: list[int]
@@ -61,14 +61,14 @@ class SmallTensors:
         self._starts.append(self._filled)
         self._filled += size
 
-    def take(self) -> Measured | None:
+    def take(self) -> SmallStatistics | None:
         """Statistics of what was put in since the last call; None if that was nothing."""
         if not self._rows:
             return None
         x, starts = self._buffer[: self._filled].numpy(), np.array(self._starts)
         sizes = np.diff(starts, append=self._filled)
         magnitude = x.view(np.int32) & _MAGNITUDE
-        found = Measured(
+        found = SmallStatistics(
             self._rows,
             torch.from_numpy(_values(x, magnitude, starts)),
             torch.from_numpy(_counts(x, magnitude, starts, sizes)),

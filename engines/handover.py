@@ -26,6 +26,7 @@ from calibcast.engines.runtimes import BuildRequest, Runtime
 from calibcast.engines.tensorrt.builder.job import BuilderJob, Profile, encoded
 from calibcast.engines.tensorrt.cache import EngineCache, cache_key, default_folder, emptied
 from calibcast.engines.tensorrt.trial_run import Judgement, judged, trial_inputs
+from calibcast.passes.proof import Proof
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -158,15 +159,14 @@ class EngineTrial:
         parts = [
             [[inputs_hash(flat), _plain_values(flat), flat.begins] for flat in self._batches],
             self._request.carry_state,
-            self._proven,
+            None if self._proven is None else [self._proven.outputs, self._proven.places],
             None if reference is None else [node_digests(reference), weights_hash(reference)],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
     @property
-    def _proven(self) -> tuple[float, ...]:
-        proof = None if self._request.plan is None else self._request.plan.proof
-        return () if proof is None else proof.outputs
+    def _proven(self) -> Proof | None:
+        return None if self._request.plan is None else self._request.plan.proof
 
     @cached_property
     def _batches(self) -> list[FlatInputs]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,7 +52,8 @@ class Proof:
 
     min_sqnr_db: the budget, of each channel of each output in each batch. sqnr_db: the least SQNR, found in
     `worst_batch`, at `worst_output`, in its channel `worst_channel`. doubled_sqnr_db: the least with floating-point
-    inputs times two. outputs: the least SQNR of each output. integers_changed: the largest share of the elements of an
+    inputs times two. outputs: the least SQNR of each floating-point output. places: which outputs of the program these
+    are; empty in proofs of earlier versions. integers_changed: the largest share of the elements of an
     integer or boolean output that differed, over all batches. nonfinite: elements that are NaN or Inf only under the
     plan. batches: how many were run. runs: how many plans were run in all. carry_state: whether the batches were run as
     sequences, so that errors in what the program keeps between calls add up.
@@ -70,11 +71,19 @@ class Proof:
     batches: int = 0
     runs: int = 1
     carry_state: bool = False
+    places: tuple[int, ...] = ()
 
     @classmethod
     def loaded(cls, row: Mapping[str, Any]) -> Proof:
         """The proof from its `asdict`."""
-        return cls(**{**row, "outputs": tuple(row["outputs"])})
+        return cls(**{**row, "outputs": tuple(row["outputs"]), "places": tuple(row.get("places", ()))})
+
+    def sqnr_by_place(self, floating: Sequence[int]) -> dict[int, float]:
+        """The least SQNR of each output, by its place among all outputs of the program.
+
+        floating: the places of the floating-point outputs, in order, for a proof that does not say its own.
+        """
+        return dict(zip(self.places or floating, self.outputs, strict=False))
 
     def __str__(self) -> str:
         place = "" if self.worst_output is None else f" (batch {self.worst_batch}, output {self.worst_output}"

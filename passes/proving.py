@@ -86,13 +86,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running one plan has shown. bad: the first batch in which something is newly non-finite. carry_state:
-    whether each batch went on from what the one before left in the buffers."""
+    """What running one plan has shown.
+
+    outputs: the least SQNR by place of an output. bad: the first batch in which something is newly non-finite.
+    carry_state: whether each batch went on from what the one before left in the buffers.
+    """
 
     plan: PrecisionPlan = field(repr=False)
     worst: Worst
     doubled: Worst
-    outputs: tuple[float, ...]
+    outputs: dict[int, float]
     changed: float
     nonfinite: int
     bad: Batch | None = field(repr=False)
@@ -112,8 +115,8 @@ class Outcome:
         """The proof that the plan stores."""
         return Proof(
             min_sqnr_db, decibels(self.worst.noise), self.worst.batch, self.worst.output, self.worst.channel,
-            decibels(self.doubled.noise), self.outputs, self.changed, self.nonfinite, self.batches, runs,
-            self.carry_state,
+            decibels(self.doubled.noise), tuple(self.outputs.values()), self.changed, self.nonfinite, self.batches,
+            runs, self.carry_state, tuple(self.outputs),
         )  # fmt: skip
 
 
@@ -147,7 +150,7 @@ class Proving:
         runner = self._emulated(plan)
         for batch, into in [*((b, seen) for b in self.batches), *((b, twice) for b in self.doubled)]:
             into.take(_ran(runner, batch), batch.results, batch)
-        outputs = tuple(decibels(noise) for _, noise in sorted(seen.outputs.items()))
+        outputs = {place: decibels(noise) for place, noise in sorted(seen.outputs.items())}
         changed, lost = max(seen.changed, twice.changed), seen.nonfinite + twice.nonfinite
         bad = seen.bad or twice.bad
         return Outcome(plan, seen.worst, twice.worst, outputs, changed, lost, bad, seen.runs, self._carry_state)

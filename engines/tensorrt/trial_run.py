@@ -17,6 +17,7 @@ from calibcast.calib.ranges import RangeTable
 from calibcast.engines.judging.metrics import OutputError
 from calibcast.engines.tensorrt.builder.job import Profile
 from calibcast.engines.tensorrt.widening import widenable, widened
+from calibcast.passes.proof import Proof
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -122,7 +123,7 @@ def judged(
     program: ExportedProgram,
     batches: Sequence[Sequence[Any]],
     reference: ExportedProgram | None = None,
-    proven_db: Sequence[float] = (),
+    proven: Proof | None = None,
     carry_state: bool = False,
 ) -> Judgement:
     """Run an engine, and its cast graph in PyTorch, and compare both with fp32.
@@ -131,12 +132,12 @@ def judged(
     6 dB below what its program has in PyTorch or what its plan was proven to have.
 
     run: the engine. batches: flat inputs on its device; copies of the programs are moved there. reference: the fp32
-    program; None: the cast graph with every node in fp32 that can be. proven_db: SQNR of each output by the plan's
-    proof. carry_state: run the batches as a sequence; a batch whose `begins` is true starts from the saved state.
+    program; None: the cast graph with every node in fp32 that can be. proven: the proof of the
+    plan. carry_state: run the batches as a sequence; a batch whose `begins` is true starts from the saved state.
     """
     device = next((value.device for flat in batches for value in flat if isinstance(value, torch.Tensor)), None)
     try:
-        held = _Held(program, reference, device, proven_db, carry_state)
+        held = _Held(program, reference, device, proven, carry_state)
         for flat in batches:
             if _begins(flat):
                 held.reset()
@@ -168,7 +169,7 @@ class _Held:
         program: ExportedProgram,
         reference: ExportedProgram | None,
         device: torch.device | None,
-        proven_db: Sequence[float],
+        proven: Proof | None,
         carry_state: bool,
     ) -> None:
         names = output_names(program)
@@ -176,7 +177,7 @@ class _Held:
         wide = reference if reference is not None else widened(program, low) if low else program
         runners = [ProgramRunner(p, device, carry_state=carry_state) for p in (program, wide, wide)]
         self._cast, self._wide, self._disturbed = runners
-        self._proven_db = tuple(proven_db)  # of the floating-point outputs alone, in their order
+        self._proven = proven
         self._errors = {kind: [OutputError(name) for name in names] for kind in ("engine", "cast", "moved")}
         self._expected: list[tuple[list[Any], list[Any]]] = []
         self._wrong = self._total = 0
@@ -228,9 +229,10 @@ class _Held:
         return Judgement(tuple(seen), problem, plan_problem, batches=batches)
 
     def _proofs(self) -> list[tuple[int, float]]:
-        """The place of each floating-point output, and the number of the proof that is its own: integers have none."""
+        """The place of each floating-point output, and the SQNR that it was proven to have: integers have none."""
         places = [place for place, value in enumerate(self._expected[0][0]) if _is_floating(value)]
-        return list(zip(places, [*self._proven_db, *[-math.inf] * len(places)], strict=False))
+        proven = {} if self._proven is None else self._proven.sqnr_by_place(places)
+        return [(place, proven.get(place, -math.inf)) for place in places]
 
     def _seen(self, position: int, proven: float) -> SeenOutput | None:
         engine, cast, moved = (self._errors[kind][position] for kind in ("engine", "cast", "moved"))

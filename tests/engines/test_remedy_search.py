@@ -1,6 +1,7 @@
 """A builder that fails and names nothing: the operators that it fails at are found by building again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from calibcast.engines.tensorrt.region_search import smallest_region
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from calibcast.engines.tensorrt.trial_run import Judgement, judged, trial_inputs, trial_problem
 from calibcast.passes import classify, insert_casts, tune
+from calibcast.passes.proof import Proof
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -487,6 +489,10 @@ def test_an_engine_that_is_silently_wrong_is_noticed(low, decibels, right):
         assert "its cast graph has" in found.problem
 
 
+def _proof(sqnr_db):
+    return Proof(40.0, sqnr_db, 0, 0, None, sqnr_db, outputs=(sqnr_db,), batches=1)
+
+
 def test_the_proof_is_what_an_engine_is_held_to_and_what_a_plan_misses_is_the_plans():
     torch.manual_seed(0)
     program = torch.export.export(Plain().eval(), (torch.randn(16, 32),))
@@ -494,9 +500,9 @@ def test_the_proof_is_what_an_engine_is_held_to_and_what_a_plan_misses_is_the_pl
     batches = [[torch.randn(16, 32)]]
     engine = Noisy(mixed.module(), 50)
     assert judged(engine, mixed, batches, program).problem is None
-    found = judged(engine, mixed, batches, program, proven_db=[58.0])
+    found = judged(engine, mixed, batches, program, proven=_proof(58.0))
     assert "at least 52.0 dB were asked" in found.problem
-    found = judged(Noisy(mixed.module(), 200), mixed, batches, program, proven_db=[90.0])
+    found = judged(Noisy(mixed.module(), 200), mixed, batches, program, proven=_proof(90.0))
     assert found.problem is None
     assert "was proven to have 90.0 dB" in found.plan_problem
     assert json.loads(json.dumps(found.record()))["outputs"][0]["output"] == "output"
@@ -525,10 +531,14 @@ def test_each_output_is_held_to_its_own_proof_where_some_are_integers():
         index, hidden, last = module(x)
         return index, hidden, last + last.std() * torch.randn_like(last) * 10 ** (-45 / 20)
 
-    found = judged(wrong, mixed, [[x]], program, plan.proof.outputs)
+    found = judged(wrong, mixed, [[x]], program, plan.proof)
     assert "output[2] of the engine has 4" in found.problem
     assert found.plan_problem is None
-    assert judged(mixed.module(), mixed, [[x]], program, plan.proof.outputs).problem is None
+    assert judged(mixed.module(), mixed, [[x]], program, plan.proof).problem is None
+    assert plan.proof.places == (1, 2)
+    before = replace(plan.proof, places=())  # as earlier versions saved it
+    assert before.sqnr_by_place([1, 2]) == plan.proof.sqnr_by_place([])
+    assert "output[2] of the engine has 4" in judged(wrong, mixed, [[x]], program, before).problem
 
 
 def test_a_converters_failure_in_this_process_names_its_stage(planned, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from calibcast import PrecisionPlan, calibrate, classify, tune
 from calibcast.calib import BudgetError
 from calibcast.calib.rounding_table import empty_rounding
 from calibcast.passes import tuning
+from calibcast.passes.proof import Proof
 from calibcast.passes.proving import Proving
 
 from tests.passes.measured import exported, with_noise
@@ -79,6 +80,14 @@ def test_the_proof_is_saved(tmp_path: Path) -> None:
     assert loaded.proof == plan.proof
     assert (loaded.proof.batches, loaded.proof.min_sqnr_db) == (2, 50.0)
     assert "proven on 2 batches" in str(loaded)
+    assert loaded.proof.places == (0,)
+
+
+def test_a_proof_of_earlier_versions_has_no_places() -> None:
+    """Its numbers are those of the floating-point outputs, in order, wherever these are."""
+    row = asdict(Proof(40.0, 51.0, 0, 1, None, 50.0, outputs=(52.0, 51.0), places=(1, 3)))
+    assert Proof.loaded(row).sqnr_by_place([0, 1]) == {1: 52.0, 3: 51.0}
+    assert Proof.loaded({k: v for k, v in row.items() if k != "places"}).sqnr_by_place([1, 3]) == {1: 52.0, 3: 51.0}
 
 
 def test_a_plan_that_only_just_passes_is_not_relaxed_to() -> None:
