@@ -13,6 +13,10 @@ FEWEST = 32
 POPULATION = 8
 # A channel with at least this share of the median channel's variance (half its deviation) is taken to have its unit.
 SAME_UNIT = 0.25
+# From this many channels on, shares of one whole (the classes of a softmax) are held to the mean power at least.
+MANY_SHARES = 64
+# How near to 1 shares add up.
+_WHOLE = 1e-3
 
 
 def channel_dimension(tensor: torch.Tensor) -> int | None:
@@ -49,6 +53,9 @@ def channel_power(reference: torch.Tensor) -> torch.Tensor:
     the unit: the median power counts in full where the channel has at least `SAME_UNIT` of the median variance, and
     falls with the square of the variance below that. With fewer than `POPULATION` channels, only the own power counts.
 
+    Many probabilities that add up to 1 are shares of one whole, and most of them are 0 all the time. A class that is
+    rarer than one of average power is held to that power: else the class that has a tenth of one frame decides for all.
+
     It is at least `SILENT` of the mean power, and 0 only where the whole output is 0.
     """
     values = by_channel(reference).double()
@@ -58,7 +65,14 @@ def channel_power(reference: torch.Tensor) -> torch.Tensor:
         varied = (values - values.mean(1, keepdim=True)).square().sum(1)
         alike = (varied / (SAME_UNIT * varied.median())).nan_to_num(0.0, 0.0, 0.0).clamp(max=1).square()
         power = torch.maximum(power, alike * power.median())
-    return torch.maximum(power, SILENT * power.mean())
+    least = SILENT if len(power) < MANY_SHARES else torch.where(_are_shares(values), 1.0, SILENT)
+    return torch.maximum(power, least * power.mean())
+
+
+def _are_shares(values: torch.Tensor) -> torch.Tensor:
+    """Whether [channels, elements] are numbers from 0 on that add up to 1 over the channels, as a 0-d tensor."""
+    whole = (values.sum(0) - 1).abs() < _WHOLE
+    return (values >= 0).all() & whole.all()
 
 
 def channel_noise(ours: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -57,3 +57,34 @@ def test_few_channels_are_quantities_of_their_own() -> None:
     noise = channel_noise(both + 3, both)
     assert noise[1] > 100 * noise[0]
     assert both.shape[1] < POPULATION
+
+
+def _pitches(classes: int, frames: int = 100) -> torch.Tensor:
+    """Scores [frames, classes] of a pitch that glides over a part of the classes: most are silent, some almost."""
+    centre = torch.linspace(0.3, 0.6, frames)[:, None] * classes
+    return -0.5 * ((torch.arange(classes) - centre) / 2) ** 2
+
+
+def test_a_rare_class_of_a_softmax_is_held_to_an_average_one() -> None:
+    """Rounding is relative, so scores of -30 are off by more, and decide over classes that never win."""
+    scores = _pitches(384).clamp(min=-30)
+    shares = scores.softmax(-1)
+    noisy = 2e-3 * torch.randn(scores.shape, generator=torch.Generator().manual_seed(0))
+    off = (scores * (1 + noisy)).softmax(-1)
+    power = shares.double().square().sum(0)
+    own, noise = (off - shares).double().square().sum(0) / power, channel_noise(off, shares)
+    assert own.max() > 50 * noise.max()
+    assert noise.max() < 1e-4
+    torch.testing.assert_close(noise[power > power.mean()], own[power > power.mean()])  # they answer for themselves
+
+
+def test_only_shares_of_a_whole_are_held_together() -> None:
+    """The same numbers, when they do not add up to 1, when some are negative, and when they are few."""
+    shares = _pitches(384).softmax(-1)
+    for given in (1.5 * shares, shares - 1e-3, torch.cat([shares, -shares], -1), shares[:, :140]):
+        noise = channel_noise(given + 1e-4, given)
+        assert noise.max() > 100 * channel_noise(shares + 1e-4, shares).max()
+    few = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(50, 1)
+    few[:, 0] = few[:, 0] * 1e-3
+    few[:, 1] = 1 - few[:, 0]
+    assert channel_noise(few + 1e-4, few)[0] > 0.01
