@@ -18,9 +18,10 @@ from calibcast.calib.graph import input_targets
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.rounding import fp32_kernels
 from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
+from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_groups import Rounder
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
-from calibcast.calib.rounding_sweep import LOW_TYPES, Findings, Found, Sweep
+from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep
 from calibcast.calib.rounding_table import MOST_OUTPUTS
 from calibcast.calib.rounding_tape import Tape, random_state, record, set_random_state
 from torch import fx

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -20,6 +19,7 @@ from calibcast.calib.errors import first_line
 from calibcast.calib.output_noise import channel_dimension, channel_power
 from calibcast.calib.rounding_alone import changes, run_alone
 from calibcast.calib.rounding_edges import Edge
+from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_gradients import Gradients, Grads
 from calibcast.calib.rounding_groups import Group, Results, Rounder
 from calibcast.calib.rounding_ledger import Error, Ledger, Note, energy, noise_energy, parts_of
@@ -36,20 +36,6 @@ _RUN_SHARE, _LEAST_RUNS = 2.0, 16
 # the default budgets allow; until as many elements were computed as half a forward pass has.
 LOUD = {torch.float16: 1e-6, torch.bfloat16: 2.5e-5}
 _NUMBER_SHARE = 0.5
-
-
-@dataclass
-class Found:
-    """What rounding at one edge did in one batch. noise: by column. local: noise to signal at the reader's results."""
-
-    noise: list[float]
-    nonfinite: int = 0
-    steps: int = 0
-    local: float = 0.0
-    ran: bool = False
-
-
-Findings = dict[tuple[Edge, torch.dtype], Found | str]  # a string says why there is nothing
 
 
 class Sweep:
