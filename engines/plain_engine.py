@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from calibcast.calib.artifacts import load_json, parsed
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import BuildError, StorageError
@@ -27,7 +28,7 @@ from calibcast.engines.tensorrt.compatibility import LIBRARIES
 from calibcast.engines.tensorrt.engine_files import WIRING, given_outputs
 from calibcast.engines.triton_config import triton_config
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import ConstantArgument, OutputKind
 
 _FILES = "tensorrt"  # in an engine's folder
 CONFIG = "config.pbtxt"
@@ -126,7 +127,7 @@ def _bound(
             raise BuildError(f"the engine does not read {name}, which the program keeps: it cannot be exported alone")
         output = made[updates[name]] if name in updates else aliased.get(read[name])
         state.append((name, read[name], output, name not in updates and output is not None))
-    outputs = [_name(value) for value in last["outputs"]]
+    outputs = [_name(value) for value in last["outputs"] if isinstance(value, dict)]  # not the program's constants
     for value in outputs:
         if value not in made:
             raise BuildError(f"an output of the program is its {value}, unchanged: the engine does not compute it")
@@ -188,8 +189,11 @@ def _outputs(program: ExportedProgram, wired: _Wired, sizes: Mapping[str, str]) 
     nodes = {node.name: node for node in program.graph.nodes}
     found = []
     specs = [spec for spec in program.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
-    for name, binding, spec in zip(names, wired.outputs, specs, strict=True):
+    computed = [(n, s) for n, s in zip(names, specs, strict=True) if not isinstance(s.arg, ConstantArgument)]
+    for (name, spec), binding in zip(computed, wired.outputs, strict=True):
         value = nodes[spec.arg.name].meta["val"]
+        if not isinstance(value, torch.Tensor):
+            raise BuildError(f"the output {name} is a number, a size: an exported engine gives tensors only")
         shape = [size if isinstance(size, int) else _size(size, sizes) for size in value.shape]
         found.append({"name": name, "binding": binding, "dtype": dtype_name(value.dtype), "shape": shape})
     return found

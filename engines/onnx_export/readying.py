@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from calibcast.calib.artifacts import SERIALISING
+from calibcast.engines.tensorrt.builder.preparing import COPY, constants_apart, contents_apart
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind, OutputSpec
 from torch.utils import _pytree as pytree
 
 VIEW = torch.ops.aten.view.default
-COPY = torch.ops.aten.clone.default
-WRITE = torch.ops.aten.copy_.default
 PRODUCT = torch.ops.prims.prod.default
 _WRITES = (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 
@@ -35,7 +34,8 @@ def readied(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Written, .
     Else torch.onnx drops what nothing but a buffer's next content needs, and what is written to a user input. `program`
     is a copy already.
     """
-    _contents_apart(program.graph)
+    contents_apart(program.graph)
+    program, _ = constants_apart(program)
     with SERIALISING:
         functional = program.run_decompositions({})  # takes no operator apart: it only has writes become outputs
     _laid_out(functional.graph)
@@ -46,18 +46,6 @@ def readied(program: ExportedProgram) -> tuple[ExportedProgram, tuple[Written, .
         if spec.kind in _WRITES
     )
     return (_all_given(functional), written) if written else (functional, ())
-
-
-def _contents_apart(graph: fx.Graph) -> None:
-    """Have each write of a whole tensor write a copy: torch takes no program in which two buffers get one new content,
-    as it knows outputs by their nodes."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is WRITE:
-            source = node.args[1]
-            with graph.inserting_before(node):
-                copy = graph.call_function(COPY, (source,))
-            copy.meta = {"val": source.meta.get("val")}
-            node.args = (node.args[0], copy, *node.args[2:])
 
 
 def _laid_out(graph: fx.Graph) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from calibcast.calib.errors import BuildError, first_line
-from calibcast.engines.onnx_export.readying import COPY, readied, translations
+from calibcast.engines.onnx_export.readying import readied, translations
 from calibcast.engines.tensorrt.builder.network_layers import stamp, stamped_name
+from calibcast.engines.tensorrt.builder.preparing import COPY
 from calibcast.engines.tensorrt.program_device import copied
 from torch.export import ExportedProgram
 

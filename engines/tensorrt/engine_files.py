@@ -42,12 +42,13 @@ class Made:
     places: for each engine, the index among its outputs of each value that the graph takes from it; outputs that are
     the same tensor share one index. held: placeholder -> value, for the placeholders after the program's inputs: the
     state that was lifted out. updated: names of the state that the last outputs of the graph are new values of, in
-    order.
+    order. constants: outputs of the program that no part gives, by place.
     """
 
     places: Mapping[str, Sequence[int]] = field(default_factory=dict)
     held: Mapping[str, torch.Tensor] = field(default_factory=dict)
     updated: Sequence[str] = ()
+    constants: Mapping[int, Any] = field(default_factory=dict)
 
 
 def write_parts(module: fx.GraphModule, folder: Path, made: Made | None = None) -> None:
@@ -120,7 +121,10 @@ class _Writer:
         updated = list(self._made.updated)
         own = len(leaves) - len(updated)
         pairs = zip(updated, leaves[own:], strict=True)
-        step: dict[str, Any] = {"outputs": leaves[:own]}
+        given = leaves[:own]
+        for place, value in sorted(self._made.constants.items()):
+            given.insert(place, self._reference(value))
+        step: dict[str, Any] = {"outputs": given}
         if updated:
             step["updates"] = [{"state": name, "to": value} for name, value in pairs]
         self.steps.append(step)

@@ -14,7 +14,7 @@ from benchmarks.rtx_builder import has_builder
 
 ORACLE = Path(__file__).with_name("wiring_oracle.py")
 SEEDS = [str(seed) for seed in range(8)]
-CASES = ["named", "listed", "twice", "doubled", "old", "cache"]
+CASES = ["named", "listed", "twice", "doubled", "old", "cache", "returned", "put", "crossing"]
 
 pytestmark = pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
 
@@ -62,5 +62,5 @@ def test_state_is_what_the_program_writes_to_and_constants_are_held_too(built):
 
 def test_a_torch_tensorrt_that_lifts_no_buffers_gets_them_lifted():
     """As 2.11: written buffers are made inputs and outputs before it compiles."""
-    found = rows("by_hand", ["old", "cache"])
-    assert [row.get("error", row["worst"]) for row in found.values()] == [0, 0]
+    found = rows("by_hand", ["old", "cache", "returned"])
+    assert [row.get("error", row["worst"]) for row in found.values()] == [0, 0, 0]

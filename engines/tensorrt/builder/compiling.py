@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,12 @@ from calibcast.engines.io_names import outputs_by_node
 from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult, Profile
 from calibcast.engines.tensorrt.builder.network_layers import Conversion, stamp, stamped_name
+from calibcast.engines.tensorrt.builder.preparing import (
+    constants_apart,
+    contents_apart,
+    puts_along,
+    state_apart,
+)
 from calibcast.engines.tensorrt.builder.size_bounds import (
     Bounds,
     check_profile_read_back,
@@ -41,6 +48,10 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
     start = time.perf_counter()
     moved = copied(program) if job.ahead_of_time else copied(on_device(program, torch.device(job.device)))
     stamp(moved)
+    puts_along(moved.graph)
+    contents_apart(moved.graph)
+    state_apart(moved)
+    moved, constants = constants_apart(moved)
     source = Lifted(moved)
     if writes_buffers(moved) and not adapter.lifts_buffers():
         source = lifted(moved)
@@ -57,7 +68,8 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
     asked = _asked(compiled, engines, sizes, dict(zip(_own_inputs(compiled, source), job.profiles, strict=False)))
     _check_profiles(asked, dict(zip(engines, conversion.profiles, strict=True)))
     folder.mkdir(parents=True, exist_ok=True)
-    _write(compiled, folder, job.ahead_of_time, _made(compiled, engines, conversion, source))
+    made = replace(_made(compiled, engines, conversion, source), constants=constants)
+    _write(compiled, folder, job.ahead_of_time, made)
     inspected = {} if job.ahead_of_time else {n: adapter.inspected(p.serialized_engine) for n, p in engines.items()}
     if inspected:
         _check_profiles(asked, {name: profiles for name, (_, profiles) in inspected.items()})
@@ -165,7 +177,7 @@ def _write(compiled: fx.GraphModule, folder: Path, ahead_of_time: bool, made: Ma
     try:
         write_parts(compiled, folder, made)
     except WiringError as problem:
-        if ahead_of_time:
+        if ahead_of_time or made.constants:
             raise
         adapter.save_module(compiled, str(folder / WHOLE))
         print(f"saved by torch_tensorrt.save: {problem}", file=sys.stderr)

@@ -11,6 +11,9 @@ Checked against the sources of 2.11.0 and 2.14.0. Everything is restored when th
 - `is_node_supported` of both partitioners' support tests, wrapped: chosen nodes stay in PyTorch.
 - `TRTInterpreter.output`, wrapped: outputs that are the same tensor become one output of the engine, and neither
   library says which ones did.
+- `DYNAMO_ATEN_CONVERTERS`: those of casts and copies that are an engine's output themselves say that they take no
+  dynamic sizes. They do: the layer that they add knows none. A cast of an input that two engines read is such an
+  output.
 - ahead of time only: `tensorrt.Runtime`, with which `TRTInterpreter.run` deserialises the finished engine, and
   `TorchTensorRTModule.setup_engine`, which makes it ready to run. Both need a GPU, and building needs neither. Also
   `_compiler.to_torch_device`, which moves the weights of what stays in PyTorch to a GPU.
@@ -21,6 +24,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -28,8 +32,10 @@ import torch
 from calibcast.calib.errors import BuildError
 from calibcast.engines.tensorrt.builder.job import Profile
 from calibcast.engines.tensorrt.builder.network_layers import Conversion, described, layer_metadata, stamped_name
+from calibcast.engines.tensorrt.builder.preparing import COPY
 from calibcast.engines.tensorrt.builder.size_bounds import Bounds, bounds_of
 from calibcast.engines.tensorrt.builder.torch_tensorrt_adapter import read_profile
+from calibcast.passes.cast_insertion import CAST
 from torch.utils import _pytree as pytree
 
 _SUPPORT_TESTS = (
@@ -66,6 +72,8 @@ def watched_conversion(
         common = importlib.import_module("torch_tensorrt.dynamo.partitioning.common")
         ranged = _with_sizes(common.extract_var_range_info, sizes or {})
         stack.enter_context(patch(common, "extract_var_range_info", ranged))
+        registry = importlib.import_module("torch_tensorrt.dynamo.conversion._ConverterRegistry")
+        stack.enter_context(mock.patch.dict(registry.DYNAMO_ATEN_CONVERTERS, _of_any_size(registry)))
         configure = _with_progress(kind._populate_trt_builder_config, interpreter.trt, conversion, event)
         stack.enter_context(patch(kind, "_populate_trt_builder_config", configure))
         for place, name in _SUPPORT_TESTS if in_pytorch else ():
@@ -79,6 +87,16 @@ def watched_conversion(
             module = importlib.import_module("torch_tensorrt.dynamo.runtime").TorchTensorRTModule
             stack.enter_context(patch(module, "setup_engine", _set_up_nothing))
         yield conversion
+
+
+def _of_any_size(registry: Any) -> dict[Any, list[Any]]:
+    """The converters of casts and copies, all of which take dynamic sizes."""
+    converters = registry.DYNAMO_ATEN_CONVERTERS
+    return {
+        target: [replace(support, supports_dynamic_shapes=True) for support in converters[target]]
+        for target in (CAST, COPY)
+        if target in converters
+    }
 
 
 def _with_sizes(original: Callable[..., Any], sizes: Mapping[str, Bounds]) -> Callable[..., Any]:
