@@ -27,10 +27,9 @@ from calibcast.engines.judging.attribution import Attribution
 from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.judging.metrics import OutputError
 from calibcast.engines.judging.report import SCHEMA, VerificationReport
+from calibcast.engines.judging.shapes import may_be, sizes_by_data
 from torch import fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind, TensorArgument
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
@@ -116,7 +115,7 @@ class _Comparison:
         self._engine, self._runner, self._metrics, self._attribution = engine, runner, metrics, attribution
         self._program = runner.program
         self._errors = [OutputError(name) for name in output_names(runner.program)]
-        self._by_data = _sizes_by_data(runner.program)
+        self._by_data = sizes_by_data(runner.program)
         self._compared: set[int] = set()
         self._sums = dict.fromkeys(metrics, 0.0)
         self._samples = 0
@@ -164,18 +163,12 @@ class _Comparison:
         return leaves
 
     def _compare(self, position: int, error: OutputError, mine: Any, theirs: torch.Tensor, index: int) -> None:
-        if not isinstance(mine, torch.Tensor) or not self._may_be(position, mine.shape, theirs.shape):
+        if not isinstance(mine, torch.Tensor) or not may_be(mine.shape, theirs.shape, self._by_data[position]):
             came = list(mine.shape) if isinstance(mine, torch.Tensor) else type(mine).__name__
             raise MismatchError(
                 f"batch {index}: {error.output} of the engine is {came}, of the program {list(theirs.shape)}"
             )
         error.update(mine.to(theirs.device), theirs, index)
-
-    def _may_be(self, position: int, ours: torch.Size, theirs: torch.Size) -> bool:
-        """Whether an output may have this shape: equal to the program's, except sizes that depend on the data."""
-        depends = self._by_data[position]
-        same = all(a == b or i in depends for i, (a, b) in enumerate(zip(ours, theirs, strict=False)))
-        return len(ours) == len(theirs) and same
 
     def _measure(self, index: int, output: Any, reference: Any, batch: Any, flat: list[Any]) -> None:
         if not self._metrics:
@@ -216,19 +209,6 @@ class _Comparison:
         )
         _log.info("%s", report)
         return report
-
-
-def _sizes_by_data(program: ExportedProgram) -> list[set[int]]:
-    """For each flat user output, the dimensions whose size depends on the data, not on the inputs' sizes alone."""
-    nodes = {node.name: node for node in program.graph.nodes}
-    outputs = [s.arg for s in program.graph_signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
-    values = [nodes[arg.name].meta.get("val") if isinstance(arg, TensorArgument) else None for arg in outputs]
-    return [
-        {i for i, size in enumerate(value.shape) if free_unbacked_symbols(size)}
-        if isinstance(value, torch.Tensor)
-        else set()
-        for value in values
-    ]
 
 
 def _has_nan(value: Any) -> bool:

@@ -15,6 +15,7 @@ from calibcast.calib.execution import NodeError, ProgramRunner, input_structure,
 from calibcast.calib.input_checks import Leaf
 from calibcast.calib.ranges import RangeTable
 from calibcast.engines.judging.metrics import OutputError
+from calibcast.engines.judging.shapes import may_be, sizes_by_data
 from calibcast.engines.tensorrt.builder.job import Profile
 from calibcast.engines.tensorrt.widening import widenable, widened
 from calibcast.passes.proof import Proof
@@ -181,6 +182,7 @@ class _Held:
         self._errors = {kind: [OutputError(name) for name in names] for kind in ("engine", "cast", "moved")}
         self._expected: list[tuple[list[Any], list[Any]]] = []
         self._wrong = self._total = 0
+        self._outputs, self._misshapen = list(zip(names, sizes_by_data(program), strict=True)), ""
 
     def expect(self, flat: Sequence[Any]) -> None:
         """Run the programs. Inputs changed by as little as TF32's rounding show how much error the model itself
@@ -199,8 +201,12 @@ class _Held:
         """Compare what the engine gave for batch `index`."""
         wanted, cast = self._expected[index]
         self._compare("engine", given, wanted)
-        for ours, theirs in zip(given, cast, strict=True):
-            if _is_floating(theirs) and isinstance(ours, torch.Tensor):
+        for (name, by_data), ours, theirs in zip(self._outputs, given, cast, strict=True):
+            tensors = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+            if tensors and not may_be(ours.shape, theirs.shape, by_data):
+                shapes = f"{list(ours.shape)}, and its program {list(theirs.shape)}"
+                self._misshapen = self._misshapen or f"the engine gives {name} the shape {shapes}"
+            elif _is_floating(theirs) and isinstance(ours, torch.Tensor):
                 self._wrong += int((~torch.isfinite(ours) & torch.isfinite(theirs)).sum())
                 self._total += theirs.numel()
 
@@ -214,7 +220,9 @@ class _Held:
         seen = [output for output, _ in found]
         low = min(seen, key=lambda output: output.engine_db - output.asked_db, default=None)
         problem = plan_problem = None
-        if self._wrong:
+        if self._misshapen:
+            problem = self._misshapen
+        elif self._wrong:
             problem = f"the engine gives NaN or Inf for {self._wrong} of {self._total} values that its program gives"
         elif low is not None and low.engine_db < low.asked_db:
             problem = (

@@ -552,3 +552,12 @@ def test_a_converters_failure_in_this_process_names_its_stage(planned, monkeypat
     with pytest.raises(BuilderError) as caught:
         build_attempts._build_here(None, planned[0], None)
     assert (caught.value.stage, caught.value.node) == (CONVERTING, "sigmoid")
+
+
+def test_an_engine_that_gives_another_shape_is_wrong():
+    """Lowering by torch 2.11 gives the last states of an LSTM one dimension more."""
+    x = torch.randn(4, 32)
+    program = torch.export.export(Plain().eval(), (x,))
+    module = program.module()
+    found = judged(lambda x: module(x)[None], program, [[x]])
+    assert found.problem == "the engine gives output the shape [1, 4, 32], and its program [4, 32]"
