@@ -151,7 +151,13 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         ) from error
     except Exception as error:  # torch.load passes on any error of its zip reader and deserialiser
         import torch
+        from calibcast.calib.pt2.containers import unknown_classes
 
+        if classes := unknown_classes(source):
+            raise ArtifactError(
+                f"{path} takes or gives {', '.join(classes)}, which this process does not know. Import the module that "
+                "defines it first; on the command line give a file.py:function that imports it and returns the program."
+            ) from error
         raise ArtifactError(
             f"{path} cannot be loaded as an exported program (truncated, foreign, or of another torch; this is "
             f"torch {torch.__version__}): {type(error).__name__}: {first_line(error)}"
@@ -159,9 +165,12 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
 
 
 def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
-    """Save a program as `.pt2`, whole or not at all."""
+    """Save a program as `.pt2`, whole or not at all. Raises ArtifactError for one that could not be loaded again."""
     import torch
+    from calibcast.calib.pt2.containers import why_not_saved
 
+    if (why := why_not_saved(program)) is not None:
+        raise ArtifactError(f"the program cannot be saved: {why}")
     # torch.export.save warns if a file name does not end in .pt2. The temporary name does not; a stream has none.
     with SERIALISING, written_whole(path) as temporary, _Patient(io.FileIO(temporary, "wb")) as stream:
         torch.export.save(program, stream)

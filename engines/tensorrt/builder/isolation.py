@@ -18,6 +18,7 @@ from typing import Any
 from calibcast.calib.artifacts import save_program
 from calibcast.calib.child_process import PACKAGE_ROOT, module_search_path
 from calibcast.calib.errors import ArtifactError, BuildError
+from calibcast.calib.pt2.containers import with_plain_containers
 from calibcast.engines.tensorrt.builder import worker
 from calibcast.engines.tensorrt.builder.job import BUILT, INDUCTOR, PROGRAM, BuilderJob, BuilderResult, custom_modules
 from calibcast.engines.tensorrt.builder.worker import Worker
@@ -112,7 +113,8 @@ def build_isolated(
         with tempfile.TemporaryDirectory(prefix="calibcast-build-") as name:
             work = Path(name)
             replace(job, imports=imports).save(work)
-            save_program(program, work / PROGRAM)  # while a builder that was just started imports
+            plain = program if job.compiler == INDUCTOR else with_plain_containers(program)
+            save_program(plain, work / PROGRAM)  # while a builder that was just started imports
             with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
                 heard = _Progress(bar)
                 code = _run(builder, work, heard, timeout)
