@@ -114,7 +114,7 @@ class Network:
         torch._dynamo.reset()
         compiled = torch.compile(self.subject.model)
         run = _with_autocast(compiled) if "autocast" in variant else compiled
-        from calibcast.calib.artifacts import SERIALISING
+        from calibcast.calib.pt2.serialiser import SERIALISING
 
         with SERIALISING, torch.no_grad(), tf32(False):
             run(*self.inputs)

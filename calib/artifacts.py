@@ -7,7 +7,6 @@ import json
 import os
 import stat
 import tempfile
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from calibcast.calib.errors import ArtifactError, StorageError, first_line
 from calibcast.calib.file_kinds import PROGRAM_FILE, json_kind, wrong_kind
+from calibcast.calib.pt2.serialiser import serialising
 from calibcast.calib.seal import UNSEALED, sealed
 from calibcast.calib.sealed_files import followed
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
-# torch.export.save and torch.compile register fake tensors with pickle while they run, and fail if another thread does
-# the same. Hold this lock around such calls, so that several threads can build engines.
-SERIALISING = threading.RLock()
 
 
 def versions() -> dict[str, str]:
@@ -141,7 +138,6 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
         raise ArtifactError(wrong)
     from calibcast.calib.pt2.loading import load_checked
     from calibcast.calib.pt2.refusal import RefusedError
-    from calibcast.calib.pt2.serialiser import serialising
 
     try:
         with serialising():
@@ -169,7 +165,6 @@ def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[
     """Save a program as `.pt2`, whole or not at all. Raises ArtifactError for one that could not be loaded again."""
     import torch
     from calibcast.calib.pt2.containers import why_not_saved
-    from calibcast.calib.pt2.serialiser import serialising
 
     if (why := why_not_saved(program)) is not None:
         raise ArtifactError(f"the program cannot be saved: {why}")

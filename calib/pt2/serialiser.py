@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ from functools import cache
 from typing import Any
 from unittest import mock
 
-from calibcast.calib.artifacts import SERIALISING
+# torch.export.save and torch.compile register fake tensors with pickle while they run, and fail if another thread does
+# the same. Hold this lock around such calls, so that several threads can build engines.
+SERIALISING = threading.RLock()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from calibcast.calib.artifacts import SERIALISING
+from calibcast.calib.pt2.serialiser import SERIALISING
 from calibcast.engines.tensorrt.builder.preparing import COPY, constants_apart, contents_apart
 from torch import fx
 from torch.export import ExportedProgram

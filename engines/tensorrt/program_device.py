@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from calibcast.calib.artifacts import SERIALISING
 from calibcast.calib.graph import program_device
+from calibcast.calib.pt2.serialiser import SERIALISING
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
