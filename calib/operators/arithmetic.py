@@ -54,6 +54,7 @@ ARITHMETIC: tuple[Operator, ...] = (
     operator("addcmul", literals=("value",), takes_offset=True),
     operator("addcdiv", literals=("value",), takes_offset=True),
     operator("lerp", takes_offset=True),
+    *alike("linalg_cross cross", takes_offset=True),
     operator("diff", error=SAME, takes_offset=True),
     operator("pow", powers=True, error=SHARE, checks_numbers=True, poles=(Pole(0, exponent=1),), hands_on=True),
     operator("relu", error=SAME, hands_on=True, keeps_rounded=True),

@@ -1,7 +1,8 @@
 """Operators that no target runs in half precision: the same list everywhere, since no plan may depend on a machine.
 
 Measured over 108 operators of 66 architectures. Factorisations, transforms and the special functions have no half
-kernels; `linalg_vector_norm` is an ordinary reduction, and some special functions are aliases of ordinary ones.
+kernels; `linalg_vector_norm` is an ordinary reduction, `linalg_cross` products and differences of elements, and some
+special functions are aliases of ordinary ones.
 """
 
 from __future__ import annotations

@@ -237,7 +237,7 @@ steps, error=step, slopes, takes_offset
 steps, error=step, takes_offset
     ceil floor round trunc=fix
 takes_offset
-    l1_loss lerp mse_loss
+    cross l1_loss lerp linalg_cross mse_loss
 training=2/1/None
     native_dropout
 training=5/None/3

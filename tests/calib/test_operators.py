@@ -57,6 +57,7 @@ def test_unknown_operator_does_nothing_that_is_known() -> None:
     assert operator_of("fft_rfft").never_low
     assert operator_of("linalg_solve").never_low
     assert not operator_of("linalg_vector_norm").never_low
+    assert not operator_of("linalg_cross").never_low
 
 
 @pytest.mark.parametrize(("alias", "entry"), [(alias, entry) for entry in OPERATORS for alias in entry.aliases])
