@@ -14,6 +14,7 @@ from calibcast.calib.errors import (
     PlanError,
     ProgramError,
     SettingError,
+    StorageError,
 )
 from calibcast.calib.lazy_names import lazy_names
 
@@ -38,6 +39,7 @@ __all__ = [
     "RangeTable",
     "RecordedCalls",
     "SettingError",
+    "StorageError",
     "calibrate",
     "recorded",
 ]

@@ -88,6 +88,8 @@ def save_json(path: str | os.PathLike[str], kind: str, content: dict[str, Any]) 
 def load_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """Read a JSON artifact of `kind`. Raises ArtifactError for anything else."""
     source = Path(path)
+    if source.exists() and not source.is_file():  # to open a pipe would wait for ever
+        raise ArtifactError(str(wrong_kind(source, json_kind(kind))))
     try:
         document = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -157,8 +159,13 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
             ) from error
         raise ArtifactError(
             f"{path} cannot be loaded as an exported program (truncated, foreign, or of another torch; this is "
-            f"torch {torch.__version__}): {type(error).__name__}: {first_line(error)}"
+            f"torch {torch.__version__}){_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What torch says, but where it only points to its own log, which is kept out."""
+    return "" if "warnings above" in str(error) else f": {type(error).__name__}: {first_line(error)}"
 
 
 def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:

@@ -42,9 +42,9 @@ def load_call(path: Path) -> tuple[bool, tuple[Any, ...], dict[str, Any]]:
             found = json.loads((stream.metadata() or {})[_STRUCTURE])
             if found["version"] != _VERSION:
                 raise ArtifactError(f"{path} was written by another calibcast: record the calls again")
-            args, kwargs = _made(found["call"], stream)
+            args, kwargs = _made(found["call"], stream, set())
             return bool(found["begins"]), args, kwargs
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{path} is not a readable recorded call (truncated or foreign): {error!r}") from error
 
 
@@ -71,16 +71,20 @@ def _told(value: Any, tensors: dict[str, torch.Tensor], at: str) -> Any:
     )
 
 
-def _made(told: Any, stream: Any) -> Any:
+def _made(told: Any, stream: Any, used: set[str]) -> Any:
+    """The value that `_told` described. used: tensors read so far; each is read once, as often as it was written."""
     ((kind, content),) = told.items()
     if kind == "tensor":
+        if content in used:
+            raise ValueError(f"tensor {content} is used twice")
+        used.add(content)
         return stream.get_tensor(content)
     if kind == "plain":
         return content
     if kind == "dict":
-        return {key: _made(item, stream) for key, item in content.items()}
+        return {key: _made(item, stream, used) for key, item in content.items()}
     if kind in {"tuple", "list"}:
-        items = [_made(item, stream) for item in content]
+        items = [_made(item, stream, used) for item in content]
         return tuple(items) if kind == "tuple" else items
     if kind == "dtype" and isinstance(found := getattr(torch, content, None), torch.dtype):
         return found

@@ -17,6 +17,7 @@ from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, writ
 from calibcast.calib.errors import ArtifactError, MismatchError
 from calibcast.calib.file_kinds import CHECKPOINT_FILE, wrong_kind
 from calibcast.calib.graph import TensorSpec
+from calibcast.calib.json_types import require_types
 from calibcast.calib.measured import Measured, merge_measured
 from calibcast.calib.plain_npz import read_npz
 from calibcast.calib.range_schema import Calibration
@@ -27,6 +28,14 @@ from calibcast.calib.statistics import Statistics
 
 _KIND = "checkpoint"
 _HEADER, _TOTAL, _ROUNDING = "header", "total", "rounding"
+_HEADER_TYPES: dict[str, Any] = {
+    "specs": list[TensorSpec],
+    "position": int,
+    "made_of": dict[str, str],
+    "last": str,
+    "early": list[int],
+    "notes": dict[str, Any],
+}
 
 
 @dataclass(frozen=True)
@@ -77,12 +86,12 @@ class Checkpoint(Measured):
             raise ArtifactError(f"{source} is not a readable checkpoint (truncated or foreign): {error}") from error
         check_header(header if isinstance(header, dict) else {}, _KIND, source)
         with parsed(source, _KIND):
-            calibration, rows = {**header["calibration"]}, len(header["specs"])
-            calibration |= {name: tuple(calibration[name]) for name in ("skipped", "input_hashes")}
+            require_types(header, _HEADER_TYPES)
+            rows = len(header["specs"])
             return cls(
                 specs=tuple(TensorSpec(**{**row, "shape": tuple(row["shape"])}) for row in header["specs"]),
                 statistics=_statistics(_TOTAL, arrays, rows),
-                calibration=Calibration(**calibration),
+                calibration=Calibration.parsed(header["calibration"]),
                 position=int(header["position"]),
                 made_of=header["made_of"],
                 last=header["last"],

@@ -14,6 +14,9 @@ _ALWAYS = (
     "neginf", "zeros", "masked",
 )  # fmt: skip
 _COUNTS = ("output", "batches", "elements", "nan", "posinf", "neginf", "zeros", "masked")
+_BATCHES = ("absmax_batch", "nonfinite_batch")
+_TEXTS = ("node", "op", "module", "source", "dtype")
+MOST_TEXT = 1 << 14
 _NUMBERS = ("min", "max", "absmax", "smallest", "mean", "rms")
 
 
@@ -26,6 +29,12 @@ def check_values(frame: pl.DataFrame, source: Path) -> None:
         _refuse(frame, pl.col(name) < 0, f"has a negative {name}", source)
     for name in _NUMBERS:
         _refuse(frame, ~pl.col(name).is_finite(), f"has NaN or Inf as its {name}", source)
+    for name in _BATCHES:
+        _refuse(frame, pl.col(name) < 0, f"has a negative {name}", source)
+    for name in ("hidden_max", "hidden_min"):
+        _refuse(frame, (pl.col(name) < 0) | pl.col(name).is_nan(), f"has a negative {name}, or NaN", source)
+    for name in _TEXTS:
+        _refuse(frame, pl.col(name).str.len_bytes() > MOST_TEXT, f"has a {name} of more than {MOST_TEXT} bytes", source)
     counted = pl.sum_horizontal("nan", "posinf", "neginf", "zeros", "masked")
     _refuse(frame, counted > pl.col("elements"), "counts more than its elements", source)
     _refuse(frame, pl.col("min") > pl.col("max"), "has a min above its max", source)

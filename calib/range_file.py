@@ -11,8 +11,9 @@ from pathlib import Path
 import polars as pl
 from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, save_frame
 from calibcast.calib.errors import ArtifactError
+from calibcast.calib.parquet_size import declared_too_much
 from calibcast.calib.range_checks import check_values
-from calibcast.calib.range_schema import HIDDEN_SCHEMA, SCHEMA, Calibration, RangeData, Rescaled, hidden_rows
+from calibcast.calib.range_schema import HIDDEN_SCHEMA, SCHEMA, Calibration, RangeData, hidden_rows
 from calibcast.calib.rounding_table import rounding_metadata, rounding_of
 from calibcast.calib.statistic_names import HIDDEN
 
@@ -33,6 +34,8 @@ def read_ranges(content: bytes, source: Path) -> RangeData:
     Call it only with bytes whose checksum is right: damaged bytes can crash the process.
     """
     try:
+        if (wrong := declared_too_much(content)) is not None:
+            raise ValueError(wrong)
         metadata = pl.read_parquet_metadata(io.BytesIO(content))
         header = json.loads(metadata.get(_HEADER_KEY, "{}"))
         frame = pl.read_parquet(io.BytesIO(content))
@@ -40,13 +43,10 @@ def read_ranges(content: bytes, source: Path) -> RangeData:
         raise ArtifactError(f"{source} is not a readable Parquet file (truncated or foreign): {error}") from error
     check_header(header if isinstance(header, dict) else {}, _KIND, source)
     with parsed(source, _KIND):
-        fields = header["calibration"]
-        fields = {**fields, "digests": {name: str(digest) for name, digest in fields["digests"].items()}}
-        fields = {**fields, "rescaled": Rescaled.parsed(fields.get("rescaled"))}
-        fields = {**fields, "skipped": tuple(fields["skipped"]), "input_hashes": tuple(fields["input_hashes"])}
+        calibration = Calibration.parsed(header["calibration"])
         checked = _checked(frame, source)
         rounding = rounding_of(metadata, source)
-        return RangeData(checked.select(list(SCHEMA)), Calibration(**fields), hidden_rows(checked), rounding)
+        return RangeData(checked.select(list(SCHEMA)), calibration, hidden_rows(checked), rounding)
 
 
 def _checked(frame: pl.DataFrame, source: Path) -> pl.DataFrame:

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 from calibcast.calib.artifacts import versions
 from calibcast.calib.graph_digests import fingerprint
+from calibcast.calib.json_types import fields_of, require_types
 from calibcast.calib.rounding_table import empty_rounding
 from calibcast.calib.statistic_names import HIDDEN
 
@@ -91,6 +92,15 @@ class Calibration:
     versions: dict[str, str] = field(default_factory=versions)
     rescaled: Rescaled | None = None
     ends_only: bool = False
+
+    @classmethod
+    def parsed(cls, row: Mapping[str, Any]) -> Calibration:
+        """From the header of a file. Raises KeyError, TypeError or ValueError for what no calibration writes."""
+        require_types(row, fields_of(cls) | {"rescaled": dict[str, Any] | None}, "calibration.")
+        if min((row["batches"], *row["skipped"])) < 0:
+            raise ValueError("calibration counts fewer than 0 batches")
+        tuples = {name: tuple(row[name]) for name in ("skipped", "input_hashes")}
+        return cls(**{**row, **tuples, "rescaled": Rescaled.parsed(row.get("rescaled"))})
 
     @property
     def fingerprint(self) -> str:

@@ -39,6 +39,7 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.errors import ArtifactError
+from calibcast.calib.parquet_size import declared_too_much
 
 LOW_TYPE_NAMES = ("float16", "bfloat16")
 OUTPUT = "output"  # the reader of the program's results
@@ -102,7 +103,10 @@ def rounding_of(metadata: Mapping[str, str], source: Path) -> pl.DataFrame:
     if text is None:
         return empty_rounding()
     try:
-        frame = pl.read_parquet(io.BytesIO(base64.b64decode(text, validate=True)))
+        content = base64.b64decode(text, validate=True)
+        if (wrong := declared_too_much(content)) is not None:
+            raise ValueError(wrong)
+        frame = pl.read_parquet(io.BytesIO(content))
     except (Exception, pl.exceptions.PanicException) as error:  # a panic is not an Exception
         raise ArtifactError(f"{source}: its evidence of rounding is not readable: {error}") from error
     for name, dtype in ROUNDING_SCHEMA.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calibcast.calib.errors import ArtifactError, ChangedFileError
+from calibcast.calib.file_kinds import kind_of
 
 
 def files_under(path: Path, base: Path) -> dict[str, str]:
@@ -58,6 +59,8 @@ def _check_one(folder: Path, name: str, expected: Any, manifest: Path) -> None:
     file = folder / name
     if any(part.is_symlink() for part in (file, *_between(file, folder))):
         raise ArtifactError(f"{file} is a symbolic link: what it points to is no part of {folder}")
+    if file.exists() and not file.is_file():  # to open a pipe would wait for ever
+        raise ArtifactError(f"{file} cannot be read: it is {kind_of(file)}")
     try:
         found = sha256(file)
     except FileNotFoundError as error:

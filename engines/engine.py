@@ -17,13 +17,15 @@ from calibcast.calib.artifacts import load_json, load_program, parsed, save_fram
 from calibcast.calib.errors import ArtifactError, MismatchError, StorageError
 from calibcast.calib.file_kinds import ENGINE, is_replaceable, wrong_kind
 from calibcast.calib.graph_digests import fingerprint
+from calibcast.calib.json_types import require_types
+from calibcast.calib.parquet_size import declared_too_much
 from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.seal import broken_seal
 from calibcast.calib.sealed_files import check_sealed, files_under, followed
 from calibcast.engines.backends import backend_named
 from calibcast.engines.io_names import size_names
-from calibcast.engines.ledger.ledger import empty_ledger
+from calibcast.engines.ledger.ledger import empty_ledger, problem_of
 from calibcast.engines.monitoring.monitor import Monitor
 from calibcast.engines.runtimes import Runtime
 from calibcast.passes.plan import PrecisionPlan
@@ -32,6 +34,25 @@ from torch.export import ExportedProgram
 _KIND = "engine"
 _MANIFEST, _PROGRAM, _PLAN, _RANGES = "manifest.json", "program.pt2", "plan.json", "ranges.parquet"
 _LEDGER = "ledger.parquet"
+_MANIFEST_TYPES: dict[str, Any] = {
+    "backend": str,
+    "why": str,
+    "settings": dict[str, str],
+    "built_with": dict[str, str],
+    "fingerprint": str,
+    "weights": str,
+    "plan": str | None,
+    "ranges": str | None,
+    "files": dict[str, str],
+    "build": dict[str, Any] | None,
+    "size_names": dict[str, str] | None,
+}
+_BUILD_TYPES: dict[str, Any] = {
+    "remedies": list[str],
+    "fallback_to_pytorch": dict[str, str] | None,
+    "cache": dict[str, Any] | None,
+}
+_REQUIRED = ("backend", "why", "settings", "built_with", "fingerprint", "weights", "plan", "ranges")
 
 
 @dataclass
@@ -162,7 +183,7 @@ class Engine:
         source = Path(folder)
         if (wrong := wrong_kind(source, ENGINE)) is not None:
             raise ArtifactError(wrong)
-        manifest = load_json(source / _MANIFEST, _KIND)
+        manifest = read_manifest(source)
         _check_seal(source, manifest)
         with parsed(source / _MANIFEST, _KIND):
             backend = backend_named(manifest["backend"])
@@ -210,7 +231,13 @@ def read_ledger(folder: str | os.PathLike[str]) -> pl.DataFrame:
             raise ValueError(broken)
         manifest = Path(folder) / _MANIFEST
         check_sealed(Path(folder), load_json(manifest, _KIND).get("files"), manifest, only=_LEDGER)
-        return pl.read_parquet(io.BytesIO(content))
+        if (wrong := declared_too_much(content)) is not None:
+            raise ValueError(wrong)
+        ledger = pl.read_parquet(io.BytesIO(content))
+        wrong = problem_of(ledger)
+        if wrong is not None:
+            raise ValueError(wrong)
+        return ledger
     except ArtifactError:
         raise
     except (Exception, pl.exceptions.PanicException) as error:  # a panic is not an Exception
@@ -256,7 +283,14 @@ def _plan_in(source: Path, manifest: Mapping[str, Any]) -> PrecisionPlan | None:
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest in an engine's folder, without loading the engine. Raises ArtifactError."""
-    return load_json(Path(folder) / _MANIFEST, _KIND)
+    manifest = load_json(Path(folder) / _MANIFEST, _KIND)
+    with parsed(Path(folder) / _MANIFEST, _KIND):
+        require_types(manifest, _MANIFEST_TYPES)
+        require_types(manifest.get("build") or {}, _BUILD_TYPES, "build.")
+        missing = [name for name in _REQUIRED if name not in manifest]
+        if missing:
+            raise KeyError(missing[0])
+    return manifest
 
 
 def _replace(target: Path, made: Path) -> None:

@@ -152,9 +152,10 @@ def read_io(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
             raise ValueError(f"it is {content['kind']!r} of schema {content['schema']!r}, not of {SCHEMA}")
         for key in ("engine", "inputs", "outputs", "state", "library", "versions"):
             content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        plain = content["engine"] not in ("", "..") and Path(content["engine"]).name == content["engine"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{place / IO} is not what calibcast export --engine writes: {error}") from error
-    if Path(content["engine"]).name != content["engine"]:
+    if not plain:
         raise ArtifactError(f"{place / IO} names an engine outside of its folder: {content['engine']!r}")
     return place, content
 
@@ -165,16 +166,19 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         content = bytearray(path.read_bytes())
         end = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:end])
-        found = {}
+        found, held = {}, 0
         for name, entry in header.items():
             if name != "__metadata__":
                 start, stop = entry["data_offsets"]
+                held += stop - start
+                if not 0 <= start <= stop or held > len(content) - end:  # overlapping tensors take any memory
+                    raise ValueError(f"tensor {name} lies at {start} to {stop}")
                 data = content[end + start : end + stop]
                 kind = _SAFETENSORS[entry["dtype"]]
                 flat = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
                 found[name] = flat.reshape(entry["shape"])
         return found
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ArtifactError(f"{path} is not a readable file of tensors: {error}") from error
 
 

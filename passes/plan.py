@@ -16,6 +16,7 @@ from calibcast.calib.errors import ArtifactError, MismatchError, PlanError, know
 from calibcast.calib.execution import require_program
 from calibcast.calib.graph import dtype_name, is_measurable, module_path, op_name, tensor_values
 from calibcast.calib.graph_digests import fingerprint, first_difference
+from calibcast.calib.json_types import require_types
 from calibcast.calib.number_text import percent
 from calibcast.calib.program_digests import node_digests
 from calibcast.passes.autocast_replay import ran_low
@@ -65,6 +66,22 @@ class Decision:
     limit: float | None = None
     verdicts: tuple[Verdict, ...] = ()
     work: int = 0
+
+
+# What a plan's file holds, by key.
+_FILE: dict[str, Any] = {
+    "low_precision_type": str,
+    "settings": dict[str, Any],
+    "notes": list[str],
+    "masks": list[str] | None,
+    "flips": dict[str, dict[str, float | None]],
+    "budgets": dict[str, dict[str, float | None]],
+    "rounding": RoundingSummary | None,
+    "proof": Proof | None,
+    "exponents": dict[str, int],
+    "digests": dict[str, str],
+    "decisions": list[Decision],
+}
 
 
 @dataclass(frozen=True)
@@ -192,6 +209,7 @@ class PrecisionPlan:
         """Read a plan. Raises ArtifactError when the file is truncated, not a plan, or of a newer version."""
         content = load_json(path, _KIND)
         with parsed(path, _KIND):
+            require_types(content, _FILE)
             decisions = tuple(
                 Decision(**{**row, "verdicts": tuple(Verdict(**v) for v in row["verdicts"])})
                 for row in content["decisions"]

@@ -13,6 +13,7 @@ import calibcast
 import pytest
 from calibcast import Engine, PrecisionPlan, RangeTable, VerificationReport
 from calibcast.calib import errors
+from calibcast.calib.errors import CalibcastError
 from calibcast.engines import cli, usage
 from calibcast.engines.job.errors import JobError
 
@@ -20,7 +21,8 @@ NAMES = set(
     """
     ArtifactError BatchError BudgetError BuildError CalibcastError ChangedFileError Comparison Decision Engine GateError
     Hidden Literal Lost MismatchError Monitor MonitorReport NewSequence NodeFacts PlanError PrecisionPlan ProgramError
-    Proof RangeTable RecordedCalls Rescaling RoundingSummary Rule SettingError TensorFacts Verdict VerificationReport
+    Proof RangeTable RecordedCalls Rescaling RoundingSummary Rule SettingError StorageError TensorFacts Verdict
+    VerificationReport
     build calibrate classify compare compile emulate export_onnx insert_casts recorded report_frame rescale tune verify
     what_if
     """.split()  # noqa: SIM905
@@ -55,7 +57,10 @@ MEMBERS: dict[Any, str] = {
     VerificationReport: "frame passed require bounds",
 }
 # Exit codes of the command line, by error; all others are 1.
-CODES = {"UsageError": 2, "LocationError": 2, "JobError": 2, "SettingError": 2, "GateError": 3, "BudgetError": 3}
+CODES = {
+    "UsageError": 2, "LocationError": 2, "JobError": 2, "SettingError": 2, "ArtifactError": 2, "ChangedFileError": 2,
+    "GateError": 3, "BudgetError": 3,
+}  # fmt: skip
 
 
 def test_no_public_name_goes() -> None:
@@ -84,6 +89,7 @@ def test_no_member_goes(kind: type, member: str) -> None:
         ("MismatchError", "CalibcastError"), ("PlanError", "CalibcastError"), ("SettingError", "PlanError"),
         ("BudgetError", "PlanError"), ("BudgetError", "GateError"), ("BuildError", "CalibcastError"),
         ("GateError", "CalibcastError"), ("ChangedFileError", "ArtifactError"), ("ChangedFileError", "MismatchError"),
+        ("StorageError", "ArtifactError"),
     ],
 )  # fmt: skip
 def test_an_error_is_still_caught_by_its_base(kind: str, base: str) -> None:
@@ -91,8 +97,15 @@ def test_an_error_is_still_caught_by_its_base(kind: str, base: str) -> None:
 
 
 def test_exit_codes() -> None:
-    kinds: dict[str, Any] = {**vars(errors), **vars(usage), "JobError": JobError}
-    assert {name: usage.exit_code(kinds[name]("why")) for name in CODES} == CODES
+    kinds, seen = [CalibcastError], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        seen.add(kind.__name__)
+        if kind.__module__.startswith("calibcast."):
+            assert usage.exit_code(kind("a message")) == CODES.get(kind.__name__, 1), kind
+    assert set(CODES) < seen
+    assert JobError.__name__ in seen
 
 
 def test_commands() -> None:

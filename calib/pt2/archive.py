@@ -14,7 +14,7 @@ from typing import IO
 
 from calibcast.calib.pt2.refusal import RefusedError, shown
 
-MOST_MEMBERS = 1_000_000
+MOST_MEMBERS = 200_000
 _ENCRYPTED = 0x1
 
 

@@ -26,6 +26,14 @@ Rule = Callable[[str], None]
 _PLAIN = re.compile(r"[\w.\-:@/+<>=\[\]() ]{0,512}")
 _INFINITE = frozenset({"Infinity", "-Infinity", "NaN"})
 _MOST_TEXT = 1 << 24
+# Lists for which torch takes time that grows with their length, or its square: what a program has, and plenty more.
+_MOST_ITEMS = {
+    ("TensorMeta", "sizes"): 64,
+    ("TensorMeta", "strides"): 64,
+    ("ExportedProgram", "range_constraints"): 10_000,
+    ("ExportedProgram", "guards_code"): 10_000,
+    ("GraphModule", "module_call_graph"): 100_000,
+}
 
 
 def parse_document(content: bytes, kind: str) -> dict[str, Any]:
@@ -177,6 +185,8 @@ def _check_record(value: Any, kind: type) -> None:
     for name, item in value.items():
         if name in hints:  # torch ignores the others: fields of a later version
             place = (kind.__name__, name)
+            if isinstance(item, (list, dict)) and len(item) > _MOST_ITEMS.get(place, len(item)):
+                raise RefusedError(f"{len(item)} {name} of a {kind.__name__}, more than {_MOST_ITEMS[place]}")
             _check(item, hints[name], _RULES.get(place, plain), _KEYS.get(place, plain))
 
 

@@ -7,6 +7,7 @@ symbols, arithmetic, comparisons, and calls of functions of a fixed list.
 from __future__ import annotations
 
 import ast
+import math
 import re
 
 from calibcast.calib.pt2.refusal import RefusedError, shown
@@ -17,6 +18,8 @@ MOST_BITS = 4096
 # torch counts up to the number of a symbol without a value ("u0"), one by one.
 MOST_UNBACKED = 1_000_000
 MOST_PRECISION = 1_000
+# torch multiplies expressions out: n factors of two terms give 2^n.
+MOST_TERMS = 1_000
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z_0-9]{0,63}")
 _UNBACKED = re.compile(r"z?uf?(\d+)")
 _NUMBER = re.compile(r"[-+]?[0-9.]{1,40}(e[-+]?\d{1,4})?|[-+]?(inf|nan|oo)")
@@ -175,6 +178,8 @@ def _check_growth(parsed: ast.Expression, what: str) -> None:
         raise RefusedError(f"{what}: it is nested too deeply") from error
     if bits > MOST_BITS:
         raise RefusedError(f"{what}: its constants grow beyond {MOST_BITS} bits")
+    if _terms(parsed.body) > MOST_TERMS:
+        raise RefusedError(f"{what}: multiplied out, it has more than {MOST_TERMS} terms")
 
 
 def _check_strings(parsed: ast.Expression, text: str) -> None:
@@ -206,6 +211,18 @@ def _bits(node: ast.AST) -> float:
         grown = min(_value(exponent), 1e9)
         return _bits(base) + grown if name in _SHIFTS or _is_shift(node) else _bits(base) * max(1.0, grown)
     return sum(_bits(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)) or 2
+
+
+def _terms(node: ast.AST) -> float:
+    """A bound on the terms of an expression when it is multiplied out."""
+    name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+    pair = _pair(node, name)
+    if pair is not None:
+        return float(_terms(pair[0]) ** min(_value(pair[1]), 64.0))
+    parts = [_terms(child) for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
+    if name == "Mul" or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)):
+        return float(math.prod(parts))
+    return max(sum(parts), 1.0)
 
 
 def _pair(node: ast.AST, name: str) -> tuple[ast.expr, ast.expr] | None:

@@ -14,8 +14,8 @@ from calibcast.calib.process_settings import unlogged
 from calibcast.calib.pt2.check import check_program_file
 from calibcast.calib.pt2.refusal import ALLOW, RefusedError, allowed_by_owner
 
-# These loggers print the traceback of an error that torch also raises, and the raised error says more.
-_LOUD = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
+# torch logs the traceback of an error that it also raises, and what it made of a hostile expression.
+_LOUD = ("torch",)
 
 # torch's reader keeps what it is reading in a variable of its module, and refuses a second one.
 _ONE_AT_A_TIME = threading.Lock()

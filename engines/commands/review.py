@@ -146,10 +146,11 @@ def _plan_of(path: Path, table: Any, ranges: Path) -> Any:
 
 
 def _write_page(html: Path, table: Any, plan: Any, verification: Path | None, title: str) -> None:
-    from calibcast.calib.artifacts import load_json, written_whole
+    from calibcast.calib.artifacts import written_whole
     from calibcast.engines.html_report import html_report
+    from calibcast.engines.judging.report_file import read_verdict
 
-    verdict = None if verification is None else load_json(verification, "verification")
+    verdict = None if verification is None else read_verdict(verification)
     page = html_report(table, plan, verdict, title=title, made=date.fromtimestamp(Path(title).stat().st_mtime))
     with written_whole(html) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -8,11 +8,23 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.artifacts import load_json, parsed, save_json
+from calibcast.calib.json_types import require_types
 from calibcast.engines.judging.attribution import SCHEMA as ATTRIBUTION
 from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.judging.report import SCHEMA, VerificationReport
 
 _KIND = "verification"
+_FILE: dict[str, Any] = {
+    "passed": bool,
+    "verdict": str,
+    "batches": int,
+    "problems": list[str],
+    "reference_problem": str | None,
+    "metrics": dict[str, Any],
+    "floating": list[str],
+    "outputs": list[dict[str, Any]],
+    "attribution": list[dict[str, Any]] | None,
+}
 
 
 def save_report(path: str | os.PathLike[str], report: VerificationReport) -> None:
@@ -32,9 +44,20 @@ def save_report(path: str | os.PathLike[str], report: VerificationReport) -> Non
     save_json(path, _KIND, content)
 
 
+def read_verdict(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a report's file, as the page takes it. Raises ArtifactError as `load_report` does."""
+    content = load_json(path, _KIND)
+    with parsed(path, _KIND):
+        require_types(content, _FILE)
+        missing = [name for name in _FILE if name not in content]
+        if missing and missing != ["verdict"]:  # older files have none
+            raise KeyError(missing[0])
+    return content
+
+
 def load_report(path: str | os.PathLike[str]) -> VerificationReport:
     """Read a report. Raises ArtifactError when the file is truncated, not a report, or of a newer version."""
-    content = load_json(path, _KIND)
+    content = read_verdict(path)
     with parsed(path, _KIND):
         attribution = content["attribution"]
         return VerificationReport(

@@ -41,6 +41,7 @@ SCHEMA: dict[str, Any] = {
     "found_by": pl.String,
     "agrees": pl.Boolean,
 }
+_OPTIONAL = ("found_by", "agrees")
 # Kinds of network layers that compute nothing, so that an engine may have none of them.
 _IDLE_KINDS = frozenset({"SHUFFLE", "CONSTANT", "IDENTITY", "SHAPE", "SLICE", "CONCATENATION"})
 
@@ -64,6 +65,16 @@ class LedgerRow:
 def empty_ledger() -> pl.DataFrame:
     """A ledger without rows."""
     return pl.DataFrame([], schema=SCHEMA)
+
+
+def problem_of(ledger: pl.DataFrame) -> str | None:
+    """What makes a frame no ledger: a column, or a gap in one that is always filled; None where it is one."""
+    for name, dtype in SCHEMA.items():
+        if ledger.schema.get(name) != dtype:
+            return f"column {name} is {ledger.schema.get(name, 'missing')}, expected {dtype}"
+        if name not in _OPTIONAL and ledger[name].null_count():
+            return f"column {name} has a gap"
+    return None
 
 
 def ledger_of(

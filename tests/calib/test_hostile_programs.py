@@ -190,6 +190,13 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "sympy depth": lambda d: _sym(d, "(" * 900 + "1" + ")" * 900),
     "range": lambda d: d["range_constraints"].update({EXPRESSION: {"min_val": 0, "max_val": 1}}),
     "range counted to": lambda d: d["range_constraints"].update({f"u{10**12}": {"min_val": 0, "max_val": 1}}),
+    "ranges without end": lambda d: d["range_constraints"].update(
+        {f"s{i}": {"min_val": 0, "max_val": 1} for i in range(10_001)}
+    ),
+    "guards without end": lambda d: d["guards_code"].extend(["1 == 1"] * 10_001),
+    "dimensions without end": lambda d: next(iter(d["graph_module"]["graph"]["tensor_values"].values())).update(
+        sizes=[{"as_int": 1}] * 65, strides=[{"as_int": 1}] * 65
+    ),
     "guard": lambda d: d["guards_code"].append(EXPRESSION),
     "guard by torch": lambda d: d["guards_code"].append("torch.os.system('touch PWNED')"),
     "guard by type": lambda d: d["guards_code"].append("L['pair'].__class__.__base__"),

@@ -100,6 +100,21 @@ def test_constants_may_grow_to_4096_bits(text: str, fine: bool) -> None:
     assert passes(check_expression, text) is fine
 
 
+@pytest.mark.parametrize(
+    ("text", "fine"),
+    [
+        ("*".join(f"(s{i} + 1)" for i in range(9)), True),
+        ("*".join(f"(s{i} + 1)" for i in range(10)), False),
+        ("(s0 + s1 + 1)**6", True),
+        ("(s0 + s1 + 1)**7", False),
+        ("Mul(" + ", ".join(f"Add(Symbol('s{i}'), Integer(1))" for i in range(10)) + ")", False),
+        (" + ".join(f"s{i}*s0" for i in range(200)), True),
+    ],
+)
+def test_products_of_sums_are_not_multiplied_out_without_end(text: str, fine: bool) -> None:
+    assert passes(check_expression, text) is fine
+
+
 @pytest.mark.parametrize(("text", "fine"), [("2**2047 == 1", True), ("2**2049 == 1", False), ("1 << 4095 == 1", False)])
 def test_constants_of_guards_grow_no_further(text: str, fine: bool) -> None:
     assert passes(check_guard, text) is fine

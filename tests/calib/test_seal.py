@@ -61,7 +61,10 @@ def test_damaged_ranges_never_raise_anything_else(saved: Path, monkeypatch: pyte
     assert len(changed) > 550
     for content in changed:
         saved.write_bytes(content)
-        with pytest.raises(ArtifactError, match=r"ranges\.parquet is not (as calibcast wrote it|a readable Parquet)"):
+        with pytest.raises(
+            ArtifactError,
+            match=r"parquet is (not as calibcast wrote|not a readable Parquet|a truncated or damaged Parq|a Parquet)",
+        ):
             RangeTable.load(saved)
 
 
