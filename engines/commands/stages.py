@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from calibcast.calib.errors import BatchError, CalibcastError
@@ -130,8 +130,6 @@ def plan(  # noqa: PLR0913
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.locations import load_model
     from calibcast.engines.review.plan_table import high_nodes
-    from calibcast.passes.classification import classify
-    from calibcast.passes.tuning import tune
 
     if rescale and (ranges is None or output is None):
         raise UsageError(
@@ -153,23 +151,39 @@ def plan(  # noqa: PLR0913
         range_quantile=range_quantile,
         wide_accumulation=wide_accumulation or (),
     )
+    runs = None if data is None else _Runs(model, data, transform, carry_state)
     if rescale and table is not None and output is not None:
-        more: dict[str, Any] = {}
-        if data is not None:
-            _, more["dataloader"], more["transform"] = inputs(model, data, transform)
-            more["carry_state"] = carry_state
+        more = {} if runs is None else runs.arguments()
         program, table = write_rescaled(program, table, output.with_suffix(".pt2"), settings | more)
-    if data is None or table is None:
-        decided = classify(program, table, **settings)
-    else:
-        _, batches, function = inputs(model, data, transform)
-        decided = tune(
-            program, table, batches, transform=function, max_batches=max_batches, carry_state=carry_state, **settings
-        )
+    decided = _decided(program, table, settings, runs, max_batches)
     say(f"{decided}\n{high_nodes(decided, rows or None)}")
     if output is not None:
         decided.save(output)
         say(f"wrote {output}")
+
+
+class _Runs(NamedTuple):
+    """Where the batches come from on which a plan is run."""
+
+    model: str
+    data: str
+    transform: str | None
+    carry_state: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `tune` and `rescale`. The loader is made again for each, since it may be an iterator."""
+        _, batches, function = inputs(self.model, self.data, self.transform)
+        return {"dataloader": batches, "transform": function, "carry_state": self.carry_state}
+
+
+def _decided(program: Any, table: Any, settings: dict[str, Any], runs: _Runs | None, max_batches: int) -> Any:
+    """The plan by the table alone, or run on data and mended."""
+    from calibcast.passes.classification import classify
+    from calibcast.passes.tuning import tune
+
+    if runs is None or table is None:
+        return classify(program, table, **settings)
+    return tune(program, table, **runs.arguments(), max_batches=max_batches, **settings)
 
 
 def verify(  # noqa: PLR0913

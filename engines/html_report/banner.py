@@ -74,7 +74,7 @@ def _worst(ranges: RangeTable, plan: PrecisionPlan | None) -> str:
     if peak > most:
         over = known.filter(pl.col("stored_absmax") > most).height
         more = "" if over == 1 else f"; {over} tensors pass it"
-        reach = f"it reaches {peak:.4g}{true}, {label} ends at {most:.4g}{more}"
+        reach = f"it reaches {peak:.4g}{true}, {label} ends at {most:.5g}{more}"
         return f"{_place(row)} is {peak / most:.2g}x over {label}: {reach}."
     if peak == 0:
         return "All activations are 0."
