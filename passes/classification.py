@@ -155,6 +155,14 @@ class Planning:
         edges = () if evidence is None else evidence.edges
         return {e.edge.input for e in edges if e.edge.node in readers and not e.edge.is_literal}
 
+    def makers_by_reader(self) -> dict[str, set[str]]:
+        """`makers` of each node alone."""
+        evidence, found = self.facts.rounding.get(self.judge.low_type), dict[str, set[str]]()
+        for measured in () if evidence is None else evidence.edges:
+            if not measured.edge.is_literal:
+                found.setdefault(measured.edge.node, set()).add(measured.edge.input)
+        return found
+
     def ring(self, readers: Collection[str], low: Collection[str]) -> set[str]:
         """The nodes in `low` among `readers` and the nodes that round what these read."""
         evidence = self.facts.rounding.get(self.judge.low_type)

@@ -18,11 +18,12 @@ def nonfinite_paths(planning: Planning, lost: Collection[str]) -> tuple[set[str]
 
     lost: all nodes that have it only under the plan. Where it reaches no result, as 1 / inf is 0, all of them count.
     """
-    waiting, seen, first = planning.makers({OUTPUT}) & set(lost) or set(lost), set[str](), set[str]()
+    known, made_by = set(lost), planning.makers_by_reader()
+    waiting, seen, first = made_by.get(OUTPUT, set()) & known or set(lost), set[str](), set[str]()
     while waiting:
         name = waiting.pop()
         seen.add(name)
-        before = planning.makers({name}) & set(lost)
+        before = made_by.get(name, set()) & known
         waiting |= before - seen
         if not before:
             first.add(name)
