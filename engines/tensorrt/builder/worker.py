@@ -128,6 +128,10 @@ class _Shelf:
     def prepare(self, search_path: str, imports: tuple[str, ...]) -> None:
         self.keep(self.take(search_path, imports, early=True))
 
+    def kept(self) -> Worker | None:
+        """The worker that is kept now."""
+        return self._kept
+
     def clear(self) -> None:
         """End the worker that is kept, if there is one."""
         with self._lock:
@@ -138,4 +142,4 @@ class _Shelf:
 
 _SHELF = _Shelf()
 atexit.register(_SHELF.clear)
-take, keep, prepare, clear = _SHELF.take, _SHELF.keep, _SHELF.prepare, _SHELF.clear
+take, keep, prepare, clear, kept = _SHELF.take, _SHELF.keep, _SHELF.prepare, _SHELF.clear, _SHELF.kept
