@@ -101,9 +101,11 @@ class Run:
         if hashed is not None:
             self.hashes.append(hashed())
         for leaf, value in zip(self.signature.leaves, flat, strict=True):
-            if isinstance(value, torch.Tensor):
-                counts = self.sizes.setdefault(leaf.name, [{} for _ in value.shape])
-                for dimension, size in zip(counts, value.shape, strict=True):
+            is_size = leaf.dtype is None and bool(leaf.sizes)  # a number that the export left open, such as a length
+            if isinstance(value, torch.Tensor) or is_size:
+                shape = (value,) if is_size else value.shape
+                counts = self.sizes.setdefault(leaf.name, [{} for _ in shape])
+                for dimension, size in zip(counts, shape, strict=True):
                     count_size(dimension, str(int(size)))
 
     def calibration(self) -> Calibration:
