@@ -9,7 +9,7 @@ import unicodedata
 # The width where no terminal says one, as for a file or a pipe.
 _USUAL_WIDTH = 80
 # The indent of a line, with a label and the gap after it where it has one.
-_LABEL = re.compile(r"\s*(?:\S+ {2,})?")
+_LABEL = re.compile(r"\s*(?:\S+(?: \S+)? {2,})?")
 
 # Where a line may be broken: not between a number and its unit.
 _GAP = re.compile(r" +(?!(?:dB|B|[kMGT]B)\b)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,14 +14,13 @@ from calibcast.engines.job.checks import check_job
 from calibcast.engines.job.folder import MANIFEST, JobFolder, Store
 from calibcast.engines.job.freshness import reason_to_run, unchanged
 from calibcast.engines.job.job_file import JobFile, load_jobs
+from calibcast.engines.job.logs import Say
 from calibcast.engines.job.manifest import Manifest
 from calibcast.engines.job.measuring import counts
 from calibcast.engines.job.ranks import Ranks
 from calibcast.engines.job.signals import Signals
 from calibcast.engines.job.stages import JobRun
 from calibcast.engines.locations import exits_refused
-
-Say = Callable[[str], None]
 
 
 def plan_job(path: Path, say: Say) -> None:

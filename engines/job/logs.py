@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -16,6 +16,8 @@ from calibcast.calib.printable import printable_lines
 from calibcast.engines.streams import fitted
 from tqdm import tqdm
 
+# Takes a job's results line by line, for stdout; messages on how it goes are logged.
+Say = Callable[[str], None]
 LOGGER = logging.getLogger("calibcast")
 FORMATS = ("text", "json")
 

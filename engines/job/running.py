@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from calibcast.engines.job.errors import Stopped
 from calibcast.engines.job.folder import MANIFEST, JobFolder, Store
 from calibcast.engines.job.freshness import inputs_of, reason_to_run, unchanged
 from calibcast.engines.job.job_file import JobFile, load_jobs
-from calibcast.engines.job.logs import tell
+from calibcast.engines.job.logs import Say, tell
 from calibcast.engines.job.manifest import Manifest, Record
 from calibcast.engines.job.measuring import measure_shard
 from calibcast.engines.job.ranks import Ranks, connected, give, tell_all
@@ -34,7 +34,6 @@ from calibcast.engines.job.stage import Stage
 from calibcast.engines.job.stages import JobRun
 from calibcast.engines.locations import exits_refused
 
-Say = Callable[[str], None]
 _SAVED = b"saved"
 
 

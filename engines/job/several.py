@@ -11,6 +11,7 @@ from calibcast.calib.errors import CalibcastError, GateError
 from calibcast.engines.job.errors import Stopped
 from calibcast.engines.job.folder import MANIFEST, JobFolder, Store
 from calibcast.engines.job.job_file import JobFile
+from calibcast.engines.job.logs import Say
 from calibcast.engines.job.manifest import Manifest
 from calibcast.engines.job.ranks import Ranks
 
@@ -19,7 +20,7 @@ KIND = "job of several models"
 _WORST = ("stopped", "failed", "rejected", "running", "done")
 
 
-def run_several(files: Sequence[JobFile], run_one: Callable[[JobFile], None], say: Callable[[str], None]) -> None:
+def run_several(files: Sequence[JobFile], run_one: Callable[[JobFile], None], say: Say) -> None:
     """Run each model's job, even after one has failed; then write the common manifest and give the verdict.
 
     Raises GateError when the only failures are gates that said no, CalibcastError for other failures, and Stopped
@@ -47,7 +48,7 @@ def run_several(files: Sequence[JobFile], run_one: Callable[[JobFile], None], sa
         raise (GateError(text) if gates else CalibcastError(text))
 
 
-def _write(files: Sequence[JobFile], failed: Mapping[str, CalibcastError], say: Callable[[str], None]) -> None:
+def _write(files: Sequence[JobFile], failed: Mapping[str, CalibcastError], say: Say) -> None:
     """Write the common manifest, in the process that writes artifacts; the others do nothing."""
     if not Ranks.here().first:
         return

@@ -20,6 +20,7 @@ def test_a_line_with_a_label_goes_on_under_its_text():
     first, second = wrapped(f"plan        plan.json: made; {SENTENCE[:60]}", 80).split("\n")
     assert first == "plan        plan.json: made; PrecisionPlan: 14 float16, 8 high, 2 kept; 63.6% of"
     assert second == " " * 12 + "nodes an"
+    assert wrapped("held out    ten rows of it and more", 26) == "held out    ten rows of it\n            and more"
 
 
 def test_words_that_no_line_can_hold_stay_whole_and_where_they_are():
