@@ -86,7 +86,7 @@ def check_leaf(leaf: Leaf, value: Any, at: Place) -> None:
     if value.dim() != len(leaf.sizes):
         came = f"{dtype_name(value.dtype)}{list(value.shape)}"
         single = value.dim() == len(leaf.sizes) - 1
-        hint = f" For a single item add the batch dimension {at.here}: .unsqueeze(0)." if single else ""
+        hint = f" If the first dimension is missing, add it {at.here}: .unsqueeze(0)." if single else ""
         raise BatchError(f"{at}: expected {leaf}, got {came}: {value.dim()} dimensions, not {len(leaf.sizes)}.{hint}")
 
 

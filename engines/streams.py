@@ -17,5 +17,5 @@ def give_up_stdout() -> None:
 
 
 def fitted(message: str, stream: TextIO) -> str:
-    """A message that fits a terminal. In a file it stays on one line, where it can be searched for."""
+    """A message that fits a terminal. In a file or a pipe it stays on one line, to be searched and parsed."""
     return wrapped(message) if stream.isatty() else message

@@ -11,8 +11,8 @@ import typer
 from calibcast.calib.errors import CalibcastError
 from calibcast.calib.file_kinds import RANGES_OR_CHECKPOINT
 from calibcast.calib.printable import printable_lines
-from calibcast.calib.terminal_text import wrapped
 from calibcast.engines.commands.options import check_file, existing, say
+from calibcast.engines.streams import fitted
 from calibcast.engines.usage import LocationError, exit_code
 
 PARTS = existing("a ranges file written by calibcast calibrate, or a job's checkpoint", RANGES_OR_CHECKPOINT)
@@ -55,7 +55,7 @@ def run(
     ranks, results = Ranks.here(), sys.stdout
 
     def say(line: str) -> None:
-        typer.echo(wrapped(printable_lines(line)), file=results)
+        typer.echo(fitted(printable_lines(line), results), file=results)
 
     with logging_to_stderr(log_format, ranks.rank, ranks.world):
         try:
