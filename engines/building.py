@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from calibcast.calib.aliasing import mutated_inputs
 from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.execution import require_program
 from calibcast.calib.ranges import RangeTable
@@ -79,6 +81,7 @@ def build(  # noqa: PLR0913 - the public contract
         GateError: `strict_precision` refuses the engine (`report` has the rows).
     """
     require_program(mixed, "mixed", "Give what insert_casts(program, plan) returns, or any exported program.")
+    _warn_of_written_inputs(mixed)
     found, why = chosen(backend, ahead_of_time)
     _log.info("backend %s (%s)", found.name, why)
     request = BuildRequest(
@@ -114,6 +117,18 @@ def build(  # noqa: PLR0913 - the public contract
         ledger=built.ledger,
         record=built.record,
     )
+
+
+def _warn_of_written_inputs(program: ExportedProgram) -> None:
+    written, names = mutated_inputs(program), program.graph_signature.user_inputs
+    leaves = zip(signature_of(program).leaves, names, strict=True)
+    if found := [leaf.name for leaf, name in leaves if isinstance(name, str) and name in written]:
+        warnings.warn(
+            f"the program writes to its inputs {', '.join(found)}: an engine computes with what it writes, and leaves "
+            "the caller's tensors as they are. Return the new values too, or make them buffers of the model: an engine "
+            "keeps those between calls.",
+            stacklevel=3,
+        )
 
 
 def _trial_batches(

@@ -204,3 +204,19 @@ def test_a_trial_can_run_over_a_sequence():
     calls[1] = FlatInputs(calls[1])
     calls[1].begins = True
     assert judged(Keeping(), program, calls, carry_state=True).problem is None
+
+
+class GivenCache(nn.Module):
+    def forward(self, x, cache):
+        cache["keys"].add_(x)
+        return cache["keys"] * 2
+
+
+def test_an_engine_leaves_inputs_as_they_are_and_says_so():
+    """A decoder whose caller holds the cache would otherwise forget, without a word."""
+    program = torch.export.export(GivenCache().eval(), (torch.ones(4), {"keys": torch.zeros(4)}))
+    with pytest.warns(UserWarning, match=r"writes to its inputs cache\['keys'\].*Return the new values too"):
+        engine = build(program, backend="eager")
+    cache = {"keys": torch.zeros(4)}
+    assert engine(torch.ones(4), cache).tolist() == [2.0] * 4
+    assert cache["keys"].tolist() == [0.0] * 4
