@@ -190,8 +190,8 @@ class Proving:
 
     def _double(self, batch: Batch) -> Batch | None:
         """The batch with its floating-point inputs times two; None where it has none, or the program refuses them."""
-        flat = [2 * v if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in _copies(batch.flat)]
-        if not any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in flat):
+        flat = [2 * v if _can_double(v) else v for v in _copies(batch.flat)]
+        if not any(map(_can_double, flat)):
             return None
         try:
             return self._batch(batch.index, flat, batch.begins, doubled=True)
@@ -227,6 +227,11 @@ def _counted(
         _ran(runner, earlier)
     _ran(runner, batch, watch)
     return counts
+
+
+def _can_double(value: Any) -> bool:
+    """Types of one byte, such as float8, have no arithmetic, and mostly no room for twice their values."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.element_size() > 1
 
 
 def _copies(values: Sequence[Any]) -> list[Any]:

@@ -42,9 +42,10 @@ def unknown_classes(path: Path) -> list[str]:
     """The classes of containers in the file of a program that this process does not know."""
     try:
         with zipfile.ZipFile(path) as file:
-            names = [name for name in file.namelist() if name.endswith("models/model.json")]
-            found = {kind for name in names for kind in _CLASS.findall(file.read(name).decode(errors="replace"))}
-    except (OSError, zipfile.BadZipFile):
+            models = [entry for entry in file.infolist() if entry.filename.endswith("models/model.json")]
+            plain = [entry for entry in models if entry.compress_type == zipfile.ZIP_STORED]  # no zip bomb
+            found = {kind for entry in plain for kind in _CLASS.findall(file.read(entry).decode(errors="replace"))}
+    except Exception:  # the zip reader raises whatever it meets: UnicodeDecodeError, NotImplementedError, ..
         return []
     return sorted(found - pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.keys())
 

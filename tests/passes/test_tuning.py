@@ -210,3 +210,23 @@ def test_without_evidence_a_plan_is_proven_or_refused() -> None:
     with pytest.raises(BudgetError, match="Calibrate with rounding_batches"):
         tune(SURVIVAL, ranges, [X], nodes_to_include=[".*"])
     assert tune(SURVIVAL, ranges, [X], nodes_to_exclude=[".*"]).proof.sqnr_db == math.inf
+
+
+def test_inputs_of_one_byte_are_not_doubled() -> None:
+    """float8 has no multiplication."""
+
+    class Stored(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.to(torch.float32))
+
+    torch.manual_seed(0)
+    data = [(torch.randn(4, 8).to(torch.float8_e4m3fn),) for _ in range(2)]
+    program = torch.export.export(Stored().eval(), data[0])
+    plan = tune(program, calibrate(program, data, progress=False), data)
+    assert plan["linear"].precision == "low"
+    assert plan.proof is not None
+    assert plan.proof.sqnr_db >= 40
