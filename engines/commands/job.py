@@ -11,7 +11,7 @@ import typer
 from calibcast.calib.errors import CalibcastError
 from calibcast.calib.file_kinds import RANGES_OR_CHECKPOINT
 from calibcast.calib.printable import printable_lines
-from calibcast.engines.commands.options import check_file, existing, say
+from calibcast.engines.commands.options import check_file, check_writable_folder, existing, say
 from calibcast.engines.streams import fitted
 from calibcast.engines.usage import LocationError, exit_code
 
@@ -27,6 +27,7 @@ def init(
     """
     from calibcast.engines.job.template import write_template
 
+    check_writable_folder(folder)
     for path in write_template(folder):
         say(f"wrote {path}")
     say(f"next: calibcast run {folder / 'job.toml'} --dry-run")

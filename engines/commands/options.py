@@ -161,6 +161,12 @@ def check_folder(output: Path) -> None:
         raise LocationError(f"{output}: there is no folder {folder}")
 
 
+def check_writable_folder(folder: Path) -> None:
+    """Raise LocationError where a file stands in the place of a folder to write into."""
+    if folder.exists() and not folder.is_dir():
+        raise LocationError(f"{folder} is a file; give the name of a folder")
+
+
 def check_file(output: Path | None) -> None:
     """The same for a file: also raise where `output` itself is a folder."""
     if output is not None:

@@ -19,6 +19,7 @@ from calibcast.engines.commands.options import (
     check_engine,
     check_file,
     check_inputs,
+    check_writable_folder,
     inputs,
     note,
     say,
@@ -242,6 +243,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the artifacts")] = Path("calibcast-demo"),
 ) -> None:
     """The whole path on real handwritten digits, with a network that fp16 cannot run. Under a minute, no GPU needed."""
+    check_writable_folder(output)
     from calibcast.engines.demo import run_demo
 
     run_demo(output, say)

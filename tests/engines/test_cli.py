@@ -170,6 +170,8 @@ def test_a_failing_loader_keeps_what_was_measured(here, capsys):
         (["calibrate", "user.py:model", "--data", "user.py:number", "-o", "r.parquet"], 1, "cannot be iterated"),
         (["calibrate", "user.py:model", "--data", "user.py:data", "-o", "r.parquet"], 1, "got 2 inputs"),
         (["build", "user.py:model", "user.py", "-o", "engine"], 2, "user.py is a text file; a plan was expected"),
+        (["init", "user.py"], 2, "user.py is a file; give the name of a folder"),
+        (["demo", "-o", "user.py"], 2, "user.py is a file; give the name of a folder"),
         (["report", "missing.parquet"], 2, "no such file"),
         (["report", "missing.parquet", "--plan", "p.json"], 2, "no such file"),
     ],
