@@ -196,20 +196,64 @@ def _words(path: str) -> set[str]:
     return {word.rstrip("s") for part in named for word in part.split("_")} - {"test", "", "__init__"}
 
 
-def outcome(mutant: Mutant, tests: list[str], seconds: float) -> str:
-    """ "killed", "hung" (which counts as killed), "survived", "late" (which does not), or "no test" runs its line."""
-    if not tests:
-        return "no test"
+class FirstFailure:
+    """A pytest plugin that writes the name of the first test that fails to a file."""
+
+    def __init__(self, into: Path) -> None:
+        self.into = into
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.into.exists():
+            self.into.write_text(report.nodeid)
+
+
+def outcome(mutant: Mutant, cover: Cover, seconds: float) -> tuple[str, int]:
+    """ "killed", "hung" (which counts as killed), "survived", "late" (which does not), or "no test" runs its line; and
+    how many tests were tried.
+
+    A mutant is killed only by a test that fails with it and passes without it. A test that fails without it, too, is
+    taken out of `cover`, and the mutant is tried again.
+    """
     path = ROOT / mutant.path
     source = path.read_text(encoding="utf-8")
     for stale in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         stale.unlink()
-    try:
-        path.write_text(mutant.code(source), encoding="utf-8")
-        found = forked(lambda: int(pytest.main([*PYTEST, *tests])), Limits(60 + 4 * seconds, 600 + 20 * seconds))
-        return found if isinstance(found, str) else "survived" if found == 0 else "killed"
-    finally:
-        path.write_text(source, encoding="utf-8")
+    while tests := tests_of(mutant, cover, seconds):
+        try:
+            path.write_text(mutant.code(source), encoding="utf-8")
+            found, failed = run(tests, seconds)
+        finally:
+            path.write_text(source, encoding="utf-8")
+        if isinstance(found, str) or found == 0:
+            return ("survived" if found == 0 else str(found)), len(tests)
+        if failed is None or run([failed], seconds)[0] == 0:  # without a failed test, it does not even import
+            return "killed", len(tests)
+        print(f"fails without a mutant: {failed}", file=sys.stderr, flush=True)
+        del cover["seconds"][failed]
+    return "no test", 0
+
+
+def run(tests: list[str], seconds: float) -> tuple[int | str, str | None]:
+    """The exit code of these tests, or how they ended, and the first that failed."""
+    into = Path(tempfile.mkdtemp()) / "failed"
+    plugins = [FirstFailure(into)]
+    found = forked(
+        lambda: int(pytest.main([*PYTEST, *tests], plugins=plugins)), Limits(60 + 4 * seconds, 600 + 20 * seconds)
+    )
+    return found, into.read_text() if into.exists() else None
+
+
+def collected() -> set[str]:
+    """The tests that there are: a cover may know some that are gone."""
+    into = Path(tempfile.mkdtemp()) / "tests"
+
+    class Names:
+        def pytest_collection_finish(self, session: Any) -> None:
+            into.write_text("\n".join(item.nodeid for item in session.items))
+
+    folders = [f"tests/{folder}" for folder in FOLDERS]
+    forked(lambda: int(pytest.main([*PYTEST, "--collect-only", *folders], plugins=[Names()])), Limits(900, 1800))
+    return set(into.read_text().split("\n"))
 
 
 def test_files() -> list[Path]:
@@ -234,9 +278,7 @@ def report(found: list[tuple[Mutant, str, int]], names: str) -> str:
         "",
     ]
     lines += [names, "", "| mutant | outcome | tests tried |", "|---|---|---|"]
-    lines += [
-        f"| `{mutant}` | {said} | {tried} |" for mutant, said, tried in found if said in {"survived", "late", "no test"}
-    ]
+    lines += [f"| `{mutant}` | {said} | {tried} |" for mutant, said, tried in found if said not in {*KILLED, "unseen"}]
     return "\n".join(lines) + "\n"
 
 
@@ -268,6 +310,8 @@ def main() -> None:
     known["tests"] = lines_by_test(
         {f"{path}:{n}": names for path, one in known["lines"].items() for n, names in one.items()}
     )
+    there = collected()
+    known["seconds"] = {test: cost for test, cost in known["seconds"].items() if test in there}
     found = tried(known, cover.with_suffix(".outcomes.json"), options)
     body = report(
         found, f"The first {len(found)} of {options.count} places drawn with seed {options.seed}. Not killed:"
@@ -287,18 +331,18 @@ def tried(cover: Cover, kept: Path, options: argparse.Namespace) -> list[tuple[M
     found: list[tuple[Mutant, str, int]] = []
     until = time.monotonic() + 60 * options.minutes
     for mutant in drawn(ROOT, options.count, options.seed):
+        tried = 0
         if unseen_by_rule(mutant):
             found.append((mutant, "unseen", 0))
             continue
-        tests = tests_of(mutant, cover, options.seconds)
         late = time.monotonic() > until
         if late and repr(mutant) not in known:
             break
         if known.get(repr(mutant)) not in KILLED and not late:
-            known[repr(mutant)] = outcome(mutant, tests, options.seconds)
+            known[repr(mutant)], tried = outcome(mutant, cover, options.seconds)
             kept.write_text(json.dumps(known))
-            print(f"{known[repr(mutant)]:9} {len(tests):3} {mutant}", file=sys.stderr, flush=True)
-        found.append((mutant, known[repr(mutant)], len(tests)))
+            print(f"{known[repr(mutant)]:9} {tried:3} {mutant}", file=sys.stderr, flush=True)
+        found.append((mutant, known[repr(mutant)], tried))
     return found
 
 
