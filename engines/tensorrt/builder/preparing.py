@@ -24,7 +24,7 @@ def contents_apart(graph: fx.Graph) -> None:
     """Have each write of a whole tensor write a copy. torch takes no program in which two buffers get one new content,
     as it knows outputs by their nodes."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is WRITE:
+        if node.op == "call_function" and node.target is WRITE and len(node.args) > 1:
             with graph.inserting_before(node):
                 copy = _copied(graph, node.args[1])
             node.args = (node.args[0], copy, *node.args[2:])
