@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -22,7 +23,7 @@ from calibcast.calib.artifacts import save_program
 from calibcast.calib.call_files import load_call, save_call
 from calibcast.calib.checkpoint import Checkpoint
 from calibcast.calib.json_types import require_types
-from calibcast.calib.parquet_size import declared_too_much
+from calibcast.calib.parquet_size import declared, declared_too_much
 from calibcast.calib.seal import UNSEALED, sealed
 from calibcast.engines import Engine, build
 from calibcast.engines.cli import _run
@@ -87,6 +88,29 @@ def test_tables_as_they_are_written_are_far_from_the_bound(good: Path) -> None:
     assert large.height >= 16_000
     assert declared_too_much(stream.getvalue()) is None
     assert declared_too_much((good / "r.parquet").read_bytes()) is None
+
+
+def test_footers_are_read_as_pyarrow_reads_them(good: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    lists = [[i, None] for i in range(1000)]
+    frame = pl.DataFrame({"a": range(1000), "b": lists, "c": ["x", None] * 500, "d": [True] * 1000})
+    stream = io.BytesIO()
+    frame.write_parquet(stream, row_group_size=300, metadata={"k": "v"})
+    for content in (
+        (good / "r.parquet").read_bytes(),
+        stream.getvalue(),
+        (good / "engine/ledger.parquet").read_bytes(),
+    ):
+        footer = parquet.read_metadata(io.BytesIO(content))
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+        chunks = [group.column(column) for group in groups for column in range(group.num_columns)]
+        assert declared(content) == [(chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks]
+    for damage in (b"\xff" * 40, b"\x19" * 40, b"\x1c" * 9000, b"\x00", b"\x49\x1c\x00"):
+        with (
+            pytest.raises(ValueError, match="its footer is damaged") if damage != b"\x00" else contextlib.nullcontext()
+        ):
+            declared(b"PAR1" + damage + struct.pack("<I", len(damage)) + b"PAR1")
 
 
 CALIBRATION = {
