@@ -124,7 +124,10 @@ def parsed(source: str | os.PathLike[str], kind: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{source} claims to be a {kind} file, but cannot be read as one: {error!r}") from error
+        article = "an" if kind[:1] in "aeiou" else "a"
+        raise ArtifactError(
+            f"{source} claims to be {article} {kind} file, but cannot be read as one: {error!r}"
+        ) from error
 
 
 def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:

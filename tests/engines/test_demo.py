@@ -39,6 +39,9 @@ def test_the_three_way_outcome(tmp_path):
     for name in outcome.plan.high_precision_nodes:
         assert outcome.plan[name].reason[:40] in text  # a table is cut at the width of the terminal
     assert f"{100 * outcome.mixed:.2f}%" in text
-    assert text.splitlines()[-1].startswith("   calibcast report ")
+    last = text.splitlines()[-2:]  # in two lines, to be pasted
+    assert last[0].startswith("   calibcast report ")
+    assert last[0].endswith(" \\")
+    assert last[1].startswith("      --plan ")
     written = {path.name for path in (tmp_path / "demo").iterdir()}
     assert written == {"program.pt2", "ranges.parquet", "plan.json", "engine", "verification.csv"}
