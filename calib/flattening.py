@@ -65,12 +65,18 @@ def _inline(source: fx.GraphModule, prefix: str, graph: fx.Graph, values: dict[f
     return None
 
 
+def inlined_name(name: str) -> str:
+    """What a node with this qualified name is called where its region is inlined: `__` replaces the dots, to make it
+    unlike the program's own names."""
+    return name.replace(".", "__")
+
+
 def _copy(node: fx.Node, prefix: str, graph: fx.Graph, values: Mapping[fx.Node, Any]) -> fx.Node:
     made = graph.node_copy(node, lambda n: values[n])
     made.meta = copy.copy(node.meta)
     made.meta[_NAME] = prefix + node.name
     # fx renames a copy whose name is a builtin (`input` becomes `input_1`) or already used. Here a name identifies its
-    # node, so it is set again. `__` replaces the dots of a qualified name, to make it unlike the program's own names.
-    made.name = (prefix + node.name).replace(".", "__")
+    # node, so it is set again.
+    made.name = inlined_name(prefix + node.name)
     made.target = prefix + str(node.target) if node.op == "get_attr" else node.target
     return made

@@ -11,12 +11,13 @@ import polars as pl
 import torch
 from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.execution import ProgramRunner, Ran, naming_batch, require_program, tensors_of
+from calibcast.calib.flattening import inlined_name
 from calibcast.calib.graph import TensorSpec, dtype_name, tensor_specs
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.uninitialised import undefined_tensors
 from calibcast.passes.comparison_result import CULPRIT_DB, SCHEMA, Comparison, NonfiniteNode
-from calibcast.passes.graph_match import check_match, key_of
+from calibcast.passes.graph_match import check_match
 from calibcast.passes.lineage import readings
 from calibcast.passes.tensor_errors import TensorErrors, decibels_of_changed, rounding_db
 from torch.export import ExportedProgram
@@ -162,6 +163,6 @@ def _worth(columns: dict[str, list[Any]]) -> list[float]:
 def _advanced(steps: Generator[Ran, None, Any], name: str) -> Ran:
     """Run the cast graph until it has run the node that stands for `name`."""
     for ran in steps:
-        if key_of(ran.name) == key_of(name):
+        if inlined_name(ran.name) == inlined_name(name):
             return ran
     raise AssertionError(f"{name} was checked to be in both graphs")

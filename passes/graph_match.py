@@ -6,15 +6,11 @@ from operator import getitem
 
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import MismatchError
+from calibcast.calib.flattening import inlined_name
 from calibcast.calib.graph import REGION_CHILD, op_name, tensor_values, walk, where
 from calibcast.passes.cast_insertion import CAST, CLAMP
 from torch import fx
 from torch.export import ExportedProgram
-
-
-def key_of(name: str) -> str:
-    """One key for a node in the program and in the cast graph, which inlines the nodes of no_grad regions."""
-    return name.replace(".", "__")
 
 
 def check_match(program: ExportedProgram, mixed: ExportedProgram) -> None:
@@ -29,9 +25,9 @@ def check_match(program: ExportedProgram, mixed: ExportedProgram) -> None:
 
 
 def _tensor_nodes(program: ExportedProgram) -> dict[str, fx.Node]:
-    """The nodes that make tensors, by key, in order; not those that only pass tensors on."""
+    """The nodes that make tensors, by their inlined names, in order; not those that only pass tensors on."""
     return {
-        key_of(step.name): step.node
+        inlined_name(step.name): step.node
         for step in walk(program.graph_module)
         if step.node.op == "call_function" or (step.node.op == "placeholder" and not step.inside)
         if step.node.target is not getitem and step.node.target not in REGION_CHILD and tensor_values(step.node)

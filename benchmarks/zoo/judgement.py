@@ -16,6 +16,7 @@ import torch
 from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import NodeError, ProgramRunner
+from calibcast.calib.flattening import inlined_name
 from calibcast.calib.graph import base_op, op_name, size_hint, tensor_values
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.rounding_table import empty_rounding
@@ -235,8 +236,7 @@ def shares_of(
     counted = {d.node: d.work for d in plan.decisions if d.precision != KEPT and d.node not in without}
     nodes = {c.name: c.node for c in candidates(program) if c.name in counted and not c.inside}
     made = {node.name: node for node in mixed.graph.nodes}
-    # Nodes inlined from a `no_grad` region have their dots written as underscores.
-    copies = {name: made[name.replace(".", "__")] for name in nodes if name.replace(".", "__") in made}
+    copies = {name: made[inlined_name(name)] for name in nodes if inlined_name(name) in made}
     low = {name for name, copy in copies.items() if _is_low(nodes[name], copy, plan.low_precision_type)}
     sizes = {name: _bytes(node) for name, node in nodes.items()}
     return Shares(

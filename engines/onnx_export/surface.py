@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from calibcast.calib.artifacts import versions
+from calibcast.calib.flattening import inlined_name
 from calibcast.calib.graph import dtype_name
 from calibcast.engines.io_names import flat_output_names, input_names, size_names, tensor_outputs
 from calibcast.engines.onnx_export.translation import Translation, every_node
@@ -131,17 +132,16 @@ def write_plan(translation: Translation, plan: PrecisionPlan | None, state: Mapp
     types = {LOW: dtype_name(plan.low_precision_type), HIGH: "exported", KEPT: "kept"}
     rows = {}
     for decision in plan.decisions:
-        inlined = decision.node.replace(".", "__")  # a node of a region that was inlined
         row: dict[str, Any] = {
             "precision": decision.precision,
             "type": types[decision.precision],
             "rule": decision.rule,
         }
         row |= {"reason": decision.reason, "evidence": _number(decision.evidence), "limit": _number(decision.limit)}
-        rows[decision.node] = {**row, "module": decision.module, "onnx": made.get(inlined, [])}
+        rows[decision.node] = {**row, "module": decision.module, "onnx": made.get(inlined_name(decision.node), [])}
     content = {"low_precision_type": dtype_name(plan.low_precision_type), "nodes": rows, "notes": list(plan.notes)}
     model.metadata_props[PLAN] = json.dumps(content)
-    decisions = {decision.node.replace(".", "__"): decision for decision in plan.decisions}
+    decisions = {inlined_name(decision.node): decision for decision in plan.decisions}
     for node in every_node(model):
         own = decisions.get(translation.origins.get(node.name, ""))
         if own is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import polars as pl
-from calibcast.calib.flattening import flatten, without_qualified_name
+from calibcast.calib.flattening import flatten, inlined_name, without_qualified_name
 from calibcast.calib.program_digests import node_digests
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_table import LITERAL
@@ -53,7 +53,7 @@ def with_own_names(scaled: RangeTable, ranges: RangeTable) -> RangeTable:
 def _renamed(ranges: RangeTable) -> dict[str, str]:
     names = [*ranges.frame["node"], *ranges.rounding["node"], *ranges.rounding["input"]]
     inside = [name for name in dict.fromkeys(names) if "." in name and not name.startswith(LITERAL)]
-    return {name: name.replace(".", "__") for name in inside}
+    return {name: inlined_name(name) for name in inside}
 
 
 def _under(column: str, names: dict[str, str]) -> pl.Expr:
