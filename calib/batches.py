@@ -259,9 +259,7 @@ def numbered(
 def _flat(signature: Signature, transform: Callable[[Any], Any] | None, batch: Any, index: int) -> FlatInputs:
     begins, batch = unwrapped(batch)
     begins_too, inputs = unwrapped(_transformed(transform, batch, index))
-    flat = FlatInputs(signature.flatten(inputs, index))
-    flat.begins = begins or begins_too
-    return flat
+    return FlatInputs(signature.flatten(inputs, index), begins or begins_too)
 
 
 def _transformed(transform: Callable[[Any], Any] | None, batch: Any, index: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,14 @@ class NewSequence:
 class FlatInputs(list[Any]):
     """Flat inputs of a program. begins: whether a new sequence begins here."""
 
-    begins: bool = False
+    def __init__(self, values: Iterable[Any] = (), begins: bool = False) -> None:
+        super().__init__(values)
+        self.begins = begins
+
+
+def begins_anew(flat: Sequence[Any]) -> bool:
+    """Whether a new sequence begins at these inputs; a plain list goes on."""
+    return isinstance(flat, FlatInputs) and flat.begins
 
 
 def unwrapped(batch: Any) -> tuple[bool, Any]:

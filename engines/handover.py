@@ -21,7 +21,7 @@ import torch
 from calibcast.calib.artifacts import versions as own_versions
 from calibcast.calib.errors import ArtifactError, BuildError
 from calibcast.calib.program_digests import inputs_hash, node_digests, weights_hash
-from calibcast.calib.sequences import FlatInputs
+from calibcast.calib.sequences import FlatInputs, begins_anew
 from calibcast.engines.runtimes import BuildRequest, Runtime
 from calibcast.engines.tensorrt.builder.job import BuilderJob, Profile, encoded
 from calibcast.engines.tensorrt.cache import EngineCache, cache_key, default_folder, emptied
@@ -170,7 +170,7 @@ class EngineTrial:
 
     @cached_property
     def _batches(self) -> list[FlatInputs]:
-        given = [_flat_inputs(flat, flat) for flat in self._request.batches]
+        given = [FlatInputs(flat, begins_anew(flat)) for flat in self._request.batches]
         request = self._request
         examples = pytree.tree_leaves(request.program.example_inputs)
         return given or [
@@ -178,14 +178,8 @@ class EngineTrial:
         ]
 
     def _moved(self, flat: FlatInputs) -> FlatInputs:
-        return _flat_inputs([v.to(self._device) if isinstance(v, torch.Tensor) else v for v in flat], flat)
-
-
-def _flat_inputs(values: Any, like: Any) -> FlatInputs:
-    """Flat inputs that begin a new sequence where `like` does."""
-    made = FlatInputs(values)
-    made.begins = getattr(like, "begins", False)
-    return made
+        moved = [v.to(self._device) if isinstance(v, torch.Tensor) else v for v in flat]
+        return FlatInputs(moved, flat.begins)
 
 
 def _plain_values(flat: FlatInputs) -> list[str]:

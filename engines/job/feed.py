@@ -43,8 +43,7 @@ def feed(loaded: Iterable[Loaded], transform: Callable[[Any], Any], signature: S
             yield Item(item.number, item.batch, error=text)
             continue
         try:
-            flat = FlatInputs(signature.flatten(inputs, item.number))
-            flat.begins = begins or begins_too
+            flat = FlatInputs(signature.flatten(inputs, item.number), begins or begins_too)
             yield Item(item.number, item.batch, inputs, flat)
         except BatchError as error:
             yield Item(item.number, item.batch, error=str(error))

@@ -14,6 +14,7 @@ from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import NodeError, ProgramRunner, input_structure, output_names
 from calibcast.calib.input_checks import Leaf
 from calibcast.calib.ranges import RangeTable
+from calibcast.calib.sequences import begins_anew
 from calibcast.engines.judging.metrics import OutputError
 from calibcast.engines.judging.shapes import may_be, sizes_by_data
 from calibcast.engines.tensorrt.builder.job import Profile
@@ -140,7 +141,7 @@ def judged(
     try:
         held = _Held(program, reference, device, proven, carry_state)
         for flat in batches:
-            if _begins(flat):
+            if begins_anew(flat):
                 held.reset()
             held.expect(flat)
     except (NodeError, RuntimeError) as error:  # not the engine's fault: a lack of memory, for example
@@ -149,7 +150,7 @@ def judged(
     try:
         reset = getattr(run, "reset", lambda: None)
         for index, flat in enumerate(batches):
-            if index and (_begins(flat) or not carry_state):
+            if index and (begins_anew(flat) or not carry_state):
                 reset()
             args, kwargs = input_structure(program, flat)
             held.take(index, pytree.tree_leaves(run(*args, **kwargs)))
@@ -262,10 +263,6 @@ def _moved(flat: Sequence[Any]) -> list[Any]:
         return (value * (1 + noise * 2.0**-11)).to(value.dtype)
 
     return [moved(value) for value in flat]
-
-
-def _begins(flat: Sequence[Any]) -> bool:
-    return bool(getattr(flat, "begins", False))
 
 
 def _is_floating(value: Any) -> bool:
