@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibcast.calib.errors import ArtifactError, StorageError, first_line
-from calibcast.calib.file_kinds import PROGRAM_FILE, json_kind, wrong_kind
+from calibcast.calib.file_kinds import PROGRAM_FILE, json_kind, require_file, wrong_kind
 from calibcast.calib.pt2.serialiser import serialising
 from calibcast.calib.seal import UNSEALED, sealed
 from calibcast.calib.sealed_files import followed
@@ -138,9 +138,7 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
     source = Path(path)
     if not source.exists():
         raise ArtifactError(f"{path}: no such file; expected a .pt2 written by torch.export.save")
-    wrong = wrong_kind(source, PROGRAM_FILE)
-    if wrong is not None:
-        raise ArtifactError(wrong)
+    require_file(source, PROGRAM_FILE)
     from calibcast.calib.pt2.loading import load_checked
     from calibcast.calib.pt2.refusal import RefusedError
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from calibcast.calib.artifacts import SCHEMA_VERSION, check_header, parsed, written_whole
 from calibcast.calib.errors import ArtifactError, MismatchError
-from calibcast.calib.file_kinds import CHECKPOINT_FILE, wrong_kind
+from calibcast.calib.file_kinds import CHECKPOINT_FILE, require_file
 from calibcast.calib.graph import TensorSpec
 from calibcast.calib.json_types import require_types
 from calibcast.calib.measured import Measured, merge_measured
@@ -112,14 +112,13 @@ class Checkpoint(Measured):
     def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
         """Read a checkpoint. Raises ArtifactError when it is missing, truncated, foreign or newer."""
         source = Path(path)
+        if not source.exists():
+            raise ArtifactError(f"{source}: no such file; expected a checkpoint of a calibration")
+        require_file(source, CHECKPOINT_FILE)
         try:
             content = source.read_bytes()
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{source}: no such file; expected a checkpoint of a calibration") from error
         except OSError as error:
-            raise ArtifactError(wrong_kind(source, CHECKPOINT_FILE) or f"{source} cannot be read: {error}") from error
-        if (wrong := wrong_kind(source, CHECKPOINT_FILE)) is not None:
-            raise ArtifactError(wrong)
+            raise ArtifactError(f"{source} cannot be read: {error}") from error
         return cls.from_bytes(content, source)
 
     def table(self) -> RangeTable:

@@ -12,6 +12,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from calibcast.calib.errors import ArtifactError
+
 _HEAD = 4096
 _MOST_JSON = 1 << 20  # a JSON document whose header does not come first is parsed up to this size, in bytes
 _MOST_NAMES = 64 << 20  # bytes of a zip file's directory, or of a Parquet file's footer
@@ -51,14 +53,14 @@ class Expected:
     kinds: tuple[str, ...]
 
 
-RANGES = Expected("a range table", (TABLE,))
-PLAN = Expected("a plan", (_PLAN,))
-VERIFICATION = Expected("a verification report", (_VERDICT,))
-PROGRAM_FILE = Expected("an exported program", (PROGRAM, ZIP))
-CHECKPOINT_FILE = Expected("a checkpoint of a calibration", (CHECKPOINT, ZIP))
+RANGES = Expected(TABLE, (TABLE,))
+PLAN = Expected(_PLAN, (_PLAN,))
+VERIFICATION = Expected(_VERDICT, (_VERDICT,))
+PROGRAM_FILE = Expected(PROGRAM, (PROGRAM, ZIP))
+CHECKPOINT_FILE = Expected(CHECKPOINT, (CHECKPOINT, ZIP))
 RANGES_OR_PLAN = Expected("a range table or a plan", (TABLE, _PLAN))
 RANGES_OR_CHECKPOINT = Expected("a range table or a checkpoint", (TABLE, CHECKPOINT))
-ENGINE = Expected("an engine folder", (_ENGINE,))
+ENGINE = Expected(_ENGINE, (_ENGINE,))
 # Text in another encoding has no known kind.
 _TEXTS = (_TEXT, _UNKNOWN, "an empty file", "a JSON file", f"{TRUNCATED} JSON file")
 PYTHON = Expected("a Python file", _TEXTS)
@@ -80,6 +82,12 @@ def wrong_kind(path: Path, expected: Expected) -> str | None:
     except OSError as error:
         found = f"not readable ({error.strerror})"
     return None if found in expected.kinds else f"{path} is {found}; {expected.name} was expected"
+
+
+def require_file(path: Path, expected: Expected) -> None:
+    """Raise ArtifactError for what `wrong_kind` refuses."""
+    if (wrong := wrong_kind(path, expected)) is not None:
+        raise ArtifactError(wrong)
 
 
 def is_replaceable(folder: Path) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _LARGEST = 2**63 - 1  # what polars and torch hold
@@ -25,6 +25,12 @@ def require_types(content: Mapping[str, Any], hints: Mapping[str, Any], place: s
     for name, hint in hints.items():
         if name in content:
             _require(content[name], hint, f"{place}{name}")
+
+
+def require_keys(content: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise KeyError for the first of these keys that is missing."""
+    for name in names:
+        content[name]
 
 
 def fields_of(kind: type) -> dict[str, Any]:

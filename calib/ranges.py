@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from calibcast.calib.damage_report import damage_report
 from calibcast.calib.errors import ArtifactError, MismatchError, require_kind
-from calibcast.calib.file_kinds import RANGES, TRUNCATED, wrong_kind
+from calibcast.calib.file_kinds import RANGES, require_file
 from calibcast.calib.graph_digests import first_difference
 from calibcast.calib.number_text import counted
 from calibcast.calib.range_file import read_ranges, save_ranges
 from calibcast.calib.range_scaling import true_table
 from calibcast.calib.range_schema import RangeData
 from calibcast.calib.rounding_table import rounding_gaps
-from calibcast.calib.seal import broken_seal, has_parquet_ends
+from calibcast.calib.seal import broken_seal
 
 # A table is read, filtered and compared without torch, which takes seconds to import; methods that need programs or
 # arrays import torch, or the modules that use it, themselves.
@@ -81,15 +81,11 @@ class RangeTable(RangeData):
         source = Path(path)
         if not source.exists():
             raise ArtifactError(f"{source}: no such file; expected a ranges file written by calibcast calibrate")
-        wrong = wrong_kind(source, RANGES)
-        if wrong is not None:
-            raise ArtifactError(wrong)
+        require_file(source, RANGES)
         try:
             content = source.read_bytes()
         except OSError as error:
             raise ArtifactError(f"{source} cannot be read: {error}") from error
-        if not has_parquet_ends(content):
-            raise ArtifactError(f"{source} is {TRUNCATED} Parquet file; a range table was expected")
         broken = broken_seal(content)
         if broken is not None:
             raise ArtifactError(

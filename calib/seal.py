@@ -38,13 +38,6 @@ def broken_seal(content: bytes) -> str | None:
     return None if place[1] == _digest(content, place) else "its checksum is not that of its bytes"
 
 
-def has_parquet_ends(content: bytes) -> bool:
-    """Whether bytes begin and end as a Parquet file does, with room for its metadata; False for a truncated file."""
-    if len(content) < 12 or not (content.startswith(_MAGIC) and content.endswith(_MAGIC)):
-        return False
-    return int.from_bytes(content[-8:-4], "little") <= len(content) - 12
-
-
 def _place(content: bytes) -> re.Match[bytes] | None:
     """The last text that looks like a checksum: metadata are at the end of the file, and a name in a column may look
     like one, too.

@@ -15,9 +15,9 @@ import polars as pl
 import torch
 from calibcast.calib.artifacts import load_json, load_program, parsed, save_frame, save_json, save_program
 from calibcast.calib.errors import ArtifactError, MismatchError, StorageError
-from calibcast.calib.file_kinds import ENGINE, is_replaceable, wrong_kind
+from calibcast.calib.file_kinds import ENGINE, is_replaceable, require_file
 from calibcast.calib.graph_digests import fingerprint
-from calibcast.calib.json_types import require_types
+from calibcast.calib.json_types import require_keys, require_types
 from calibcast.calib.parquet_size import declared_too_much
 from calibcast.calib.program_digests import node_digests, weights_hash
 from calibcast.calib.ranges import RangeTable
@@ -181,8 +181,7 @@ class Engine:
         file is checked before the file is parsed.
         """
         source = Path(folder)
-        if (wrong := wrong_kind(source, ENGINE)) is not None:
-            raise ArtifactError(wrong)
+        require_file(source, ENGINE)
         manifest = read_manifest(source)
         _check_seal(source, manifest)
         with parsed(source / _MANIFEST, _KIND):
@@ -287,9 +286,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     with parsed(Path(folder) / _MANIFEST, _KIND):
         require_types(manifest, _MANIFEST_TYPES)
         require_types(manifest.get("build") or {}, _BUILD_TYPES, "build.")
-        missing = [name for name in _REQUIRED if name not in manifest]
-        if missing:
-            raise KeyError(missing[0])
+        require_keys(manifest, _REQUIRED)
     return manifest
 
 

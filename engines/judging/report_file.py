@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.artifacts import load_json, parsed, save_json
-from calibcast.calib.json_types import require_types
+from calibcast.calib.json_types import require_keys, require_types
 from calibcast.engines.judging.attribution import SCHEMA as ATTRIBUTION
 from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.judging.report import SCHEMA, VerificationReport
@@ -49,9 +49,7 @@ def read_verdict(path: str | os.PathLike[str]) -> dict[str, Any]:
     content = load_json(path, _KIND)
     with parsed(path, _KIND):
         require_types(content, _FILE)
-        missing = [name for name in _FILE if name not in content]
-        if missing and missing != ["verdict"]:  # older files have none
-            raise KeyError(missing[0])
+        require_keys(content, [name for name in _FILE if name != "verdict"])  # older files have none
     return content
 
 
