@@ -288,17 +288,20 @@ class Sweep:
                 reason = "it needs runs of its own, and more edges do than are run"
                 self._found |= {(edge, low): reason for edge in group.edges}
                 continue
-            results = group.results(low)
-            assert results is not None
             try:
-                noise, elements = run_alone(self._tape, call, results, self._twin(call, group, low))
+                paid -= self._run_rounded(call, group, low, found)
             except Exception as error:
                 reason = f"the program cannot be run with it rounded: {first_line(error)}"
                 self._found |= {(edge, low): reason for edge in group.edges}
-                continue
-            paid -= elements
-            self._note_run(found, noise)
-            self._share_out(call, group, low, found)
+
+    def _run_rounded(self, call: Call, group: Group, low: torch.dtype, found: Found) -> int:
+        """Run the program with a group rounded, and note what that does. Returns how many elements were computed."""
+        results = group.results(low)
+        assert results is not None
+        noise, elements = run_alone(self._tape, call, results, self._twin(call, group, low))
+        self._note_run(found, noise)
+        self._share_out(call, group, low, found)
+        return elements
 
     def _run_numbers(self, numbers: Sequence[tuple[Call, Group, torch.dtype, Found]], loud: float) -> None:
         """Run the program for single numbers that seem loud, the loudest first. Their errors have one sign, so the
@@ -308,16 +311,10 @@ class Sweep:
         for call, group, low, found in sorted(numbers, key=lambda entry: -max(entry[3].noise)):
             if not loud < max(found.noise) < math.inf or paid <= 0:
                 return
-            results = group.results(low)
-            assert results is not None
             try:
-                noise, elements = run_alone(self._tape, call, results)
+                paid -= self._run_rounded(call, group, low, found)
             except Exception as error:
                 _log.debug("%s was not run with a number rounded: %s", call.name, first_line(error))
-                continue
-            paid -= elements
-            self._note_run(found, noise)
-            self._share_out(call, group, low, found)
 
     def _run_at_risk(self) -> None:
         """Run the program with each value at its pole. Where it gives NaN or Inf, the noise of the edge is inf."""
