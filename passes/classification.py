@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import Decision, PrecisionPlan
 from calibcast.passes.program_facts import ProgramFacts
 from calibcast.passes.rounding_course import Course
+from calibcast.passes.rounding_evidence import MeasuredEdge
 from calibcast.passes.rounding_planning import budgets_of, course_for, with_rounding
 from calibcast.passes.rules import Raised
 from calibcast.passes.settings import Settings, Target, low_type_of
@@ -151,30 +152,30 @@ class Planning:
 
     def makers(self, readers: Collection[str]) -> set[str]:
         """The nodes that made what `readers` read."""
-        evidence = self.facts.rounding.get(self.judge.low_type)
-        edges = () if evidence is None else evidence.edges
-        return {e.edge.input for e in edges if e.edge.node in readers and not e.edge.is_literal}
+        return {e.edge.input for e in self._edges if e.edge.node in readers and not e.edge.is_literal}
 
     def makers_by_reader(self) -> dict[str, set[str]]:
         """`makers` of each node alone."""
-        evidence, found = self.facts.rounding.get(self.judge.low_type), dict[str, set[str]]()
-        for measured in () if evidence is None else evidence.edges:
+        found: dict[str, set[str]] = {}
+        for measured in self._edges:
             if not measured.edge.is_literal:
                 found.setdefault(measured.edge.node, set()).add(measured.edge.input)
         return found
 
     def ring(self, readers: Collection[str], low: Collection[str]) -> set[str]:
         """The nodes in `low` among `readers` and the nodes that round what these read."""
-        evidence = self.facts.rounding.get(self.judge.low_type)
-        edges = () if evidence is None else evidence.edges
-        near = {name for e in edges if e.edge.node in readers for name in e.nodes}
+        near = {name for e in self._edges if e.edge.node in readers for name in e.nodes}
         return (near | set(readers)) & set(low)
 
     def rounding(self, makers: Collection[str]) -> set[str]:
         """The nodes that round what `makers` made, when low: those themselves, all readers, and the movers between."""
+        return {name for e in self._edges if e.edge.input in makers for name in e.nodes}
+
+    @property
+    def _edges(self) -> Sequence[MeasuredEdge]:
+        """The edges that were measured for the low type."""
         evidence = self.facts.rounding.get(self.judge.low_type)
-        edges = () if evidence is None else evidence.edges
-        return {name for e in edges if e.edge.input in makers for name in e.nodes}
+        return () if evidence is None else evidence.edges
 
     @property
     def _measured(self) -> list[str]:

@@ -87,12 +87,7 @@ class RoundingPlan:
             return None
         number = self.course.steps_of.get(node)
         if moves and (threshold == math.inf or number is None or not self._taken(number)):
-            return Verdict(
-                "rounding",
-                _moves_with(self.course.follows[node]),
-                None,
-                self.min_sqnr_db,
-            )
+            return Verdict("rounding", _moves_with(self.course.follows[node]), None, self.min_sqnr_db)
         assert number is not None
         reason = self._reason(node, self.course.steps[number])
         weight = self.course.steps[number].edge.weight

@@ -230,10 +230,8 @@ class _Tuning:
         nothing, and all together do. False where nothing is left to raise.
         """
         reason = "a run missed the budget, and no edge alone is to blame: many together change a step or a result"
-        ring, before = (
-            nodes_around(self.planning, steps_of(self.planning), outcome.plan.low_precision_nodes, last),
-            set(self.raised),
-        )
+        before = set(self.raised)
+        ring = nodes_around(self.planning, steps_of(self.planning), outcome.plan.low_precision_nodes, last)
         self._raise(ring, reason, outcome.sqnr_db)
         return self.raised.keys() > before
 
