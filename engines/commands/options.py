@@ -148,10 +148,17 @@ def check_engine(folder: Path) -> None:
 
 def inputs(model: str, data: str, transform: str | None) -> tuple[Any, Any, Any]:
     """The program, the dataloader and the transform (or None) at these locations."""
-    from calibcast.engines.locations import load_data, load_function, load_model
+    from calibcast.engines.locations import load_data, load_model
 
-    function = None if transform is None else load_function(transform)
+    function = transform_at(transform)  # first, as it is quick
     return load_model(model), load_data(data), function
+
+
+def transform_at(location: str | None) -> Any:
+    """The transform at this location; None where there is none."""
+    from calibcast.engines.locations import load_function
+
+    return None if location is None else load_function(location)
 
 
 def check_folder(output: Path) -> None:

@@ -23,6 +23,7 @@ from calibcast.engines.commands.options import (
     inputs,
     note,
     say,
+    transform_at,
 )
 from calibcast.engines.commands.rescaling import write_rescaled
 from calibcast.engines.usage import UsageError
@@ -152,7 +153,7 @@ def plan(  # noqa: PLR0913
         range_quantile=range_quantile,
         wide_accumulation=wide_accumulation or (),
     )
-    runs = None if data is None else _Runs(model, data, transform, carry_state)
+    runs = None if data is None else _Runs(data, transform, carry_state)
     if rescale and table is not None and output is not None:
         more = {} if runs is None else runs.arguments()
         program, table = write_rescaled(program, table, output.with_suffix(".pt2"), settings | more)
@@ -166,15 +167,16 @@ def plan(  # noqa: PLR0913
 class _Runs(NamedTuple):
     """Where the batches come from on which a plan is run."""
 
-    model: str
     data: str
     transform: str | None
     carry_state: bool
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `tune` and `rescale`. The loader is made again for each, since it may be an iterator."""
-        _, batches, function = inputs(self.model, self.data, self.transform)
-        return {"dataloader": batches, "transform": function, "carry_state": self.carry_state}
+        from calibcast.engines.locations import load_data
+
+        function = transform_at(self.transform)
+        return {"dataloader": load_data(self.data), "transform": function, "carry_state": self.carry_state}
 
 
 def _decided(program: Any, table: Any, settings: dict[str, Any], runs: _Runs | None, max_batches: int) -> Any:
