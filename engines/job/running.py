@@ -27,7 +27,8 @@ from calibcast.engines.job.job_file import JobFile, load_jobs
 from calibcast.engines.job.logs import Say, tell
 from calibcast.engines.job.manifest import Manifest, Record
 from calibcast.engines.job.measuring import measure_shard
-from calibcast.engines.job.ranks import Ranks, connected, give, tell_all
+from calibcast.engines.job.messages import connected, give, tell_all
+from calibcast.engines.job.ranks import Ranks
 from calibcast.engines.job.several import run_several
 from calibcast.engines.job.signals import Signals
 from calibcast.engines.job.stage import Stage

@@ -19,7 +19,6 @@ from calibcast.calib.ranges import RangeTable
 from calibcast.calib.sequences import NewSequence
 from calibcast.engines.backends import chosen
 from calibcast.engines.building import MOST_TRIED, build
-from calibcast.engines.job import ranks as ranks_module
 from calibcast.engines.job.context import JobContext
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.feed import Feeding, feed
@@ -34,6 +33,7 @@ from calibcast.engines.job.folder import (
 )
 from calibcast.engines.job.logs import tell
 from calibcast.engines.job.measuring import Task, counts, measure_shard
+from calibcast.engines.job.messages import take, tell_all
 from calibcast.engines.job.openers import code_digest, fingerprints
 from calibcast.engines.job.progress import Progress
 from calibcast.engines.job.ranks import Ranks
@@ -98,10 +98,10 @@ class JobRun(JobContext):
         made_of = self.made_of()
         task = self.task(made_of)
         self.refuse_nothing(task.batches.length)
-        ranks_module.tell_all(self.ranks, json.dumps(made_of).encode())
+        tell_all(self.ranks, json.dumps(made_of).encode())
         own = measure_shard(task, self.signals, self.bar)
         others = [
-            Checkpoint.from_bytes(ranks_module.take(rank), self.folder.checkpoint(rank, self.ranks.world))
+            Checkpoint.from_bytes(take(rank), self.folder.checkpoint(rank, self.ranks.world))
             for rank in range(1, self.ranks.world)
         ]
         parts = [own, *others]
