@@ -21,5 +21,12 @@ class Apply(nn.Module):
         return self.function(*args)
 
 
+class ApplyToX(Apply):
+    """The same, whose only input is called `x` in the graph."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x)
+
+
 def exported(function: Callable[..., Any], *args: torch.Tensor) -> ExportedProgram:
     return torch.export.export(Apply(function), args)

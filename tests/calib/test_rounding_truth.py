@@ -13,25 +13,17 @@ import torch
 from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.rounding_table import rounding_gaps
-from torch import nn
+
+from tests.functions import ApplyToX
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(64, 8, generator=GENERATOR)
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Net(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(x)
-
-
 def measured(function: Callable[..., Any], *batches: torch.Tensor, **more: Any) -> RangeTable:
     with torch.no_grad():
-        program = torch.export.export(Net(function).eval(), batches[:1])
+        program = torch.export.export(ApplyToX(function).eval(), batches[:1])
     return calibrate(program, list(batches), progress=False, **more)
 
 

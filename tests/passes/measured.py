@@ -11,26 +11,16 @@ import torch
 from calibcast import RangeTable, calibrate
 from calibcast.calib.rounding_edges import rounding_edges
 from calibcast.calib.rounding_table import LOW_TYPE_NAMES, ROUNDING_SCHEMA
-from torch import nn
 from torch.export import ExportedProgram
+
+from tests.functions import ApplyToX
 
 # Noise-to-signal power of an edge, by (reader, what it reads); one number for both types.
 Noise = Mapping[tuple[str, str], float | None]
 
 
-class Net(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(x)
-
-
 def exported(function: Callable[..., Any], x: torch.Tensor) -> ExportedProgram:
-    return torch.export.export(Net(function), (x,))
+    return torch.export.export(ApplyToX(function), (x,))
 
 
 def with_noise(program: ExportedProgram, batches: Iterable[Any], noise: Noise, rest: float = 1e-9) -> RangeTable:
