@@ -50,7 +50,8 @@ def calibrate(  # noqa: PLR0913 - the public contract
     """Run `dataloader` through `program` and record the range of every floating-point tensor.
 
     Memory is a fixed number of bytes per tensor, whatever the number of batches. The program and its buffers are
-    not changed, and every batch starts from the program's saved state.
+    not changed, and every batch starts from the program's saved state. A program that draws random numbers draws those
+    of the batch's index, in any process; the caller's generators are left as they were.
 
     Args:
         program: from `torch.export.export`, of a model in eval mode.

@@ -22,6 +22,7 @@ from calibcast.calib.masks import mask_tensors
 from calibcast.calib.measured import Measured
 from calibcast.calib.observer import Observer
 from calibcast.calib.program_digests import begin_inputs_hash, node_digests, weights_hash
+from calibcast.calib.random_draws import Draws
 from calibcast.calib.range_schema import MAX_HASHES, Calibration
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.rounding_evidence import RoundingObserver
@@ -60,6 +61,10 @@ class Run:
         return frozenset(input_targets(self.program))
 
     @cached_property
+    def _draws(self) -> Draws:
+        return Draws.of(self.program)
+
+    @cached_property
     def _step(self) -> Any:
         return captured_or_plain(self.runner, self.observer)
 
@@ -72,7 +77,7 @@ class Run:
         if getattr(flat, "begins", False):
             self.runner.reset()
         before = self.runner.state
-        with on(self.runner.device):
+        with on(self.runner.device), self._draws.of_batch(index):
             self._step(flat, index, self.watch)
             if self.on_nonfinite != "warn" and (row := self.observer.first_nonfinite()) is not None:
                 _leave_out(self, index, self.specs[row])

@@ -12,14 +12,22 @@ from typing import Any
 import torch
 from calibcast.calib.graph import base_op, program_device
 from calibcast.calib.operators import operator_of
+from calibcast.calib.training_mode import is_random
 from torch import fx
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+_HALVES = {torch.float16, torch.bfloat16}
+
 
 def call_anywhere(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operator; on a host that lacks its half-precision kernel, or has a wrong one, in fp32 and rounded."""
+    """Call an operator; on a host that lacks its half-precision kernel, or has a wrong one, in fp32 and rounded.
+
+    Random numbers are drawn in fp32 on any machine: half-precision kernels draw others from the same generator.
+    """
+    if is_random(target) and (wanted := _half_result(args, kwargs)) is not None:
+        return _drawn(target, args, kwargs, wanted)
     if operator_of(base_op(target)).wrong_on_host and _half_on_host(args, kwargs):
         return _emulated(target, args, kwargs)
     try:
@@ -65,6 +73,25 @@ class _HostKernels(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _half_result(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The half-precision type that a call is to give: the one it states, else that of its first such argument."""
+    if (stated := kwargs.get("dtype")) is not None:
+        return stated if stated in _HALVES else None
+    return next((v.dtype for v in pytree.tree_leaves((args, kwargs)) if _is_half(v)), None)
+
+
+def _drawn(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: torch.dtype) -> Any:
+    """Run an operator that draws random numbers in fp32, and round what it gives and what it writes into."""
+    leaves, spec = pytree.tree_flatten((args, {**kwargs, "dtype": torch.float32} if "dtype" in kwargs else kwargs))
+    wide = [v.float() if _is_half(v) else v for v in leaves]
+    wide_args, wide_kwargs = pytree.tree_unflatten(wide, spec)
+    results = target(*wide_args, **wide_kwargs)
+    written = {id(w): n.copy_(w) for n, w in zip(leaves, wide, strict=True) if w is not n and w._version}
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: written.get(id(t), t.to(wanted) if t.dtype == torch.float32 else t), results
+    )
+
+
 def _half_on_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return any(_is_half(value) and value.device.type == "cpu" for value in pytree.tree_leaves((args, kwargs)))
 
@@ -85,4 +112,4 @@ def _emulated(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _is_half(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype in {torch.float16, torch.bfloat16}
+    return isinstance(value, torch.Tensor) and value.dtype in _HALVES

@@ -16,6 +16,7 @@ from calibcast.calib.flat_regions import flat_regions
 from calibcast.calib.flattening import flatten, qualified_name
 from calibcast.calib.graph import input_targets
 from calibcast.calib.masks import mask_tensors
+from calibcast.calib.random_draws import random_state, set_random_state
 from calibcast.calib.rounding import fp32_kernels
 from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
 from calibcast.calib.rounding_findings import Findings, Found
@@ -23,7 +24,7 @@ from calibcast.calib.rounding_groups import Rounder
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
 from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep
 from calibcast.calib.rounding_table import MOST_OUTPUTS
-from calibcast.calib.rounding_tape import Tape, random_state, record, set_random_state
+from calibcast.calib.rounding_tape import Tape, record
 from torch import fx
 from torch.export.graph_signature import OutputKind
 

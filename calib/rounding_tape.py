@@ -19,6 +19,7 @@ from calibcast.calib.flat_regions import blocks, open_regions
 from calibcast.calib.flattening import qualified_name
 from calibcast.calib.graph import AUTOCAST_REGION, base_op
 from calibcast.calib.operators import operator_of
+from calibcast.calib.random_draws import may_draw, random_state, set_random_state
 from calibcast.calib.rounding_edges import Source, is_mover
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -307,17 +308,5 @@ def _flat(result: Any) -> tuple[Any, ...]:
 
 
 def _is_random(call: Call) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(call.run, "tags", ())
-
-
-def random_state() -> list[Any]:
-    """The state of the global generators, of the host and of the current GPU where one is in use."""
-    cuda: Any = torch.cuda
-    return [torch.get_rng_state(), *([cuda.get_rng_state()] if cuda.is_initialized() else [])]
-
-
-def set_random_state(state: Sequence[Any]) -> None:
-    """Back to what `random_state` gave."""
-    torch.set_rng_state(state[0])
-    for cuda in state[1:]:
-        torch.cuda.set_rng_state(cuda)
+    """A flat region, which is a call with a name and no node, may draw as well."""
+    return bool(call.name) if call.node is None else may_draw(call.node)

@@ -14,6 +14,7 @@ from calibcast.calib.execution import ProgramRunner, Ran, naming_batch, require_
 from calibcast.calib.flattening import inlined_name
 from calibcast.calib.graph import TensorSpec, dtype_name, tensor_specs
 from calibcast.calib.masks import mask_tensors
+from calibcast.calib.random_draws import JUDGED, Draws
 from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.uninitialised import undefined_tensors
 from calibcast.passes.comparison_result import CULPRIT_DB, SCHEMA, Comparison, NonfiniteNode
@@ -38,7 +39,8 @@ def compare(  # noqa: PLR0913 - as calibrate
     """Run `program` and `mixed`, its cast graph, node by node in turns, and compare what each node gives.
 
     Both free each tensor after its last reader, so memory is that of two forward passes, plus a few numbers per tensor.
-    Both programs are left unchanged.
+    Both programs are left unchanged. Random numbers are the same for both, and the caller's generators are left as they
+    were.
 
     Args:
         program: the reference, as exported.
@@ -54,7 +56,7 @@ def compare(  # noqa: PLR0913 - as calibrate
     batches = numbered(dataloader, signature_of(program), transform, max_batches)
     with tqdm(batches, "compare", max_batches, unit="batch", disable=None if progress else True) as bar:
         for index, _, flat in bar:
-            with naming_batch(flat, index), torch.no_grad():
+            with naming_batch(flat, index), torch.no_grad(), comparing.draws.of_batch(index):
                 comparing.run(flat, index)
     comparison = comparing.result()
     _log.info("%s", comparison)
@@ -66,6 +68,7 @@ class _Comparing:
 
     def __init__(self, ours: ProgramRunner, theirs: ProgramRunner, specs: list[TensorSpec]) -> None:
         self._ours, self._theirs, self._specs = ours, theirs, specs
+        self.draws = Draws.of(ours.program, theirs.program, stream=JUDGED)
         self._rows = {(spec.node, spec.output): row for row, spec in enumerate(specs)}
         self._weights = {spec.node for spec in specs if spec.kind not in {"activation", "input"}}
         self._named = {spec.node for spec in specs}
@@ -85,8 +88,8 @@ class _Comparing:
     def run(self, flat: list[Any], index: int) -> None:
         """One batch through both."""
         flat = self._theirs.to_device(flat)
-        ours = self._ours.steps(flat)
-        for theirs in self._theirs.steps(flat):
+        ours = self.draws.alone(self._ours.steps(flat))
+        for theirs in self.draws.alone(self._theirs.steps(flat)):
             # A weight is the same in every batch.
             if theirs.name in self._named and not (self._batches and theirs.name in self._weights):
                 self._compare(_advanced(ours, theirs.name), theirs, index)

@@ -12,6 +12,7 @@ from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.errors import BatchError
 from calibcast.calib.execution import ProgramRunner, Watch
 from calibcast.calib.output_noise import channel_noise
+from calibcast.calib.random_draws import Draws
 from calibcast.passes.emulation import emulated
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.proof import Proof
@@ -139,6 +140,7 @@ class Proving:
         """Raises BatchError as `calibrate` does."""
         self.program, self._device, self._carry_state = program, device, carry_state
         self.runner = ProgramRunner(program, device, carry_state=carry_state)
+        self._draws = Draws.of(program)
         self.batches: list[Batch] = []
         for index, _, flat in numbered(dataloader, signature_of(program), transform, max_batches):
             self.batches.append(self._batch(index, flat, flat.begins or not index))
@@ -149,7 +151,7 @@ class Proving:
         seen, twice = _Seen(), _Seen()
         runner = self._emulated(plan)
         for batch, into in [*((b, seen) for b in self.batches), *((b, twice) for b in self.doubled)]:
-            into.take(_ran(runner, batch), batch.results, batch)
+            into.take(self._ran(runner, batch), batch.results, batch)
         outputs = {place: decibels(noise) for place, noise in sorted(seen.outputs.items())}
         changed, lost = max(seen.changed, twice.changed), seen.nonfinite + twice.nonfinite
         bad = seen.bad or twice.bad
@@ -163,14 +165,13 @@ class Proving:
 
     def nonfinite_nodes(self, plan: PrecisionPlan, batch: Batch) -> list[str]:
         """The nodes that have more non-finite elements under the plan than in the program itself, in graph order."""
-        before = self._leading_to(batch)
-        expected = _counted(_nonfinite, self.runner, before, batch)
-        found = _counted(_nonfinite, self._emulated(plan), before, batch)
+        expected = self._counted(_nonfinite, self.runner, batch)
+        found = self._counted(_nonfinite, self._emulated(plan), batch)
         return [name for name, lost in found.items() if lost > expected.get(name, 0)]
 
     def nodes_beyond(self, limit: float, batch: Batch) -> list[str]:
         """The nodes that give finite elements above `limit` in magnitude, in the program itself and in graph order."""
-        return list(_counted(lambda t: (t.abs() > limit) & t.isfinite(), self.runner, self._leading_to(batch), batch))
+        return list(self._counted(lambda t: (t.abs() > limit) & t.isfinite(), self.runner, batch))
 
     def _emulated(self, plan: PrecisionPlan) -> ProgramRunner:
         return emulated(self.program, plan, self._device, self._carry_state)
@@ -178,7 +179,7 @@ class Proving:
     def _batch(self, index: int, flat: list[Any], begins: bool, doubled: bool = False) -> Batch:
         """Inputs, and the results of a run of the program that goes on from the batch before, or begins anew."""
         given = Batch(index, flat, [], doubled, begins)
-        return replace(given, results=_copies(_ran(self.runner, given)))
+        return replace(given, results=_copies(self._ran(self.runner, given)))
 
     def _leading_to(self, batch: Batch) -> list[Batch]:
         """The batches of the same sequence before this one: they make the state that it is run with."""
@@ -187,6 +188,30 @@ class Proving:
         before = [b for b in (self.doubled if batch.doubled else self.batches) if b.index < batch.index]
         begins = max((place for place, b in enumerate(before) if b.begins), default=0)
         return [] if batch.begins else before[begins:]
+
+    def _counted(
+        self, what: Callable[[torch.Tensor], torch.Tensor], runner: ProgramRunner, batch: Batch
+    ) -> dict[str, int]:
+        """How many elements of each node's results are so, where any is, in the order in which they run."""
+        counts: dict[str, int] = {}
+
+        def watch(name: str, _: Any, result: Any, *__: Any) -> None:
+            tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+            count = sum(int(what(t).sum()) for t in tensors if t.is_floating_point())
+            if count:
+                counts[name] = count
+
+        for earlier in self._leading_to(batch):
+            self._ran(runner, earlier)
+        self._ran(runner, batch, watch)
+        return counts
+
+    def _ran(self, runner: ProgramRunner, batch: Batch, watch: Watch | None = None) -> list[Any]:
+        """The results of a batch."""
+        if batch.begins:
+            runner.reset()
+        with self._draws.of_batch(batch.index):
+            return runner.run_batch(_copies(batch.flat), batch.index, watch)
 
     def _double(self, batch: Batch) -> Batch | None:
         """The batch with its floating-point inputs times two; None where it has none, or the program refuses them."""
@@ -199,34 +224,8 @@ class Proving:
             return None
 
 
-def _ran(runner: ProgramRunner, batch: Batch, watch: Watch | None = None) -> list[Any]:
-    """The results of a batch."""
-    if batch.begins:
-        runner.reset()
-    return runner.run_batch(_copies(batch.flat), batch.index, watch)
-
-
 def _nonfinite(tensor: torch.Tensor) -> torch.Tensor:
     return ~tensor.isfinite()
-
-
-def _counted(
-    what: Callable[[torch.Tensor], torch.Tensor], runner: ProgramRunner, before: Sequence[Batch], batch: Batch
-) -> dict[str, int]:
-    """How many elements of each node's results are so, where any is, in the order in which they run. before: the
-    batches that make the state."""
-    counts: dict[str, int] = {}
-
-    def watch(name: str, _: Any, result: Any, *__: Any) -> None:
-        tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-        count = sum(int(what(t).sum()) for t in tensors if t.is_floating_point())
-        if count:
-            counts[name] = count
-
-    for earlier in before:
-        _ran(runner, earlier)
-    _ran(runner, batch, watch)
-    return counts
 
 
 def _can_double(value: Any) -> bool:

@@ -23,6 +23,7 @@ from calibcast.calib.execution import (
 )
 from calibcast.calib.graph import where
 from calibcast.calib.program_digests import inputs_hash
+from calibcast.calib.random_draws import JUDGED, Draws, drawing_nodes
 from calibcast.engines.judging.attribution import Attribution
 from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.judging.metrics import OutputError
@@ -51,7 +52,8 @@ def verify(  # noqa: PLR0913 - the public contract
 ) -> VerificationReport:
     """Run `engine` and the fp32 `program` on the same batches and compare every output, streaming.
 
-    Use batches that calibration did not see; batches that it saw cause a warning.
+    Use batches that calibration did not see; batches that it saw cause a warning. Where engine and program draw random
+    numbers in PyTorch, they draw the same; the caller's generators are left as they were.
 
     Args:
         engine: an `Engine`, or anything called like the model.
@@ -102,6 +104,21 @@ def _attribution(engine: Callable[..., Any], runner: ProgramRunner, asked: bool 
     )
 
 
+def _draws_of(engine: Callable[..., Any], program: ExportedProgram) -> Draws:
+    """What is drawn in each batch. A function that is not an engine may draw where its program does not."""
+    mixed = getattr(engine, "program", None)
+    if not isinstance(mixed, ExportedProgram):
+        return Draws(JUDGED)
+    drawing = [name for one in (program, mixed) for name in drawing_nodes(one)]
+    if drawing and getattr(engine, "backend", "eager") != "eager":
+        warnings.warn(
+            f"{drawing[0]} draws random numbers, and the engine draws others than the program: the report compares "
+            "different draws. Give what is random as an input of the model.",
+            stacklevel=4,
+        )
+    return Draws.of(program, mixed, stream=JUDGED)
+
+
 class _Comparison:
     """What has been compared so far."""
 
@@ -114,6 +131,7 @@ class _Comparison:
     ) -> None:
         self._engine, self._runner, self._metrics, self._attribution = engine, runner, metrics, attribution
         self._program = runner.program
+        self._draws = _draws_of(engine, runner.program)
         self._errors = [OutputError(name) for name in output_names(runner.program)]
         self._by_data = sizes_by_data(runner.program)
         self._compared: set[int] = set()
@@ -135,20 +153,24 @@ class _Comparison:
         self._reused += bool(self._known) and inputs_hash(flat) in self._known
         flat = self._runner.to_device(flat)
         before = self._runner.state
-        reference = self._runner.run_batch(flat, index)
+        with self._draws.of_batch(index):
+            reference = self._runner.run_batch(flat, index)
         args, kwargs = input_structure(self._program, flat)
-        output = self._engine(*args, **kwargs)
+        with self._draws.of_batch(index):
+            output = self._engine(*args, **kwargs)
         ours = self._flat_output(output, index)
         for position, (error, mine, theirs) in enumerate(zip(self._errors, ours, reference, strict=True)):
             if isinstance(theirs, torch.Tensor):
                 self._compare(position, error, mine, theirs, index)
                 self._compared.add(position)
         if self._attribution is not None:
-            self._attribution.update(flat, ours, reference, index)
+            with self._draws.of_batch(index):
+                self._attribution.update(flat, ours, reference, index)
         if self._reference_problem is None and any(_has_nan(value) for value in reference):
             after = self._runner.state
             self._runner.restore(before)
-            self._reference_problem = _first_nonfinite(self._runner, flat, index)
+            with self._draws.of_batch(index):
+                self._reference_problem = _first_nonfinite(self._runner, flat, index)
             self._runner.restore(after)
         self._measure(index, output, output_structure(self._program, reference), batch, flat)
         self._batches += 1

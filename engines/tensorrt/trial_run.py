@@ -13,6 +13,7 @@ import torch
 from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import NodeError, ProgramRunner, input_structure, output_names
 from calibcast.calib.input_checks import Leaf
+from calibcast.calib.random_draws import JUDGED, Draws, drawing_nodes
 from calibcast.calib.ranges import RangeTable
 from calibcast.calib.sequences import begins_anew
 from calibcast.engines.judging.metrics import OutputError
@@ -131,7 +132,8 @@ def judged(
     """Run an engine, and its cast graph in PyTorch, and compare both with fp32.
 
     An engine is wrong if it raises, if it gives NaN or Inf where its program gives numbers, or if its SQNR is more than
-    6 dB below what its program has in PyTorch or what its plan was proven to have.
+    6 dB below what its program has in PyTorch or what its plan was proven to have. Of a program that draws random
+    numbers, SQNR is not asked for.
 
     run: the engine. batches: flat inputs on its device; copies of the programs are moved there. reference: the fp32
     program; None: the cast graph with every node in fp32 that can be. proven: the proof of the
@@ -140,10 +142,10 @@ def judged(
     device = next((value.device for flat in batches for value in flat if isinstance(value, torch.Tensor)), None)
     try:
         held = _Held(program, reference, device, proven, carry_state)
-        for flat in batches:
+        for index, flat in enumerate(batches):
             if begins_anew(flat):
                 held.reset()
-            held.expect(flat)
+            held.expect(flat, index)
     except (NodeError, RuntimeError) as error:  # not the engine's fault: a lack of memory, for example
         _log.warning("the engine was not tried out, as its program does not run on such inputs: %s", error)
         return Judgement(why_not=f"its program does not run on such inputs: {error}")
@@ -153,7 +155,9 @@ def judged(
             if index and (begins_anew(flat) or not carry_state):
                 reset()
             args, kwargs = input_structure(program, flat)
-            held.take(index, pytree.tree_leaves(run(*args, **kwargs)))
+            with held.draws.of_batch(index):
+                given = run(*args, **kwargs)
+            held.take(index, pytree.tree_leaves(given))
         reset()
     except torch.OutOfMemoryError as error:  # the copy of the program may be to blame
         _log.warning("the engine was not tried out, because memory ran out: %s", error)
@@ -179,19 +183,29 @@ class _Held:
         wide = reference if reference is not None else widened(program, low) if low else program
         runners = [ProgramRunner(p, device, carry_state=carry_state) for p in (program, wide, wide)]
         self._cast, self._wide, self._disturbed = runners
+        self.draws = Draws.of(program, wide, stream=JUDGED)
         self._proven = proven
+        # An engine may draw other random numbers than its program. How far the results are apart then says nothing.
+        self._drawing = bool(drawing_nodes(program))
         self._errors = {kind: [OutputError(name) for name in names] for kind in ("engine", "cast", "moved")}
         self._expected: list[tuple[list[Any], list[Any]]] = []
         self._wrong = self._total = 0
         self._outputs, self._misshapen = list(zip(names, sizes_by_data(program), strict=True)), ""
 
-    def expect(self, flat: Sequence[Any]) -> None:
+    def expect(self, flat: Sequence[Any], index: int) -> None:
         """Run the programs. Inputs changed by as little as TF32's rounding show how much error the model itself
         amplifies."""
-        wanted, cast, moved = self._wide.run(flat), self._cast.run(flat), self._disturbed.run(_moved(flat))
+        wanted, cast, moved = (
+            self._ran(runner, given, index)
+            for runner, given in ((self._wide, flat), (self._cast, flat), (self._disturbed, _moved(flat)))
+        )
         self._compare("cast", cast, wanted)
         self._compare("moved", moved, wanted)
         self._expected.append((wanted, cast))
+
+    def _ran(self, runner: ProgramRunner, flat: Sequence[Any], index: int) -> list[Any]:
+        with self.draws.of_batch(index):
+            return runner.run(flat)
 
     def reset(self) -> None:
         """Begin a new sequence."""
@@ -250,6 +264,8 @@ class _Held:
         able = min(cast.sqnr_db, moved.sqnr_db, MOST_ASKED_DB)
         # Where the cast graph itself is below the proof here, the engine need not be better than the cast graph.
         asked = max(able, min(proven, cast.sqnr_db)) - GRACE_DB
+        if self._drawing:
+            asked = -math.inf
         return SeenOutput(engine.output, asked, cast.sqnr_db, engine.sqnr_db, engine.only_engine)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from calibcast.calib.batches import numbered, signature_of
-from calibcast.calib.execution import ProgramRunner, tensors_of
+from calibcast.calib.execution import ProgramRunner, Ran, tensors_of
+from calibcast.calib.random_draws import JUDGED, Draws
 from calibcast.calib.rounding import fp32_kernels
 from calibcast.calib.sequences import FlatInputs
 from calibcast.passes.rescaling.exactness import Refusal
@@ -49,24 +50,28 @@ class Check:
         Both compute in fp32 without TF32, also where the process allows it.
         """
         ours, theirs = (ProgramRunner(p, self.device, carry_state=self.carry_state) for p in (made, self.program))
+        draws = Draws.of(made, self.program, stream=JUDGED)
         with torch.no_grad(), fp32_kernels():
             for index, flat in enumerate(self.batches):
                 if flat.begins:
                     ours.reset()
                     theirs.reset()
                 held, before = theirs.to_device(flat), (ours.state, theirs.state)
-                if not all(map(_same, ours.run(held), theirs.run(held))):
+                with draws.of_batch(index):
+                    results = ours.run(held)
+                with draws.of_batch(index):
+                    same = all(map(_same, results, theirs.run(held)))
+                if not same:
                     ours.restore(before[0])
                     theirs.restore(before[1])
-                    return _first(ours, theirs, held, exponents, index)
+                    with draws.of_batch(index):
+                        made_steps, wanted = draws.alone(ours.steps(held)), draws.alone(theirs.steps(held))
+                        return _first(made_steps, wanted, exponents, index)
         return None
 
 
-def _first(
-    ours: ProgramRunner, theirs: ProgramRunner, flat: Sequence[Any], exponents: Exponents, index: int
-) -> Refusal:
-    steps = ours.steps(flat)
-    for want in theirs.steps(flat):
+def _first(steps: Iterator[Ran], wanted: Iterable[Ran], exponents: Exponents, index: int) -> Refusal:
+    for want in wanted:
         made = next((ran for ran in steps if ran.name == want.name), None)
         given = {} if made is None else dict(tensors_of(made.node, made.result))
         for output, tensor in tensors_of(want.node, want.result):
