@@ -46,7 +46,7 @@ def broken(line: str, space: int, hang: int | None = None) -> list[str]:
     found = _LABEL.match(line)
     label = "" if found is None else found.group()
     if hang is None:
-        hang = len(label) if label.strip() and len(label) < space // 2 else len(label) - len(label.strip()) + 2
+        hang = len(label) if label.strip() and len(label) < space // 2 else len(label) - len(label.lstrip()) + 2
     pieces = []
     while columns_of(line) > space:
         end = _break(line, space, hang)

@@ -393,6 +393,8 @@ def test_poles_ask_for_a_share_of_the_distance(
         (torch.div, (PLUS, None), 1, False),
         (torch.reciprocal, (tensor(0.5, 4.0, smallest=0.5),), 0, True),
         (lambda x: x**-1.5, (tensor(0.5, 4.0, smallest=0.5),), 0, True),
+        (lambda x: x**-0.25, (tensor(0.5, 4.0, smallest=0.5),), 0, True),
+        (lambda x: x**0.25, (tensor(0.5, 4.0, smallest=0.5),), 0, False),
         (lambda x: x**1.5, (tensor(0.5, 4.0, smallest=0.5),), 0, False),
         (lambda x: x**0.0, (tensor(0.5, 4.0, smallest=0.5),), 0, False),
         (torch.log, (tensor(0.5, 4.0, smallest=0.5),), 0, False),  # asks by its result
