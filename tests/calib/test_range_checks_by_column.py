@@ -122,8 +122,9 @@ def test_a_row_does_not_contradict_itself(changed: dict[str, Any], said: str) ->
 def test_the_row_is_named_with_its_numbers_and_how_many_more_there_are() -> None:
     with pytest.raises(ArtifactError) as caught:
         check(nan=-1, output=3)
-    assert "the row of tensor middle (output 3; min -2.0, max 4.0, absmax 4.0, elements 10) has a negative nan. " in str(
-        caught.value
+    assert (
+        "the row of tensor middle (output 3; min -2.0, max 4.0, absmax 4.0, elements 10) has a negative nan. "
+        in str(caught.value)
     )
     rows = [SOUND | {"nan": -1}, SOUND, SOUND | {"nan": -1}]
     columns = {name: [row.get(name) for row in rows] for name in ALL}

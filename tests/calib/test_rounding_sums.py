@@ -158,6 +158,7 @@ def test_records_merge_where_their_edges_are_the_same() -> None:
     assert record(0) != RoundingRecord(EDGES, False, total(0), 1)
     assert record(0) != "record"
     assert RoundingRecord().frame().height == 0
+    assert record_of(RoundingRecord().frame()) == RoundingRecord()
     assert record(3).numbered_from(4).statistics.worst_batch.tolist() == [7] * ROWS
     copy = record(0).copy()
     copy.statistics.merge(batch(1))
