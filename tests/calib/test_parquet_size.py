@@ -1,4 +1,4 @@
-"""The footer of a Parquet file, read as far as it is needed: each kind of value of Thrift's compact protocol, and limits.
+"""The footer of a Parquet file, as far as it is needed: each kind of value of Thrift's compact protocol, and limits.
 
 Bytes are written by hand as thrift-compact-protocol.md of apache/thrift has them.
 """

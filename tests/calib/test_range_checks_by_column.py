@@ -1,4 +1,4 @@
-"""Every number of a range table that no calibration writes, at the first value that is refused, and the last that is not.
+"""Every number of a range table that no calibration writes: the first that is refused, and the last that is not.
 
 The checks are given rows in memory: two that are sound, and one between them that is not.
 """

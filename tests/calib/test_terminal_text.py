@@ -130,7 +130,7 @@ def test_a_beginning_ends_behind_a_word_of_its_second_half(text, width, head):
 
 
 @pytest.mark.parametrize(
-    ("text", "columns"), [("", 0), ("abc", 3), ("日", 2), ("ｱ", 1), ("Ａ", 2), ("e\u0301", 1), ("·", 1)]
+    ("text", "columns"), [("", 0), ("abc", 3), ("日", 2), ("ｱ", 1), ("\uff21", 2), ("e\u0301", 1), ("·", 1)]
 )
 def test_how_many_columns_a_text_takes(text, columns):
     assert columns_of(text) == columns

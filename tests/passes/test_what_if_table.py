@@ -71,7 +71,7 @@ def test_a_bound_says_that_it_is_one(most: float, least: float, text: str) -> No
 def test_nodes_that_flip_are_named_with_their_modules() -> None:
     both = {"to_low": ["linear"], "to_high": ["add", "linear", "mul"], "range_quantile": 0.99}
     many = {"to_low": [f"n{i}" for i in range(8)], "min_sqnr_db": 40.0}
-    heading, first, second, _, *flips = lines(both, many)
+    _, first, second, _, *flips = lines(both, many)
     assert (first.split()[-2:], second.split()[-2:]) == (["+1", "-3"], ["+8", "-0"])
     assert flips == [
         "  float16, data_max 512, quantile 0.99: 1 node low now: linear (encoder.0)",
