@@ -43,7 +43,7 @@ from benchmarks.mutations.sample import FOLDERS, Mutant, drawn, in_function
 from benchmarks.mutations.unseen import unseen
 
 ROOT = Path.cwd()
-PYTEST = ("-n", "0", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly")
+PYTEST = ("-n", "0", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
 # Minutes long; they hold networks and laws, not one file.
 LONG = {"test_architectures.py", "test_program_zoo.py", "test_fuzz.py", "test_random_programs.py"}
 # Seconds of the tests of a file of the same name, for a line that only another process runs.
@@ -238,7 +238,7 @@ def run(tests: list[str], seconds: float) -> tuple[int | str, str | None]:
     into = Path(tempfile.mkdtemp()) / "failed"
     plugins = [FirstFailure(into)]
     found = forked(
-        lambda: int(pytest.main([*PYTEST, *tests], plugins=plugins)), Limits(60 + 4 * seconds, 600 + 20 * seconds)
+        lambda: int(pytest.main([*PYTEST, "-x", *tests], plugins=plugins)), Limits(60 + 4 * seconds, 600 + 20 * seconds)
     )
     return found, into.read_text() if into.exists() else None
 
