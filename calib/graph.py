@@ -96,7 +96,7 @@ def base_op(target: Any) -> str:
     """The name in the operator table: `add` for `aten.add_.Tensor`, `div` for `aten.divide.Tensor`; "" if not ATen."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in {"aten", "prims"}:
         return ""
-    name = target._schema.name.split("::", 1)[1]
+    name = target._schema.name.partition("::")[2]
     return canonical(name.rstrip("_") if name.endswith("_") and not name.endswith("__") else name)
 
 
@@ -182,7 +182,7 @@ def module_path(node: fx.Node) -> str:
     for entry in stack.values():
         path = entry[0]
     # A module called twice is recorded as `layer@1`.
-    return str(path).split("@", 1)[0]
+    return str(path).partition("@")[0]
 
 
 def source_line(node: fx.Node) -> str:
@@ -193,7 +193,7 @@ def source_line(node: fx.Node) -> str:
         if not line.startswith('File "'):
             continue
         file, _, rest = line.removeprefix('File "').partition('"')
-        number = rest.split("line", 1)[-1].split(",", 1)[0].strip()
+        number = rest.partition("line")[2].partition(",")[0].strip()
         place = f"{file}:{number}"
         # Frames inside torch.nn say only "linear.py"; the frame before them is the user's.
         if not found or "/torch/nn/" not in file:

@@ -155,10 +155,9 @@ def at_poles(call: Call) -> list[Value]:
 
 def _sound(grad: torch.Tensor) -> torch.Tensor:
     """NaN and Inf become 0: sqrt has an infinite slope at 0, which would spoil all gradients before it."""
-    if grad.is_cuda:  # reading the sum would wait for the device
-        return grad.nan_to_num(0.0, 0.0, 0.0)
-    total = grad.sum()
-    return grad if math.isfinite(abs(total.item())) else grad.nan_to_num(0.0, 0.0, 0.0)
+    # Reading the sum would wait for a GPU.
+    sound = not grad.is_cuda and math.isfinite(abs(grad.sum().item()))
+    return grad if sound else grad.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _enable_cudnn(enabled: bool) -> None:

@@ -63,7 +63,7 @@ def _break(line: str, space: int, hang: int) -> int | None:
     fitting = [gap for gap in gaps if columns_of(line[:gap]) <= space]
     later = [gap for gap in gaps if gap not in fitting]
     if fitting:
-        word = line[fitting[-1] :].split(maxsplit=1)
+        word = line[fitting[-1] :].split()
         if word and hang + columns_of(word[0]) <= space:
             return fitting[-1]
     return later[0] if later else None

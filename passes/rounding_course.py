@@ -12,7 +12,6 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from calibcast.calib.rounding_table import OUTPUT
 from calibcast.passes.rounding_evidence import MeasuredEdge
 
 # A plan is made for half the noise amplitude that the budget allows, where one edge makes most of the noise ..
@@ -248,8 +247,3 @@ def _crowd_weight(weights: Sequence[float]) -> float:
         if weight < CROWD_SHARE * rest:
             return weight
     return 0.0
-
-
-def reader_name(edge: MeasuredEdge) -> str:
-    """The reader's name in a sentence."""
-    return "the program's result" if edge.edge.node == OUTPUT else f"`{edge.edge.node}`"

@@ -93,10 +93,6 @@ def _through(node: fx.Node, entry: Operator, need: Need, seen: Seen, is_own: boo
         yield from _as_large(node, entry, need, seen)
 
 
-def _keeps_size(entry: Operator) -> bool:
-    return entry.error == terms.SAME or entry.slopes
-
-
 def _by_itself(node: fx.Node, entry: Operator, need: Need, seen: Seen, share: float) -> Iterator[tuple[fx.Node, Need]]:
     """The needs that do not depend on that of the result: steps, orders, poles, offsets that a norm removes."""
     first = _tensor(node, 0)

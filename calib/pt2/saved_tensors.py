@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from calibcast.calib.pt2.archive import members
@@ -33,12 +32,6 @@ _HARMLESS = _REBUILD | {
     _FAKE,
 }
 _UNTYPED = "torch.storage.UntypedStorage"
-
-
-@dataclass(frozen=True)
-class _Storage:
-    key: str
-    bytes: int
 
 
 def check_saved(content: bytes, reader: Callable[[bytes], Any], check_meta: Callable[[Any], None]) -> None:

@@ -173,6 +173,9 @@ def test_a_line_inside_torch_is_told_where_there_is_no_other() -> None:
     assert source_line(traced(inside)) == f"{inside}:7"
     assert source_line(traced(inside, "/me/net.py", "/me/more.py")) == "/me/more.py:9"
     assert source_line(traced()) == ""
+    # A function or a file may have any name.
+    node = SimpleNamespace(meta={"stack_trace": '  File "/line, 3/a.py", line 12, in pipeline, line 9'})
+    assert source_line(node) == "/line, 3/a.py:12"  # type: ignore[arg-type]
 
 
 def test_inputs_have_kinds_and_targets(program: ExportedProgram) -> None:

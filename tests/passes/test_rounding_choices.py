@@ -20,7 +20,6 @@ from calibcast.passes.rounding_course import (
     _with_allowances,
     course_of,
     noise_of,
-    reader_name,
     summed,
 )
 from calibcast.passes.rounding_evidence import LOST, OTHERS, MeasuredEdge, _batches, _Row, rounding_evidence
@@ -284,7 +283,5 @@ def test_the_summary_has_the_ten_loudest() -> None:
     assert summary.spread is False
 
 
-def test_readers_are_named_in_sentences() -> None:
-    assert reader_name(edge(OUTPUT, "a", 1.0)) == "the program's result"
-    assert reader_name(edge("b", "a", 1.0)) == "`b`"
+def test_the_margin_is_half_of_the_error() -> None:
     assert course_module.MARGIN == 0.5
