@@ -1,4 +1,4 @@
-"""What an exponent costs, tensor by tensor, against numbers worked out by hand: powers of two, so that they are exact."""
+"""What an exponent costs, tensor by tensor, against numbers worked out by hand. They are powers of two, so exact."""
 
 from __future__ import annotations
 
