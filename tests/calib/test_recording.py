@@ -53,6 +53,18 @@ def test_calls_come_back_as_they_were_made(tmp_path):
     assert len(calls) == 10, "the hook is gone"
 
 
+@pytest.mark.parametrize("made", ["", "deep", "deep/down"])
+def test_a_folder_is_made_or_may_be_there_while_it_is_empty(tmp_path, made):
+    (tmp_path / "calls").mkdir()
+    module = nn.Identity()
+    with recorded(module, tmp_path / "calls" / made) as calls:
+        module(torch.ones(2))
+    assert len(calls) == 1
+    for full in (tmp_path / "calls" / made, next((tmp_path / "calls" / made).glob("*.safetensors"))):
+        with pytest.raises(ArtifactError, match="exists and is not empty"), recorded(module, full):
+            pass
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float64])
 def test_types_are_kept(tmp_path, dtype):
     module = nn.Identity()
