@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from calibcast.calib.errors import CalibcastError
 from calibcast.calib.printable import printable_lines
+from calibcast.engines import garbage
 from calibcast.engines.commands import diagnosis, diff, engine, export, job, rescaling, review, stages
 from calibcast.engines.commands.options import fail, in_flags, note, say
 from calibcast.engines.streams import fitted, give_up_stdout
@@ -82,6 +83,8 @@ def calibcast(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of `calibcast`: reports every error as one message and an exit code."""
+    if arguments is None:
+        garbage.rare()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneStyle("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

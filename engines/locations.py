@@ -17,6 +17,7 @@ from calibcast.calib.artifacts import load_program
 from calibcast.calib.errors import CalibcastError, ProgramError, first_line, known, raised_at
 from calibcast.calib.file_kinds import PROGRAM_FILE, PYTHON, wrong_kind
 from calibcast.calib.process_settings import own_output_kept, unlogged
+from calibcast.engines import garbage
 from calibcast.engines.usage import LocationError
 
 if TYPE_CHECKING:  # torch takes seconds to import; a wrong path is reported before that
@@ -33,13 +34,15 @@ def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> Exp
     Raises LocationError, ArtifactError or ProgramError.
     """
     check_model(location)
+    import torch
+
+    importlib.import_module("torch._dynamo")  # both torch.export.export and load import it, in many small files
+    garbage.usual()  # what comes now is the user's own code
     if ":" not in location:
         if arguments:
             raise LocationError(f"{location} is a file, and takes no arguments; there are {sorted(arguments)}")
         return load_program(location)
     made = call(location, arguments)
-    import torch
-
     if isinstance(made, torch.export.ExportedProgram):
         return made
     if isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module):
