@@ -8,6 +8,7 @@ from calibcast.engines.eager import EagerBackend
 from calibcast.engines.inductor.backend import InductorBackend
 from calibcast.engines.runtimes import Backend
 from calibcast.engines.tensorrt.backend import TensorrtBackend
+from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.isolation import prepare_builder
 from calibcast.engines.tensorrt.compatibility import gpu_warning
 from calibcast.engines.usage import BACKEND_NAMES
@@ -47,11 +48,10 @@ def chosen(name: str, ahead_of_time: bool = False) -> tuple[Backend, str]:
 
 
 def start_early(name: str, ahead_of_time: bool = False, isolate: bool = True) -> None:
-    """Start the builder process now, because its imports take seconds, for a build that is sure to come."""
-    try:
-        found, _ = chosen(name, ahead_of_time)
-        found.require(ahead_of_time)
-    except BuildError:  # reported when a build is asked for
+    """Have a builder process get ready now, because its imports take seconds, for a build that is sure to come."""
+    if not isolate or adapter.installed_flavour() is None:
         return
-    if found.name == "tensorrt" and isolate:
+    # This process imports Torch-TensorRT after the builder has begun to, so that both do it at once.
+    asked = name == "tensorrt" and (ahead_of_time or torch.cuda.is_available())
+    if asked or (name == "auto" and chosen(name, ahead_of_time)[0].name == "tensorrt"):
         prepare_builder()

@@ -17,6 +17,7 @@ from calibcast.engines.commands.options import (
     check_inputs,
     say,
 )
+from calibcast.engines.early_builder import fork_builder
 from calibcast.engines.usage import BACKEND_NAMES, LocationError, UsageError
 
 
@@ -55,6 +56,9 @@ def build(  # noqa: PLR0913 - a command line has options
     check_choice("--on-failure", on_failure, ("error", "fallback"))
     check_choice("--backend", backend, ("auto", *BACKEND_NAMES))
     PLAN(plan_file), RANGES(ranges)
+    settings = dict(_setting(text) for text in setting or ())
+    check_folder(output)
+    fork_builder(backend, ahead_of_time, bool(settings.get("isolate", True)))
     from calibcast.calib.ranges import RangeTable
     from calibcast.engines.backends import chosen, start_early
     from calibcast.engines.building import build as run
@@ -63,11 +67,9 @@ def build(  # noqa: PLR0913 - a command line has options
     from calibcast.passes.cast_insertion import insert_casts
     from calibcast.passes.plan import PrecisionPlan
 
-    settings = dict(_setting(text) for text in setting or ())
-    check_folder(output)
     _check_settings(chosen(backend, ahead_of_time)[0], settings, ahead_of_time)
+    start_early(backend, ahead_of_time, bool(settings.get("isolate", True)))
     program, decided = load_model(model), PrecisionPlan.load(plan_file)
-    start_early(backend, ahead_of_time)
     table = None if ranges is None else RangeTable.load(ranges)
     if table is not None:
         table.check(program)

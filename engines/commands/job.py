@@ -46,7 +46,9 @@ def run(
 
     Under torchrun the processes share the calibration. Example: calibcast run job.toml --log-format json
     """
+    from calibcast.engines.early_builder import fork_builder
     from calibcast.engines.job.errors import Stopped
+    from calibcast.engines.job.folder import MANIFEST, JobFolder
     from calibcast.engines.job.job_file import load_jobs
     from calibcast.engines.job.logs import FORMATS, logging_to_stderr, tell
     from calibcast.engines.job.ranks import Ranks
@@ -60,7 +62,12 @@ def run(
 
     with logging_to_stderr(log_format, ranks.rank, ranks.world):
         try:
-            load_jobs(job)  # a mistake in it is told before torch is imported, which takes seconds
+            files = load_jobs(job)  # a mistake in it is told before torch is imported, which takes seconds
+            if ranks.first and not dry_run:  # one builder serves all models
+                asked, folder = files[0].job.build, JobFolder.of(files[0]).path
+                isolate = bool(asked.settings.get("isolate", True))
+                sure = redo or not (folder / MANIFEST).exists()
+                fork_builder(asked.backend, asked.ahead_of_time, isolate, sure)
             from calibcast.engines.job.dry_run import plan_job
             from calibcast.engines.job.running import run_job
 

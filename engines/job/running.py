@@ -97,7 +97,7 @@ def _lead(run: JobRun, say: Say, redo: bool) -> None:
 
 def _run_stages(run: JobRun, manifest: Manifest, say: Say, job: Mapping[str, Any]) -> None:
     stages = run.stages()
-    if "build" not in manifest.stages:
+    if "build" not in manifest.stages or reason_to_run(manifest, stages[0], set()):
         asked = run.file.job.build
         start_early(asked.backend, asked.ahead_of_time, bool(asked.settings.get("isolate", True)))
     _drop_others(run, manifest, {stage.name for stage in stages}, job)

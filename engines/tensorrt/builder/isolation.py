@@ -92,7 +92,7 @@ class _Progress:
 
 def prepare_builder() -> None:
     """Start a builder, unless one is there, for a build that is sure to come, so that it can import meanwhile."""
-    worker.prepare(module_search_path(_ROOT), ())
+    worker.prepare(module_search_path(_ROOT))
 
 
 def build_isolated(

@@ -2,9 +2,10 @@
 
     python -m calibcast.engines.tensorrt.builder.process
 
-It reads names of folders from the standard input, one a line. Each folder holds a job and its program; the engine's
-files, the answer and the log are written there. Events go to the standard output, one JSON object a line. The process
-ends when its input ends, or when no job has come for a while. A crash of the builder ends this process and no other.
+It reads requests from the standard input, one JSON object a line: to get ready, or to do the job in a folder. That
+folder holds the job and its program; the engine's files, the answer and the log are written there. Events go to the
+standard output, one JSON object a line. The process ends when its input ends, or when no job has come for a while. A
+crash of the builder ends this process and no other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.compiling import compile_job
 from calibcast.engines.tensorrt.builder.job import BUILT, INDUCTOR, PROGRAM, BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import Event
-from calibcast.engines.tensorrt.builder.worker import ANSWERED, EARLY, IDLE, LOG, PLAIN
+from calibcast.engines.tensorrt.builder.worker import ANSWERED, EARLY, IDLE, LOG, READY
 
 
 def work(folder: Path, event: Event) -> None:
@@ -48,20 +49,20 @@ def work(folder: Path, event: Event) -> None:
 
 
 def main() -> NoReturn:
-    """Do one job after another."""
+    """Do one request after another."""
     telling = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what C++ prints must not break the lines
 
     def event(content: dict[str, Any]) -> None:
         telling.write(json.dumps(content) + "\n")
 
-    if PLAIN not in sys.argv:
-        _warm_up(EARLY in sys.argv)
-    # Torch-TensorRT collects garbage in each build: the million objects of imported modules need not be looked through
-    # (0.5 s of a build, of ResNet-18 as of others).
-    gc.collect()
-    gc.freeze()
-    for folder in _asked():
+    _keep_imported()
+    for request in _asked():
+        if READY in request:
+            _get_ready(request[READY] == EARLY)
+            continue
+        _move_to(request)
+        folder = Path(request["folder"])
         _print_to(folder / LOG)
         work(folder, event)
         sys.stderr.flush()
@@ -72,9 +73,10 @@ def main() -> NoReturn:
     os._exit(0)
 
 
-def _warm_up(early: bool) -> None:
-    """Import what every build with Torch-TensorRT needs before the first job comes. early: also lower a small program
+def _get_ready(early: bool) -> None:
+    """Import what every build with Torch-TensorRT needs, before the first job comes. early: also lower a small program
     once, so that what torch does only the first time is done."""
+    gc.disable()
     pretend_gpu()
     importlib.import_module("torch._export.serde.serialize")
     try:
@@ -83,16 +85,38 @@ def _warm_up(early: bool) -> None:
         print(error, file=sys.stderr)
     if early:
         torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)).run_decompositions().module()
+    _keep_imported()
 
 
-def _asked() -> Iterator[Path]:
-    """The folders from the standard input, until it ends or none comes for IDLE seconds."""
+def _keep_imported() -> None:
+    """Look for garbage as usual from now on, but not among what is imported: Torch-TensorRT collects garbage in each
+    build, and the million objects of modules need not be looked through (0.5 s of a build, of ResNet-18 as of
+    others)."""
+    gc.freeze()
+    gc.set_threshold(700, 10, 10)  # a forked builder has those of the command that it was forked from
+    gc.enable()
+
+
+def _asked() -> Iterator[dict[str, Any]]:
+    """The requests from the standard input, until it ends or none comes for IDLE seconds."""
     stream = os.fdopen(0, "rb", buffering=0)
     while select.select([stream], [], [], IDLE)[0]:
         line = stream.readline()
         if not line:
             return
-        yield Path(line.decode().rstrip("\n"))
+        yield json.loads(line)
+
+
+def _move_to(request: dict[str, Any]) -> None:
+    """Take on what has changed, since this builder was started, in the process that asks: its folder, its search path
+    and environment."""
+    os.chdir(request["working_folder"])
+    sys.path[:] = request["search_path"].split(os.pathsep)
+    for name, value in request["environment"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _print_to(path: Path) -> None:
