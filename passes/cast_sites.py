@@ -176,7 +176,7 @@ class _Walk:
 
     def _types_of(self, call: Call) -> Types:
         if call.node.target is getitem:
-            producer, index = call.node.args[:2]
+            producer, index = call.node.args
             types = self._made[producer].types  # type: ignore[index]
             return types[index : index + 1] if isinstance(index, int) and index < len(types) else call.exported
         return call.exported
