@@ -65,7 +65,7 @@ def test_statistics_of_each_row() -> None:
     taken = small.take()
     assert taken is not None
     assert taken.rows == [7, 3, 9, 1, 4, 5]
-    assert VALUES == ("minimum", "maximum", "smallest", "total", "squares") or len(VALUES) == 5
+    assert len(VALUES) == 5
     assert taken.values.tolist() == [
         [-3.0, 1.0, 0.5, -1.5, 10.25],
         [0.0, 2.0**-149, 2.0**-149, 2.0**-149, 2.0**-298],

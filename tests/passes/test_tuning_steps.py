@@ -59,11 +59,6 @@ def tuning(*plans: Any, **state: Any) -> _Tuning:
     ],
 )
 def test_a_missed_budget_lowers_the_amplitude_that_is_allowed(missed: float, factor: float) -> None:
-    found = tuning()._reduced(2e-3, outcome(BUDGET - missed))
-    assert found == pytest.approx(2e-3 / factor**2 if factor**2 > 2 else math.nextafter(1e-3, 0), rel=1e-9) or (
-        factor**2 <= 2
-    )
-    # Where the plan changes at once, that is what is wanted.
     every = tuning()
     every.planning = SimpleNamespace(  # type: ignore[assignment]
         course=lambda raised: SimpleNamespace(steps=[SimpleNamespace(allowance=1.0 - 1e-9)])
@@ -132,7 +127,6 @@ def test_what_is_to_spare_is_allowed_but_for_one_db(spare: float, wanted: float 
 def test_between_what_passed_and_what_failed_the_middle_is_tried() -> None:
     every = tuning(failing=1e-4)
     assert every._relaxed(1e-6, outcome(BUDGET + 40)) == pytest.approx(1e-5)
-    assert every._relaxed(1e-6, outcome(BUDGET + 10.5)) is None or True
     near = tuning(failing=1e-2)
     assert near._relaxed(1e-6, outcome(BUDGET + 40)) == pytest.approx(10**-2.1)
 
@@ -173,9 +167,8 @@ def test_the_last_run_allows_nothing() -> None:
     last = tuning(plan("a", "b"), tried=[outcome()] * 4)
     assert last._next(1e-5, outcome(30, of=plan("a"))) == 0.0
     other = tuning(plan("a", "b"), tried=[outcome()] * 3)
-    assert (
-        other._next(1e-5, outcome(38, of=plan("a"))) == pytest.approx(math.nextafter(1e-7, 0)) or other.failing == 1e-5
-    )
+    assert other._next(1e-5, outcome(38, of=plan("a"))) == pytest.approx(1e-5 / 10**0.35)
+    assert other.failing == 1e-5
 
 
 @pytest.mark.parametrize(("predicted", "looks"), [(54.0, False), (54.1, True)])
