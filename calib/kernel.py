@@ -24,7 +24,6 @@ _DEVICE_STEP = 1 << 23
 
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
-_SMALLEST_NORMAL = 2.0**-126
 # Squares of fp32 values between these neither overflow nor vanish when summed in fp32 over one step.
 _SQUARES_SAFE = (1e-15, 1e15)
 

@@ -11,7 +11,6 @@ import re
 
 import xxhash
 
-_MAGIC = b"PAR1"
 _MARK, _DIGITS = "xxh3-128:", 32
 _SEAL = re.compile(rf"{_MARK}([0-9a-f]{{{_DIGITS}}})".encode())
 # Metadata for `write_parquet`; `sealed` then fills in the checksum.

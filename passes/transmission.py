@@ -266,7 +266,7 @@ def _steepness(power: Any, seen: Seen) -> float:
     if isinstance(power, (int, float)):
         return max(abs(power), 1.0)
     facts = seen.facts(power) if isinstance(power, fx.Node) else None
-    return 1.0 if facts is None else max(1.0, facts.absmax or 1.0)
+    return 1.0 if facts is None or facts.absmax is None else max(1.0, facts.absmax)
 
 
 def _exponent(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:

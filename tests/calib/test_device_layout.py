@@ -116,6 +116,8 @@ def test_repeats_of_an_expanded_tensor_are_measured_once(
         ([], [(1, 1)]),
         ([(2, 60), (3, 12), (4, 3)], [(12, 3), (2, 60)]),
         ([(2, 36), (3, 12), (4, 3)], [(24, 3)]),
+        ([(2, 1), (3, 4), (5, 12)], [(2, 1), (15, 4)]),
+        ([(2, 1), (3, 4), (5, 6)], [(2, 1), (3, 4), (5, 6)]),
     ],
 )
 def test_runs_of_equal_steps_are_joined(dimensions: list[tuple[int, int]], levels: list[tuple[int, int]]) -> None:

@@ -55,6 +55,14 @@ def archive(path: Path, *names: str) -> None:
         (b'["calibcast"]', "a text file"),
         (b"\xff\xfe{\0\0\0", UNKNOWN),
         (b"text with\0zeros", UNKNOWN),
+        (b"a" * 4095 + b"\0", UNKNOWN),
+        (b"a" * 4096 + b"\0", "a text file"),  # further on nobody looks
+        (b"a" * 4093 + b"\xff\xff\xff", "a text file"),  # a letter may be cut off there
+        (b"a" * 4092 + b"\xff\xff\xff\xff", UNKNOWN),
+        (b'{"calibcast": "plan"}' + b" " * 63, "a plan"),
+        (b'{"calibcast": "plan"}' + b" " * 64, "a truncated or damaged plan"),
+        (b'{"a": "' + b"x" * ((1 << 20) - 30) + b'", "calibcast": "plan"}', "a plan"),
+        (b'{"a": "' + b"x" * ((1 << 20) - 29) + b'", "calibcast": "plan"}', "a JSON file"),
     ],
 )
 def test_a_file_is_told_by_its_content(tmp_path: Path, content: bytes, kind: str) -> None:

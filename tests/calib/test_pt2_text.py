@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from calibcast.calib.pt2.document import check_value
 from calibcast.calib.pt2.expressions import (
     FUNCTIONS,
     MOST_BITS,
@@ -254,3 +255,45 @@ def test_nestings_are_a_hundred_deep_at_most(depth: int, fine: bool) -> None:
 )
 def test_keys_can_stand_between_quotes(key: str, fine: bool) -> None:
     assert passes(check_key, key) is fine
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "most", "item"),
+    [
+        ("TensorMeta", "sizes", 64, {"as_int": 1}),
+        ("TensorMeta", "strides", 64, {"as_int": 1}),
+        ("ExportedProgram", "guards_code", 10_000, "True"),
+        ("GraphModule", "module_call_graph", 100_000, {"fqn": "a"}),
+    ],
+)
+def test_lists_that_cost_torch_time_have_an_end(record: str, name: str, most: int, item: Any) -> None:
+    from torch._export.serde import schema
+
+    check_value({name: [item] * most}, getattr(schema, record))
+    with pytest.raises(RefusedError, match=f"^.*{most + 1} {name} of a {record}, more than {most}"):
+        check_value({name: [item] * (most + 1)}, getattr(schema, record))
+
+
+def test_ranges_of_symbols_have_an_end() -> None:
+    from torch._export.serde import schema
+
+    ranges = {f"s{number}": {"min_val": 2, "max_val": None} for number in range(10_000)}
+    check_value({"range_constraints": ranges}, schema.ExportedProgram)
+    with pytest.raises(RefusedError, match="10001 range_constraints of a ExportedProgram, more than 10000"):
+        check_value({"range_constraints": {**ranges, "u0": {}}}, schema.ExportedProgram)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "passed"),
+    [
+        (1, int, True), (True, int, False), (1.0, int, False), (True, bool, True), (1, bool, False), (1.5, float, True),
+        (2, float, True), ("Infinity", float, True), ("NaN", float, True), ("1.5", float, False), (True, float, False),
+        ("plain", str, True), ("a'b", str, False), (3, str, False), ([1, 2], list[int], True),
+        ([1, "2"], list[int], False),
+        ((1,), list[int], False), ({"a": 1}, dict[str, int], True), ({"a'": 1}, dict[str, int], False),
+        ({"a": "x"}, dict[str, int], False), (None, int | None, True), (3, int | None, True), ("3", int | None, False),
+        (3, bytes, False), ("x" * 512, str, True), ("x" * 513, str, False),
+    ],
+)  # fmt: skip
+def test_values_of_a_document_have_their_type(value: Any, kind: Any, passed: bool) -> None:
+    assert passes(lambda one: check_value(one, kind), value) is passed

@@ -42,5 +42,5 @@ def test_an_error_leaves_what_it_is_held_against() -> None:
 
 def test_parts_are_alike_where_nothing_is_known() -> None:
     """No energy, or infinite."""
-    assert parts_of([1.0, 3.0]) == [0.25, 0.75]
+    assert parts_of([1.0, 3.0]) == parts_of([0.125, 0.375]) == [0.25, 0.75]
     assert parts_of([0.0, 0.0]) == parts_of([float("inf"), 1.0]) == [0.5, 0.5]

@@ -62,6 +62,12 @@ def test_texts_share_what_is_left_and_short_ones_need_less() -> None:
     assert (len(first), len(second)) == (12, 12)
 
 
+def test_one_text_takes_the_whole_width() -> None:
+    assert [len(line) for line in text_table([{"name": "x" * 50}], [NAME], 40)] == [4, 40]
+    assert [len(line) for line in text_table([{"name": "x" * 50}], [NAME], 40, indent="  ")] == [6, 40]
+    assert [len(line) for line in text_table([{"name": "x" * 50, "n": 1.0}], [NAME, NUMBER], 40)] == [40, 40]
+
+
 def test_wide_and_combining_characters_count_as_they_are_shown() -> None:
     wide, combined = "日本", "e\u0301"
     rows = [{"name": wide, "n": 1}, {"name": combined, "n": 2}]
