@@ -11,9 +11,10 @@ import torch
 from calibcast.calib.aliasing import storage_roots, written_arguments
 from calibcast.calib.flattening import flatten, qualified_name
 from calibcast.calib.graph import REGION_CHILD, argument_of, base_op, is_bitcast, tensor_values
-from calibcast.calib.operators import CONVERTS, KEEPS_ROUNDED
+from calibcast.calib.operators import CONVERTS
 from calibcast.calib.rounding import rounded_number
 from calibcast.calib.rounding_table import LITERAL, OUTPUT
+from calibcast.calib.twins import keeps_rounded
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
@@ -62,6 +63,8 @@ def rounding_edges(program: ExportedProgram) -> tuple[Edge, ...]:
                 if node.target in REGION_CHILD:  # a region is never low, and weights are only rounded for low readers
                     read = {source: movers for source, movers in read.items() if source[0] not in given}
                 found.extend(_edges_into(node, qualified_name(node), read))
+            elif is_mover(node):
+                found.extend(_edges_into(node, qualified_name(node), {}))  # such as a mask value that it fills in
         elif node.op == "placeholder":
             flow.make(node)
         elif node.op == "output":
@@ -90,7 +93,7 @@ def is_mover(node: fx.Node) -> bool:
         return all(
             value.dtype == torch.float32 for n in (node, *node.all_input_nodes[:1]) for _, value in tensor_values(n)
         )
-    return base in KEEPS_ROUNDED
+    return keeps_rounded(node)
 
 
 def reads_values(node: fx.Node) -> bool:

@@ -7,11 +7,18 @@ are measured that way (`calib.rounding_groups`), and plans are held to it (`pass
 
 from __future__ import annotations
 
+import math
+from functools import cache
 from operator import getitem
 
-from calibcast.calib.graph import base_op
+import torch
+from calibcast.calib.graph import argument_of, base_op, tensor_values
 from calibcast.calib.operators import KEEPS_ROUNDED, operator_of
+from calibcast.calib.rounding import rounded_number
+from calibcast.calib.sentinels import MASK_AT_MOST
 from torch import fx
+
+_LOW_TYPES = (torch.float16, torch.bfloat16)
 
 
 def compares(node: fx.Node | None) -> bool:
@@ -31,4 +38,25 @@ def commutes_with_rounding(node: fx.Node) -> bool:
     """Whether it is the same to round what a node reads and what it gives: it moves, selects or negates elements."""
     if node.op != "call_function":
         return False
-    return node.target is getitem or selects(node) or operator_of(base_op(node.target)).name in KEEPS_ROUNDED
+    return node.target is getitem or selects(node) or keeps_rounded(node)
+
+
+def keeps_rounded(node: fx.Node) -> bool:
+    """Whether what a node gives needs no rounding where its one input is rounded: it moves, negates or replaces
+    elements, and no number that it puts in their place loses more than the last digits of a mask value.
+    """
+    entry = operator_of(base_op(node.target))
+    if entry.name not in KEEPS_ROUNDED:
+        return False
+    numbers = [argument_of(node, name) for name in entry.literals]
+    if all(number is None for number in numbers):
+        return True
+    read = [n for n in node.all_input_nodes if any(v.dtype.is_floating_point for _, v in tensor_values(n))]
+    return len(read) == 1 and all(_is_held(number) for number in numbers if isinstance(number, (int, float)))
+
+
+@cache
+def _is_held(number: float) -> bool:
+    """Whether both low types hold a number, or it is a mask value that they round to another one."""
+    made = [rounded_number(number, low) for low in _LOW_TYPES]
+    return all(low == number or (number <= MASK_AT_MOST and math.isfinite(low)) for low in made)

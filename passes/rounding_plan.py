@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import getitem
 
+from calibcast.calib.graph import base_op
+from calibcast.calib.operators import operator_of
 from calibcast.calib.rounding_edges import literals_of
 from calibcast.calib.rounding_table import LITERAL, OUTPUT
 from calibcast.passes.proof import EdgeCost, RoundingSummary
@@ -87,7 +90,7 @@ class RoundingPlan:
             return None
         number = self.course.steps_of.get(node)
         if moves and (threshold == math.inf or number is None or not self._taken(number)):
-            return Verdict("rounding", _moves_with(self.course.follows[node]), None, self.min_sqnr_db)
+            return Verdict("rounding", self._moves_with(node, self.course.follows[node]), None, self.min_sqnr_db)
         assert number is not None
         reason = self._reason(node, self.course.steps[number])
         weight = self.course.steps[number].edge.weight
@@ -136,7 +139,7 @@ class RoundingPlan:
     def _reason(self, node: str, step: Step) -> str | None:
         edge = step.edge.edge
         if node in edge.movers and node not in (edge.node, edge.input):
-            return _moves_with(edge.input if edge.node == OUTPUT else edge.node)
+            return self._moves_with(node, edge.input if edge.node == OUTPUT else edge.node)
         if node == edge.node:
             return f"rounding {self._what(step.edge)} to {self.low_type} {self._leaves(step)}"
         if node == edge.input:
@@ -144,6 +147,12 @@ class RoundingPlan:
             peak = self._peak(edge.input, edge.output)
             return f"{reader}: rounding it{peak} to {self.low_type} {self._leaves(step)}"
         return None  # it is tied to one of these, and the tie says so
+
+    def _moves_with(self, node: str, other: str) -> str:
+        known = self.nodes.get(node)
+        moves = known is None or known.target is getitem or operator_of(base_op(known.target)).moves
+        does = "moves data" if moves else "negates or replaces elements"
+        return f"it only {does}, and has the type of {_quoted(other)}"
 
     def _leaves(self, step: Step) -> str:
         """The SQNR that rounding the edge leaves: alone, or as one of several that are too much together."""
@@ -171,10 +180,6 @@ class RoundingPlan:
     def _peak(self, node: str, output: int) -> str:
         peak = self.peaks.get((node, output))
         return "" if peak is None else f" (up to {peak:.4g})"
-
-
-def _moves_with(node: str) -> str:
-    return f"it only moves data, and has the type of {_quoted(node)}"
 
 
 def _quoted(node: str) -> str:

@@ -26,11 +26,12 @@ _AT_ONE = (Pole(0, -1.0), Pole(0, 1.0))
 FUNCTIONS: tuple[Operator, ...] = (
     *alike(
         """
-        tanh gelu silu elu celu selu leaky_relu prelu hardswish hardsigmoid relu6 mish softplus softshrink
+        tanh gelu silu elu celu selu leaky_relu prelu hardswish hardsigmoid mish softplus softshrink
         log_sigmoid log_sigmoid_forward erf erfc glu
         """,
         error=SAME,
     ),
+    operator("relu6", error=SAME, keeps_rounded=True),
     operator("sigmoid special_expit", error=SAME),
     operator("rrelu", error=SAME, training=Training(flag=3)),
     operator("atan arctan", error=SAME),
@@ -68,12 +69,19 @@ FUNCTIONS: tuple[Operator, ...] = (
     ),
     *alike(
         """
-        upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d
-        upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d
-        reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d im2col col2im
-        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices max_pool3d_with_indices
+        upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa
+        _upsample_bicubic2d_aa im2col col2im adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+        max_pool2d_with_indices max_pool3d_with_indices
         """,
         error=SAME,
+    ),
+    *alike(
+        """
+        upsample_nearest1d upsample_nearest2d upsample_nearest3d reflection_pad1d reflection_pad2d reflection_pad3d
+        replication_pad1d replication_pad2d replication_pad3d
+        """,
+        error=SAME,
+        keeps_rounded=True,
     ),
     *alike("cumprod prod", error=SHARE, multiplies=True, hands_on=True),
     *alike("hardshrink cummax cummin"),

@@ -97,7 +97,7 @@ class Operator:
 
     Sensitivity:
         keeps_rounded: if its input is rounded, its result needs no rounding: it has elements of its input, negated or
-            set to zero.
+            set to zero; or replaced by numbers in its call (`literals`), where these are rounded, too.
         steps: its floating-point results change in steps, which its gradient does not show.
         bias_along: the dimension of its result along which its bias is added, counted from the end.
         error: what an error of its first argument becomes. Products, sums and norms have their own fields instead.

@@ -40,10 +40,8 @@ error=same
     _embedding_bag _upsample_bicubic2d_aa _upsample_bilinear2d_aa adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d asinh=arcsinh atan=arctan celu col2im elu embedding embedding_bag erf erfc gelu glu
     hardsigmoid hardswish im2col index_add index_copy index_put leaky_relu log_sigmoid log_sigmoid_forward
-    max_pool2d_with_indices max_pool3d_with_indices mish prelu reflection_pad1d reflection_pad2d reflection_pad3d
-    relu6 replication_pad1d replication_pad2d replication_pad3d scatter_add scatter_reduce selu
-    sigmoid=special_expit silu softplus softshrink tanh upsample_bicubic2d upsample_bilinear2d upsample_linear1d
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d
+    max_pool2d_with_indices max_pool3d_with_indices mish prelu scatter_add scatter_reduce selu sigmoid=special_expit
+    silu softplus softshrink tanh upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_trilinear3d
 error=same, takes_offset
     cos diff sin
 error=same, training=3/None/None
@@ -100,15 +98,18 @@ hides=sum, hands_on
     sum
 hides=sum, hands_on, averages
     mean
+keeps_rounded, error=same
+    reflection_pad1d reflection_pad2d reflection_pad3d relu6 replication_pad1d replication_pad2d replication_pad3d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d
 keeps_rounded, error=same, hands_on
     max_pool1d max_pool2d max_pool3d relu
 keeps_rounded, error=share, hands_on
     abs=absolute neg=negative
 literals=fill_value, fills, checks_numbers
     full full_like new_full
-literals=max, checks_numbers, error=same
+literals=max, checks_numbers, keeps_rounded, error=same
     clamp_max
-literals=min_val max_val, checks_numbers, error=same
+literals=min_val max_val, checks_numbers, keeps_rounded, error=same
     hardtanh
 literals=nan posinf neginf, error=same
     nan_to_num
@@ -126,21 +127,21 @@ literals=threshold value, checks_numbers, error=same
     threshold
 literals=value, checks_numbers
     index_fill
-literals=value, checks_numbers, error=same
+literals=value, checks_numbers, keeps_rounded, error=same
     constant_pad_nd pad
 literals=value, fills, checks_numbers, overwrites
     fill
 literals=value, takes_offset
     addcdiv addcmul
-masks=chooses, literals=self other, error=same
+masks=chooses, literals=self other, keeps_rounded, error=same
     where
-masks=chooses, literals=value, checks_numbers, error=same
+masks=chooses, literals=value, checks_numbers, keeps_rounded, error=same
     masked_fill
 masks=computes, error=same, hands_on
     maximum minimum
-masks=computes, literals=min max, checks_numbers, error=same, hands_on
+masks=computes, literals=min max, checks_numbers, keeps_rounded, error=same, hands_on
     clamp=clip
-masks=computes, literals=min, checks_numbers, error=same, hands_on
+masks=computes, literals=min, checks_numbers, keeps_rounded, error=same, hands_on
     clamp_min
 masks=computes, literals=other alpha, adds, subtracts, takes_offset
     rsub
@@ -153,11 +154,11 @@ masks=computes, literals=other, error=share, hands_on
 masks=computes, literals=other, error=share, poles=1@0/None, hands_on
     div=divide=true_divide
 moves
-    alias as_strided broadcast_to cat=concat=concatenate channel_shuffle chunk clone column_stack contiguous
-    diagonal diagonal_copy dsplit dstack expand expand_as flatten flip fliplr flipud gather hsplit hstack index
-    index_select lift_fresh lift_fresh_copy mH mT masked_select matrix_H movedim=moveaxis narrow narrow_copy numpy_T
-    permute pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg
-    roll rot90 select slice split split_with_sizes squeeze stack t take take_along_dim tensor_split tile
+    alias as_strided broadcast_to cat=concat=concatenate channel_shuffle chunk clone column_stack contiguous diagonal
+    diagonal_copy dsplit dstack expand expand_as flatten flip fliplr flipud gather hsplit hstack index index_select
+    lift_fresh lift_fresh_copy mH mT masked_select matrix_H movedim=moveaxis narrow narrow_copy numpy_T permute
+    pixel_shuffle pixel_unshuffle ravel repeat repeat_interleave reshape reshape_as resolve_conj resolve_neg roll
+    rot90 select slice split split_with_sizes squeeze stack t take take_along_dim tensor_split tile
     transpose=swapaxes=swapdims tril triu unbind unflatten unfold unsqueeze view_as vsplit vstack
 moves, bitcasts=dtype
     view

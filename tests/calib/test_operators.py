@@ -171,14 +171,30 @@ def test_selection_is_by_order(name: str) -> None:
     assert all(torch.equal(old.exp(), new) for old, new in zip(values, changed, strict=True))
 
 
+# What a keeper of rounding takes after its input, and the numbers that it may put in place of elements.
+KEPT = {
+    "clamp": ((-0.5, 0.5), {-0.5, 0.5}),
+    "clamp_min": ((-0.5,), {-0.5}),
+    "clamp_max": ((0.5,), {0.5}),
+    "hardtanh": ((-0.5, 0.5), {-0.5, 0.5}),
+    "relu6": ((), {6.0}),
+    "masked_fill": ((torch.eye(4) > 0, -3.0), {-3.0}),
+    "pad": (([1, 1], "constant", -3.0), {-3.0}),
+    "constant_pad_nd": (([1, 1], -3.0), {-3.0}),
+}
+
+
 @pytest.mark.parametrize("name", saying("keeps_rounded"))
 def test_keeper_of_rounding_rounds_no_more(name: str) -> None:
-    """Of what is rounded it gives elements, negated or zero."""
-    window = (2,) if "pool" in name else ()
-    x = (torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))).half().float()
-    x = x.flatten(1 + int(name[-2])) if window else x
-    made = run(name, x, *window)
-    assert numbers(made) <= numbers(x) | numbers(-x) | {0.0}
+    """Of what is rounded it gives elements, negated, zero, or replaced by its numbers."""
+    x = (4 * torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))).half().float()
+    more, filled = KEPT.get(name, ((), set()))
+    if name[-2:] in {"1d", "2d", "3d"}:
+        dims = int(name[-2])
+        x = x.flatten(1 + dims)
+        more = (2,) if "pool" in name else ([8] * dims,) if "upsample" in name else ([1] * 2 * dims,)
+    made = torch.where(x > 1, x, -3.0) if name == "where" else run(name, x, *more)
+    assert numbers(made) <= numbers(x) | numbers(-x) | {0.0} | filled | ({-3.0} if name == "where" else set())
 
 
 @pytest.mark.parametrize("name", saying("compares"))

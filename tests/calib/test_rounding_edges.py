@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from calibcast.calib.rounding_edges import Edge, rounding_edges
 from calibcast.calib.rounding_table import ROUNDING_SCHEMA, empty_rounding, rounding_gaps
@@ -29,6 +30,40 @@ def test_movers_are_transparent_and_named() -> None:
         Edge("sin", "mul", 0, ("view", "slice_1")),
         Edge("output", "sin", 0),
     }
+
+
+def test_a_fill_or_a_bound_by_a_number_that_is_held_is_transparent() -> None:
+    """What a fill passes on is rounded once: an edge leads through it, as through a clamp, a padding and a ReLU."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad((x * x).masked_fill(x > 0, -torch.inf).clamp(0, 6).relu(), (1, 1), value=-1.0).sin()
+
+    movers = {"masked_fill", "clamp", "relu", "pad"}
+    [edge] = [e for e in edges_of(function, torch.rand(2, 3)) if e.node == "sin"]
+    assert (edge.input, set(edge.movers)) == ("mul", movers)
+
+
+def test_a_mask_value_that_is_rounded_is_an_edge_of_its_own() -> None:
+    """bfloat16 rounds -1e4: the fill is transparent all the same, as any number as low stands for the same."""
+    found = edges_of(lambda x: (x * x).masked_fill(x > 0, -1e4).softmax(-1), torch.rand(2, 3))
+    assert Edge("softmax", "mul", 0, ("masked_fill",)) in found
+    assert Edge("masked_fill", "literal:value", 0) in found
+
+
+@pytest.mark.parametrize("number", [0.1, -1e9, 1e5], ids=["not exact", "beyond fp16", "no mask"])
+def test_a_number_that_rounding_changes_makes_a_tensor_of_its_own(number: float) -> None:
+    found = edges_of(lambda x: (x * x).masked_fill(x > 0, number).sin(), torch.rand(2, 3))
+    assert {(e.node, e.input) for e in found if e.node in {"masked_fill", "sin"}} == {
+        ("masked_fill", "mul"),
+        ("masked_fill", "literal:value"),
+        ("sin", "masked_fill"),
+    }
+
+
+def test_a_choice_between_two_tensors_is_no_mover() -> None:
+    """Each may be rounded apart from what was chosen of it."""
+    found = edges_of(lambda x: torch.where(x > 0, x.sin(), x.cos()).exp(), torch.rand(2, 3))
+    assert Edge("exp", "where", 0) in found
 
 
 def test_literals_are_edges_and_attributes_are_not() -> None:
