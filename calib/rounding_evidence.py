@@ -18,6 +18,7 @@ from calibcast.calib.graph import input_targets
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.random_draws import random_state, set_random_state
 from calibcast.calib.rounding import fp32_kernels
+from calibcast.calib.rounding_channel import ending_in_channel
 from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
 from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_groups import Rounder
@@ -55,6 +56,24 @@ class RoundingObserver:
             _log.warning("no evidence of rounding from %s", reason)
             measured = {(edge, low): reason for edge in self._edges for low in LOW_TYPES}
         self._take(measured, index)
+
+    def of_channel(
+        self, flat: Sequence[Any], state: Mapping[str, torch.Tensor], output: int, channel: int, expected: torch.Tensor
+    ) -> dict[torch.dtype, dict[Edge, float]]:
+        """The noise that each edge makes in one channel of one output of one batch; edges that lack evidence are left
+        out. output: among the program's own. expected: what the program gives there.
+        """
+        place = [i for i, users in enumerate(self._results) if users][output]
+        graph = ending_in_channel(self._graph, place, channel, expected)
+        with _process_left_alone(), fp32_kernels():
+            operands = [_plain(value) for value in self._runner.operands(self._runner.to_device(flat), state)]
+            tape = record(graph, operands, self._runner.moved_to)
+            found = Sweep(tape, self._by_reader, Rounder(tape, *self._names), 0, coherent=True).run()
+        noises: dict[torch.dtype, dict[Edge, float]] = {low: {} for low in LOW_TYPES}
+        for (edge, low), result in found.items():
+            if isinstance(result, Found):
+                noises[low][edge] = sum(result.noise)
+        return noises
 
     def restore(self, record: RoundingRecord) -> None:
         """Continue from the record of an earlier run of the same program.

@@ -41,8 +41,18 @@ _NUMBER_SHARE = 0.5
 class Sweep:
     """One backward sweep over a tape."""
 
-    def __init__(self, tape: Tape, edges: Mapping[str, Sequence[Edge]], rounder: Rounder, seed: int) -> None:
-        """edges: by reader. seed: for the random signs, and for which runs come first."""
+    def __init__(
+        self,
+        tape: Tape,
+        edges: Mapping[str, Sequence[Edge]],
+        rounder: Rounder,
+        seed: int,
+        coherent: bool = False,
+    ) -> None:
+        """edges: by reader. seed: for the random signs, and for which runs come first. coherent: the outputs are so few
+        that errors add up in them, as those of one rounded number do (`noise_energy`).
+        """
+        self._coherent = coherent
         self._tape, self._edges, self._rounder, self._seed = tape, edges, rounder, seed
         self._outputs = [value for value in tape.outputs if value is not None]
         floating = sum(value.tensor.is_floating_point() for value in self._outputs)
@@ -139,7 +149,7 @@ class Sweep:
 
     def _measure(self, call: Call, group: Group, low: torch.dtype) -> None:
         found = Found([0.0] * self._columns)
-        if group.added is not None and (value := self._smooth(call)) is not None:
+        if group.added is not None and not self._coherent and (value := self._smooth(call)) is not None:
             self._take_added(found, group.added(low), group.along, value)
             self._share_out(call, group, low, found)
             return
@@ -167,7 +177,9 @@ class Sweep:
                 continue
             if value.differentiable:
                 alone = len(results) == 1 and not self._gradients.steps_next(value) and not self._poles.watches(call)
-                error = Error(made, partial(_again, group, low, position), alone, coherent=group.coherent)
+                error = Error(
+                    made, partial(_again, group, low, position), alone, coherent=group.coherent or self._coherent
+                )
                 self._take(found, error, value, self._gradients.of(value))
                 needs_run |= self._gradients.is_cut(value)
                 if self._gradients.steps_next(value):

@@ -46,13 +46,14 @@ def keeps_rounded(node: fx.Node) -> bool:
     elements, and no number that it puts in their place loses more than the last digits of a mask value.
     """
     entry = operator_of(base_op(node.target))
-    if entry.name not in KEEPS_ROUNDED:
-        return False
-    numbers = [argument_of(node, name) for name in entry.literals]
-    if all(number is None for number in numbers):
-        return True
-    read = [n for n in node.all_input_nodes if any(v.dtype.is_floating_point for _, v in tensor_values(n))]
-    return len(read) == 1 and all(_is_held(number) for number in numbers if isinstance(number, (int, float)))
+    if entry.moves or entry.name not in KEEPS_ROUNDED:
+        return entry.moves
+    read = [v.dtype for n in node.all_input_nodes for _, v in tensor_values(n) if v.dtype.is_floating_point]
+    numbers = [number for name in entry.literals if (number := argument_of(node, name)) is not None]
+    if numbers and len(read) > 1:
+        return False  # it chooses between tensors, and each may be rounded apart from what is chosen
+    # Without a floating-point input it makes new numbers, as the magnitude of complex ones does.
+    return bool(read) and all(_is_held(number) for number in numbers if isinstance(number, (int, float)))
 
 
 @cache

@@ -13,6 +13,7 @@ from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import dtype_name
 from calibcast.calib.program_digests import node_digests
 from calibcast.calib.ranges import RangeTable, require_table
+from calibcast.calib.rounding_edges import Edge
 from calibcast.passes.decisions import decide
 from calibcast.passes.facts import WEIGHT_KINDS
 from calibcast.passes.flips import Flips, LazyFlips, flips_of
@@ -145,6 +146,11 @@ class Planning:
     def in_type(self, low_type: torch.dtype, min_sqnr_db: float) -> Planning:
         """The same for another low type."""
         return replace(self, judge=replace(self.judge.in_type(low_type), min_sqnr_db=min_sqnr_db))
+
+    def with_noise(self, noises: Mapping[torch.dtype, Mapping[Edge, float]], output: int) -> Planning:
+        """The same with more evidence: what edges do to `output` by a measurement of their own."""
+        rounding = {low: found.with_noise(noises[low], output) for low, found in self.facts.rounding.items()}
+        return replace(self, facts=replace(self.facts, rounding=rounding))
 
     def course(self, raised: Mapping[str, Verdict]) -> Course | None:
         """The order in which the budget raises nodes, where those in `raised` are high already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,10 +10,12 @@ from typing import Any
 
 import torch
 from calibcast.calib.batches import numbered, signature_of
-from calibcast.calib.errors import BatchError
+from calibcast.calib.errors import BatchError, first_line
 from calibcast.calib.execution import ProgramRunner, Watch
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.random_draws import Draws
+from calibcast.calib.rounding_edges import Edge
+from calibcast.calib.rounding_evidence import RoundingObserver
 from calibcast.passes.emulation import emulated
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.proof import Proof
@@ -20,6 +23,7 @@ from calibcast.passes.rounding_plan import decibels
 from calibcast.passes.tensor_errors import most_changed
 from torch.export import ExportedProgram
 
+_log = logging.getLogger("calibcast")
 # Batches that are also run with doubled inputs: enough to see what grows, for at most two forward passes a batch.
 MOST_DOUBLED = 2
 
@@ -108,6 +112,11 @@ class Outcome:
         """The least SQNR, dB, also with inputs times two."""
         return decibels(max(self.worst.noise, self.doubled.noise))
 
+    @property
+    def worst_place(self) -> Worst:
+        """Where that is."""
+        return self.doubled if self.doubled.noise > self.worst.noise else self.worst
+
     def meets(self, min_sqnr_db: float) -> bool:
         """Whether it is within the budget: SQNR, nothing newly non-finite, and few enough integers changed."""
         return self.sqnr_db >= min_sqnr_db and not self.nonfinite and self.changed <= most_changed(min_sqnr_db)
@@ -162,6 +171,23 @@ class Proving:
         twice = outcome.doubled.noise > outcome.worst.noise
         index, among = (outcome.doubled.batch, self.doubled) if twice else (outcome.worst.batch, self.batches)
         return next((batch for batch in among if batch.index == index), among[0])
+
+    def noise_at_worst(self, outcome: Outcome) -> dict[torch.dtype, dict[Edge, float]] | None:
+        """What each edge does to the worst channel of a run, in its batch, by low type. None where that cannot be
+        measured, or would say nothing new: where the output counts as one channel, or state is carried.
+        """
+        worst, batch = outcome.worst_place, self.worst_batch(outcome)
+        if worst.output is None or worst.channel is None or self._carry_state:
+            return None
+        observer = RoundingObserver(self.runner, 1)
+        try:
+            with self._draws.of_batch(batch.index):
+                return observer.of_channel(
+                    _copies(batch.flat), {}, worst.output, worst.channel, batch.results[worst.output]
+                )
+        except Exception as error:
+            _log.warning("the worst channel was not measured: %s", first_line(error))
+            return None
 
     def nonfinite_nodes(self, plan: PrecisionPlan, batch: Batch) -> list[str]:
         """The nodes that have more non-finite elements under the plan than in the program itself, in graph order."""

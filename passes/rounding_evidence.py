@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import polars as pl
@@ -53,6 +53,18 @@ class RoundingEvidence:
     def knows(self, node: str) -> bool:
         """Whether the measurement decides on `node`: all edges that it rounds were measured."""
         return node not in self.missing
+
+    def with_noise(self, noises: Mapping[Edge, float], output: int) -> RoundingEvidence:
+        """The same, where each edge also makes this noise at `output`, as if in one more batch. Edges that are not in
+        `noises` make as much there as they do elsewhere.
+        """
+        return replace(self, edges=tuple(_seen_again(e, noises.get(e.edge, e.weight), output) for e in self.edges))
+
+
+def _seen_again(measured: MeasuredEdge, noise: float, output: int) -> MeasuredEdge:
+    row = [0.0] * measured.outputs
+    row[output if output < measured.outputs else 0] = _finite(noise)
+    return replace(measured, noise=(*measured.noise, *row), weight=max(measured.weight, *row))
 
 
 def rounding_evidence(

@@ -66,6 +66,12 @@ def test_a_choice_between_two_tensors_is_no_mover() -> None:
     assert Edge("exp", "where", 0) in found
 
 
+def test_the_magnitude_of_complex_numbers_is_made_anew() -> None:
+    """`abs` only negates real numbers; of complex ones it makes others, which are rounded."""
+    found = edges_of(lambda x: torch.view_as_complex(x).abs().sin(), torch.rand(3, 2))
+    assert Edge("sin", "abs_1", 0) in found
+
+
 def test_literals_are_edges_and_attributes_are_not() -> None:
     """A number that is added is an edge; the eps of a norm is not."""
     found = edges_of(lambda x: nn.functional.layer_norm(x + 1e-6, (3,)), torch.rand(2, 3))

@@ -230,3 +230,36 @@ def test_inputs_of_one_byte_are_not_doubled() -> None:
     assert plan["linear"].precision == "low"
     assert plan.proof is not None
     assert plan.proof.sqnr_db >= 40
+
+
+def hidden_channel(x: torch.Tensor) -> torch.Tensor:
+    """Sines of large angles, a little noisy all alike; one channel of 64 is a number that loses its digits."""
+    return torch.cat([(12 * x[:, 1:]).sin(), (x[:, :1] + 100) - 100], 1)
+
+
+def test_the_worst_channel_is_measured_alone_where_the_mean_hides_it() -> None:
+    """The table has the mean of the channels, in which the difference makes a 64th of its noise."""
+    x = torch.randn(128, 64, generator=torch.Generator().manual_seed(2)).clamp(-2, 2)
+    program = exported(hidden_channel, x)
+    ranges = calibrate(program, [x], progress=False)
+    assert classify(program, ranges).high_precision_nodes == ()
+    plan = tune(program, ranges, [x])
+    assert {"add", "sub"} <= set(plan.high_precision_nodes)
+    assert not {"mul", "sin"} & set(plan.high_precision_nodes)
+    assert plan.proof.sqnr_db >= 42
+    assert plan.proof.runs == 2
+    assert "leaves 3" in plan.explain("sub")  # 35 dB in the channel, 53 in the mean
+
+
+def test_a_channel_that_cannot_be_measured_alone_is_mended_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(128, 64, generator=torch.Generator().manual_seed(2)).clamp(-2, 2)
+    program = exported(hidden_channel, x)
+    ranges = calibrate(program, [x], progress=False)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no gradient of this")
+
+    monkeypatch.setattr("calibcast.passes.proving.RoundingObserver.of_channel", refuse)
+    plan = tune(program, ranges, [x])
+    assert plan.proof.sqnr_db >= 40
+    assert "leaves 5" in plan.explain("sub")
