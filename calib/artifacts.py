@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibcast.calib.errors import ArtifactError, StorageError, first_line
+from calibcast.calib.errors import ArtifactError, StorageError, cause_of, first_line
 from calibcast.calib.file_kinds import PROGRAM_FILE, json_kind, require_file, wrong_kind
 from calibcast.calib.pt2.serialiser import serialising
 from calibcast.calib.seal import UNSEALED, sealed
@@ -169,18 +169,38 @@ def _reason(error: Exception) -> str:
     return "" if "warnings above" in str(error) else f": {type(error).__name__}: {first_line(error)}"
 
 
-def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str]) -> None:
-    """Save a program as `.pt2`, whole or not at all. Raises ArtifactError for one that could not be loaded again."""
+def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str], checked: bool = True) -> None:
+    """Save a program as `.pt2`, whole or not at all. Raises ArtifactError for one that could not be loaded again.
+
+    checked: also look at what was written as `load_program` does, before it gets its name.
+    """
     import torch
-    from calibcast.calib.pt2.containers import why_not_saved
+    from calibcast.calib.pt2.check import check_program_file
+    from calibcast.calib.pt2.containers import why_not_saved, without_odd_examples
+    from calibcast.calib.pt2.refusal import RefusedError
 
     if (why := why_not_saved(program)) is not None:
         raise ArtifactError(f"the program cannot be saved: {why}")
+    program = without_odd_examples(program)
     # torch.export.save warns if a file name does not end in .pt2. The temporary name does not; a stream has none.
-    with serialising(), written_whole(path) as temporary, _Patient(io.FileIO(temporary, "wb")) as stream:
-        torch.export.save(program, stream)
-        if stream.error is not None:
-            raise stream.error
+    with serialising(), written_whole(path) as temporary:
+        with _Patient(io.FileIO(temporary, "wb")) as stream:
+            try:
+                torch.export.save(program, stream)
+            except Exception as error:  # torch's serialiser raises whatever it meets: KeyError, NotImplementedError, ..
+                stream.error = stream.error or _unwritten(error)
+            if stream.error is not None:
+                raise stream.error
+        try:
+            if checked:
+                check_program_file(temporary)
+        except RefusedError as error:
+            raise ArtifactError(f"the program is not saved, as calibcast would refuse to load it: {error}") from error
+
+
+def _unwritten(error: Exception) -> ArtifactError:
+    cause = cause_of(error)
+    return ArtifactError(f"the program cannot be saved: torch raises {type(cause).__name__}: {first_line(cause)}")
 
 
 class _Patient(io.BufferedWriter):
@@ -189,7 +209,7 @@ class _Patient(io.BufferedWriter):
     If `write` raises, torch's writer ends the process: its destructor writes again, and that exception is not caught.
     """
 
-    error: OSError | None = None
+    error: Exception | None = None
 
     def write(self, data: Any) -> int:
         if self.error is None:

@@ -118,6 +118,13 @@ def raised_at(error: BaseException) -> str:
     return "".join(f" ({file}:{line})" for file, line in (own or places)[-1:])
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """The first error of a chain: the libraries that write programs put the graph and their own calls around it."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its `repr` where it has none. Libraries append whole stack traces."""
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -22,6 +22,7 @@ from calibcast.calib.graph import (
     where,
 )
 from calibcast.calib.host_kernels import call_anywhere
+from calibcast.calib.plain_tensors import is_fake
 from calibcast.calib.state_copies import copies_of_written
 from torch import fx
 from torch.export import ExportedProgram
@@ -188,7 +189,7 @@ class ProgramRunner:
         held = {spec.arg.name: t for spec in specs if (t := state_tensor(program, spec.target)) is not None}
         # Tensors that are on the device already are shared, not copied. What is written into is copied for each call.
         written = copies_of_written(held, self._mutated, self.device) if self._moved else {}
-        self._state = {name: written.get(name, t.detach().to(self.device)) for name, t in held.items()}
+        self._state = {name: written.get(name, _moved(t.detach(), self.device)) for name, t in held.items()}
         self._objects = {spec.arg.name: program.constants.get(spec.target) for spec in specs}
         self._carried: dict[str, torch.Tensor] | None = {} if carry_state else None
 
@@ -281,6 +282,11 @@ class ProgramRunner:
             return self.run(self.to_device(flat), watch)
 
 
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; one without data, of which a program may only ask the shape, stays as it is."""
+    return tensor if tensor.is_meta else tensor.to(device)
+
+
 @contextmanager
 def naming_batch(flat: Sequence[Any], index: int) -> Iterator[None]:
     """Turn a node's error into a BatchError that names batch and node."""
@@ -324,3 +330,9 @@ def require_program(value: Any, argument: str = "program", remedy: str = "") -> 
     """Raise ProgramError for anything but an exported program, such as the module itself."""
     export = "Give what torch.export.export(model.eval(), args) returns."
     require_kind(value, ExportedProgram, argument, remedy or export, ProgramError)
+    state = {**value.state_dict, **value.constants}
+    if fake := [name for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and is_fake(tensor)]:
+        raise ProgramError(
+            f"{argument} has no weights: {fake[0]} is a fake tensor, as from an export under FakeTensorMode. Export "
+            "the model with its weights loaded."
+        )

@@ -13,6 +13,7 @@ import torch
 from calibcast.calib.dimension_names import dimension_names, named_size
 from calibcast.calib.operators import canonical, operator_of
 from calibcast.calib.operators.operator import TRANSPOSED
+from calibcast.calib.plain_tensors import why_not_plain
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -225,7 +226,8 @@ def tensor_specs(program: ExportedProgram, wanted: Callable[[torch.dtype], bool]
     """Every tensor of the program of a `wanted` type (floating point), in the order in which they are made.
 
     Inputs, parameters, buffers, constants, and each output of each node, inside regions too. `getitem` and region nodes
-    have no spec: they only pass on tensors that have one.
+    have no spec: they only pass on tensors that have one. Nor have sparse, quantised and other tensors that do not hold
+    plain numbers.
     """
     kinds, targets = input_kinds(program), input_targets(program)
     names = dimension_names(program)
@@ -257,7 +259,8 @@ def _specs_of(
             dtype=dtype_name(value.dtype),
             shape=tuple(named_size(size, names) for size in value.shape),
         )
-        yield value.dtype, spec
+        if why_not_plain(value) is None:
+            yield value.dtype, spec
 
 
 def where(node: fx.Node, name: str | None = None) -> str:
@@ -269,11 +272,12 @@ def where(node: fx.Node, name: str | None = None) -> str:
 def program_device(program: ExportedProgram) -> torch.device:
     """The device of the program's first weight, else of its first tensor."""
     for tensor in [*program.state_dict.values(), *program.constants.values()]:
-        if isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
             return tensor.device
     for node in program.graph.nodes:
         for _, value in tensor_values(node):
-            return value.device
+            if value.device.type != "meta":
+                return value.device
     return torch.device("cpu")
 
 

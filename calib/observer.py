@@ -12,6 +12,7 @@ from calibcast.calib.graph import TensorSpec
 from calibcast.calib.hidden import hidden_values
 from calibcast.calib.kernel import HostKernel, measure_on_device
 from calibcast.calib.memory_layout import is_dense
+from calibcast.calib.plain_tensors import is_plain
 from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.small_tensors import SmallTensors
 from calibcast.calib.statistics import Statistics
@@ -59,7 +60,8 @@ class Observer:
         """Measure what `node` gave. A `calib.execution.Watch`."""
         for output, tensor in tensors_of(node, result):
             row = self._rows.get((name, output))
-            if row is not None and tensor.numel():
+            # A run may give what the export did not foresee: a fake tensor is never quantised.
+            if row is not None and tensor.numel() and is_plain(tensor):
                 self._record(row, name, node, tensor, arguments)
         row = self._rows.get((name, 0))
         if row is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from operator import getitem
 from typing import Any
 
 import torch
 import xxhash
 from calibcast.calib.graph import Step, dtype_name, input_targets, op_name, state_tensor, tensor_values, walk
+from calibcast.calib.plain_tensors import plain_parts
 from torch import fx
 from torch.export import ExportedProgram
 
@@ -24,8 +26,31 @@ def node_digests(program: ExportedProgram) -> dict[str, str]:
     """
     symbols: dict[str, str] = {}
     # Saving and loading renames `get_attr` nodes, so a region's child is known by its attribute instead.
-    steps = (step for step in walk(program.graph_module) if step.node.op != "get_attr")
+    steps = _in_order_of_files(step for step in walk(program.graph_module) if step.node.op != "get_attr")
     return {step.name: _digest(step, symbols) for step in steps}
+
+
+def _in_order_of_files(steps: Iterable[Step]) -> Iterator[Step]:
+    """Each `getitem` right after the node that it reads, by index, where loading a program puts it."""
+    picks: dict[fx.Node, list[Step]] = {}
+    others: list[Step] = []
+    for step in steps:
+        maker = step.node.args[0] if step.node.target is getitem else None
+        if isinstance(maker, fx.Node) and isinstance(step.node.args[1], int):
+            picks.setdefault(maker, []).append(step)
+        else:
+            others.append(step)
+
+    def picked(node: fx.Node) -> Iterator[Step]:
+        for step in sorted(picks.pop(node, []), key=lambda step: int(str(step.node.args[1]))):
+            yield step
+            yield from picked(step.node)
+
+    for step in others:
+        yield step
+        yield from picked(step.node)
+    for node in list(picks):  # of an attribute, which has no digest of its own
+        yield from picked(node)
 
 
 def weights_hash(program: ExportedProgram) -> str:
@@ -35,8 +60,9 @@ def weights_hash(program: ExportedProgram) -> str:
         tensor = state_tensor(program, target)
         if tensor is not None:
             total.update(f"{target} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            for chunk in _bytes_of(tensor):
-                total.update(chunk)
+            for part in plain_parts(tensor):
+                for chunk in _bytes_of(part):
+                    total.update(chunk)
     return str(total.hexdigest())
 
 
@@ -45,8 +71,9 @@ def inputs_hash(tensors: Iterable[Any]) -> str:
     total = xxhash.xxh3_64()
     for value in tensors:
         if isinstance(value, torch.Tensor):
-            for chunk in _bytes_of(value):
-                total.update(chunk)
+            for part in plain_parts(value):
+                for chunk in _bytes_of(part):
+                    total.update(chunk)
     return str(total.hexdigest())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
+from calibcast.calib.plain_tensors import is_plain
 
 # Copied stretches of memory begin at multiples of this, and so of every element size: views fall on whole elements.
 _ALIGN = 16
@@ -37,8 +38,8 @@ def copies_of_written(
 
 
 def _span(tensor: torch.Tensor) -> _Span | None:
-    """The storage of a strided tensor, and the bytes that it covers there; None for other layouts and empty tensors."""
-    if tensor.layout != torch.strided or tensor.numel() == 0:
+    """The storage of a plain tensor, and the bytes that it covers there; None for others and for empty tensors."""
+    if not is_plain(tensor) or tensor.numel() == 0:
         return None
     size = tensor.element_size()
     furthest = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -14,6 +14,7 @@ from calibcast.calib.execution import ProgramRunner, Ran, naming_batch, require_
 from calibcast.calib.flattening import inlined_name
 from calibcast.calib.graph import TensorSpec, dtype_name, tensor_specs
 from calibcast.calib.masks import mask_tensors
+from calibcast.calib.plain_tensors import is_plain
 from calibcast.calib.random_draws import JUDGED, Draws
 from calibcast.calib.sentinels import MASK_AT_MOST
 from calibcast.calib.uninitialised import undefined_tensors
@@ -103,6 +104,8 @@ class _Comparing:
         for output, tensor in tensors_of(theirs.node, theirs.result):
             row = self._rows.get((theirs.name, output))
             if row is None or output not in mine:
+                continue
+            if not (is_plain(tensor) and is_plain(mine[output])):
                 continue
             self._types[row] = mine[output].dtype
             if theirs.name not in self._undefined:

@@ -14,6 +14,7 @@ import torch
 from calibcast.calib.errors import PlanError
 from calibcast.calib.graph import base_op, dtype_name, is_bitcast, is_measurable, tensor_values, where
 from calibcast.calib.operators import CHECKS_NUMBERS, CONVERTS
+from calibcast.calib.plain_tensors import why_not_plain
 from calibcast.passes.low_types import LowTypes, Types, types_of
 from calibcast.passes.regions import Candidate, qualified_name
 from calibcast.passes.ties import Tie, forced_by_ties, named_ties, ties_of
@@ -143,6 +144,9 @@ def _refused_by_kind(node: fx.Node, low_type: torch.dtype) -> str | None:
         return "it is a conversion, which keeps the type that it states"
     if is_bitcast(node.target):
         return "it reads the bits of its input as another type"
+    for read in (node, *node.all_input_nodes):
+        if kind := next((kind for _, v in tensor_values(read) if (kind := why_not_plain(v)) is not None), None):
+            return f"it {'gives' if read is node else 'takes'} a tensor that holds no plain numbers ({kind})"
     others = {v.dtype for _, v in tensor_values(node) if is_measurable(v.dtype)} - {torch.float32, low_type}
     if others:
         return f"it gives {dtype_name(next(iter(others)))}"

@@ -13,6 +13,7 @@ from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.errors import BatchError, first_line
 from calibcast.calib.execution import ProgramRunner, Watch
 from calibcast.calib.output_noise import channel_noise
+from calibcast.calib.plain_tensors import readable
 from calibcast.calib.random_draws import Draws
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_evidence import RoundingObserver
@@ -59,7 +60,7 @@ class _Seen:
         self.runs += 1
         for output, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
             if isinstance(other, torch.Tensor) and other.numel():
-                self._take(output, mine, other, batch)
+                self._take(output, readable(mine), readable(other), batch)
 
     def _take(self, output: int, ours: torch.Tensor, theirs: torch.Tensor, batch: Batch) -> None:
         if not (theirs.is_floating_point() or theirs.is_complex()):

@@ -10,6 +10,7 @@ import torch
 from calibcast.calib.aliasing import mutated_inputs
 from calibcast.calib.graph import input_targets, state_tensor, tensor_values
 from calibcast.calib.masks import mask_nodes, mask_sources
+from calibcast.calib.plain_tensors import storage_of
 from calibcast.calib.rounding import saturation as saturation
 from calibcast.calib.state_copies import copies_of_written
 from calibcast.passes.node_types import NodeTypes
@@ -134,12 +135,12 @@ def _written_state(program: ExportedProgram, targets: dict[str, str], mutated: s
 
 def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same elements of one storage."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _storage(program: ExportedProgram, target: str) -> int:
     tensor = state_tensor(program, target)
-    return 0 if tensor is None else tensor.untyped_storage().data_ptr()
+    return 0 if tensor is None else storage_of(tensor)
 
 
 def _fits(tensor: torch.Tensor, low_type: torch.dtype) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from calibcast.calib.plain_tensors import is_plain
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
@@ -36,6 +38,17 @@ def why_not_saved(program: ExportedProgram) -> str | None:
         if isinstance(arg, ConstantArgument) and isinstance(arg.value, str):
             return f"its output {place} is the text {arg.value!r}, which torch writes and cannot read: leave it out"
     return None
+
+
+def without_odd_examples(program: ExportedProgram) -> ExportedProgram:
+    """The program without its example inputs where a tensor among them needs more than numbers in a file: a sparse one,
+    or one of a class of its own. Nothing else needs these examples."""
+    tensors = [leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, torch.Tensor)]
+    if all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and is_plain(tensor) for tensor in tensors):
+        return program
+    made = copy.copy(program)
+    made._example_inputs = None
+    return made
 
 
 def unknown_classes(path: Path) -> list[str]:

@@ -7,12 +7,14 @@ import threading
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.utils._pytree as pytree
 from calibcast.calib.process_settings import unlogged
 from calibcast.calib.pt2.check import check_program_file
 from calibcast.calib.pt2.refusal import ALLOW, RefusedError, allowed_by_owner
+from torch import fx
 
 # torch logs the traceback of an error that it also raises, and what it made of a hostile expression.
 _LOUD = ("torch",)
@@ -27,7 +29,20 @@ def load_checked(path: Path) -> torch.export.ExportedProgram:
     with _ONE_AT_A_TIME, warnings.catch_warnings(), unlogged(*_LOUD), torch.serialization.safe_globals(_vouched_for()):
         # torch 2.11 warns about the file that it has mapped, which nobody writes to.
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.export.load(str(path))
+        with mock.patch.object(fx.Node, "_rename", _renamed):
+            return torch.export.load(str(path))
+
+
+_RENAME = fx.Node._rename
+
+
+def _renamed(node: fx.Node, candidate: str) -> None:
+    """Rename a node, but leave nodes that give nothing (`_vmap_increment_nesting`) the names that their file has.
+
+    torch's reader (2.11 to 2.14) renames those to `.._unused`, so that plans and tables of the program would not fit.
+    """
+    if not candidate.endswith("_unused"):
+        _RENAME(node, candidate)
 
 
 def _vouched_for() -> list[Any]:

@@ -22,6 +22,7 @@ from calibcast.calib.execution import (
     tensors_of,
 )
 from calibcast.calib.graph import where
+from calibcast.calib.plain_tensors import readable
 from calibcast.calib.program_digests import inputs_hash
 from calibcast.calib.random_draws import JUDGED, Draws, drawing_nodes
 from calibcast.engines.judging.attribution import Attribution
@@ -190,7 +191,9 @@ class _Comparison:
             raise MismatchError(
                 f"batch {index}: {error.output} of the engine is {came}, of the program {list(theirs.shape)}"
             )
-        error.update(mine.to(theirs.device), theirs, index)
+        if theirs.device.type == "meta" or mine.device.type == "meta":
+            raise MismatchError(f"batch {index}: {error.output} is on the meta device: it has no values to compare")
+        error.update(readable(mine.to(theirs.device)), readable(theirs), index)
 
     def _measure(self, index: int, output: Any, reference: Any, batch: Any, flat: list[Any]) -> None:
         if not self._metrics:

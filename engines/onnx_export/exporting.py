@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibcast.calib.errors import ArtifactError, BuildError, StorageError, first_line
+from calibcast.calib.errors import ArtifactError, BuildError, StorageError, cause_of, first_line
 from calibcast.calib.execution import require_program
 from calibcast.engines.onnx_export.surface import name_everything, write_plan
 from calibcast.engines.onnx_export.translation import Translation, drop_unused, translated
@@ -74,7 +74,12 @@ def _write(translation: Translation, state: Mapping[str, torch.Tensor], target: 
 def _saved(model: Any, path: Path) -> None:
     ir = importlib.import_module("onnx_ir")
     data = path.with_name(f"{path.name}.data")
-    ir.save(model, path, external_data=data.name)
+    try:
+        ir.save(model, path, external_data=data.name)
+    except importlib.import_module("onnx_ir.serde").SerdeError as error:
+        if isinstance(cause := cause_of(error), OSError):
+            raise cause from error
+        raise BuildError(f"ONNX cannot have this program: {type(cause).__name__}: {first_line(cause)}") from error
     if data.is_file() and not data.stat().st_size:
         data.unlink()  # every weight is so small that it stands in the model
 

@@ -12,6 +12,7 @@ import polars as pl
 import torch
 from calibcast.calib.graph import base_op, input_targets, producer_of, size_hint, state_tensor, tensor_values
 from calibcast.calib.operators import ADDS, MOVES
+from calibcast.calib.plain_tensors import is_plain
 from calibcast.calib.ranges import RangeTable
 from calibcast.passes.work import WorkCounter
 from torch import fx
@@ -66,7 +67,7 @@ class Measures:
         found = {}
         for name, target in input_targets(self.program).items():
             tensor = state_tensor(self.program, target)
-            if tensor is not None and tensor.dtype == torch.float32 and tensor.dim() > 1:
+            if tensor is not None and tensor.dtype == torch.float32 and tensor.dim() > 1 and is_plain(tensor):
                 found[name] = _sides(tensor)
         return found
 

@@ -14,6 +14,7 @@ from calibcast.calib.graph import argument_of, as_list, base_op, input_kinds, in
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.operators import ASSERTS
 from calibcast.calib.operators.exponents import EQUATIONS
+from calibcast.calib.plain_tensors import storage_of
 from calibcast.passes.rescaling.equations import Expression, equations_of, implied, moved_tensors
 from torch import fx
 from torch.export import ExportedProgram
@@ -259,7 +260,7 @@ class _Reader:
             variable = self.system.index.get(Tensor(name, 0))
             if tensor is None or variable is None:
                 continue
-            home = homes.setdefault(tensor.untyped_storage().data_ptr(), variable)
+            home = homes.setdefault(storage_of(tensor), variable)
             if home != variable:
                 self.system.equal.append((home, variable))
 

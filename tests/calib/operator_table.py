@@ -174,9 +174,10 @@ moves, shares=0, training=2/1/None
 moves, writes_nothing
     detach
 never_low
-    _cdist_forward _ctc_loss bincount cdist cholesky cholesky_inverse cholesky_solve ctc_loss det geqrf histc
-    histogram inverse istft logdet lu_solve lu_unpack matrix_exp nanquantile orgqr ormqr pdist qr quantile slogdet
-    stft svd trapezoid triangular_solve
+    _cdist_forward _ctc_loss bincount cdist cholesky cholesky_inverse cholesky_solve ctc_loss dequantize det geqrf
+    histc histogram int_repr inverse istft logdet lu_solve lu_unpack matrix_exp nanquantile orgqr ormqr pdist qr
+    quantile quantize_per_channel quantize_per_tensor quantize_per_tensor_dynamic slogdet stft svd trapezoid
+    triangular_solve
 overwrites
     zero
 places=1, wrong_on_host

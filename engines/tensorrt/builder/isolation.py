@@ -114,7 +114,7 @@ def build_isolated(
             work = Path(name)
             replace(job, imports=imports).save(work)
             plain = program if job.compiler == INDUCTOR else with_plain_containers(program)
-            save_program(plain, work / PROGRAM)  # while a builder that was just started imports
+            save_program(plain, work / PROGRAM, checked=False)  # while a builder that was just started imports
             with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
                 heard = _Progress(bar)
                 code = _run(builder, work, heard, timeout)
