@@ -251,7 +251,7 @@ class PrecisionPlan:
             for _, value in tensor_values(candidate.node)
             if not candidate.inside and value.dtype in LOW_TYPES.values()
         )
-        low_type = types.most_common(1)[0][0] if types else torch.float16
+        low_type = max(types, key=types.__getitem__, default=torch.float16)
         decisions = tuple(_as_typed(candidate, low_type) for candidate in nodes)
         return cls(decisions, low_type, node_digests(program), {"from_types": True})
 

@@ -40,7 +40,7 @@ import torchvision  # noqa: F401
 from benchmarks.machine import header, write
 from benchmarks.mutations.contexts import Contexts
 from benchmarks.mutations.sample import FOLDERS, Mutant, drawn, in_function
-from benchmarks.mutations.unseen import unseen
+from benchmarks.mutations.unseen import SAME_PROGRAM, same_program, unseen
 
 ROOT = Path.cwd()
 PYTEST = ("-n", "0", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
@@ -238,7 +238,7 @@ def run(tests: list[str], seconds: float) -> tuple[int | str, str | None]:
     into = Path(tempfile.mkdtemp()) / "failed"
     plugins = [FirstFailure(into)]
     found = forked(
-        lambda: int(pytest.main([*PYTEST, "-x", *tests], plugins=plugins)), Limits(60 + 4 * seconds, 600 + 20 * seconds)
+        lambda: int(pytest.main([*PYTEST, "-x", *tests], plugins=plugins)), Limits(30 + 2 * seconds, 600 + 20 * seconds)
     )
     return found, into.read_text() if into.exists() else None
 
@@ -283,6 +283,9 @@ def report(found: list[tuple[Mutant, str, int]], names: str) -> str:
 
 
 def unseen_by_rule(mutant: Mutant) -> str | None:
+    source = (ROOT / mutant.path).read_text(encoding="utf-8")
+    if same_program(source, mutant.code(source)):
+        return SAME_PROGRAM
     return unseen(ROOT / mutant.path, mutant.line, mutant.column, mutant.operator)
 
 

@@ -41,10 +41,16 @@ RULES: dict[str, Callable[[ast.AST], list[Span]]] = {
     "arguments of `_log.debug` and `_log.info`": _logged,
     "`@cache` and `@lru_cache`": _kept,
 }
+SAME_PROGRAM = "the same program in other words, such as `1e+30` for `1e30`"
 SAME_OBJECT = "`is` for `==` with a small whole number or a plain string, of which Python keeps one object"
 ON_GPU = "files that run on a GPU alone"
 # CUDA graphs.
 GPU_FILES = ("captured_execution.py",)
+
+
+def same_program(before: str, after: str) -> bool:
+    """Whether two sources are one program: the syntax tree is the same."""
+    return ast.dump(ast.parse(before)) == ast.dump(ast.parse(after))
 
 
 def unseen(path: Path, line: int, column: int, operator: str) -> str | None:

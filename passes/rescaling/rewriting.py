@@ -126,9 +126,9 @@ def _rescale_numbers(old: fx.Node, made: fx.Node, exponents: Mapping[str, int]) 
         scaled = float(value) * 2.0**-k  # type: ignore[arg-type]
         place = next(i for i, argument in enumerate(arguments) if argument.name == name)
         if place < len(made.args):
-            made.args = (*made.args[:place], scaled, *made.args[place + 1 :])
+            made.update_arg(place, scaled)
         else:
-            made.kwargs = {**made.kwargs, name: scaled}
+            made.update_kwarg(name, scaled)
 
 
 def _state(program: ExportedProgram, exponents: Exponents) -> tuple[dict[str, Any], dict[str, Any]]:
