@@ -109,11 +109,11 @@ def _moved(bins: list[int] | None, k: int) -> list[int] | None:
     if bins is None:
         return None
     inner = bins[1 : BINS - 1]
-    lost = inner[:k] if k > 0 else inner[k:]
+    lost = inner[:k] if k >= 0 else inner[k:]
     if any(lost):
         raise MismatchError(f"values would leave the range of fp32 normal numbers when scaled by 2^{-k}")
     zeros = [0] * min(abs(k), len(inner))
-    inner = [*inner[k:], *zeros] if k > 0 else [*zeros, *inner[: len(inner) + k]]
+    inner = [*inner[k:], *zeros] if k >= 0 else [*zeros, *inner[: len(inner) - len(zeros)]]
     return [bins[0], *inner, bins[BINS - 1]]
 
 

@@ -39,7 +39,7 @@ import torchvision  # noqa: F401
 
 from benchmarks.machine import header, write
 from benchmarks.mutations.contexts import Contexts
-from benchmarks.mutations.sample import FOLDERS, Mutant, drawn, in_function
+from benchmarks.mutations.sample import FOLDERS, Mutant, drawn, in_function, read_at
 from benchmarks.mutations.unseen import SAME_PROGRAM, same_program, unseen
 
 ROOT = Path.cwd()
@@ -131,7 +131,7 @@ def covered_by(file: Path, part: Path) -> int:
 
 
 def tests_of(mutant: Mutant, cover: Cover, seconds: float) -> list[str]:
-    """The tests that run the mutant's line, as many as take `seconds`, and at least one.
+    """The tests that run the mutant's line, or read what it sets, as many as take `seconds`, and at least one.
 
     First those of the file of the same name, then those that run much of the mutant's file and little else. One test of
     each function comes before the second parameters of any, as these mostly see what the first saw.
@@ -139,6 +139,11 @@ def tests_of(mutant: Mutant, cover: Cover, seconds: float) -> list[str]:
     lines = cover["lines"].get(mutant.path, {})
     each_time = in_function(ROOT / mutant.path, mutant.line)
     at_line = lines.get(str(mutant.line)) if each_time else None
+    if not each_time:  # a constant: the tests that run a line that reads it
+        read = read_at(ROOT, mutant.path, mutant.line)
+        at_line = [
+            name for path, at in read.items() for n in at for name in cover["lines"].get(path, {}).get(str(n), [])
+        ]
     contexts = at_line or [name for names in lines.values() for name in names]
     chosen = {name.removesuffix("|call") for name in contexts if name.endswith("|call")}
     files = {name.split("::")[0] for name in contexts if name.endswith("|setup")}

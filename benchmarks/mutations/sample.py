@@ -79,6 +79,33 @@ def never_run(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     return [((n.lineno, n.col_offset), (n.end_lineno or 0, n.end_col_offset or 0)) for n in nodes]
 
 
+def read_at(root: Path, path: str, line: int) -> dict[str, set[int]]:
+    """By file: the lines that read a constant of a module, which is set at this line; {} where none is set there."""
+    names = {
+        target.id
+        for statement in ast.parse((root / path).read_text(encoding="utf-8")).body
+        if isinstance(statement, ast.Assign) and statement.lineno <= line <= (statement.end_lineno or 0)
+        for target in ast.walk(statement)
+        if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+    }
+    found: dict[str, set[int]] = {}
+    for file in (file for folder in FOLDERS for file in (root / folder).rglob("*.py") if names):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        here = str(file.relative_to(root)) == path
+        module = path.removesuffix(".py").replace("/", ".")
+        imported = {
+            alias.name
+            for node in nodes
+            if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(module)
+            for alias in node.names
+        }
+        known = names if here else names & imported
+        lines = {n.lineno for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in known}
+        if lines:
+            found[str(file.relative_to(root))] = lines
+    return found
+
+
 def in_function(path: Path, line: int) -> bool:
     """Whether a line runs each time a function is called: not when its file is imported, nor in a first call alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

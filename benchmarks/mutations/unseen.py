@@ -43,9 +43,12 @@ RULES: dict[str, Callable[[ast.AST], list[Span]]] = {
 }
 SAME_PROGRAM = "the same program in other words, such as `1e+30` for `1e30`"
 SAME_OBJECT = "`is` for `==` with a small whole number or a plain string, of which Python keeps one object"
-ON_GPU = "files that run on a GPU alone"
-# CUDA graphs.
-GPU_FILES = ("captured_execution.py",)
+ON_GPU = "files, classes and functions that run on a GPU alone"
+# CUDA graphs, and what launches kernels: None is the whole file.
+GPU_ALONE: dict[str, tuple[str, ...] | None] = {
+    "captured_execution.py": None,
+    "device_observer.py": ("DeviceObserver", "_try_out"),
+}
 
 
 def same_program(before: str, after: str) -> bool:
@@ -55,7 +58,7 @@ def same_program(before: str, after: str) -> bool:
 
 def unseen(path: Path, line: int, column: int, operator: str) -> str | None:
     """The rule by which no test can see this change; None where a test can."""
-    if path.name in GPU_FILES:
+    if path.name in GPU_ALONE and _is_below(path, line, GPU_ALONE[path.name]):
         return ON_GPU
     for rule, (first, last) in _spans(path):
         if first <= (line, column) < last:
@@ -63,6 +66,14 @@ def unseen(path: Path, line: int, column: int, operator: str) -> str | None:
     if operator.endswith(("_Eq_Is", "_NotEq_IsNot")) and (line, column) in _compared_with_small(path):
         return SAME_OBJECT
     return None
+
+
+@cache
+def _is_below(path: Path, line: int, names: tuple[str, ...] | None) -> bool:
+    """Whether a line is in one of these classes or functions of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    defined = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+    return names is None or any(n.name in names and n.lineno <= line <= (n.end_lineno or 0) for n in defined)
 
 
 @cache

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 from calibcast import calib
 from calibcast.calib import BatchError, CalibcastError, GateError
 from calibcast.calib import errors as module
-from calibcast.calib.errors import known
+from calibcast.calib.errors import first_line, known, raised_at
 
 
 def test_every_error_has_one_base() -> None:
@@ -17,6 +20,43 @@ def test_every_error_has_one_base() -> None:
         assert issubclass(entry, CalibcastError)
         assert entry.__name__ in str(module.__doc__)
         assert getattr(calib, entry.__name__) is entry
+
+
+def test_an_error_is_placed_by_the_innermost_line_of_the_users_own() -> None:
+    def inner() -> None:
+        torch.ones(2).reshape(3)
+
+    def outer() -> None:
+        inner()
+
+    line = inner.__code__.co_firstlineno + 1
+    for call in (inner, outer):
+        with pytest.raises(RuntimeError) as shape:
+            call()
+        assert raised_at(shape.value) == f" ({__file__}:{line})"
+    with pytest.raises(ZeroDivisionError) as division:
+        exec("1 / 0", {})
+    assert raised_at(division.value).startswith(f" ({__file__}:")
+    with pytest.raises(json.JSONDecodeError) as parsed:
+        json.loads("{")
+    assert raised_at(parsed.value).startswith(f" ({__file__}:")
+    own = parsed.value.__traceback__
+    assert own is not None
+    assert "decoder.py:" in raised_at(parsed.value.with_traceback(own.tb_next))
+    assert raised_at(ValueError("without a traceback")) == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n\n one\ntwo"), "one"),
+        (ValueError(" "), "ValueError(' ')"),
+        (ValueError(), "ValueError()"),
+    ],
+)
+def test_a_message_is_told_by_its_first_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line
 
 
 def test_evidence_travels_with_the_error() -> None:

@@ -93,7 +93,8 @@ def test_small_values_count_under_a_division_or_a_logarithm() -> None:
     assert magnified(lambda x, y, w: x.log() + y) == {"x"}
     assert magnified(lambda x, y, w: x.sqrt().reciprocal() + y) == {"x", "sqrt"}
     assert magnified(lambda x, y, w: x.reshape(-1).rsqrt() + y.sum()) == {"x", "reshape"}
-    assert magnified(lambda x, y, w: x**-2) == {"x"}
+    assert magnified(lambda x, y, w: x**-2) == magnified(lambda x, y, w: x**-0.25) == {"x"}
+    assert magnified(lambda x, y, w: x**0.25) == magnified(lambda x, y, w: x**0.0) == set()
     assert magnified(lambda x, y, w: x**2) == set()
     assert magnified(lambda x, y, w: x + y) == set()
     # Through a sum, whose result is as small; not where the sum is not.

@@ -270,6 +270,16 @@ def test_what_a_run_has_shown_so_far() -> None:
     assert single.worst.channel is None
 
 
+def test_two_batches_are_also_run_with_inputs_times_two() -> None:
+    program = torch.export.export(torch.nn.ReLU(), (torch.ones(2),))
+    made = Proving(program, [torch.full((2,), float(n)) for n in range(4)])
+    assert [(b.index, b.doubled, b.flat[0].tolist()) for b in made.doubled] == [
+        (0, True, [0.0] * 2),
+        (1, True, [2.0] * 2),
+    ]
+    assert [b.index for b in made.batches] == [0, 1, 2, 3]
+
+
 def proving(*batches: Batch, doubled: tuple[Batch, ...] = (), carry_state: bool = True) -> Proving:
     made = Proving.__new__(Proving)
     made.batches, made.doubled, made._carry_state = list(batches), list(doubled), carry_state
