@@ -18,7 +18,7 @@ STEPS = (1e-3, 1e-5, 1e-7)
 
 
 def plan(
-    *high: str, rule: str = "rounding", spread: bool = False, predicted: float = 40.0, summary: bool = True
+    *high: str, rule: str = "rounding", spread: bool = False, predicted: float = 30.0, summary: bool = True
 ) -> Any:
     rounding = SimpleNamespace(spread=spread, predicted_sqnr_db=predicted, edges=("edge one", "edge two"))
     decisions = [SimpleNamespace(rule=rule)] if rule else []
@@ -302,3 +302,37 @@ def test_the_batches_that_lead_to_one_are_those_of_its_sequence() -> None:
     assert leading == {0: [], 1: [0], 2: [0, 1], 3: [], 4: [3], 5: [3, 4]}
     assert [b.doubled for b in made._leading_to(made.doubled[1])] == [True]
     assert proving(*made.batches, carry_state=False)._leading_to(made.batches[2]) == []
+
+
+@pytest.mark.parametrize(
+    ("predicted", "state", "looks"),
+    [
+        (43.0, {}, False),
+        (43.1, {}, True),
+        (43.1, {"passed": [outcome()]}, False),
+        (43.1, {"looked": {(2, 1, None)}}, False),  # it was looked at before
+        (43.1, {"looked": {(0, 0, 0), (1, 0, 0)}}, True),
+        (43.1, {"looked": {(0, 0, 0), (1, 0, 0), (2, 0, 0)}}, False),
+    ],
+)
+def test_a_channel_with_more_noise_than_was_predicted_is_measured_by_itself(
+    predicted: float, state: dict[str, Any], looks: bool
+) -> None:
+    made = tuning(**state)
+    seen: list[Any] = []
+    made.proving.noise_at_worst = lambda outcome: {"float16": {}}  # type: ignore[assignment, method-assign, return-value, dict-item]
+    made.planning.with_noise = lambda noises, output: seen.append(output) or made.planning  # type: ignore[method-assign, func-returns-value]
+    assert made._look_closer(outcome(40.0, of=plan(predicted=predicted))) is looks
+    assert seen == [1] * looks
+    assert ((2, 1, None) in made.looked) is (looks or (2, 1, None) in state.get("looked", ()))
+    made.proving.noise_at_worst = lambda outcome: None  # type: ignore[assignment, method-assign]
+    assert not tuning(proving=made.proving)._look_closer(outcome(40.0, of=plan(predicted=60.0)))
+    assert not made._look_closer(outcome(40.0, nonfinite=1, of=plan(predicted=60.0)))
+
+
+def test_a_plan_that_only_just_meets_the_budget_is_kept_for_want_of_a_better() -> None:
+    made = tuning(looked={(2, 1, None)})
+    barely = outcome(BUDGET + 1.9)
+    assert made._next(1e-5, barely) is not None
+    assert (made.passed, made.barely, made.failing) == ([], [barely], 1e-5)
+    assert tuning()._next(1e-5, outcome(BUDGET + 1.9)) is None
