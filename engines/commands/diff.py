@@ -45,6 +45,7 @@ def diff(  # noqa: PLR0913
         compared_tensors,
         diff_frame,
         diff_text,
+        fewest_tensors,
         plan_diff_text,
         require_compared,
         require_headroom,
@@ -62,7 +63,7 @@ def diff(  # noqa: PLR0913
         if any(gate is not None for gate in gates):
             raise typer.BadParameter("headroom is of ranges, and these are plans", param_hint="--fail-on")
         if gates:
-            require_compared(_shared_nodes(old, new), "node")
+            require_compared(*_shared_nodes(old, new), "node")
             require_no_flip(flips)
         return
     try:
@@ -73,7 +74,7 @@ def diff(  # noqa: PLR0913
         raise GateError(f"the alarm cannot compare: {error}") from error
     write_frame(diff_frame(changes, flips), lambda: diff_text(changes, flips, by, rows or None), form, output)
     if gates:
-        require_compared(compared_tensors(changes), "computed tensor")
+        require_compared(compared_tensors(changes), fewest_tensors(changes), "computed tensor")
     for gate in gates:
         if gate is None:
             require_no_flip(flips)
@@ -116,11 +117,12 @@ def _ranges_diff(old: Path, new: Path, program: str | None, data_max: float, low
     return changes, flips, f"data_max {data_max:g}, all rules"
 
 
-def _shared_nodes(old: Path, new: Path) -> int:
+def _shared_nodes(old: Path, new: Path) -> tuple[int, int]:
+    """How many kinds of nodes, by operator and module, both plans have, and how many the smaller one has."""
     from calibcast.passes.plan import PrecisionPlan
 
     places = [{(d.op, d.module) for d in PrecisionPlan.load(path).decisions} for path in (old, new)]
-    return len(places[0] & places[1])
+    return len(places[0] & places[1]), min(map(len, places))
 
 
 def _plans_diff(old: Path, new: Path) -> Any:

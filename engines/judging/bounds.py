@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from calibcast.calib.errors import CalibcastError, SettingError
@@ -21,6 +22,9 @@ _COLUMNS = {
     "max_abs": ("max_abs", " absolute"),
     "min_equal": ("equal", " equal"),
 }
+# The least and the most that a bound may ask for. Below 0 dB an error is larger than what it is an error of.
+_LEAST = {**dict.fromkeys(_COLUMNS, 0.0), "min_cosine": -1.0}
+_MOST = {"min_cosine": 1.0, "min_top1": 1.0, "min_equal": 1.0}
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,20 @@ class Bounds:
 
     @classmethod
     def of(cls, bounds: Mapping[str, Any]) -> Bounds:
-        """From names and numbers; None is no bound. Raises CalibcastError for an unknown name, and for NaN."""
+        """From names and numbers; None is no bound.
+
+        Raises CalibcastError for an unknown name, SettingError for what is no number, or one that says nothing.
+        """
         known = {entry.name for entry in fields(cls)}
         for name, value in bounds.items():
             if name not in known:
                 raise CalibcastError(f"there is no bound {name!r}; known are {', '.join(sorted(known))}")
-            numbers = value.values() if isinstance(value, Mapping) else [value]
-            if any(isinstance(number, float) and math.isnan(number) for number in numbers):
-                raise SettingError(f"{name}: nan is no bound; give a number, or leave it out")
+            if name == "min_metrics" and not isinstance(value, Mapping | None):
+                raise SettingError(f"min_metrics: give {{name: least value}}, got {value!r}")
+            given = {f"{name}.{n}": v for n, v in value.items()} if isinstance(value, Mapping) else {name: value}
+            for one, number in given.items():
+                if number is not None and (why := _why_no_bound(one, number)) is not None:
+                    raise SettingError(f"{one}: {number!r} is no bound: {why}; give another, or leave it out")
         return cls(**{name: value for name, value in bounds.items() if value is not None})
 
     def set(self) -> dict[str, Any]:
@@ -65,6 +75,18 @@ class Bounds:
         """These bounds and `others`; where both set one, that of `others` counts."""
         metrics = {**self.min_metrics, **others.min_metrics}
         return Bounds(**{**self.set(), **others.set(), "min_metrics": metrics})
+
+
+def _why_no_bound(name: str, number: Any) -> str | None:
+    """Why a number says nothing as this bound; None where it does."""
+    if isinstance(number, bool) or not isinstance(number, Real):
+        return "it is no number"
+    number = float(number)
+    if not math.isfinite(number):
+        return "it is not finite"
+    if name in _LEAST and number < _LEAST[name]:
+        return f"no engine is below {_LEAST[name]:g}" if name in _MOST else "it is negative"
+    return f"no engine is above {_MOST[name]:g}" if name in _MOST and number > _MOST[name] else None
 
 
 @dataclass(frozen=True)
@@ -100,10 +122,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a report passes. problems: what makes it fail under any bounds. seen: every bound that was set."""
+    """Whether a report passes. problems: what makes it fail under any bounds. seen: every bound that was set. unheld:
+    outputs that differ, and that no bound was set for."""
 
     problems: tuple[str, ...]
     seen: tuple[Seen, ...]
+    unheld: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -119,7 +143,8 @@ class Verdict:
             return "failed: " + "; ".join([*self.problems, *(str(one) for one in self.seen if not one.holds)])
         if not self.seen:
             return "no bounds were set"
-        return "passed " + ", ".join(map(str, self.seen))
+        rest = f"; not judged: {', '.join(self.unheld)}" if self.unheld else ""
+        return "passed " + ", ".join(map(str, self.seen)) + rest
 
 
 def judged(
@@ -132,7 +157,19 @@ def judged(
     does not hold: nothing was compared. Raises CalibcastError for a bound of a metric that was not given.
     """
     found = [*_of_outputs(bounds, rows, set(floating)), *_of_metrics(bounds.min_metrics, metrics)]
-    return Verdict(tuple(problems), tuple(found))
+    return Verdict(tuple(problems), tuple(found), _unheld(bounds, rows, set(floating)))
+
+
+def _unheld(bounds: Bounds, rows: Sequence[Mapping[str, Any]], floating: set[str]) -> tuple[str, ...]:
+    """The outputs that differ, and that no bound on outputs of their kind was set for."""
+    asked = {name == "min_equal" for name in _COLUMNS if getattr(bounds, name) is not None}
+    found = []
+    for row in rows:
+        exact = row["output"] not in floating
+        if exact not in asked and (row["equal"] != 1.0 if exact else row["max_abs"] != 0.0):
+            seen = f"{100 * row['equal']:.4g}% equal, min_equal was not set" if exact else f"{row['sqnr_db']:.1f} dB"
+            found.append(f"{row['output']} ({seen})")
+    return tuple(found)
 
 
 def _of_outputs(bounds: Bounds, rows: Sequence[Mapping[str, Any]], floating: set[str]) -> Iterator[Seen]:

@@ -59,6 +59,17 @@ class OutputError:
         self.all_elements += reference.numel()
         self.equal += 0 if self.floating else int((engine == reference).sum())
 
+    def compare_plain(self, engine: Any, reference: Any, batch: int) -> None:
+        """One batch of an output that is no tensor in the program: a number, a text or None, which must be equal. A
+        float may be off by 1%, as it was computed."""
+        mine = engine.item() if isinstance(engine, torch.Tensor) and engine.numel() == 1 else engine
+        floats = isinstance(mine, float) and isinstance(reference, float)
+        if self.problem or mine is reference or (floats and math.isclose(mine, reference, rel_tol=0.01)):
+            return
+        if isinstance(mine, torch.Tensor) or not (mine == reference or (mine != mine and reference != reference)):
+            came = f"a tensor {list(mine.shape)}" if isinstance(mine, torch.Tensor) else repr(mine)
+            self.problem = f"{came} in batch {batch}, where the program gives {reference!r}"
+
     def _hold_nonfinite(self, ours: torch.Tensor, theirs: torch.Tensor, finite: torch.Tensor, batch: int) -> None:
         """Count elements that are NaN or Inf where the reference is finite or a different one: -inf for +inf, NaN for
         inf."""
@@ -83,7 +94,8 @@ class OutputError:
 
     def _count_rows(self, engine: torch.Tensor, reference: torch.Tensor) -> None:
         if reference.is_floating_point() and reference.dim() >= 2 and reference.size(-1) >= 2 and reference.numel():
-            self.agreeing += int((engine.argmax(-1) == reference.argmax(-1)).sum())
+            ours = engine.to(torch.uint8) if engine.dtype == torch.bool else engine
+            self.agreeing += int((ours.argmax(-1) == reference.argmax(-1)).sum())
             self.rows += reference.numel() // reference.size(-1)
 
     def row(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 from calibcast.calib.artifacts import load_json, parsed, save_json
+from calibcast.calib.errors import ArtifactError, CalibcastError
 from calibcast.calib.json_types import require_keys, require_types
 from calibcast.engines.judging.attribution import SCHEMA as ATTRIBUTION
 from calibcast.engines.judging.bounds import Bounds
@@ -50,24 +51,41 @@ def read_verdict(path: str | os.PathLike[str]) -> dict[str, Any]:
     with parsed(path, _KIND):
         require_types(content, _FILE)
         require_keys(content, [name for name in _FILE if name != "verdict"])  # older files have none
+        content["verdict"] = _verdict_of(path, content)
     return content
+
+
+def _verdict_of(path: str | os.PathLike[str], content: dict[str, Any]) -> str:
+    """The verdict by the file's own numbers and bounds. Raises ArtifactError where the file says that it passed, and
+    these say that it did not."""
+    try:
+        verdict = _report(content).verdict
+    except CalibcastError as error:
+        raise ArtifactError(f"{path} cannot be judged: {error}") from error
+    if content["passed"] and not verdict.passed:
+        raise ArtifactError(f"{path} says that it passed, but {verdict}: the file was changed, or is damaged")
+    return str(verdict)
 
 
 def load_report(path: str | os.PathLike[str]) -> VerificationReport:
     """Read a report. Raises ArtifactError when the file is truncated, not a report, or of a newer version."""
     content = read_verdict(path)
     with parsed(path, _KIND):
-        attribution = content["attribution"]
-        return VerificationReport(
-            frame=_frame(content["outputs"], SCHEMA),
-            batches=content["batches"],
-            metrics={name: float(value) for name, value in content["metrics"].items()},
-            problems=tuple(content["problems"]),
-            reference_problem=content["reference_problem"],
-            floating=tuple(content["floating"]),
-            attribution=None if attribution is None else _frame(attribution, ATTRIBUTION),
-            bounds=Bounds.of(content.get("bounds", {})),
-        )
+        return _report(content)
+
+
+def _report(content: dict[str, Any]) -> VerificationReport:
+    attribution = content["attribution"]
+    return VerificationReport(
+        frame=_frame(content["outputs"], SCHEMA),
+        batches=content["batches"],
+        metrics={name: float(value) for name, value in content["metrics"].items()},
+        problems=tuple(content["problems"]),
+        reference_problem=content["reference_problem"],
+        floating=tuple(content["floating"]),
+        attribution=None if attribution is None else _frame(attribution, ATTRIBUTION),
+        bounds=Bounds.of(content.get("bounds", {})),
+    )
 
 
 def _text(value: Any) -> Any:

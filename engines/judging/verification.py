@@ -21,13 +21,14 @@ from calibcast.calib.execution import (
     require_program,
     tensors_of,
 )
-from calibcast.calib.graph import where
+from calibcast.calib.graph import dtype_name, where
 from calibcast.calib.plain_tensors import readable
 from calibcast.calib.program_digests import inputs_hash
 from calibcast.calib.random_draws import JUDGED, Draws, drawing_nodes
 from calibcast.engines.judging.attribution import Attribution
 from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.judging.metrics import OutputError
+from calibcast.engines.judging.names import in_order_of, leaf_names
 from calibcast.engines.judging.report import SCHEMA, VerificationReport
 from calibcast.engines.judging.shapes import may_be, sizes_by_data
 from torch import fx
@@ -77,6 +78,8 @@ def verify(  # noqa: PLR0913 - the public contract
         CalibcastError: a metric raised.
     """
     require_program(program)
+    if not callable(engine):
+        raise CalibcastError(f"engine is a {type(engine).__name__}. Give an Engine, or anything called like the model.")
     require_kind(metrics or {}, Mapping, "metrics", "Give {name: function(output, reference)}.", CalibcastError)
     wanted = Bounds.of(bounds or {})
     signature = signature_of(program)
@@ -132,6 +135,7 @@ class _Comparison:
     ) -> None:
         self._engine, self._runner, self._metrics, self._attribution = engine, runner, metrics, attribution
         self._program = runner.program
+        self._names = leaf_names(output_structure(runner.program, range(len(output_names(runner.program)))))
         self._draws = _draws_of(engine, runner.program)
         self._errors = [OutputError(name) for name in output_names(runner.program)]
         self._by_data = sizes_by_data(runner.program)
@@ -156,7 +160,9 @@ class _Comparison:
         before = self._runner.state
         with self._draws.of_batch(index):
             reference = self._runner.run_batch(flat, index)
-        args, kwargs = input_structure(self._program, flat)
+        # Copies: an engine that writes into its inputs would change a reference that shares their memory.
+        given = [v.clone() if isinstance(v, torch.Tensor) else v for v in flat]
+        args, kwargs = input_structure(self._program, given)
         with self._draws.of_batch(index):
             output = self._engine(*args, **kwargs)
         ours = self._flat_output(output, index)
@@ -164,6 +170,8 @@ class _Comparison:
             if isinstance(theirs, torch.Tensor):
                 self._compare(position, error, mine, theirs, index)
                 self._compared.add(position)
+            else:
+                error.compare_plain(mine, theirs, index)
         if self._attribution is not None:
             with self._draws.of_batch(index):
                 self._attribution.update(flat, ours, reference, index)
@@ -183,7 +191,7 @@ class _Comparison:
                 f"batch {index}: the engine gives {len(leaves)} outputs ({spec}), the program {len(self._errors)}: "
                 "this engine is of another model"
             )
-        return leaves
+        return in_order_of(self._names, output, leaves, f"batch {index}")
 
     def _compare(self, position: int, error: OutputError, mine: Any, theirs: torch.Tensor, index: int) -> None:
         if not isinstance(mine, torch.Tensor) or not may_be(mine.shape, theirs.shape, self._by_data[position]):
@@ -191,6 +199,9 @@ class _Comparison:
             raise MismatchError(
                 f"batch {index}: {error.output} of the engine is {came}, of the program {list(theirs.shape)}"
             )
+        if mine.is_complex() != theirs.is_complex():
+            types = f"{dtype_name(mine.dtype)}, of the program {dtype_name(theirs.dtype)}"
+            raise MismatchError(f"batch {index}: {error.output} of the engine is {types}")
         if theirs.device.type == "meta" or mine.device.type == "meta":
             raise MismatchError(f"batch {index}: {error.output} is on the meta device: it has no values to compare")
         error.update(readable(mine.to(theirs.device)), readable(theirs), index)
@@ -225,8 +236,8 @@ class _Comparison:
         report = VerificationReport(
             frame=pl.DataFrame([error.row() for error in errors], schema=SCHEMA),
             batches=self._batches,
-            metrics={name: total / self._samples for name, total in self._sums.items()},
-            problems=tuple(f"{error.output}: {error.problem}" for error in errors if error.only_engine),
+            metrics={name: total / self._samples if self._samples else math.nan for name, total in self._sums.items()},
+            problems=tuple(f"{error.output}: {error.problem}" for error in self._errors if error.problem),
             reference_problem=self._reference_problem,
             floating=tuple(error.output for error in errors if error.floating),
             attribution=None if self._attribution is None else self._attribution.frame(self._compared),
@@ -237,7 +248,8 @@ class _Comparison:
 
 
 def _has_nan(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and bool(torch.isnan(value).any())
+    floating = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return floating and bool(torch.isnan(value).any())
 
 
 def _takes_batch(metric: Metric) -> bool:
@@ -258,7 +270,7 @@ def _first_nonfinite(runner: ProgramRunner, flat: list[Any], index: int) -> str:
         if found or node.op == "placeholder":
             return
         for _output, tensor in tensors_of(node, result):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
                 # -inf is a mask more often than an accident; NaN never is.
                 if bool(torch.isnan(tensor).any()) or bool((tensor == math.inf).any()):
                     found.append(where(node, name))

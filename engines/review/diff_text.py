@@ -77,11 +77,20 @@ def compared_tensors(diff: RangeDiff) -> int:
     return diff.frame.filter(both).height
 
 
-def require_compared(count: int, what: str) -> None:
-    """Raise GateError where nothing was compared: that nothing flipped then has no meaning."""
-    if not count:
+def fewest_tensors(diff: RangeDiff) -> int:
+    """How many computed tensors the smaller of the two tables has."""
+    return min(table.frame.filter(pl.col("kind") == "activation").height for table in (diff.old, diff.new))
+
+
+def require_compared(count: int, of: int, what: str) -> None:
+    """Raise GateError where less than half was compared: that nothing flipped then has no meaning.
+
+    of: how many the smaller of the two files has. A table of an engine in service has few, and all of them count.
+    """
+    if 2 * count < of or not count:
+        shared = f"only {count} of {of} {what}s" if count else f"no {what}"
         raise GateError(
-            f"the alarm cannot compare: the two files have no {what} in common. Give files of the same model.", None
+            f"the alarm cannot compare: the two files have {shared} in common. Give files of the same model.", None
         )
 
 
