@@ -31,12 +31,15 @@ MOST_DOUBLED = 2
 
 @dataclass(frozen=True)
 class Worst:
-    """The worst that one kind of run has shown. noise: of one channel of an output, as `channel_noise` gives it."""
+    """The worst that one kind of run has shown. noise: of one channel of an output, as `channel_noise` gives it. mean:
+    of all channels of that output in that batch.
+    """
 
     noise: float = 0.0
     batch: int | None = None
     output: int | None = None
     channel: int | None = None
+    mean: float = 0.0
 
 
 @dataclass
@@ -76,7 +79,7 @@ class _Seen:
         noise = float(noises[channel])
         self.outputs[output] = max(self.outputs.get(output, 0.0), noise)
         if noise > self.worst.noise or self.worst.batch is None:
-            self.worst = Worst(noise, batch.index, output, channel if len(noises) > 1 else None)
+            self.worst = Worst(noise, batch.index, output, channel if len(noises) > 1 else None, float(noises.mean()))
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,13 @@ MOST_PLANS = 4 * MOST_RUNS  # plans are quick; one whose nodes were run before i
 LESS, MUCH_LESS, FAR_DB = 1.8, 3.0, 14.0
 # After a near miss the allowance goes down by the miss and this much more, dB: many small steps are less than that.
 PAST_DB = 1.5
-# Where a run has more noise than the table predicts by this, dB, its worst channel is measured by itself, this often.
-UNFORESEEN_DB, MOST_LOOKS = 3.0, 3
+# Where a run has more noise than the table predicts by this, dB, and its worst channel has OUTLYING times the mean of
+# the channels, that channel is measured by itself, this often.
+UNFORESEEN_DB, OUTLYING, MOST_LOOKS = 3.0, 10.0, 3
 # With more than this to spare, some nodes may be in fp32 for nothing: a plan with fewer of them is tried ..
 SPARE_DB = 3.0
+# A plan with this share of the work in the low type, or less, is taken only where no other meets the budget.
+LITTLE = 0.01
 # .. and taken if it has this much to spare: one that only just passes must not replace one that passes by far. So much
 # is wanted, too, where a single channel decides, as it differs more from one set of data to the next.
 RELAXED_DB = 2.0
@@ -94,10 +97,10 @@ def _kept(start: PrecisionPlan | None) -> dict[str, Verdict]:
     return {name: Verdict("start", "the plan to start with has it in its exported type") for name in names}
 
 
-def _has_low_work(plan: PrecisionPlan) -> bool:
-    """Whether a plan is worth casting for: some of the work is low, or some nodes are where there is no work."""
+def _has_low_work(plan: PrecisionPlan, least: float = 0.0) -> bool:
+    """Whether a plan is worth casting for: more of the work than this share is low, or of the nodes without work."""
     nodes, work = plan.share()
-    return (nodes if math.isnan(work) else work) != 0
+    return (nodes if math.isnan(work) else work) > least
 
 
 @dataclass
@@ -123,9 +126,13 @@ class _Tuning:
                 break
             outcome = self._outcome(self.planning.plan(allowance, self.raised, self.at_any_cost))
             allowance = self._next(allowance, outcome)
-        if not (passed := self.passed or self.barely):
+        if not self.passed and not self.barely:
             raise self._refusal()
-        best = min(passed, key=lambda o: (self._bytes_high(o.plan), len(o.plan.high_precision_nodes)))
+        worth = [[o for o in found if _has_low_work(o.plan, LITTLE)] for found in (self.passed, self.barely)]
+        best = min(
+            worth[0] or worth[1] or self.passed or self.barely,
+            key=lambda o: (self._bytes_high(o.plan), len(o.plan.high_precision_nodes)),
+        )
         plan = replace(best.plan, proof=best.proof(self.budget, len(self.tried)))
         if _has_low_work(plan):
             return plan
@@ -155,7 +162,7 @@ class _Tuning:
             self.passed.append(outcome)
             self.passing = max(self.passing, allowance)
             return self._relaxed(allowance, outcome)
-        if outcome.meets(self.budget):
+        if outcome.meets(self.budget) and not self.passed:
             self.barely.append(outcome)
         if outcome.plan.rounding is None:
             return None
@@ -187,7 +194,9 @@ class _Tuning:
         place = outcome.worst_place
         key = (place.batch, place.output, place.channel)
         foreseen = outcome.plan.rounding.predicted_sqnr_db <= outcome.sqnr_db + UNFORESEEN_DB
-        if foreseen or self.passed or outcome.nonfinite or key in self.looked or len(self.looked) == MOST_LOOKS:
+        if foreseen or place.noise < OUTLYING * place.mean or self.passed or self.barely or outcome.nonfinite:
+            return False
+        if key in self.looked or len(self.looked) == MOST_LOOKS or len(self.tried) == MOST_RUNS - 1:
             return False
         noises = self.proving.noise_at_worst(outcome)
         if noises is None or place.output is None:
