@@ -5,7 +5,7 @@
 
 Each way in a process of its own, cache off. "in process" is the compile call alone, after torch_tensorrt was imported:
 its first and its second call. "calibcast" is `build` from the call to the engine: the first, of a command that knew
-early that it would build (`prepare_builder()` before the model was loaded), and the second. CPU seconds are those of
+early that it would build, as `calibcast build` does, and the second. CPU seconds are those of
 the second call, of the process and its builder together; on a shared machine they say more than the clock. Peak memory
 is that of the process and of what it started, above what it held before the build.
 """
@@ -128,11 +128,12 @@ def in_process(network: str, gpu: bool) -> dict[str, Any]:
 
 
 def by_calibcast(network: str, gpu: bool) -> dict[str, Any]:
-    from calibcast import build
-    from calibcast.engines.tensorrt.builder.isolation import prepare_builder
+    from calibcast.engines.early_builder import fork_builder
     from calibcast.engines.tensorrt.builder.worker import clear
 
-    prepare_builder()
+    fork_builder("tensorrt", not gpu)  # as a command does, before it imports torch
+    from calibcast import build
+
     mixed, plan, ranges = cast(network, gpu)
     before, seconds, cpu = _held(), [], 0.0
     for _ in range(2):
