@@ -130,9 +130,10 @@ def parsed(source: str | os.PathLike[str], kind: str) -> Iterator[None]:
         ) from error
 
 
-def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
+def load_program(path: str | os.PathLike[str], trusted: bool = False) -> torch.export.ExportedProgram:
     """Load a `.pt2` file, after checking everything in it that could run code (`calib.pt2`).
 
+    trusted: `save_program` has checked it, and nobody else can have written there since; so it is not checked again.
     Raises ArtifactError when it is missing, truncated, not a program, or needs more than tensors and plain containers.
     """
     source = Path(path)
@@ -144,7 +145,7 @@ def load_program(path: str | os.PathLike[str]) -> torch.export.ExportedProgram:
 
     try:
         with serialising():
-            return load_checked(source)
+            return load_checked(source, trusted)
     except RefusedError as error:
         raise ArtifactError(
             f"{path} is not loaded, since loading it could run code or take any amount of memory: {error}"
