@@ -13,6 +13,7 @@ from calibcast.calib.training_mode import refuse_training
 from calibcast.engines.backends import chosen, start_early
 from calibcast.engines.building import build
 from calibcast.engines.engine import Engine
+from calibcast.engines.lstm_states import right_lstm_states
 from calibcast.passes.cast_insertion import insert_casts
 from calibcast.passes.classification import classify
 from calibcast.passes.plan import PrecisionPlan
@@ -149,7 +150,8 @@ def _exported(model: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Exp
         raise ProgramError(f"model is a {type(model).__name__}; give a torch.nn.Module or an ExportedProgram")
     args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
     try:
-        return torch.export.export(model, args, **options)
+        with right_lstm_states():
+            return torch.export.export(model, args, **options)
     except Exception as error:  # errors of torch.export have no common base class
         raise ProgramError(
             f"torch.export cannot export the model: {type(error).__name__}: {error}. "

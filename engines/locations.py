@@ -18,6 +18,7 @@ from calibcast.calib.errors import CalibcastError, ProgramError, first_line, kno
 from calibcast.calib.file_kinds import PROGRAM_FILE, PYTHON, wrong_kind
 from calibcast.calib.process_settings import own_output_kept, unlogged
 from calibcast.engines import garbage
+from calibcast.engines.lstm_states import right_lstm_states
 from calibcast.engines.usage import LocationError
 
 if TYPE_CHECKING:  # torch takes seconds to import; a wrong path is reported before that
@@ -48,7 +49,7 @@ def load_model(location: str, arguments: Mapping[str, Any] | None = None) -> Exp
     if isinstance(made, tuple) and 2 <= len(made) <= 4 and isinstance(made[0], torch.nn.Module):
         module, args, kwargs, shapes = made + (None,) * (4 - len(made))
         try:
-            with _quiet():
+            with _quiet(), right_lstm_states():
                 return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         except Exception as error:  # errors of torch.export have no common base class
             raise ProgramError(

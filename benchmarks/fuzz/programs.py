@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from calibcast.engines.lstm_states import right_lstm_states
 from torch.export import Dim, ExportedProgram
 
 from benchmarks.fuzz.masks import INTEGERS, JUMPING, MASKS
@@ -82,6 +83,11 @@ def inputs_of(seed: int = 0, batch: int = BATCH) -> tuple[torch.Tensor, ...]:
 
 def exported(recipe: Recipe) -> ExportedProgram:
     """The program of a recipe, with fixed weights."""
+    with right_lstm_states():
+        return _exported(recipe)
+
+
+def _exported(recipe: Recipe) -> ExportedProgram:
     torch.manual_seed(0)
     model, inputs = RandomModel(recipe).eval(), inputs_of()
     batch = {0: Dim("batch", min=2, max=64)} if recipe.dynamic else None

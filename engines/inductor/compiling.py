@@ -21,6 +21,7 @@ from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import BuildError
 from calibcast.calib.execution import input_structure
 from calibcast.calib.tensor_files import save_tensors
+from calibcast.engines.lstm_states import right_lstm_states
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.builder.state_lifting import Lifted, lifted, writes_buffers
 from calibcast.engines.tensorrt.program_device import copied, on_device
@@ -47,11 +48,12 @@ def compile_inductor(
     start = time.perf_counter()
     event({"stage": "lower"})
     moved = copied(on_device(program, torch.device(job.device)))
-    source = lifted(moved) if writes_buffers(moved) else Lifted(moved)
+    with right_lstm_states():
+        source = lifted(moved) if writes_buffers(moved) else Lifted(moved)
     source.program.example_inputs = _examples(job, program, source)
     folder.mkdir(parents=True, exist_ok=True)
     event({"stage": "build"})
-    with torch.no_grad():
+    with torch.no_grad(), right_lstm_states():
         torch._inductor.aoti_compile_and_package(
             source.program, package_path=str(folder / PACKAGE), inductor_configs=dict(job.settings)
         )

@@ -16,6 +16,7 @@ from calibcast.calib.errors import BuildError
 from calibcast.calib.execution import input_structure
 from calibcast.calib.graph import dtype_name, tensor_values
 from calibcast.engines.io_names import outputs_by_node
+from calibcast.engines.lstm_states import right_lstm_states
 from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult, Profile
 from calibcast.engines.tensorrt.builder.network_layers import Conversion, stamp, stamped_name
@@ -23,6 +24,7 @@ from calibcast.engines.tensorrt.builder.preparing import (
     constants_apart,
     contents_apart,
     puts_along,
+    puts_first,
     state_apart,
 )
 from calibcast.engines.tensorrt.builder.size_bounds import (
@@ -46,9 +48,11 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
     """Compile `program` and write the engine's files to `folder`. Raises what the builder raises; `program` is not
     changed."""
     start = time.perf_counter()
+    adapter.load_package()  # what is wrong with it is said here
     moved = copied(program) if job.ahead_of_time else copied(on_device(program, torch.device(job.device)))
     stamp(moved)
-    puts_along(moved.graph)
+    # 2.14 updates a cache in place by a write along one dimension.
+    (puts_along if adapter.converts_index_copy() else puts_first)(moved.graph)
     contents_apart(moved.graph)
     state_apart(moved)
     moved, constants = constants_apart(moved)
@@ -58,7 +62,8 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
     event({"stage": "lower"})
     sizes = sizes_in_graph(program, job.profiles)
     names = outputs_by_node(program)
-    with watched_conversion(event, job.ahead_of_time, sizes, job.in_pytorch, names) as conversion:
+    watched = watched_conversion(event, job.ahead_of_time, sizes, job.in_pytorch, names)
+    with right_lstm_states(), watched as conversion:
         compiled = _compiled(job, program, source)
     seconds = time.perf_counter() - start
     event({"stage": "write"})

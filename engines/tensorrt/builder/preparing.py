@@ -18,6 +18,12 @@ WRITE = torch.ops.aten.copy_.default
 PUT = torch.ops.aten.index_put_.default
 PUT_ALONG = torch.ops.aten.index_copy_.default
 AHEAD = torch.ops.aten.unsqueeze.default
+EXPAND = torch.ops.aten.expand.default
+PERMUTE = torch.ops.aten.permute.default
+PUT_APART = torch.ops.aten.index_put.default
+PUT_ALONG_APART = torch.ops.aten.index_copy.default
+# Writes at places -> the same as a write with a list of indices.
+_PUTS = {PUT: PUT, PUT_ALONG: PUT, PUT_APART: PUT_APART, PUT_ALONG_APART: PUT_APART}
 
 
 def contents_apart(graph: fx.Graph) -> None:
@@ -64,11 +70,79 @@ def puts_along(graph: fx.Graph) -> None:
         missing = len(shape) - value.dim()  # Python leaves out leading sizes of 1
         if missing >= 0 and [1] * missing + list(value.shape) == shape:
             for _ in range(missing):
-                with graph.inserting_before(node):
-                    new = graph.call_function(AHEAD, (new, 0))
                 value = value.unsqueeze(0)
-                new.meta = {"val": value, **{k: v for k, v in node.meta.items() if k == "custom"}}
+                with graph.inserting_before(node):
+                    new = _call(graph, AHEAD, (new, 0), value, node)
             node.target, node.args = PUT_ALONG, (cache, len(before), places, new)
+
+
+def puts_first(graph: fx.Graph) -> None:
+    """Write along the first dimension what is written at places along others, and values of the full shape.
+
+    2.11 takes values to be in the order of a write along the first dimension, whatever the write is: it refuses most
+    others, and where sizes happen to agree it mixes the values up. Writes with other indices stay as they are.
+    """
+    for node in list(graph.nodes):
+        put = _put_at_places(node)
+        if put is None:
+            continue
+        target, held, places, new, first = put
+        rank = len(held.meta["val"].shape)
+        order = [*range(first, first + len(places)), *range(first), *range(first + len(places), rank)]
+        shape = _size_written(held, places, first)
+        with graph.inserting_before(node):
+            if list(new.meta["val"].shape) != shape:
+                new = _call(graph, EXPAND, (new, shape), new.meta["val"].expand(shape), node)
+            if first:
+                ahead = [first, *(place for place in range(len(shape)) if place != first)]
+                new = _call(graph, PERMUTE, (new, ahead), new.meta["val"].permute(ahead), node)
+                held = _call(graph, PERMUTE, (held, order), held.meta["val"].permute(order), node)
+        node.target, node.args = target, (held, list(places), new)
+        if first:
+            back = sorted(range(rank), key=order.__getitem__)
+            with graph.inserting_after(node):
+                moved = _call(graph, PERMUTE, (node, back), node.meta["val"], node)
+            node.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+            node.meta["val"] = held.meta["val"]
+
+
+def _put_at_places(node: fx.Node) -> tuple[Any, fx.Node, list[fx.Node], fx.Node, int] | None:
+    """(operator, tensor, places along its dimensions, values, first of these dimensions) of a write at places, where
+    `puts_first` can move it; else None."""
+    if node.op != "call_function" or node.kwargs or node.target not in _PUTS:
+        return None
+    arguments: Any = node.args
+    if node.target in (PUT_ALONG, PUT_ALONG_APART):
+        held, first, place, new = arguments
+        places = [place]
+        first = first % max(_value(held).dim(), 1)
+    else:
+        if len(arguments) != 3:
+            return None
+        held, indices, new = arguments
+        first = next((place for place, index in enumerate(indices) if index is not None), 0)
+        places = list(indices[first:])
+    values = [_value(place) for place in places]
+    if not values or any(v is None or v.dtype == torch.bool or v.dim() != 1 for v in values):
+        return None
+    if _value(held) is None or _value(new) is None or any(v.shape != values[0].shape for v in values):
+        return None
+    shape = _size_written(held, places, first)
+    static = all(isinstance(size, int) for size in shape)
+    return (_PUTS[node.target], held, places, new, first) if static or list(_value(new).shape) == shape else None
+
+
+def _size_written(held: fx.Node, places: list[fx.Node], first: int) -> list[Any]:
+    """The full shape of the values of a write: the places take the place of the dimensions that they are along."""
+    sizes = list(held.meta["val"].shape)
+    return [*sizes[:first], places[0].meta["val"].shape[0], *sizes[first + len(places) :]]
+
+
+def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], value: torch.Tensor, source: fx.Node) -> fx.Node:
+    """A new node with its value, which belongs to the exported node that `source` belongs to."""
+    made = graph.call_function(target, args)
+    made.meta = {"val": value, **{key: kept for key, kept in source.meta.items() if key == "custom"}}
+    return made
 
 
 def _value(node: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
@@ -28,6 +29,10 @@ _NEEDS = {
     "build_route": "TensorRT's Global Performance Tuner needs TensorRT 11.1 (not TensorRT-RTX) and a Torch-TensorRT "
     "after 2.14, which takes its route under this name"
 }
+# Where a newer TensorRT installs beside a Torch-TensorRT that does not work with it: what to do.
+_MADE_FOR = {("torch-tensorrt-rtx", "2.11"): ". It was made for TensorRT-RTX 1.4: pip install "
+             "'tensorrt-rtx==1.4.0.76' 'tensorrt-rtx-cu13==1.4.0.76', or take torch 2.14"}  # fmt: skip
+_PLUGINS = "tensorrt_rtx_bindings.plugin"
 INSTALL = "pip install 'calibcast[rtx]' for TensorRT-RTX, or 'calibcast[tensorrt]' for TensorRT; never both"
 
 
@@ -64,12 +69,26 @@ def load_package() -> Any:
     found = installed_flavour()
     if found is None:
         raise BuildError(f"Torch-TensorRT is not installed: {INSTALL}")
+    _pass_over_missing_plugins()
     try:
         return importlib.import_module("torch_tensorrt")
     except Exception as error:  # its import loads libraries and asks the driver, so it can raise anything
+        beside = ", ".join(f"{name} {version}" for name, version in package_versions().items() if name != found[0])
         raise BuildError(
-            f"{found[0]} {found[1]} is installed but does not import: {type(error).__name__}: {error}"
+            f"{found[0]} {found[1]} is installed but does not import with {beside or 'what is installed beside it'}: "
+            f"{type(error).__name__}: {error}{_MADE_FOR.get((found[0], found[1][:4]), '')}"
         ) from error
+
+
+def _pass_over_missing_plugins() -> None:
+    """Let `tensorrt.plugin` count as missing where its binding is. TensorRT-RTX (1.4 to 1.7) has the folder without the
+    binding that it imports, and Torch-TensorRT 2.11 fails to import when it looks whether plugins are there."""
+    if "tensorrt.plugin" not in sys.modules and _found("tensorrt_rtx_bindings") and not _found(_PLUGINS):
+        sys.modules["tensorrt.plugin"] = None  # type: ignore[assignment]  # Python's own mark of a missing module
+
+
+def _found(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def compile_program(
@@ -166,6 +185,11 @@ def lifts_buffers() -> bool:
     """Whether the installed Torch-TensorRT makes inputs and outputs of the buffers that a program writes (2.14).
     Otherwise (2.11) they become constants of the engine, and what is written is lost."""
     return importlib.util.find_spec("torch_tensorrt.dynamo.lowering._buffer_lifting") is not None
+
+
+def converts_index_copy() -> bool:
+    """Whether the installed Torch-TensorRT converts `index_copy` itself (2.14), and does not make `index_put` of it."""
+    return importlib.util.find_spec("torch_tensorrt.dynamo.conversion.impl.index_copy") is not None
 
 
 # Distributions that bring TensorRT: Torch-TensorRT 2.14 requires `tensorrt-cu13`, and then `tensorrt` itself is not
