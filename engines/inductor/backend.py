@@ -19,6 +19,7 @@ from calibcast.calib.artifacts import load_json, parsed
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import ArtifactError, BuildError, MismatchError, known
 from calibcast.calib.execution import input_structure
+from calibcast.calib.pt2.containers import with_plain_containers
 from calibcast.calib.tensor_files import load_tensors, save_tensors
 from calibcast.engines.handover import EngineTrial, Recipe, Trial, handed_over, key_of
 from calibcast.engines.inductor.compiling import FACTS, FACTS_KIND, PACKAGE, STATE, STATE_NOW, compile_inductor
@@ -43,8 +44,9 @@ class InductorRuntime:
     def __init__(
         self, files: tempfile.TemporaryDirectory[str] | Path, program: ExportedProgram, device: torch.device
     ) -> None:
-        self._files, self._program, self.device = files, program, device
-        self._signature = signature_of(program)
+        self._files, self.device = files, device
+        self._signature, self._outputs = signature_of(program), program.call_spec.out_spec
+        self._plain = with_plain_containers(program)  # as it was compiled
         facts = load_json(self.folder / FACTS, FACTS_KIND)
         with parsed(self.folder / FACTS, FACTS_KIND):
             self._updated, held = list(facts["updated"]), list(facts["held"])
@@ -63,11 +65,11 @@ class InductorRuntime:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self._signature.flatten_call(args, kwargs)
         moved = [v.to(self.device) if isinstance(v, torch.Tensor) else v for v in flat]
-        args, kwargs = input_structure(self._program, moved)
+        args, kwargs = input_structure(self._plain, moved)
         with torch.no_grad():
             given = self._run(*args, *self._state.values(), **kwargs)
             if not self._state:
-                return given
+                return self._structured(given)
             outputs, new = given
             held = {value.data_ptr() for value in self._state.values()}
             outputs = pytree.tree_map_only(
@@ -75,7 +77,11 @@ class InductorRuntime:
             )  # an output that is the state itself must not change with the next call
             for name, value in zip(self._updated, new, strict=True):
                 self._state[name].copy_(value)
-            return outputs
+            return self._structured(outputs)
+
+    def _structured(self, outputs: Any) -> Any:
+        """The outputs in the program's own containers."""
+        return pytree.tree_unflatten(pytree.tree_leaves(outputs), self._outputs)
 
     def owning(self, files: tempfile.TemporaryDirectory[str]) -> InductorRuntime:
         """This engine, which now owns the folder `files`: the folder is deleted with it."""

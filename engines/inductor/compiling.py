@@ -20,6 +20,7 @@ from calibcast.calib.artifacts import save_json
 from calibcast.calib.batches import signature_of
 from calibcast.calib.errors import BuildError
 from calibcast.calib.execution import input_structure
+from calibcast.calib.pt2.containers import with_plain_containers
 from calibcast.calib.tensor_files import save_tensors
 from calibcast.engines.lstm_states import right_lstm_states
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
@@ -47,6 +48,7 @@ def compile_inductor(
     """
     start = time.perf_counter()
     event({"stage": "lower"})
+    program = with_plain_containers(program)  # whoever loads the package need not know a library's classes
     moved = copied(on_device(program, torch.device(job.device)))
     with right_lstm_states():
         source = lifted(moved) if writes_buffers(moved) else Lifted(moved)

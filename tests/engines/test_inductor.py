@@ -18,6 +18,7 @@ from calibcast.engines.tensorrt.builder.job import BuilderResult
 from calibcast.engines.tensorrt.trial_run import GRACE_DB, MOST_ASKED_DB, Judgement
 from torch import nn
 from torch.export import Dim
+from transformers.modeling_outputs import BaseModelOutput
 
 
 class Counting(nn.Module):
@@ -165,6 +166,38 @@ def test_a_package_is_compiled_run_saved_and_loaded(cast, tmp_path):
     torch.testing.assert_close(loaded(*given)["total"], engine(*given)["total"])
     loaded.runtime.reset()
     assert verify(loaded, program, [inputs(2), inputs(5)], progress=False).require(min_sqnr_db=40).passed
+
+
+class Given(nn.Module):
+    """Takes a dict, and gives a class of a library, with state among what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x, more):
+        self.calls.add_(1)
+        return BaseModelOutput(last_hidden_state=self.linear(x) + more["y"], hidden_states=(x * 2, self.calls.clone()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolate", [True, False])
+def test_outputs_come_in_the_classes_of_the_model(isolate, tmp_path):
+    """The builder's process has not imported the library that they are of."""
+    torch.manual_seed(0)
+    x, more = torch.randn(2, 8), {"y": torch.randn(2, 8)}
+    program = torch.export.export(Given().eval(), (x, more))
+    engine = build(program, backend="inductor", isolate=isolate, cache=False, progress=False)
+    expected = program.module()
+    engine.save(tmp_path / "engine")
+    for made in (engine, Engine.load(tmp_path / "engine")):
+        found, wanted = made(x, more), expected(x, more)
+        assert type(found) is BaseModelOutput
+        torch.testing.assert_close(found.last_hidden_state, wanted.last_hidden_state)
+        torch.testing.assert_close(found.hidden_states[0], 2 * x)
+    assert float(engine(x, more).hidden_states[1]) == 2.0
+    assert float(made(x, more).hidden_states[1]) == 2.0, "each engine has a state of its own"
 
 
 @pytest.fixture

@@ -113,8 +113,8 @@ def build_isolated(
         with tempfile.TemporaryDirectory(prefix="calibcast-build-") as name:
             work = Path(name)
             replace(job, imports=imports).save(work)
-            plain = program if job.compiler == INDUCTOR else with_plain_containers(program)
-            save_program(plain, work / PROGRAM, checked=False)  # while a builder that was just started imports
+            # While a builder that was just started imports.
+            save_program(with_plain_containers(program), work / PROGRAM, checked=False)
             with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
                 heard = _Progress(bar)
                 code = _run(builder, work, heard, timeout)
