@@ -133,7 +133,7 @@ def parsed(source: str | os.PathLike[str], kind: str) -> Iterator[None]:
 def load_program(path: str | os.PathLike[str], trusted: bool = False) -> torch.export.ExportedProgram:
     """Load a `.pt2` file, after checking everything in it that could run code (`calib.pt2`).
 
-    trusted: `save_program` has checked it, and nobody else can have written there since; so it is not checked again.
+    trusted: a process of this user has just written it where nobody else can write; it is not checked.
     Raises ArtifactError when it is missing, truncated, not a program, or needs more than tensors and plain containers.
     """
     source = Path(path)

@@ -26,7 +26,7 @@ _ONE_AT_A_TIME = threading.Lock()
 def load_checked(path: Path, trusted: bool = False) -> torch.export.ExportedProgram:
     """The program at `path`. Raises RefusedError, and whatever torch raises for a damaged file.
 
-    trusted: this user's own process has just checked and written it where nobody else can write.
+    trusted: a process of this user has just written it where nobody else can write; it is not checked.
     """
     if not trusted:
         check_program_file(path)
