@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import stat
 import tempfile
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import polars as pl
     import torch
 
+_log = logging.getLogger("calibcast")
 SCHEMA_VERSION = 1
 
 
@@ -171,9 +173,9 @@ def _reason(error: Exception) -> str:
 
 
 def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[str], checked: bool = True) -> None:
-    """Save a program as `.pt2`, whole or not at all. Raises ArtifactError for one that could not be loaded again.
+    """Save a program as `.pt2`, whole or not at all. Raises ArtifactError for one that torch cannot write, or not read.
 
-    checked: also look at what was written as `load_program` does, before it gets its name.
+    checked: also look at what was written as `load_program` does, and warn where it will be refused.
     """
     import torch
     from calibcast.calib.pt2.check import check_program_file
@@ -196,7 +198,7 @@ def save_program(program: torch.export.ExportedProgram, path: str | os.PathLike[
             if checked:
                 check_program_file(temporary)
         except RefusedError as error:
-            raise ArtifactError(f"the program is not saved, as calibcast would refuse to load it: {error}") from error
+            _log.warning("the program is saved, but calibcast will refuse to load it: %s", error)
 
 
 def _unwritten(error: Exception) -> ArtifactError:
