@@ -7,7 +7,8 @@ The plan of each model is exported with `export_onnx` and run by ONNX Runtime on
 batches that calibration saw and one that it did not. ONNX Runtime computes much of fp16 in fp32 there, so this judges
 the graph, not an engine's arithmetic: it agrees at 40 dB, or where it is no further from fp32 than the cast graph is
 (within 1 dB). Where ONNX Runtime's CPU has no half kernel for an operator, onnx's reference evaluator runs the model in
-its place, and the row says so. Each model runs in a child process, as ONNX Runtime may crash. Needs no GPU and no
+its place, and the row says so. "TensorRT": whether its parser and its builder take the model; TensorRT-RTX does so
+without a GPU, and runs nothing here. Each model runs in a child process, as ONNX Runtime may crash. Needs no GPU and no
 network.
 """
 
@@ -31,6 +32,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.isolation import Worker, serve
+from benchmarks.onnx_engine import OnnxError, built
 from benchmarks.zoo import ZOO
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +41,7 @@ LEAST_DB, SLACK_DB = 40.0, 1.0
 _NO_KERNEL = "NOT_IMPLEMENTED|is not supported"
 Row = dict[str, Any]
 HEADINGS = ("model", "type", "agrees", "dB to the cast graph", "dB of ONNX to fp32", "dB of the cast graph to fp32",
-            "planned nodes found", "note")  # fmt: skip
+            "planned nodes found", "TensorRT", "note")  # fmt: skip
 
 
 def answer(job: dict[str, str]) -> Row:
@@ -64,7 +66,7 @@ def _measured(model: str, low_type: torch.dtype, path: Path) -> Row:
     plan = tried.plan(low_type)
     mixed = insert_casts(tried.program, plan)
     export_onnx(mixed, plan, path)
-    row: Row = {"found": _found(path)}
+    row: Row = {"found": _found(path), "tensorrt": _by_tensorrt(path, tried.inputs[0])}
     ours = outputs_of(mixed, tried.inputs)
     try:
         theirs = [_run(path, mixed, flat) for flat in tried.inputs]
@@ -77,6 +79,17 @@ def _measured(model: str, low_type: torch.dtype, path: Path) -> Row:
         **row,
         "agrees": sqnr(theirs, ours), "onnx": sqnr(theirs, tried.reference), "cast": sqnr(ours, tried.reference),
     }  # fmt: skip
+
+
+def _by_tensorrt(path: Path, flat: list[Any]) -> str:
+    """Whether TensorRT's own parser and builder take the model, or what they say against it."""
+    try:
+        built(path, [value for value in flat if isinstance(value, torch.Tensor)])
+    except ImportError:
+        return "not here"
+    except OnnxError as error:
+        return str(error)[:120]
+    return "builds"
 
 
 def _found(path: Path) -> list[int]:
@@ -129,7 +142,15 @@ def line(row: Row) -> str:
     """A row of the table."""
     numbers = [f"{row[key]:.1f}" if key in row else "" for key in ("agrees", "onnx", "cast")]
     found = "{} of {}".format(*row["found"]) if "found" in row else ""
-    cells = [row["model"], row["type"], "yes" if agrees(row) else "**no**", *numbers, found, row.get("note", "")]
+    cells = [
+        row["model"],
+        row["type"],
+        "yes" if agrees(row) else "**no**",
+        *numbers,
+        found,
+        row.get("tensorrt", ""),
+        row.get("note", ""),
+    ]
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
@@ -139,6 +160,9 @@ def report(rows: list[Row], types: list[str]) -> str:
         f"- {kind}: {sum(agrees(row) for row in rows if row['type'] == kind)} of "
         f"{sum(row['type'] == kind for row in rows)} export, run and agree." for kind in types
     ]  # fmt: skip
+    for kind in types:
+        takes = sum(row.get("tensorrt") == "builds" for row in rows if row["type"] == kind)
+        counts.append(f"- {kind}: TensorRT's own parser and builder take {takes}.")
     table = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS), *map(line, rows)]
     return "\n".join(["# ONNX", machine.header(), *counts, "", *table])
 

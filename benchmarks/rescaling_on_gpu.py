@@ -112,7 +112,7 @@ def _ending(code: int) -> str:
 def _text(networks: Sequence[str], rows: Path, ended: dict[str, str]) -> str:
     from benchmarks import machine
 
-    found = [Row(**json.loads(line)) for line in rows.read_text(encoding="utf-8").splitlines()]
+    found = [Row(**json.loads(line)) for line in rows.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()]
     last = {(row.network, row.variant): row for row in found}
     lines = ["# Rescaling on a GPU\n", machine.header()]
     lines += [
@@ -198,9 +198,13 @@ def _built(name: str, variant: str, program: Any, ranges: Any, plan: Any, shared
     from calibcast.engines.building import build
     from calibcast.passes.cast_insertion import insert_casts
 
+    from benchmarks.onnx_engine import OnnxEngine
+
     if time.time() > shared.deadline - 10:
         return Row(name, variant, note="not built: the time was up")
     try:
+        if shared.backend == "onnx":
+            return OnnxEngine(program, plan)
         return build(
             insert_casts(program, plan), plan, ranges, backend=shared.backend, isolate=False, cache=False,
             progress=False, on_failure="error" if "half" in variant else "fallback",

@@ -10,8 +10,9 @@ import contextlib
 import importlib
 import logging
 import re
+import string
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,12 @@ def translated(program: ExportedProgram, own: Mapping[Any, Callable[..., Any]] |
     names = {node.name: stamped_name(node) for node in made.exported_program.graph.nodes}
     model = made.model
     _named(model)
+    fold_sizes(model, {one.name for one in written})
     contents = _contents(model, len(written))
     contents = _drop_copies(model, contents)
     drop_promotions(model)
     _drop_zero_biases(model)
+    _in_small_letters(model)
     origins = {node.name: names.get(graph_name(node), "") for node in every_node(model)}
     for node in every_node(model):
         node.metadata_props.pop(_TRACE, None)  # it tells where on the exporting machine files are
@@ -88,6 +91,38 @@ def graph_name(node: Any) -> str:
     """The name of the torch node that an ONNX node was made from; "" where it does not say."""
     found = re.match(r"%(\w+)", node.metadata_props.get(_LINE, ""))
     return found.group(1) if found else ""
+
+
+def fold_sizes(model: Any, written: Set[str]) -> None:
+    """Compute now what is known now of sizes, axes and indices, and make plain outputs of lists of tensors.
+
+    TensorRT's parser asks for axes and sizes that are constants, and knows no sequences. Only whole numbers and
+    booleans are computed here, by onnxscript: no floating-point operation is taken away. written: buffers that a call
+    changes, and which are constants only until they become inputs.
+    """
+
+    def folds(node: Any) -> bool | None:
+        """None leaves it to onnxscript, by size. A value to which torch.onnx gives no type has that of its inputs."""
+        values = [value for value in (*node.inputs, *node.outputs) if value is not None]
+        kinds = [value.dtype for value in values if value.dtype is not None]
+        whole = bool(kinds) and not any(kind.is_floating_point() for kind in kinds)
+        return None if whole and written.isdisjoint(value.name for value in values) else False
+
+    lines = {value.name: node.metadata_props.get(_LINE) for node in every_node(model) for value in node.outputs}
+    importlib.import_module("onnxscript.optimizer").fold_constants(model, should_fold=folds)
+    for node in every_node(model):
+        if _LINE not in node.metadata_props and (line := _line_of(node, lines)):
+            node.metadata_props[_LINE] = line
+    _named(model)
+
+
+def _line_of(node: Any, lines: Mapping[str, str | None]) -> str | None:
+    """The line of the graph that a node which folding made stands for: of its outputs, or of what reads them."""
+    for output in node.outputs:
+        if line := lines.get(output.name):
+            return line
+    readers = [use.node for output in node.outputs for use in output.uses()]
+    return next((line for reader in readers if (line := _line_of(reader, lines))), None)
 
 
 def drop_promotions(model: Any) -> None:
@@ -158,6 +193,27 @@ def _drop_zero_biases(model: Any) -> None:
         maker = None if bias is None else bias.producer()
         if maker is not None and maker.op_type == "Expand" and graph_name(maker) == graph_name(node):
             node.replace_input_with(2, None)
+
+
+def _in_small_letters(model: Any) -> None:
+    """Write the equations of einsum in small letters without spaces: TensorRT's parser takes no others."""
+    ir = importlib.import_module("onnx_ir")
+    for node in every_node(model):
+        if node.op_type == "Einsum":
+            equation = small_letters(node.attributes["equation"].as_string())
+            node.attributes["equation"] = ir.AttrString("equation", equation)
+
+
+def small_letters(equation: str) -> str:
+    """The same equation in small letters; with its capitals where it has more than 26 letters."""
+    equation = equation.replace(" ", "")
+    capitals = sorted({letter for letter in equation if letter.isupper()})
+    free = [letter for letter in string.ascii_lowercase if letter not in equation]
+    return (
+        equation.translate(str.maketrans(dict(zip(capitals, free, strict=False))))
+        if len(capitals) <= len(free)
+        else equation
+    )
 
 
 def drop_unused(model: Any) -> None:

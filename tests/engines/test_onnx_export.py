@@ -13,6 +13,7 @@ from calibcast import BuildError, classify, export_onnx, insert_casts
 from calibcast.calib.errors import ArtifactError
 from calibcast.engines.cli import main
 from calibcast.engines.io_names import flat_output_names, input_names, size_names
+from calibcast.engines.onnx_export.translation import small_letters
 from torch import nn
 from torch.export import Dim, export
 
@@ -381,3 +382,57 @@ def test_what_is_written_to_an_input_is_an_output(tmp_path):
     np.testing.assert_array_equal(keys_next, (x + 1).numpy())
     for written_to in (values, values_next):
         np.testing.assert_array_equal(written_to, x.numpy())
+
+
+class Shaped(nn.Module):
+    """Axes, sizes and lists of tensors, as in most networks, and an equation in capitals."""
+
+    def forward(self, x):
+        first, second = x.chunk(2, 1)
+        parts = x.split([1, 3], 1)
+        joined = torch.cat([first, second, *parts], 1).mean((2, 3)) + x.flatten(2).sum(-1).repeat(1, 2)
+        scores = torch.einsum("B C H W, B D H W -> B C D", first, second).softmax(-1).amax(1)
+        return joined, scores, x.var(1), torch.stack(x.unbind(1), -1).std(dim=(0, 1))
+
+
+def parsed_by_tensorrt(path):
+    """What TensorRT's own parser says against a model; an empty list where it takes it."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    parser.parse_from_file(str(path))
+    return [f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(parser.num_errors)]
+
+
+@pytest.mark.parametrize("sizes", [None, {"x": {0: Dim("batch", min=2, max=16)}}], ids=["static", "dynamic"])
+def test_tensorrt_parses_axes_sizes_and_lists_of_tensors(tmp_path, sizes):
+    """TensorRT takes an axis only as a constant, and has no sequences. The answers stay what they were."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, 5, 6)
+    program = export(Shaped(), (x,), dynamic_shapes=sizes)
+    path = export_onnx(program, None, tmp_path / "shaped.onnx")
+    assert parsed_by_tensorrt(path) == []
+    for ours, theirs in zip(answers(path, ("x", x.numpy())), program.module()(x), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_tensorrt_parses_the_casts_of_a_plan(written):
+    assert parsed_by_tensorrt(written) == []
+
+
+def test_nodes_that_come_of_a_list_say_of_which_node_they_are(tmp_path):
+    program = export(Shaped(), (torch.randn(4, 4, 5, 6),))
+    plan = classify(program, calibrate(program, [(torch.randn(4, 4, 5, 6),)], progress=False))
+    path = export_onnx(insert_casts(program, plan), plan, tmp_path / "shaped.onnx")
+    rows = json.loads({e.key: e.value for e in onnx.load(path).metadata_props}["calibcast.plan"])["nodes"]
+    split = next(row for name, row in rows.items() if name.startswith("split"))
+    assert split["onnx"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "small"),
+    [("BIj, BjK -> BIK", "abj,ajc->abc"), ("...ij,...jk->...ik", "...ij,...jk->...ik"), ("aA,bA->ab", "ac,bc->ab")],
+)
+def test_equations_are_written_in_small_letters(equation, small):
+    assert small_letters(equation) == small
