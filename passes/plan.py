@@ -31,6 +31,8 @@ from torch.export import ExportedProgram
 
 _KIND = "plan"
 _NOTES_SHOWN = 6
+_NEARLY_ALL = 0.999  # of the work: `rescale` takes nothing for a gain of less than a thousandth
+_OF_SIZE = frozenset({"headroom", "data_max"})  # rules that rescaling answers; bfloat16 has the range of fp32
 _VERDICT = pl.Struct({"rule": pl.String, "reason": pl.String, "evidence": pl.Float64, "limit": pl.Float64})
 SCHEMA: dict[str, Any] = {
     "node": pl.String,
@@ -179,7 +181,16 @@ class PrecisionPlan:
         told += [f"  {self.proof}"] if self.proof is not None else []
         told += [f"  note: {note}" for note in self.notes[:_NOTES_SHOWN]]
         more = len(self.notes) - _NOTES_SHOWN
-        return "\n".join(lines + told + ([f"  and {more} more notes, in plan.notes"] if more > 0 else []))
+        told += [f"  and {more} more notes, in plan.notes"] if more > 0 else []
+        return "\n".join(lines + told + self._advice())
+
+    def _advice(self) -> list[str]:
+        """What may bring more nodes into the low type."""
+        loud = sum(d.precision == HIGH and d.rule in _OF_SIZE for d in self.decisions)
+        done = self.exponents or self.share()[1] > _NEARLY_ALL
+        fits = not loud or done or self.low_precision_type != torch.float16
+        nodes = "1 node is" if loud == 1 else f"{loud} nodes are"
+        return [] if fits else [f"  {nodes} high because values are large: `rescale` may make them fit"]
 
     def check(self, program: ExportedProgram) -> None:
         """Raise MismatchError unless the plan is for `program`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -252,6 +253,14 @@ def test_plans_differ_where_a_node_flips_or_has_another_rule() -> None:
     other = plans(1e4, nodes_to_exclude=["mul", "relu", "add"])
     assert {row["change"] for row in plan_diff(high, other).rows(named=True)} == {"rule"}
     assert plan_diff(low, low).height == 0
+
+
+def test_a_plan_names_rescale_where_large_values_keep_nodes_high() -> None:
+    """bfloat16 has the range of fp32, and what is rescaled already has had its chance."""
+    advice = "3 nodes are high because values are large: `rescale` may make them fit"
+    assert str(plans(100.0)).splitlines()[-1].strip() == advice
+    others = [plans(1e4), plans(100.0, low_precision_type=torch.bfloat16), replace(plans(100.0), exponents={"x:0": 3})]
+    assert all("rescale" not in str(other) for other in others)
 
 
 def test_nodes_that_one_plan_lacks_are_new_or_gone() -> None:
