@@ -207,13 +207,9 @@ def _in_small_letters(model: Any) -> None:
 def small_letters(equation: str) -> str:
     """The same equation in small letters; with its capitals where it has more than 26 letters."""
     equation = equation.replace(" ", "")
-    capitals = sorted({letter for letter in equation if letter.isupper()})
-    free = [letter for letter in string.ascii_lowercase if letter not in equation]
-    return (
-        equation.translate(str.maketrans(dict(zip(capitals, free, strict=False))))
-        if len(capitals) <= len(free)
-        else equation
-    )
+    capitals = "".join(sorted({letter for letter in equation if letter.isupper()}))
+    free = "".join(letter for letter in string.ascii_lowercase if letter not in equation)[: len(capitals)]
+    return equation.translate(str.maketrans(capitals, free)) if len(free) == len(capitals) else equation
 
 
 def drop_unused(model: Any) -> None:
