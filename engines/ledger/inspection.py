@@ -15,6 +15,7 @@ Two sources:
 from __future__ import annotations
 
 import json
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -102,28 +103,29 @@ def type_name(text: str) -> str:
     return next((name for name, words in _WORDS if any(word in plain for word in words)), "")
 
 
-def parse_listing(engine: bytes) -> list[EngineLayer]:
-    """The kernels in an engine file of TensorRT-RTX, as its compiler listed them; [] where there is no listing."""
+def parse_listing(engine: bytes | mmap.mmap) -> list[EngineLayer]:
+    """The kernels in an engine file of TensorRT-RTX, as its compiler listed them; [] where there is no listing.
+
+    engine: the file's content, or the mapped file, of which only the listings are copied.
+    """
     return [layer for text in _listings(engine) for layer in _listed(text)]
 
 
-_HEADER, _ENTRY = b"header {", b"\nmain {"
+_HEADER, _ENTRY, _END = b"header {", b"\nmain {", b"\0"
 
 
-def _listings(engine: bytes) -> Iterator[str]:
+def _listings(engine: bytes | mmap.mmap) -> Iterator[str]:
     """The listings in an engine, without those of run-time fusions, whose outer kernel is listed already."""
     start = engine.find(_HEADER)
     while start >= 0:
-        end = engine.find(_HEADER, start + 1)
-        body = engine[start : end if end >= 0 else len(engine)]
+        following = engine.find(_HEADER, start + 1)
+        last = following if following >= 0 else len(engine)
+        end = engine.find(_END, start, last)  # a zero byte ends the text
+        body = engine[start : end if end >= 0 else last]
         if _ENTRY in body and b"name=runtime-fusion-consts" not in body.split(b"descriptors {", 1)[0]:
-            yield _printable(body)
-        start = end
-
-
-def _printable(body: bytes) -> str:
-    # The separators in metadata are control characters, so these are kept; a zero byte ends the text.
-    return body.split(b"\0", 1)[0].decode("utf-8", errors="replace")
+            # The separators in metadata are control characters, so these are kept.
+            yield body.decode("utf-8", errors="replace")
+        start = following
 
 
 _TENSOR = re.compile(r"^\s*(?:sub_)?tensor=\{.*? dims=\{([^}]*)\}.*? name=\"([^\"]*)\".* type=(\w+) \}", re.MULTILINE)

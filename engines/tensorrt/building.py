@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import mmap
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -97,4 +99,13 @@ def layers_of(folder: Path) -> list[EngineLayer]:
         return [layer for text in inspected for layer in parse_inspector(text)]
     if not (folder / WIRING).is_file():
         return []
-    return [layer for _, path in engine_paths(folder) for layer in parse_listing(path.read_bytes())]
+    return [layer for _, path in engine_paths(folder) for layer in _listed_in(path)]
+
+
+def _listed_in(engine: Path) -> list[EngineLayer]:
+    """The layers that an engine's file lists. The file is as large as the weights, so it is mapped, not read."""
+    with engine.open("rb") as stream:
+        if not os.fstat(stream.fileno()).st_size:  # nothing to map
+            return []
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return parse_listing(mapped)

@@ -1,6 +1,8 @@
 """What engines say of their layers is read from every format that could be had; see inspected/README.md."""
 
 import json
+import mmap
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,31 @@ def test_the_listing_in_an_rtx_engine_names_nodes_and_types_of_every_kernel():
     assert by_name["__myl_FcAddCastMul"].nodes == ("linear", "mul", "linear_as_float32")
     assert layers[-1].nodes == ("softmax",)
     assert layers[-1].types == ("float32",)
+
+
+class Watched(bytes):
+    """Bytes that count how many of them are copied."""
+
+    copied = 0
+
+    def __getitem__(self, part):
+        found = super().__getitem__(part)
+        Watched.copied += len(found)
+        return found
+
+
+def test_an_engine_is_searched_and_not_copied():
+    """It holds the weights. A listing ends at a zero byte, wherever the next one begins."""
+    content = (INSPECTED / "tensorrt_rtx_1.6.engine").read_bytes()
+    weights = b"\0" + bytes(range(1, 256)) * 20_000
+    large = Watched(content + weights)
+    assert parse_listing(large) == parse_listing(content)
+    assert Watched.copied < 2 * len(content)
+    with tempfile.TemporaryFile() as stream:
+        stream.write(large)
+        stream.flush()
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert parse_listing(mapped) == parse_listing(content)
 
 
 @pytest.mark.parametrize("data", [b"", b"vtrt", b"header {", b"header {\n}\nmain {", b"\0" * 64 + b"header { main {"])
