@@ -81,7 +81,15 @@ def wrong_kind(path: Path, expected: Expected) -> str | None:
         return f"{path}: no such file or folder; {expected.name} was expected"
     except OSError as error:
         found = f"not readable ({error.strerror})"
-    return None if found in expected.kinds else f"{path} is {found}; {expected.name} was expected"
+    if found in expected.kinds:
+        return None
+    return f"{path} is {found}; {expected.name} was expected{_inside(path) if _ENGINE in expected.kinds else ''}"
+
+
+def _inside(path: Path) -> str:
+    """Where the engine is in the folder of a job, which is easily given in its place."""
+    inner = path / "engine"
+    return f": give {inner}" if inner.is_dir() and kind_of(inner) == _ENGINE else ""
 
 
 def require_file(path: Path, expected: Expected) -> None:

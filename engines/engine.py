@@ -24,7 +24,7 @@ from calibcast.calib.ranges import RangeTable
 from calibcast.calib.seal import broken_seal
 from calibcast.calib.sealed_files import check_sealed, files_under, followed
 from calibcast.engines.backends import backend_named
-from calibcast.engines.io_names import size_names
+from calibcast.engines.io_names import name_sizes, size_names
 from calibcast.engines.ledger.ledger import empty_ledger, problem_of
 from calibcast.engines.monitoring.monitor import Monitor
 from calibcast.engines.runtimes import Runtime
@@ -273,6 +273,7 @@ def _checked_program(source: Path, manifest: Mapping[str, Any]) -> ExportedProgr
     found = fingerprint(node_digests(program))
     if found != manifest["fingerprint"] or weights_hash(program) != manifest["weights"]:
         raise MismatchError(f"{source / _PROGRAM} is not the program that {_MANIFEST} was written for")
+    name_sizes(program, manifest.get("size_names") or {})
     return program
 
 

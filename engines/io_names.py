@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from calibcast.calib.batches import signature_of
 from calibcast.calib.execution import output_names
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputKind
+
+_NAMES = "source_name_to_debug_name"  # of torch's ShapeEnv
 
 
 def input_names(program: ExportedProgram) -> dict[str, str]:
@@ -57,29 +59,43 @@ def size_names(program: ExportedProgram) -> dict[str, str]:
     torch keeps the names of `Dim` in memory and does not write them into a .pt2, so the sizes of a loaded program have
     names such as `image_dim0`.
     """
+    names = input_names(program)
+    found: dict[str, str] = {}
+    for node, path, dimension, size in _open_sizes(program):
+        if str(size) not in found:
+            found[str(size)] = _dim_name(size, path, dimension) or f"{names[node]}_dim{dimension}"
+    return found
+
+
+def name_sizes(program: ExportedProgram, names: Mapping[str, str]) -> None:
+    """Give the sizes of a program that was read from a .pt2 the names that `size_names` gave before it was written."""
+    for _, path, dimension, size in _open_sizes(program):
+        if str(size) in names:
+            known = getattr(size.node.shape_env, _NAMES, {})
+            known[_source(path, dimension)] = names[str(size)]
+
+
+def _open_sizes(program: ExportedProgram) -> Iterator[tuple[str, str, int, torch.SymInt]]:
+    """(placeholder, name of the input as a path, dimension, size) of each dynamic size of the inputs."""
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     names = input_names(program)
-    paths = {
-        spec.arg.name: leaf.name
-        for spec, leaf in zip(_user_inputs(program), signature_of(program).leaves, strict=True)
-        if spec.arg.name in names
-    }
-    found: dict[str, str] = {}
-    for node, path in paths.items():
-        value = nodes[node].meta.get("val")
+    for spec, leaf in zip(_user_inputs(program), signature_of(program).leaves, strict=True):
+        value = nodes[spec.arg.name].meta.get("val") if spec.arg.name in names else None
         for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            if isinstance(size, torch.SymInt) and str(size) not in found:
-                given = _dim_name(size, path, dimension)
-                found[str(size)] = given or f"{names[node]}_dim{dimension}"
-    return found
+            if isinstance(size, torch.SymInt):
+                yield spec.arg.name, leaf.name, dimension, size
 
 
 def _dim_name(size: torch.SymInt, path: str, dimension: int) -> str | None:
     """The name that was given to `torch.export.Dim`, which torch stores under the source of the size."""
-    known = getattr(size.node.shape_env, "source_name_to_debug_name", {})
-    first, bracket, rest = path.partition("[")
-    name = known.get(f"L['{first}']{bracket}{rest}.size()[{dimension}]")
+    name = getattr(size.node.shape_env, _NAMES, {}).get(_source(path, dimension))
     return None if name is None else str(name)
+
+
+def _source(path: str, dimension: int) -> str:
+    """What torch calls a size of an input."""
+    first, bracket, rest = path.partition("[")
+    return f"L['{first}']{bracket}{rest}.size()[{dimension}]"
 
 
 def _user_inputs(program: ExportedProgram) -> Sequence[torch.export.graph_signature.InputSpec]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from calibcast.calib.checkpoint import Checkpoint
-from calibcast.calib.errors import ArtifactError
+from calibcast.calib.errors import ArtifactError, CalibcastError
 from calibcast.calib.number_text import counted
 from calibcast.engines.job.checks import check_job
 from calibcast.engines.job.folder import MANIFEST, JobFolder, Store
@@ -18,15 +18,27 @@ from calibcast.engines.job.logs import Say
 from calibcast.engines.job.manifest import Manifest
 from calibcast.engines.job.measuring import counts
 from calibcast.engines.job.ranks import Ranks
+from calibcast.engines.job.several import raise_for
 from calibcast.engines.job.signals import Signals
 from calibcast.engines.job.stages import JobRun
 from calibcast.engines.locations import exits_refused
 
 
 def plan_job(path: Path, say: Say) -> None:
-    """Report what `run_job` would do, and what is up to date. Writes nothing."""
+    """Report what `run_job` would do, and what is up to date. Writes nothing.
+
+    Raises what stands in the way of a model, after all models were looked at.
+    """
+    failed: dict[str, CalibcastError] = {}
     for file in load_jobs(path):
-        _plan_one(file, say)
+        try:
+            _plan_one(file, say)
+        except CalibcastError as error:
+            if file.name is None:
+                raise
+            failed[file.name] = error
+            say(f"model       {file.name}: {error}")
+    raise_for(failed)
 
 
 def _plan_one(file: JobFile, say: Say) -> None:

@@ -42,6 +42,11 @@ def run_several(files: Sequence[JobFile], run_one: Callable[[JobFile], None], sa
     _write(files, failed, say)
     if stopped is not None:
         raise stopped
+    raise_for(failed)
+
+
+def raise_for(failed: Mapping[str, CalibcastError]) -> None:
+    """Raise one error for those of several models, if there is any: a GateError where all are."""
     if failed:
         text = "; ".join(f"{name}: {error}" for name, error in failed.items())
         gates = all(isinstance(error, GateError) for error in failed.values())

@@ -19,6 +19,7 @@ from calibcast.calib.ranges import RangeTable
 from calibcast.calib.sequences import NewSequence
 from calibcast.engines.backends import chosen
 from calibcast.engines.building import MOST_TRIED, build
+from calibcast.engines.io_names import name_sizes, size_names
 from calibcast.engines.job.context import JobContext
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.feed import Feeding, feed
@@ -272,9 +273,11 @@ class JobRun(JobContext):
 
     def _engine(self) -> dict[str, Any]:
         settings, folder = self.file.job.build, self.folder.path
+        mixed = load_program(folder / MIXED)
+        name_sizes(mixed, size_names(self.program))
         options = settings.model_dump(exclude={"keep_io_types", "backend", "settings"})
         engine = build(
-            load_program(folder / MIXED), PrecisionPlan.load(folder / PLAN), self._planned_ranges,
+            mixed, PrecisionPlan.load(folder / PLAN), self._planned_ranges,
             settings.backend, progress=self.bar, reference=self.program, batches=self._to_try(),
             carry_state=self.file.job.calibration.carry_state, **options, **settings.settings,
         )  # fmt: skip

@@ -6,9 +6,14 @@ import os
 import pytest
 import torch
 from calibcast.calib import recorded
+from calibcast.engines import Engine
 from calibcast.engines.cli import _run
+from calibcast.engines.engine import read_manifest
+from calibcast.engines.io_names import size_names
 from calibcast.engines.job.errors import JobError
 from calibcast.engines.job.job_file import load_job, load_jobs
+
+from tests.unwrapped import unwrapped
 
 MODELS = """
 [data]
@@ -91,6 +96,52 @@ def test_a_model_that_fails_stops_no_other(several, capsys):
     assert manifest(job)["status"] == "failed"
     assert manifest(job)["models"]["first"]["status"] == "done"
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_a_dry_run_looks_at_all_models_and_says_which_one_is_wrong(several, capsys):
+    job = several(**{'name = "first"\nlocation': 'name = "first"\narguments = {nonsense = 1}\nlocation'})
+    assert _run(["run", str(job), "--dry-run"]) == 1
+    said = capsys.readouterr()
+    assert "model       first: " in said.out
+    assert "second" in said.out.split("nonsense", 1)[1]
+    assert "verify      verification.json: would be made" in said.out
+    assert "first: " in said.err
+
+
+def test_the_folder_of_a_job_given_for_its_engine_is_told_where_that_is(several, capsys):
+    job = several()
+    assert _run(["run", str(job)]) == 0
+    folder = job.parent / "out" / "first"
+    assert _run(["inspect", str(folder)]) == 2
+    assert f"an engine folder was expected: give {folder / 'engine'}" in unwrapped(capsys.readouterr().err)
+    assert _run(["inspect", str(job.parent / "out")]) == 2
+    assert ": give " not in capsys.readouterr().err
+
+
+DYNAMIC = """
+import torch
+from torch.export import Dim
+def model():
+    return torch.nn.Linear(4, 3).eval(), (torch.ones(2, 4),), None, ({0: Dim("rows", min=1, max=8)},)
+def loader():
+    return [torch.ones(2, 4), torch.ones(3, 4)]
+"""
+
+
+def test_sizes_keep_the_callers_names_through_a_job(tmp_path):
+    """A .pt2, which a job's stages hand on, has no place for them."""
+    (tmp_path / "net.py").write_text(DYNAMIC)
+    job = tmp_path / "job.toml"
+    job.write_text(
+        '[model]\nlocation = "net.py:model"\n[data]\nloader = "net.py:loader"\nheld_out_share = 0.0\n'
+        '[build]\nbackend = "eager"\n[output]\nfolder = "out"\n'
+    )
+    assert _run(["run", str(job)]) == 0
+    assert list(read_manifest(tmp_path / "out" / "engine")["size_names"].values()) == ["rows"]
+    engine = Engine.load(tmp_path / "out" / "engine")
+    assert list(size_names(engine.program).values()) == ["rows"]
+    engine.save(tmp_path / "again")
+    assert list(read_manifest(tmp_path / "again")["size_names"].values()) == ["rows"]
 
 
 @pytest.mark.parametrize(
