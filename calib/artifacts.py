@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import stat
 import tempfile
 import uuid
@@ -19,7 +20,7 @@ from calibcast.calib.errors import ArtifactError, StorageError, cause_of, first_
 from calibcast.calib.file_kinds import PROGRAM_FILE, json_kind, require_file, wrong_kind
 from calibcast.calib.pt2.serialiser import serialising
 from calibcast.calib.seal import UNSEALED, sealed
-from calibcast.calib.sealed_files import followed
+from calibcast.calib.sealed_files import followed, is_special
 
 # Functions that handle programs import torch themselves: it takes seconds, and reading a table does not need it.
 if TYPE_CHECKING:
@@ -45,18 +46,23 @@ def versions() -> dict[str, str]:
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`, and rename it to `path` only when the block ends without an error.
 
-    A symbolic link stays a link: the file that it points to is written.
-    Raises StorageError when the folder is missing or not writable.
+    A symbolic link stays a link: the file that it points to is written. A device or a pipe stays one, too: it gets the
+    content. Raises StorageError when the folder is missing or not writable.
     """
     target = followed(path)
+    special = is_special(target)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or Path("."))
+        folder = None if special else target.parent or Path(".")
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=folder)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error}. Give a folder that exists and is writable.") from error
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
+        if special:
+            _pour(temporary, target)
+            return
         # mkstemp makes files private; others must be able to read an artifact.
         os.chmod(temporary, _usual_mode(target.parent))
         os.replace(temporary, target)
@@ -64,6 +70,15 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise StorageError(f"cannot write {target}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _pour(source: Path, target: Path) -> None:
+    """Write the content of a file into a device or a pipe. A pipe that nobody reads is an OSError: it is not waited
+    for."""
+    handle = os.open(target, os.O_WRONLY | os.O_NONBLOCK)
+    os.set_blocking(handle, True)
+    with open(handle, "wb") as stream, source.open("rb") as content:
+        shutil.copyfileobj(content, stream)
 
 
 def _usual_mode(folder: Path) -> int:

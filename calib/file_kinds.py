@@ -16,6 +16,7 @@ from calibcast.calib.errors import ArtifactError
 
 _HEAD = 4096
 _MOST_JSON = 1 << 20  # a JSON document whose header does not come first is parsed up to this size, in bytes
+_MOST_TEXT = 16 << 20  # bytes of a file that someone has written by hand
 _MOST_NAMES = 64 << 20  # bytes of a zip file's directory, or of a Parquet file's footer
 _ZIP_END = 22 + (1 << 16)  # bytes of the last record of a zip file, with the longest comment
 _ZIP64 = 56 + 20
@@ -117,7 +118,10 @@ def kind_of(path: Path) -> str:
         return _kind_of_zip(path) if start.startswith(b"PK") else _kind_of_parquet(path)
     if start.lstrip().startswith(b"{"):
         return _kind_of_json(path, start)
-    return _kind_of_other(start) if start else "an empty file"
+    kind = _kind_of_other(start) if start else "an empty file"
+    if kind in {_TEXT, _UNKNOWN} and path.stat().st_size > _MOST_TEXT:
+        return f"{kind}, of {path.stat().st_size >> 20} MiB"
+    return kind
 
 
 def _kind_of_folder(path: Path) -> str:

@@ -78,6 +78,11 @@ def _between(file: Path, folder: Path) -> list[Path]:
     return [parent for parent in file.parents if parent != folder and parent.is_relative_to(folder)]
 
 
+def is_special(path: Path) -> bool:
+    """Whether a path names a device, a pipe or a socket, which no file may replace."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
 def followed(path: str | os.PathLike[str]) -> Path:
     """Where writing to `path` should go: the target of a symbolic link, which stays a link."""
     target = Path(path)

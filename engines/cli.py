@@ -7,6 +7,7 @@ everything else.
 
 from __future__ import annotations
 
+import errno
 import logging
 import signal
 import sys
@@ -22,7 +23,7 @@ from calibcast.calib.printable import printable_lines
 from calibcast.engines import garbage
 from calibcast.engines.commands import diagnosis, diff, engine, export, job, rescaling, review, stages
 from calibcast.engines.commands.options import fail, in_flags, note, say
-from calibcast.engines.streams import fitted, give_up_stdout
+from calibcast.engines.streams import fitted, give_up, open_streams
 from calibcast.engines.usage import exit_code
 
 _HELP = (
@@ -31,6 +32,9 @@ _HELP = (
     "MODEL is a .pt2 file, or file.py:function that returns an ExportedProgram or (module, args[, kwargs[, "
     "dynamic_shapes]]). Data is file.py:function that returns a dataloader. Start with: calibcast demo"
 )
+_LONGEST = 200
+# What is wrong with the machine, not with the command line.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 app = typer.Typer(
     name="calibcast",
     no_args_is_help=True,
@@ -85,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of `calibcast`: reports every error as one message and an exit code."""
     if arguments is None:
         garbage.rare()
+    open_streams()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneStyle("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -108,9 +113,7 @@ def _run(arguments: list[str] | None) -> int:
         fail(in_flags(str(error), _flags()))
         return exit_code(error)
     except OSError as error:
-        if error.filename is not None:
-            raise
-        return _unwritten(error)
+        return _unwritten(error) if error.filename is None else _unreachable(error)
     except Exception as error:
         # Click's usage errors; typer does not export their base class.
         if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
@@ -150,11 +153,18 @@ def _flushed(code: int) -> int:
 
 
 def _unwritten(error: OSError) -> int:
-    give_up_stdout()
+    give_up(sys.stdout)
     if isinstance(error, BrokenPipeError):  # the reader of the pipe has read enough, as `head` does
         return 0
     fail(f"the output cannot be written: {error.strerror or error}")
     return 1
+
+
+def _unreachable(error: OSError) -> int:
+    """A path of the command line that the system refuses: it is too long, leads in a circle, or may not be read."""
+    name = str(error.filename)
+    fail(f"{name if len(name) <= _LONGEST else f'{name[:_LONGEST]}..'}: {error.strerror or error}")
+    return 1 if error.errno in _FULL else 2
 
 
 class _OneStyle(logging.Formatter):

@@ -111,7 +111,7 @@ def _unique(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
     others = set(taken)
     used = set(others)
     found: list[str] = []
-    for wanted in map(_plain, names):
+    for wanted in (_plain(name) or "tensor" for name in names):
         name, count = (wanted if wanted not in others else f"{wanted}_out"), 1
         while name in used:
             count += 1

@@ -81,7 +81,7 @@ def export_engine(folder: str | os.PathLike[str], target: str | os.PathLike[str]
             for old in (STATE, CONFIG):
                 (path.parent / old).unlink(missing_ok=True)
             for file in sorted(made.iterdir(), key=lambda file: file.name == IO):
-                shutil.move(file, path.parent / file.name)
+                os.replace(file, path.parent / file.name)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error}") from error
     return path

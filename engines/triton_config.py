@@ -29,15 +29,27 @@ def triton_config(io: Mapping[str, Any]) -> str | None:
     if any(tensor["dtype"] not in _TYPES for tensor in [*inputs, *outputs.values()]):
         return None
     lines = [
-        f"# For TensorRT {io['versions'].get('tensorrt')} on {io['gpu'] or 'any GPU'}.",
-        f"# Put this at <repository>/<model>/config.pbtxt, and the engine at <repository>/<model>/1/{io['engine']}.",
+        f"# For TensorRT {_comment(io['versions'].get('tensorrt'))} on {_comment(io['gpu'] or 'any GPU')}.",
+        "# Put this at <repository>/<model>/config.pbtxt, and the engine at <repository>/<model>/1/"
+        f"{_comment(io['engine'])}.",
         'platform: "tensorrt_plan"',
-        f'default_model_filename: "{io["engine"]}"',
+        f"default_model_filename: {_quoted(io['engine'])}",
         "max_batch_size: 0",
         f"input [\n{_tensors(inputs)}\n]",
         f"output [\n{_tensors(outputs.values())}\n]",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format: https://protobuf.dev/reference/protobuf/textformat-spec/#string."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else "".join(f"\\{b:03o}" for b in c.encode()) for c in escaped) + '"'
+
+
+def _comment(text: object) -> str:
+    """What may stand in a comment: one line without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def _tensors(tensors: Any) -> str:
@@ -46,6 +58,8 @@ def _tensors(tensors: Any) -> str:
 
 def _tensor(tensor: Mapping[str, Any]) -> str:
     dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in tensor["shape"])
-    note = "" if tensor["name"] == tensor["binding"] else f"  # {tensor['name']}"
-    lines = [f'name: "{tensor["binding"]}"', f"data_type: {_TYPES[tensor['dtype']]}", f"dims: [ {dims} ]"]
+    note = "" if tensor["name"] == tensor["binding"] else f"  # {_comment(tensor['name'])}"
+    lines = [f"name: {_quoted(tensor['binding'])}", f"data_type: {_TYPES[tensor['dtype']]}", f"dims: [ {dims or 1} ]"]
+    if not dims:  # Triton has no tensors without dimensions, and gives them to the engine so
+        lines.append("reshape: { shape: [ ] }")
     return "\n    ".join([f"  {{{note}", *lines]) + "\n  }"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from calibcast.calib.errors import ArtifactError, BuildError, StorageError, cause_of, first_line
 from calibcast.calib.execution import require_program
+from calibcast.calib.sealed_files import followed, is_special
 from calibcast.engines.onnx_export.surface import name_everything, write_plan
 from calibcast.engines.onnx_export.translation import Translation, drop_unused, translated
 from calibcast.passes.plan import PrecisionPlan
@@ -43,9 +44,11 @@ def export_onnx(
     onnx's own checker refuses; ArtifactError when it cannot be written.
     """
     require_program(mixed, "mixed", "Give what insert_casts(program, plan) returns, or any exported program.")
-    target = Path(path)
-    if target.suffix != ".onnx":
-        raise ArtifactError(f"{target}: the name of an ONNX model ends in .onnx")
+    if Path(path).suffix != ".onnx":
+        raise ArtifactError(f"{path}: the name of an ONNX model ends in .onnx")
+    target = followed(path)
+    if is_special(target):
+        raise StorageError(f"cannot write {target}: it is a device or a pipe, and a model is several files")
     translation = translated(mixed, translations)
     state = name_everything(translation, mixed)
     drop_unused(translation.model)
@@ -64,9 +67,11 @@ def _write(translation: Translation, state: Mapping[str, torch.Tensor], target: 
             if state:
                 _save_state(state, folder / f"{target.name}.state.npz")
             _check(folder / target.name)
-            (target.parent / f"{target.name}.state.npz").unlink(missing_ok=True)
+            # The old files go first: if the process ends in between, no old model has new weights.
+            for suffix in (".data", ".state.npz", ""):
+                (target.parent / f"{target.name}{suffix}").unlink(missing_ok=True)
             for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):
-                shutil.move(file, target.parent / file.name)
+                os.replace(file, target.parent / file.name)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error}") from error
 
@@ -86,7 +91,11 @@ def _saved(model: Any, path: Path) -> None:
 
 def _save_state(state: Mapping[str, torch.Tensor], path: Path) -> None:
     numpy = importlib.import_module("numpy")
-    numpy.savez(path, **{name: value.cpu().numpy() for name, value in state.items()})
+    # Written as numpy.savez does, whose own arguments (`file`) could not be names here.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, value in state.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                numpy.lib.format.write_array(member, value.cpu().numpy(), allow_pickle=False)
 
 
 def _check(path: Path) -> None:

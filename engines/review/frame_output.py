@@ -15,7 +15,7 @@ from calibcast.calib.artifacts import written_whole
 from calibcast.calib.printable import printable, printable_lines
 from calibcast.calib.terminal_text import wrapped
 from calibcast.engines.colour import painted
-from calibcast.engines.streams import give_up_stdout
+from calibcast.engines.streams import give_up
 from calibcast.engines.usage import UsageError
 
 _FORMULA = frozenset("=+-@\uff1d\uff0b\uff0d\uff20")
@@ -110,7 +110,7 @@ def write_bytes(data: bytes) -> None:
             stream.write(data)
         sys.stdout.flush()
     except BrokenPipeError:
-        give_up_stdout()
+        give_up(sys.stdout)
 
 
 def _plain(value: Any) -> Any:
