@@ -89,8 +89,8 @@ def _through(node: fx.Node, entry: Operator, need: Need, seen: Seen, is_own: boo
         yield from _exponent(node, need, seen)
     elif entry.error == terms.LOGARITHM:
         yield from _logarithm(node, need, seen)
-    elif (entry.slopes and not is_own) or (entry.error == terms.SAME and (not is_own or entry.takes_offset)):
-        yield from _as_large(node, entry, need, seen)
+    elif entry.slopes or entry.error == terms.SAME:
+        yield from _as_large(node, entry, need, seen, is_own)
 
 
 def _by_itself(node: fx.Node, entry: Operator, need: Need, seen: Seen, share: float) -> Iterator[tuple[fx.Node, Need]]:
@@ -306,10 +306,14 @@ def _logarithm(node: fx.Node, need: Need, seen: Seen) -> Iterator[tuple[fx.Node,
         yield x, Need(need.asked, share=share, floor=facts.smallest or 0.0)
 
 
-def _as_large(node: fx.Node, entry: Operator, need: Need, seen: Seen) -> Iterator[tuple[fx.Node, Need]]:
+def _as_large(node: fx.Node, entry: Operator, need: Need, seen: Seen, is_own: bool) -> Iterator[tuple[fx.Node, Need]]:
+    # What is picked may be far smaller than the rest, as the least distance is, and has the absolute error of the rest.
+    if is_own and not (entry.error == terms.SAME and (entry.takes_offset or entry.selects)):
+        return
     keeps = entry.hands_on or entry.masks
     wanted = replace(need, floor=_floor(node, need, seen)) if keeps else _absolute(node, need, seen)
-    if entry.takes_offset and not entry.hides:  # an angle may be off by so much, however large it is
+    # An angle may be off by so much, however large it is.
+    if (entry.takes_offset and not entry.hides) or (is_own and entry.selects):
         wanted = replace(wanted, firm=True)
     yield from ((x, wanted) for x in node.all_input_nodes)
 

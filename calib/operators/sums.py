@@ -60,7 +60,8 @@ REDUCTIONS: tuple[Operator, ...] = (
     operator("log_softmax special_log_softmax", error=SAME, hides=EXPONENTIALS, takes_offset=True, wrong_on_host=True),
     operator("_log_softmax", error=SAME, hides=EXPONENTIALS, takes_offset=True, wrong_on_host=True),
     operator("logsumexp", error=SAME, hides=EXPONENTIALS, takes_offset=True),
-    *alike("mse_loss l1_loss", takes_offset=True),
+    # They take the difference of their first two arguments.
+    *alike("mse_loss l1_loss huber_loss smooth_l1_loss", error=SAME, takes_offset=True),
 )
 
 # Operators that `torch.utils.flop_counter` counts as work, before and after decomposition.

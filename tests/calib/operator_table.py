@@ -43,7 +43,7 @@ error=same
     max_pool2d_with_indices max_pool3d_with_indices mish prelu scatter_add scatter_reduce selu sigmoid=special_expit
     silu softplus softshrink tanh upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_trilinear3d
 error=same, takes_offset
-    cos diff sin
+    cos diff huber_loss l1_loss mse_loss sin smooth_l1_loss
 error=same, training=3/None/None
     rrelu
 error=share, hands_on, power=2.0
@@ -239,7 +239,7 @@ steps, error=step, slopes, takes_offset
 steps, error=step, takes_offset
     ceil floor round trunc=fix
 takes_offset
-    cross l1_loss lerp linalg_cross mse_loss
+    cross lerp linalg_cross
 training=2/1/None
     native_dropout
 training=5/None/3

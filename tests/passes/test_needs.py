@@ -94,6 +94,14 @@ CASES = {
         torch.cat([N[:, :16], N[:, :16] + 1e-3 * N[:, 16:]], 1),
         N,
     ),
+    "least distance": Case(
+        lambda x: ((x * x).sum(-1)[:, None] - 2 * x @ N.T + (N * N).sum(-1)).amin(-1),
+        N + 0.2 * N.flip(0),
+        3 * N.flip(1),
+    ),
+    "difference inside a loss": Case(
+        lambda x: F.huber_loss(x[:, :16], x[:, 16:], reduction="none"), 300 + N, N, torch.bfloat16
+    ),
     "small values through linear": Case(
         lambda x: (x.square() @ torch.ones(32, 8) + 1e-7).log(), torch.cat([N, 1e-4 * N]), N
     ),
