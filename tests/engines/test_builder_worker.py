@@ -171,6 +171,33 @@ def test_a_command_forks_its_builder_before_it_does_anything_else():
     assert not alive(int(said[3])), "a builder ends with the process that started it"
 
 
+CLOSED = """
+import os, sys
+for stream in (0, 1, 2):
+    os.close(stream)
+sys.stdin = sys.stdout = sys.stderr = None
+from calibcast.engines.tensorrt.builder import worker
+worker.fork_early(ready=False)
+process = worker.kept().process
+process.stdin.close()
+os._exit(40 + process.wait())
+"""
+CUDA = """
+from calibcast.engines.tensorrt.builder import forking, worker
+seen = forking._open_files
+forking._open_files = lambda: {**seen(), 9: "/dev/nvidiactl"}
+worker.fork_early(ready=False)
+assert worker.kept() is None
+"""
+
+
+@pytest.mark.parametrize(("script", "code"), [(CLOSED, 40), (CUDA, 0)])
+def test_a_fork_needs_no_streams_and_does_not_follow_cuda(script, code):
+    """Streams may be closed, as a service's are. CUDA that has started does not survive a fork."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+
+
 JOB = """
 [model]
 location = "net.py:model"

@@ -11,10 +11,11 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, NoReturn
 
-_THREADS = Path("/proc/self/task")
+_THREADS, _FILES = Path("/proc/self/task"), Path("/proc/self/fd")
 # What a builder and the command itself import. Their threads, OpenBLAS's, end by themselves before a fork.
 _SHARED = ("torch", "torch._dynamo", "torch.export._trace")
 
@@ -53,20 +54,33 @@ def can_fork() -> bool:
     return alone and not {"torch", "numpy", "polars"} & set(sys.modules)
 
 
-def forked(log: IO[bytes]) -> Forked:
-    """A builder process that waits for its first line. It prints to `log`. Imports torch here, before the fork."""
+def forked(log: IO[bytes]) -> Forked | None:
+    """A builder process that waits for its first line. It prints to `log`. Imports torch here, before the fork; None
+    where that has started CUDA."""
     for name in _SHARED:
         importlib.import_module(name)
+    if any(name.startswith("/dev/nvidia") for name in _open_files().values()):
+        return None
     to_read, to_ask = os.pipe()
     to_hear, to_tell = os.pipe()
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        if stream is not None:
+            stream.flush()
     pid = os.fork()
     if pid == 0:
         _build((to_read, to_tell, log.fileno()))
     os.close(to_read)
     os.close(to_tell)
     return Forked(pid, os.fdopen(to_ask, "wb"), os.fdopen(to_hear, "rb"))
+
+
+def _open_files() -> dict[int, str]:
+    """Descriptor -> what it is, of the files that this process has open."""
+    found = {}
+    for path in _FILES.iterdir():
+        with suppress(OSError):  # the descriptor by which the folder is read
+            found[int(path.name)] = os.readlink(path)
+    return found
 
 
 def _build(streams: tuple[int, int, int]) -> NoReturn:
@@ -77,7 +91,10 @@ def _build(streams: tuple[int, int, int]) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         for place, stream in enumerate([os.dup(stream) for stream in streams]):
             os.dup2(stream, place)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        for inherited in _open_files():
+            if inherited > 2:
+                os.close(inherited)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
         importlib.import_module("calibcast.engines.tensorrt.builder.process").main()
     except BaseException:  # nothing of the command's own may run here
         traceback.print_exc()

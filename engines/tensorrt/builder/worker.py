@@ -133,12 +133,16 @@ def fork_early(ready: bool) -> None:
 
     Imports torch. ready: the build will be one of TensorRT, so the builder gets ready for it now.
     """
-    if can_fork():
-        log = _log()
-        worker = Worker(forked(log), log)
-        if ready:
-            worker.get_ready(early=True)
-        keep(worker)
+    if not can_fork():
+        return
+    log = _log()
+    process = forked(log)
+    if process is None:
+        return
+    worker = Worker(process, log)
+    if ready:
+        worker.get_ready(early=True)
+    keep(worker)
 
 
 def _log() -> IO[bytes]:
