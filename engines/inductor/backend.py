@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,17 @@ from calibcast.engines.handover import EngineTrial, Recipe, Trial, handed_over, 
 from calibcast.engines.inductor.compiling import FACTS, FACTS_KIND, PACKAGE, STATE, STATE_NOW, compile_inductor
 from calibcast.engines.ledger.ledger import plan_of, unknown_ledger
 from calibcast.engines.runtimes import BuildRequest, Built
-from calibcast.engines.tensorrt.builder.isolation import BuilderError, build_isolated
+from calibcast.engines.tensorrt.builder.isolation import RUNNING, BuilderError, build_isolated
 from calibcast.engines.tensorrt.builder.job import INDUCTOR, BuilderJob, BuilderResult, Profile
 from calibcast.engines.tensorrt.compatibility import gpu_facts
 from calibcast.engines.tensorrt.profiles import profiles
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+_log = logging.getLogger("calibcast")
 _PARTS = "inductor"
+COMPILER = "cpp.cxx"  # Inductor's setting: names of C++ compilers, of which it takes the first that there is
+_COMPILERS = ("g++", "c++", "clang++")
 
 
 class InductorRuntime:
@@ -116,7 +121,7 @@ class InductorBackend:
     def unavailable(self) -> str | None:
         """Why nothing can be compiled here; None when it can. Inductor generates Triton kernels for GPUs, C++ kernels
         for CPUs, and C++ code around both."""
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
+        if shutil.which(_compiler()) is None:
             return "Inductor needs a C++ compiler (g++, or the one that CXX names), and there is none"
         if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
             return "Inductor needs the package triton for a GPU, and it is not installed"
@@ -193,12 +198,37 @@ def _made(request: BuildRequest, job: BuilderJob, trial: Trial, folder: Path) ->
 
 
 def _compiled(job: BuilderJob, request: BuildRequest, folder: Path) -> BuilderResult:
+    """Compile, in a process of its own if isolated. Where the package crashes as it is loaded or run, once more with
+    another C++ compiler: one that links a C++ library of its own makes packages that clash with torch's."""
     if not request.isolate:
         return compile_inductor(job, request.program, folder, lambda _: None)
+    build = partial(build_isolated, program=request.program, folder=folder, timeout=request.build_timeout)
     try:
-        return build_isolated(job, request.program, folder, request.build_timeout, request.progress)
+        return build(job, progress=request.progress)
     except BuilderError as error:
-        raise BuildError(f"AOTInductor compiled no engine ({error.kind}, {error.stage}): {error}") from error
+        other = other_compiler() if error.kind == "crash" and error.stage == RUNNING else None
+        if other is None or COMPILER in job.settings:
+            raise _no_package(error) from error
+        _log.warning("the package that %s compiled crashes (%s); compiled again with %s", _compiler(), error, other)
+        try:
+            return build(replace(job, settings={**job.settings, COMPILER: (None, other)}), progress=request.progress)
+        except BuilderError as second:
+            raise _no_package(second, f" {_compiler()} and {other} were tried.") from second
+
+
+def _no_package(error: BuilderError, more: str = "") -> BuildError:
+    return BuildError(f"AOTInductor compiled no engine ({error.kind}, {error.stage}): {error}{more}")
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def other_compiler() -> str | None:
+    """A C++ compiler on the path that is not the one that CXX names; None where there is none."""
+    own = os.path.realpath(shutil.which(_compiler()) or "")
+    found = (shutil.which(name) for name in _COMPILERS)
+    return next((path for path in found if path is not None and os.path.realpath(path) != own), None)
 
 
 def _ledger(request: BuildRequest) -> pl.DataFrame:

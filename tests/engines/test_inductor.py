@@ -14,7 +14,9 @@ from calibcast.engines import backends, handover
 from calibcast.engines.inductor import backend as inductor
 from calibcast.engines.inductor.backend import InductorRuntime, check_same_machine
 from calibcast.engines.inductor.compiling import FACTS, FACTS_KIND, PACKAGE, STATE, kernel_types
-from calibcast.engines.tensorrt.builder.job import BuilderResult
+from calibcast.engines.runtimes import BuildRequest
+from calibcast.engines.tensorrt.builder.isolation import RUNNING, BuilderError
+from calibcast.engines.tensorrt.builder.job import INDUCTOR, BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.trial_run import GRACE_DB, MOST_ASKED_DB, Judgement
 from torch import nn
 from torch.export import Dim
@@ -49,6 +51,70 @@ def cast():
     ranges = calibrate(program, [inputs(2), inputs(4)], progress=False)
     plan = classify(program, ranges)
     return program, insert_casts(program, plan), plan, ranges
+
+
+class Builders:
+    """Stands in for the builder process: the package crashes as it runs, with so many compilers."""
+
+    def __init__(self, crashes, stage=RUNNING):
+        self.crashes, self.stage, self.settings = crashes, stage, []
+
+    def __call__(self, job, program, folder, timeout, progress):
+        job.save(folder)  # as it goes to another process
+        self.settings.append(dict(BuilderJob.load(folder).settings))
+        if len(self.settings) <= self.crashes:
+            raise BuilderError("crash", "the builder crashed with SIGSEGV", stage=self.stage)
+        return BuilderResult(seconds=1.0)
+
+
+@pytest.fixture
+def compilers(tmp_path, monkeypatch):
+    """CXX names a compiler of its own; the path has another."""
+    for place in ("own", "system"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "g++").write_text(f"#!/bin/sh\necho {place}\n")
+        (tmp_path / place / "g++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "own" / "g++"))
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    return tmp_path / "system" / "g++"
+
+
+def compiled_by(builders, monkeypatch, tmp_path, settings):
+    monkeypatch.setattr(inductor, "build_isolated", builders)
+    request = BuildRequest(None, progress=False)
+    return inductor._compiled(BuilderJob((), settings, device="cpu", compiler=INDUCTOR), request, tmp_path)
+
+
+def test_a_package_that_crashes_is_compiled_by_another_compiler(compilers, monkeypatch, tmp_path, caplog):
+    """CXX may link a C++ library of its own: what it compiles then crashes as it is loaded."""
+    builders = Builders(crashes=1)
+    assert compiled_by(builders, monkeypatch, tmp_path, {"max_autotune": True}).seconds == 1.0
+    first, second = builders.settings
+    assert first == {"max_autotune": True}
+    assert (second.pop(inductor.COMPILER)[1], second) == (str(compilers), first)
+    assert (
+        f"own/g++ compiled crashes (the builder crashed with SIGSEGV); compiled again with {compilers}" in caplog.text
+    )
+
+
+def test_where_no_compiler_helps_the_error_names_those_that_were_tried(compilers, monkeypatch, tmp_path):
+    with pytest.raises(
+        BuildError, match=rf"\(crash, running the engine\).*own/g\+\+ and {compilers.parent}/g\+\+ were tried"
+    ):
+        compiled_by(Builders(crashes=2), monkeypatch, tmp_path, {})
+
+
+@pytest.mark.parametrize(("settings", "stage"), [({"cpp.cxx": [None, "g++"]}, RUNNING), ({}, "building the engine")])
+def test_a_compiler_of_the_users_and_other_crashes_are_left_alone(compilers, monkeypatch, tmp_path, settings, stage):
+    builders = Builders(1, stage)
+    with pytest.raises(BuildError, match="compiled no engine"):
+        compiled_by(builders, monkeypatch, tmp_path, settings)
+    assert len(builders.settings) == 1
+
+
+def test_the_only_compiler_is_not_tried_twice(compilers, monkeypatch):
+    monkeypatch.setenv("CXX", str(compilers))
+    assert inductor.other_compiler() is None
 
 
 @pytest.mark.parametrize(
