@@ -40,7 +40,7 @@ import torchvision  # noqa: F401
 from benchmarks.machine import header, write
 from benchmarks.mutations.contexts import Contexts
 from benchmarks.mutations.sample import FOLDERS, Mutant, drawn, in_function, read_at
-from benchmarks.mutations.unseen import SAME_PROGRAM, same_program, unseen
+from benchmarks.mutations.unseen import no_change, unseen
 
 ROOT = Path.cwd()
 PYTEST = ("-n", "0", "-q", "-p", "no:cacheprovider", "-p", "no:randomly")
@@ -289,9 +289,8 @@ def report(found: list[tuple[Mutant, str, int]], names: str) -> str:
 
 def unseen_by_rule(mutant: Mutant) -> str | None:
     source = (ROOT / mutant.path).read_text(encoding="utf-8")
-    if same_program(source, mutant.code(source)):
-        return SAME_PROGRAM
-    return unseen(ROOT / mutant.path, mutant.line, mutant.column, mutant.operator)
+    rule = no_change(source, mutant.code(source))
+    return rule or unseen(ROOT / mutant.path, mutant.line, mutant.column, mutant.operator)
 
 
 def main() -> None:

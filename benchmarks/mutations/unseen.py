@@ -42,6 +42,7 @@ RULES: dict[str, Callable[[ast.AST], list[Span]]] = {
     "`@cache` and `@lru_cache`": _kept,
 }
 SAME_PROGRAM = "the same program in other words, such as `1e+30` for `1e30`"
+NO_PROGRAM = "no program: it does not parse, such as `{/row}` for `{**row}`"
 SAME_OBJECT = "`is` for `==` with a small whole number or a plain string, of which Python keeps one object"
 ON_GPU = "files, classes and functions that run on a GPU alone"
 # CUDA graphs, and what launches kernels: None is the whole file.
@@ -51,9 +52,13 @@ GPU_ALONE: dict[str, tuple[str, ...] | None] = {
 }
 
 
-def same_program(before: str, after: str) -> bool:
-    """Whether two sources are one program: the syntax tree is the same."""
-    return ast.dump(ast.parse(before)) == ast.dump(ast.parse(after))
+def no_change(before: str, after: str) -> str | None:
+    """The rule by which a change of the source makes no other program; None where it makes one."""
+    try:
+        tree = ast.parse(after)
+    except SyntaxError:
+        return NO_PROGRAM
+    return SAME_PROGRAM if ast.dump(ast.parse(before)) == ast.dump(tree) else None
 
 
 def unseen(path: Path, line: int, column: int, operator: str) -> str | None:
