@@ -26,6 +26,7 @@ from calibcast.engines.commands.options import (
     transform_at,
 )
 from calibcast.engines.commands.rescaling import write_rescaled
+from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.usage import UsageError
 
 
@@ -218,15 +219,16 @@ def verify(  # noqa: PLR0913
     check_inputs(model, data, transform)
     check_engine(folder)
     check_file(output)
+    bounds = {
+        "min_sqnr_db": min_sqnr_db, "min_variation_db": min_variation_db, "min_channel_db": min_channel_db,
+        "min_channel_variation_db": min_channel_variation_db, "min_equal": min_equal,
+    }  # fmt: skip
+    Bounds.of(bounds)  # before torch is imported
     from calibcast.engines.engine import Engine
     from calibcast.engines.judging.report_file import save_report
     from calibcast.engines.judging.verification import verify as run
 
     program, batches, function = inputs(model, data, transform)
-    bounds = {
-        "min_sqnr_db": min_sqnr_db, "min_variation_db": min_variation_db, "min_channel_db": min_channel_db,
-        "min_channel_variation_db": min_channel_variation_db, "min_equal": min_equal,
-    }  # fmt: skip
     engine = Engine.load(folder)
     report = run(
         engine, program, batches, transform=function, max_batches=max_batches, bounds=bounds, carry_state=carry_state

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from calibcast.calib import calibrate
 from calibcast.calib.errors import ArtifactError, CalibcastError, MismatchError, SettingError
-from calibcast.engines import verify
+from calibcast.engines import build, verify
 from calibcast.engines.cli import _run
 from calibcast.engines.judging.bounds import Bounds
 from calibcast.engines.judging.report import VerificationReport
@@ -204,3 +206,14 @@ def test_an_alarm_over_little_in_common_cannot_compare(
         assert "the two files have only 1 of 4" in capsys.readouterr().err
         assert _run(["diff", f"a.{kind}", f"b.{kind}"]) == 0
     assert pl.read_parquet("a.parquet").height
+
+
+def test_a_bound_on_the_command_line_is_looked_at_before_torch_is_imported(tmp_path: Path) -> None:
+    program = exported(lambda x: x * 2, X)
+    build(program, None, backend="eager").save(tmp_path / "engine")
+    (tmp_path / "user.py").write_text("def model(): ...\ndef data(): ...\n")
+    code = "import sys; from calibcast.engines.cli import _run; print(_run(sys.argv[1:]), 'torch' in sys.modules)"
+    line = ["verify", "engine", "user.py:model", "--data", "user.py:data", "--min-sqnr-db", "-5"]
+    ran = subprocess.run([sys.executable, "-c", code, *line], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["2", "False"]
+    assert ran.stderr.startswith("error: --min-sqnr-db: -5.0 is no bound")
