@@ -243,3 +243,32 @@ def test_a_job_builds_in_the_builder_that_it_forked(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['Forked']"
     assert "manifest    done" in done.stdout
+
+
+REPLACED = """
+import sys
+from pathlib import Path
+from calibcast.engines.tensorrt.builder import worker
+worker.fork_early(ready=False)
+assert type(worker.kept().process).__name__ == "Forked"
+import torch
+from calibcast.engines.tensorrt.builder.isolation import BuilderError, build_isolated
+from calibcast.engines.tensorrt.builder.job import INDUCTOR, BuilderJob
+begun, started = [], worker.started
+worker.started = lambda path: begun.append(path) or started(path)
+program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+job = BuilderJob((((1, 2),) * 3,), {}, device="cuda", compiler=INDUCTOR)
+try:
+    build_isolated(job, program, Path(sys.argv[1]), timeout=300, progress=False)
+except BuilderError as error:
+    print(error.kind)
+print(len(begun))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a forked builder reaches the GPU that is here")
+def test_a_forked_builder_that_cannot_use_the_gpu_is_replaced(tmp_path):
+    """CUDA that something has started does not survive a fork: the job goes to a builder with a Python of its own."""
+    done = subprocess.run([sys.executable, "-c", REPLACED, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1"

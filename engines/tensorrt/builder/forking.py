@@ -95,7 +95,7 @@ def _build(streams: tuple[int, int, int]) -> NoReturn:
             if inherited > 2:
                 os.close(inherited)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
-        importlib.import_module("calibcast.engines.tensorrt.builder.process").main()
+        importlib.import_module("calibcast.engines.tensorrt.builder.process").main(forked=True)
     except BaseException:  # nothing of the command's own may run here
         traceback.print_exc()
     finally:

@@ -118,6 +118,9 @@ def build_isolated(
             with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
                 heard = _Progress(bar)
                 code = _run(builder, work, heard, timeout)
+                if code == worker.NO_CUDA:
+                    builder = worker.fresh(builder, module_search_path(_ROOT))
+                    code = _run(builder, work, heard, timeout)
             result = _answer(work, code, heard, _log_of(builder, work), timeout)
             for path in (work / BUILT).iterdir():
                 shutil.move(path, folder / path.name)

@@ -31,7 +31,7 @@ from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.compiling import compile_job
 from calibcast.engines.tensorrt.builder.job import BUILT, INDUCTOR, PROGRAM, BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.builder.torch_tensorrt_internals import Event
-from calibcast.engines.tensorrt.builder.worker import ANSWERED, EARLY, IDLE, LOG, READY
+from calibcast.engines.tensorrt.builder.worker import ANSWERED, EARLY, IDLE, LOG, NO_CUDA, READY
 
 
 def work(folder: Path, event: Event) -> None:
@@ -48,8 +48,8 @@ def work(folder: Path, event: Event) -> None:
     result.save(folder)
 
 
-def main() -> NoReturn:
-    """Do one request after another."""
+def main(forked: bool = False) -> NoReturn:
+    """Do one request after another. forked: from a process that had imported torch."""
     telling = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what C++ prints must not break the lines
 
@@ -63,6 +63,8 @@ def main() -> NoReturn:
             continue
         _move_to(request)
         folder = Path(request["folder"])
+        if forked and not _reaches(BuilderJob.load(folder)):
+            os._exit(NO_CUDA)
         _print_to(folder / LOG)
         work(folder, event)
         sys.stderr.flush()
@@ -71,6 +73,18 @@ def main() -> NoReturn:
     # Leave without the interpreter's clean-up: CUDA and TensorRT libraries may crash in their destructors.
     sys.stderr.flush()
     os._exit(0)
+
+
+def _reaches(job: BuilderJob) -> bool:
+    """Whether this process can use the GPU that a job needs. CUDA does not survive a fork, if something started it
+    before."""
+    if job.ahead_of_time or torch.device(job.device).type != "cuda":
+        return True
+    try:
+        torch.zeros(1, device=job.device)
+    except (RuntimeError, AssertionError):  # of CUDA, and of a torch without it
+        return False
+    return True
 
 
 def _get_ready(early: bool) -> None:

@@ -28,6 +28,7 @@ PROCESS = "calibcast.engines.tensorrt.builder.process"
 # Nothing that is imported is garbage, so a builder does not look for any until it has started.
 _START = f"import gc; gc.disable(); from {PROCESS} import main; main()"
 LOG, ANSWERED, READY, EARLY = "builder.log", "answered", "ready", "early"
+NO_CUDA = 75  # the status with which a forked builder ends that cannot use the GPU
 # Seconds without a job after which a builder ends by itself. The parent does not take a builder that is about to end.
 IDLE = 60.0
 _LATE = IDLE - 10.0
@@ -165,6 +166,16 @@ def _key(search_path: str, imports: tuple[str, ...], plain: bool) -> _Key:
 
 def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
     return {n: v for n, v in environment.items() if n.startswith(_READ_AT_START) and n not in _SET_ON_THE_WAY}
+
+
+def fresh(builder: Worker, search_path: str) -> Worker:
+    """A builder in a Python of its own in the place of a forked one, for the same jobs."""
+    builder.end()
+    made = started(search_path)
+    made.key = builder.key
+    if builder.ready:
+        made.get_ready()
+    return made
 
 
 class _Shelf:
