@@ -277,6 +277,7 @@ ERRORS = {
     "nan_to_num": (0.0,), "constant_pad_nd": ([1, 1],), "pad": ([1, 1],), "masked_fill": (WIDE > 9, 0.0), "glu": (),
     "softmax": (-1,), "_softmax": (-1, False), "_safe_softmax": (-1,), "log_softmax": (-1,),
     "_log_softmax": (-1, False), "logsumexp": ([0],), "prelu": (torch.tensor([0.1], dtype=torch.float64),),
+    **dict.fromkeys(("mse_loss", "l1_loss", "huber_loss", "smooth_l1_loss"), (WIDE / 2,)),
     "floor_divide": (0.01,), "remainder": (0.01,), "fmod": (0.01,), "kthvalue": (3,), "topk": (3,),
 }  # fmt: skip
 
