@@ -6,6 +6,7 @@ import io
 import logging
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -93,6 +94,11 @@ def _is_below(name: str, names: tuple[str, ...]) -> bool:
     return f"{name}.".startswith(tuple(f"{one}." for one in names))
 
 
+# The last stand-ins that were taken out. `print` of Python before 3.13 keeps no reference to sys.stdout between its
+# text and its line end, so one that another thread takes out must live on until that line is done.
+_ENDED: deque[io.TextIOBase] = deque(maxlen=1000)
+
+
 class _OwnText(io.TextIOBase):
     """Stands for a stream: keeps what one thread writes, and hands on what others write."""
 
@@ -133,6 +139,7 @@ def own_output_kept() -> Iterator[io.StringIO]:
 def _without(stream: Any, ended: _OwnText) -> Any:
     """`stream` with one stand-in taken out of those that stand before the real stream."""
     ended.ended = True  # a handler that was made meanwhile may still write to it
+    _ENDED.append(ended)
     if stream is ended:
         return ended.stream
     if isinstance(stream, _OwnText):

@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -226,6 +227,29 @@ def test_a_setting_that_cannot_be_set_is_left_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="no"), setting.held():
         pytest.fail("it was entered")
     assert kept == ["as it was"]
+
+
+def test_a_stream_that_was_taken_out_lives_on_for_a_print_of_another_thread() -> None:
+    """`print` asks sys.stdout for its `write` twice, for the text and for the line end, and keeps no reference between
+    them: Python crashed where the stream was freed meanwhile."""
+    in_print, may_go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __str__(self) -> str:
+            in_print.set()
+            assert may_go_on.wait(60)
+            return ""
+
+    printing = threading.Thread(target=lambda: print(Slow()))
+    with own_output_kept():
+        stand_in = weakref.ref(sys.stdout)
+        printing.start()
+        assert in_print.wait(60)
+    gc.collect()
+    assert stand_in() is not None
+    may_go_on.set()
+    printing.join()
+    assert stand_in() is not None
 
 
 def test_programs_that_are_loaded_at_once_leave_torchs_loggers(tmp_path: Any) -> None:
