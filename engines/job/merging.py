@@ -11,6 +11,7 @@ from calibcast.calib.checkpoint import Checkpoint, merge_checkpoints
 from calibcast.calib.errors import MismatchError
 from calibcast.calib.file_kinds import CHECKPOINT, kind_of
 from calibcast.calib.ranges import RangeTable
+from calibcast.engines.usage import UsageError
 
 _log = logging.getLogger("calibcast")
 
@@ -19,8 +20,8 @@ def merge_files(paths: Sequence[Path]) -> RangeTable:
     """One table from range tables and checkpoints of one program.
 
     Checkpoints of one run keep their batch numbers; each following table's numbers continue after the earlier ones.
-    Raises ArtifactError for a file that is neither, MismatchError for files of different programs or two of the same
-    process.
+    Raises ArtifactError for a file that is neither, UsageError for one that is given twice, MismatchError for files of
+    different programs or two of the same process.
     """
     shards = {path: Checkpoint.load(path) for path in paths if kind_of(path) == CHECKPOINT}
     tables = {path: RangeTable.load(path) for path in paths if path not in shards}
@@ -36,7 +37,7 @@ def merge_files(paths: Sequence[Path]) -> RangeTable:
 def _refuse_repeated(paths: Sequence[Path], shards: dict[Path, Checkpoint]) -> None:
     repeated = [path for path, times in Counter(path.resolve() for path in paths).items() if times > 1]
     if repeated:
-        raise MismatchError(f"{repeated[0]} is given twice: its batches would count twice")
+        raise UsageError(f"{repeated[0]} is given twice: its batches would count twice")
     seen: dict[object, Path] = {}
     for path, shard in shards.items():
         place = (shard.notes.get("rank"), shard.notes.get("world"))

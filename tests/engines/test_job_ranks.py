@@ -190,7 +190,7 @@ def test_what_a_run_of_more_processes_left_goes_when_all_is_measured(
 
 def test_the_same_process_twice_is_not_merged(alone: Path, tmp_path: Path, capsys: Any) -> None:
     ranges = str(alone)
-    assert _run(["merge", ranges, ranges, "-o", str(tmp_path / "r.parquet")]) == 1
+    assert _run(["merge", ranges, ranges, "-o", str(tmp_path / "r.parquet")]) == 2
     assert "is given twice" in capsys.readouterr().err
 
 
