@@ -19,6 +19,7 @@ from calibcast.calib.execution import NodeError, ProgramRunner
 from calibcast.calib.flattening import inlined_name
 from calibcast.calib.graph import base_op, op_name, size_hint, tensor_values
 from calibcast.calib.output_noise import channel_noise
+from calibcast.calib.rounding_edges import is_mover
 from calibcast.calib.rounding_table import empty_rounding
 from calibcast.passes import PrecisionPlan, classify, insert_casts
 from calibcast.passes.plan import Decision
@@ -251,10 +252,15 @@ def unavoidable(program: ExportedProgram, plan: PrecisionPlan) -> frozenset[str]
     """The nodes that cannot be low whatever the data, and those that only move data to them or from them."""
     rules = {d.node: d.rule for d in plan.decisions if d.precision == HIGH}
     found = {name for name, rule in rules.items() if rule in UNAVOIDABLE}
-    movers = [c for c in candidates(program) if rules.get(c.name) == FOLLOWS]
+    movers = [c for c in candidates(program) if rules.get(c.name) == FOLLOWS or _follows(c.node, rules.get(c.name))]
     while reached := {c.name for c in movers if c.name not in found and _touches(c.node, found)}:
         found |= reached
     return frozenset(found)
+
+
+def _follows(node: torch.fx.Node, rule: str | None) -> bool:
+    """Whether a node that only moves data is high for a budget: the rule then says why it goes with others, too."""
+    return rule == "rounding" and is_mover(node)
 
 
 def _touches(node: torch.fx.Node, names: set[str]) -> bool:
