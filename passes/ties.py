@@ -77,13 +77,16 @@ def _followed(node: fx.Node, picked: bool) -> tuple[fx.Node, set[fx.Node]]:
     them, so only a comparison needs them together.
     """
     passed: set[fx.Node] = set()
+    last = node
     while node.op == "call_function" and not written_arguments(node):
         passes = commutes_with_rounding(node) and (picked or not selects(node))
         read = [n for n in node.all_input_nodes if _has_floats(n)]
         if len(read) != 1 or not (passes or operator_of(base_op(node.target)).error == STEP):
             break
         passed.add(node)
-        node = read[0]
+        last, node = node, read[0]
+    if last.target is getitem and len(tensor_values(node)) > 1:  # one of several tensors, which are not each other
+        return last, passed - {last}
     return node, passed
 
 

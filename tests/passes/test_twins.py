@@ -32,6 +32,9 @@ def tied(function: Callable[..., Any]) -> list[set[str]]:
         (lambda x, y: x >= x.topk(2)[0][:, :1], [{"ge", "slice_1", "getitem", "topk"}]),
         (lambda x, y: x - x.topk(1)[0], []),  # a difference reads errors that were measured apart
         (lambda x, y: x - x.floor(), [{"sub", "floor"}]),
+        (lambda x, y: x.aminmax(dim=-1)[1] - x.aminmax(dim=-1)[0], []),
+        (lambda x, y: torch.gt(*x.aminmax(dim=-1)), []),  # the least and the largest are two tensors
+        (lambda x, y: (least := x.aminmax(dim=-1)[0]) - least.floor(), [{"sub", "floor"}]),
         (lambda x, y: x > x.floor(), [{"gt", "floor"}]),
         (lambda x, y: x[None] > x[:, None], [{"gt", "unsqueeze", "unsqueeze_1"}]),
         (lambda x, y: x[None] - x[:, None], [{"sub", "unsqueeze", "unsqueeze_1"}]),
