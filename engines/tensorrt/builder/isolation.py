@@ -107,7 +107,8 @@ def build_isolated(
     # operators.
     imports = custom_modules(program)
     # Torch-TensorRT takes seconds to import, and changes how torch compiles.
-    builder = worker.take(module_search_path(_ROOT), imports, plain=job.compiler == INDUCTOR)
+    wanted = module_search_path(_ROOT), imports, job.compiler == INDUCTOR
+    builder = worker.take(*wanted)
     good = False
     try:
         with tempfile.TemporaryDirectory(prefix="calibcast-build-") as name:
@@ -119,7 +120,8 @@ def build_isolated(
                 heard = _Progress(bar)
                 code = _run(builder, work, heard, timeout)
                 if code == worker.NO_CUDA:
-                    builder = worker.fresh(builder, module_search_path(_ROOT))
+                    builder.end()
+                    builder = worker.take(*wanted)  # none is kept now, so this one has a Python of its own
                     code = _run(builder, work, heard, timeout)
             result = _answer(work, code, heard, _log_of(builder, work), timeout)
             for path in (work / BUILT).iterdir():

@@ -168,16 +168,6 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
     return {n: v for n, v in environment.items() if n.startswith(_READ_AT_START) and n not in _SET_ON_THE_WAY}
 
 
-def fresh(builder: Worker, search_path: str) -> Worker:
-    """A builder in a Python of its own in the place of a forked one, for the same jobs."""
-    builder.end()
-    made = started(search_path)
-    made.key = builder.key
-    if builder.ready:
-        made.get_ready()
-    return made
-
-
 class _Shelf:
     """Holds the one worker that is kept."""
 
