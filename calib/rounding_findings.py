@@ -18,5 +18,10 @@ class Found:
     local: float = 0.0
     ran: bool = False
 
+    def clear(self) -> None:
+        """Forget what was found, for another batch."""
+        self.noise = [0.0] * len(self.noise)
+        self.nonfinite, self.steps, self.local, self.ran = 0, 0, 0.0, False
+
 
 Findings = dict[tuple[Edge, torch.dtype], Found | str]  # a string says why there is nothing

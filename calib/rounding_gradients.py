@@ -22,7 +22,9 @@ _NEAR = 3
 class Gradients:
     """Gradients by value and column. The autograd graph of a call is freed once the call has been passed."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, asks: bool = True) -> None:
+        """asks: the host may wait for numbers where they are on the host."""
+        self._asks = asks
         self._grads: dict[Value, Grads] = defaultdict(dict)
         self._outputs = {value for value in tape.outputs if value is not None}
         self._stepping: set[Value] = set()
@@ -136,7 +138,7 @@ class Gradients:
             )
         for value, grad in zip(call.leaves, given, strict=True):
             if grad is not None:
-                self.add(value, column, _sound(grad))
+                self.add(value, column, _sound(grad, self._asks and not grad.is_cuda))
         return any(grad is not None for grad in given)
 
 
@@ -153,10 +155,12 @@ def at_poles(call: Call) -> list[Value]:
     return found
 
 
-def _sound(grad: torch.Tensor) -> torch.Tensor:
-    """NaN and Inf become 0: sqrt has an infinite slope at 0, which would spoil all gradients before it."""
-    # Reading the sum would wait for a GPU.
-    sound = not grad.is_cuda and math.isfinite(abs(grad.sum().item()))
+def _sound(grad: torch.Tensor, asks: bool) -> torch.Tensor:
+    """NaN and Inf become 0: sqrt has an infinite slope at 0, which would spoil all gradients before it.
+
+    asks: its sum may be read first, which is cheaper than a copy; from a GPU it would be a wait.
+    """
+    sound = asks and math.isfinite(abs(grad.sum().item()))
     return grad if sound else grad.nan_to_num(0.0, 0.0, 0.0)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 from calibcast.calib.rounding_gradients import Gradients, at_poles
 from calibcast.calib.rounding_groups import Group, Results
-from calibcast.calib.rounding_ledger import on_host
+from calibcast.calib.rounding_ledger import Ledger, on_host
 from calibcast.calib.rounding_tape import Call, Value
 
 # Near a pole an edge is tried with this many times its own error, as other edges like it may add theirs.
@@ -36,9 +36,14 @@ class PoleWatch(Generic[T]):
     kept: these come first in the program. exposed: values whose error decides whether a pole is reached.
     """
 
-    def __init__(self, gradients: Gradients, most: int, is_finite: Callable[[Value], bool]) -> None:
-        """is_finite: whether all elements of a value are known to be finite in fp32."""
-        self._gradients, self._is_finite = gradients, is_finite
+    def __init__(
+        self, gradients: Gradients, most: int, is_finite: Callable[[Value], bool], ledger: Ledger | None = None
+    ) -> None:
+        """is_finite: whether all elements of a value are known to be finite in fp32. ledger: where to ask the device,
+        when the host must not wait for it: then `suspects` says later whether an edge may be at risk.
+        """
+        self._gradients, self._is_finite, self._ledger = gradients, is_finite, ledger
+        self.suspects = False
         self._exposed: set[Value] = set()
         self._asked: list[_Asked[T]] = []
         self.at_risk: deque[tuple[Call, Group, torch.dtype, Results, T]] = deque(maxlen=most)
@@ -49,13 +54,18 @@ class PoleWatch(Generic[T]):
         The host waits for a GPU once for the call, not once for each tensor that was looked at.
         """
         asked, self._asked = self._asked, []
-        if asked:
+        if asked and self._ledger is not None:
+            self._ledger.await_([doubt.reshape(1) for entry in asked for doubt in entry.doubts], self._note_doubts)
+        elif asked:
             doubts = iter(on_host([doubt.reshape(1) for entry in asked for doubt in entry.doubts]))
             for entry in asked:
                 if not all([math.isfinite(next(doubts)[0]) for _ in entry.doubts]):
                     self._look_closely(call, entry)
         if call.mover and self._is_exposed(call):
             self._exposed.update(call.inputs)
+
+    def _note_doubts(self, doubts: Sequence[float]) -> None:
+        self.suspects |= not all(map(math.isfinite, doubts))
 
     def watches(self, call: Call) -> bool:
         """Whether `look` does anything for this call."""

@@ -8,38 +8,34 @@ outputs, apart from the covariance of the errors (Hutchinson's estimator, with o
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import cast
 
 import torch
 from calibcast.calib.errors import first_line
 from calibcast.calib.output_noise import channel_dimension, channel_power
-from calibcast.calib.rounding_alone import changes, run_alone
+from calibcast.calib.rounding_alone import changes
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_gradients import Gradients, Grads
 from calibcast.calib.rounding_groups import Group, Results, Rounder
-from calibcast.calib.rounding_ledger import Error, Ledger, Note, energy, noise_energy, parts_of
+from calibcast.calib.rounding_ledger import Error, Ledger, Sum, energy, noise_energy
 from calibcast.calib.rounding_poles import PoleWatch
+from calibcast.calib.rounding_runs import LEAST_RUNS, Measured, Runs, take_finite
+from calibcast.calib.rounding_sums import sums_of
 from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
 from calibcast.calib.rounding_tape import Call, Tape, Value
 from calibcast.calib.twins import compares, selects
 
-_log = logging.getLogger("calibcast")
 LOW_TYPES = (torch.float16, torch.bfloat16)
-# For each low type, runs of single edges may compute twice as many elements as a forward pass; 16 runs are always made.
-_RUN_SHARE, _LEAST_RUNS = 2.0, 16
-# Single numbers, such as the base of a power, are run as well where they make more noise than this, a hundredth of what
-# the default budgets allow; until as many elements were computed as half a forward pass has.
-LOUD = {torch.float16: 1e-6, torch.bfloat16: 2.5e-5}
-_NUMBER_SHARE = 0.5
 
 
 class Sweep:
-    """One backward sweep over a tape."""
+    """One backward sweep over a tape. First `launch`: it asks the tape's device for everything. Then `finish`, for what
+    the host decides by the numbers. Where the tape is a CUDA graph's, `finish` is called after each replay.
+    """
 
     def __init__(
         self,
@@ -48,29 +44,44 @@ class Sweep:
         rounder: Rounder,
         seed: int,
         coherent: bool = False,
+        signs: list[torch.Tensor] | None = None,
     ) -> None:
         """edges: by reader. seed: for the random signs, and for which runs come first. coherent: the outputs are so few
         that errors add up in them, as those of one rounded number do (`noise_energy`).
+
+        signs: an empty list makes the sweep a blind one, for which `launch` reads nothing from the device. It takes for
+        granted that values are finite where it matters, and that none is one rounding away from a pole; `finish` tells
+        whether that held. `launch` puts the tensors of random signs into the list, and the caller has
+        them drawn (`draw`) before the device runs what was launched.
         """
-        self._coherent = coherent
+        self._coherent, self._blind, self._signs = coherent, signs is not None, signs
         self._tape, self._edges, self._rounder, self._seed = tape, edges, rounder, seed
         self._outputs = [value for value in tape.outputs if value is not None]
         floating = sum(value.tensor.is_floating_point() for value in self._outputs)
-        self._size = sum(v.tensor.numel() for call in tape.calls for v in call.outputs if v is not None)
         self._columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
-        self._gradients = Gradients(tape)
-        self._found: Findings = {}
+        self._gradients = Gradients(tape, asks=not self._blind)
+        self._refused: dict[tuple[Edge, torch.dtype], str] = {}
+        self._direct: dict[tuple[Edge, torch.dtype], Found] = {}  # of the outputs' own edges
+        self._measured: list[Measured] = []
         self._generators: dict[torch.device, torch.Generator] = {}
         self._signals: dict[Value, float] = {}
-        self._ledger = Ledger()
+        self._whole: dict[Value, bool] = {}  # whether all elements are finite
+        self._trusted: set[Value] = set()
+        self._ledger = Ledger(self._blind)
         self._slopes: dict[tuple[Value, int], torch.Tensor] = {}
-        self._waiting: list[tuple[Call, Group, torch.dtype, Found]] = []
-        self._numbers: list[tuple[Call, Group, torch.dtype, Found]] = []
-        self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups in which something became NaN or Inf
-        self._poles: PoleWatch[Found] = PoleWatch(self._gradients, _LEAST_RUNS, self._is_finite)
+        self._poles: PoleWatch[Found] = PoleWatch(
+            self._gradients, LEAST_RUNS, self._is_finite, self._ledger if self._blind else None
+        )
 
     def run(self) -> Findings:
         """What was found at each edge that the tape has, for each low type."""
+        self.launch()
+        found = self.finish(self._seed)
+        assert found is not None, "only a blind sweep can be unsound"
+        return found
+
+    def launch(self) -> None:
+        """Ask the device for all sums. Unless the sweep is blind, the host waits for it here and there."""
         self._note_signals()
         for number, output in enumerate(self._outputs):
             if output.tensor.is_floating_point():
@@ -86,30 +97,49 @@ class Sweep:
             self._poles.pass_on(call)
             self._gradients.pass_on(call)
             self._slopes.clear()
+        self._ledger.gather()
+
+    def finish(self, seed: int) -> Findings | None:
+        """What was found, by the numbers that are on the device now. None for a blind sweep where what it took for
+        granted does not hold in this batch.
+        """
+        for found in [*self._direct.values(), *(one.found for one in self._measured)]:
+            found.clear()
+        for one in self._measured:
+            one.steps = False
+        self._poles.suspects = False
         self._ledger.settle()
-        for low in LOW_TYPES:
-            self._run_waiting([entry for entry in self._waiting if entry[2] == low])
-        self._run_at_risk()
-        for low in LOW_TYPES:
-            self._run_numbers([entry for entry in self._numbers if entry[2] == low], LOUD[low])
-        self._ledger.settle()
-        self._run_apart()
-        return self._found
+        if self._poles.suspects or not all(self._whole[value] for value in self._trusted):
+            return None
+        runs = Runs(self._tape, self._columns, seed, self._poles.at_risk, self._twin)
+        return runs.findings(self._measured, {**self._refused, **self._direct})
+
+    def draw(self, seed: int) -> None:
+        """Draw the random signs anew, into the tensors that `launch` has put into `signs`."""
+        self._generators.clear()
+        self._seed = seed
+        for signs in self._signs or ():
+            torch.randint(0, 2, signs.shape, generator=self._generator(signs.device), out=signs)
 
     def _note_signals(self) -> None:
-        """Note the energy of each value whose error is needed; it is not finite where the value is not."""
-
-        def note(value: Value) -> Note:
-            return lambda numbers: self._signals.update({value: numbers[0]})
-
+        """Note the energy of each value whose error is needed, and whether all of its elements are finite."""
         read = [value for call in self._tape.calls if call.name in self._edges for value in call.outputs]
         for value in dict.fromkeys([*read, *self._outputs]):
             if value is not None and value.differentiable:
-                self._ledger.await_([energy(value.tensor)], note(value))
-        self._ledger.settle()
+                row = self._ledger.errors(value.tensor, None, None)
+                self._ledger.await_([energy(value.tensor)] if row is None else [row], partial(self._note_signal, value))
+        if not self._blind:
+            self._ledger.settle()
+
+    def _note_signal(self, value: Value, numbers: Sequence[float]) -> None:
+        whole, lost = numbers[0], numbers[-1] if len(numbers) > 1 else 0.0
+        self._signals[value], self._whole[value] = whole, math.isfinite(whole) and not lost
 
     def _is_finite(self, value: Value) -> bool:
-        return math.isfinite(self._signals.get(value, math.inf))
+        if self._blind:
+            self._trusted.add(value)
+            return value.differentiable
+        return self._whole.get(value, False)
 
     def _begin(self, output: Value, column: int) -> None:
         """The gradient of <u, y / |y|> by channel, u being random signs, and what rounding the output itself does."""
@@ -119,9 +149,12 @@ class Sweep:
         shape = (
             [-1 if i == dimension else 1 for i in range(tensor.ndim)] if dimension is not None else [1] * tensor.ndim
         )
-        signs = torch.randint(
-            0, 2, tensor.shape, generator=self._generator(tensor.device), dtype=torch.int8, device=tensor.device
-        )
+        if self._signs is None:
+            made_of, device = self._generator(tensor.device), tensor.device
+            signs = torch.randint(0, 2, tensor.shape, generator=made_of, dtype=torch.int8, device=device)
+        else:
+            signs = torch.empty(tensor.shape, dtype=torch.int8, device=tensor.device)
+            self._signs.append(signs)
         grad = (signs * 2 - 1) * scale.reshape(shape).to(tensor.dtype)
         self._gradients.add(output, column, grad)
         for edge in self._edges.get(OUTPUT, ()):
@@ -143,34 +176,35 @@ class Sweep:
         return self._generators[device]
 
     def _of(self, edge: Edge, low: torch.dtype) -> Found:
-        found = self._found.setdefault((edge, low), Found([0.0] * self._columns))
-        assert isinstance(found, Found)
-        return found
+        return self._direct.setdefault((edge, low), Found([0.0] * self._columns))
 
     def _measure(self, call: Call, group: Group, low: torch.dtype) -> None:
-        found = Found([0.0] * self._columns)
+        one = Measured(call, group, low, Found([0.0] * self._columns))
         if group.added is not None and not self._coherent and (value := self._smooth(call)) is not None:
-            self._take_added(found, group.added(low), group.along, value)
-            self._share_out(call, group, low, found)
+            self._take_added(one.found, group.added(low), group.along, value)
+            self._keep(one)
             return
         try:
             results = group.results(low)
         except Exception as error:
             reason = f"it cannot be run on rounded inputs: {first_line(error)}"
-            self._found |= {(edge, low): reason for edge in group.edges}
+            self._refused |= {(edge, low): reason for edge in group.edges}
             return
         if results is not None:
-            needs_run = self._look_at(found, call, group, low, results)
-            if needs_run:
-                self._waiting.append((call, group, low, found))
-            self._poles.look(call, group, low, results, found)
-            if group.coherent and not needs_run:
-                self._numbers.append((call, group, low, found))
-        self._share_out(call, group, low, found)
+            one.changes = True
+            self._look_at(one, results)
+            self._poles.look(call, group, low, results, one.found)
+        self._keep(one)
 
-    def _look_at(self, found: Found, call: Call, group: Group, low: torch.dtype, results: Results) -> bool:
-        """Take the errors of a call's results through the gradient. True where that is not enough."""
-        needs_run = False
+    def _keep(self, one: Measured) -> None:
+        """Keep what was measured. Edges that were rounded together share it out by the energy of their errors."""
+        self._measured.append(one)
+        if len(one.group.edges) > 1:
+            self._ledger.await_([self._rounder.energies(one.group, one.low)], one.note_energies)
+
+    def _look_at(self, one: Measured, results: Results) -> None:
+        """Take the errors of a call's results through the gradient, and note where that is not enough."""
+        call, group, low = one.call, one.group, one.low
         twin = self._twin(call, group, low)
         for position, (value, made) in enumerate(zip(call.outputs, results, strict=True)):
             if value is None or not self._gradients.is_used(value):
@@ -180,15 +214,21 @@ class Sweep:
                 error = Error(
                     made, partial(_again, group, low, position), alone, coherent=group.coherent or self._coherent
                 )
-                self._take(found, error, value, self._gradients.of(value))
-                needs_run |= self._gradients.is_cut(value)
+                self._take(one.found, error, value, self._gradients.of(value))
+                one.always |= self._gradients.is_cut(value)
                 if self._gradients.steps_next(value):
-                    needs_run |= self._step(found, value, made, twin)
+                    self._step(one, value, made, twin)
             else:
-                differ = int((made != value.tensor).sum())
-                found.steps += differ
-                needs_run |= differ > 0
-        return needs_run
+                self._count(one, made, value, needs_run=True)
+
+    def _count(self, one: Measured, made: torch.Tensor, value: Value, needs_run: bool) -> None:
+        """Count the integers or booleans that changed."""
+
+        def note(numbers: Sequence[float]) -> None:
+            one.found.steps += int(numbers[0])
+            one.steps |= needs_run and numbers[0] > 0
+
+        self._ledger.await_([(made != value.tensor).sum(dtype=torch.float64)], note)
 
     def _twin(self, call: Call, group: Group, low: torch.dtype) -> Callable[[Value], torch.Tensor] | None:
         """Where a call picks elements: what rounds the tensor that they are compared with."""
@@ -196,12 +236,12 @@ class Sweep:
 
     def _take(self, found: Found, error: Error, value: Value, grads: Grads) -> None:
         """Add what the error of a value does, by its gradient. Elements that are not finite in fp32 are left out."""
-        if not self._is_finite(value):
-            self._take_finite(found, error.made, value, grads, error.counts)
+        if (rows := self._rows(error, value, grads)) is not None:
+            self._ledger.await_(rows, partial(self._note_rows, found, value, list(grads), error.counts))
             return
-        signal, difference, columns = self._signals[value], error.difference(value.tensor), list(grads)
+        difference, columns = error.difference(value.tensor), list(grads)
         again, counts = error.again, error.counts  # not `error`: `made` need not be held until the end
-        sums = [energy(difference)]
+        sums: list[Sum] = [energy(difference)]
         for number, column in enumerate(columns, 1):
             # In place, as fresh memory costs more than the product.
             last = number == len(columns) and grads[column].dtype == difference.dtype
@@ -211,16 +251,46 @@ class Sweep:
         def note(numbers: Sequence[float]) -> None:
             whole, *parts = numbers
             if math.isfinite(whole):
-                if counts:  # not as a factor: 0 * inf is NaN
-                    found.local += whole / signal if signal else math.inf if whole else 0.0
+                if counts:
+                    self._add_local(found, whole, value)
             else:
-                self._take_finite(found, again(), value, {}, counts)
+                take_finite(found, again(), value, {}, counts)
             for column, part in zip(columns, parts, strict=True):
                 found.noise[column] += math.inf if math.isnan(part) else part
             if found.nonfinite:
                 found.noise = [math.inf] * self._columns
 
         self._ledger.await_(sums, note)
+
+    def _rows(self, error: Error, value: Value, grads: Grads) -> list[Sum] | None:
+        """The sums of `_take` by one kernel for each column, where there is one for these tensors. Where the value may
+        have elements that are not finite, such sums in any case, as they leave these out.
+        """
+        whole = self._is_finite(value) if error.coherent or not self._blind else False
+        if error.coherent and whole:
+            return None
+        rows: list[Sum] = []
+        for grad in grads.values() or [None]:
+            row = self._ledger.errors(error.made, value.tensor, grad)
+            if row is None and whole:
+                return None
+            rows.append(sums_of(error.made, value.tensor, grad) if row is None else row)
+        return rows
+
+    def _note_rows(
+        self, found: Found, value: Value, columns: Sequence[int], counts: bool, numbers: Sequence[float]
+    ) -> None:
+        if counts:  # not as a factor: 0 * inf is NaN
+            self._add_local(found, numbers[0], value)
+        found.nonfinite += int(numbers[2])
+        for column, part in zip(columns, numbers[1::3], strict=False):
+            found.noise[column] += math.inf if math.isnan(part) else part
+        if found.nonfinite:
+            found.noise = [math.inf] * self._columns
+
+    def _add_local(self, found: Found, whole: float, value: Value) -> None:
+        signal = self._signals[value]
+        found.local += whole / signal if signal else math.inf if whole else 0.0
 
     def _smooth(self, call: Call) -> Value | None:
         """The only result of a call, where the gradient alone tells what an error added to it does; else None."""
@@ -234,157 +304,57 @@ class Sweep:
 
     def _take_added(self, found: Found, error: torch.Tensor, along: int, value: Value) -> None:
         """`_take` for an error [channels], constant along other dimensions: by the gradient's energy per channel."""
-        grads, power = self._gradients.of(value), error.square()
+        grads = self._gradients.of(value)
         others = [i for i in range(value.tensor.ndim) if i != along % value.tensor.ndim]
         for column, grad in grads.items():
             if (value, column) not in self._slopes:
-                self._slopes[value, column] = torch.linalg.vector_norm(grad, dim=others) ** 2 if others else grad**2
-        columns = list(grads)
-        sums = [power.sum(), *(torch.dot(self._slopes[value, column], power) for column in columns)]
-        sums.append((~power.isfinite()).sum(dtype=power.dtype))
-        each, signal = value.tensor.numel() / max(len(error), 1), self._signals[value]
+                self._slopes[value, column] = torch.linalg.vector_norm(grad, dim=others) if others else grad.abs()
+        columns, each = list(grads), value.tensor.numel() / max(len(error), 1)
+        sums: list[Sum] = []
+        slopes: list[torch.Tensor | None] = [self._slopes[value, column] for column in columns]
+        for slope in slopes or [None]:
+            row = self._ledger.errors(error, None, slope)
+            sums.append(sums_of(error, None, slope) if row is None else row)
 
         def note(numbers: Sequence[float]) -> None:
-            whole, *parts, lost = numbers  # lost: how many channels
-            found.local += whole * each / signal if signal else math.inf if whole else 0.0
+            lost = numbers[2]  # how many channels
+            self._add_local(found, numbers[0] * each, value)
             found.nonfinite += int(lost * each)
-            for column, part in zip(columns, parts, strict=True):
+            for column, part in zip(columns, numbers[1::3], strict=False):
                 found.noise[column] += math.inf if lost or math.isnan(part) else part
 
         self._ledger.await_(sums, note)
 
-    def _take_finite(self, found: Found, made: torch.Tensor, value: Value, grads: Grads, counts: bool = True) -> None:
-        """`_take` for a value that has NaN or Inf, in fp32 or once rounded."""
-        sound = value.tensor.isfinite()
-        found.nonfinite += int((sound & ~made.isfinite()).sum())
-        error = torch.where(sound & made.isfinite(), made - value.tensor, 0).double()
-        whole, signal = float(energy(error)), float(energy(torch.where(sound, value.tensor, 0).double()))
-        if counts:
-            found.local += whole / signal if signal else math.inf if whole else 0.0
-        for column, grad in grads.items():
-            found.noise[column] += float(energy(error * grad))
-        if found.nonfinite:
-            found.noise = [math.inf] * self._columns
-
     def _step(
-        self, found: Found, value: Value, made: torch.Tensor, twin: Callable[[Value], torch.Tensor] | None
-    ) -> bool:
-        """Look at the readers of a value, past movers, that may step. True where integers or booleans of one changed.
+        self, one: Measured, value: Value, made: torch.Tensor, twin: Callable[[Value], torch.Tensor] | None
+    ) -> None:
+        """Look at the readers of a value, past movers, that may step, and note where integers or booleans changed.
 
         twin: rounds the other side of a comparison, where `value` was picked from it. What changes there is left to the
         edges of the comparison: to round what was picked is the same as to pick from what is rounded.
         """
-        needs_run = False
         for reader in value.readers:
             steps = self._gradients.is_step(reader)
             if not steps and not reader.mover:
                 continue
             other = {v: twin(v) for v in reader.inputs} if twin is not None and compares(reader.node) else {}
-            for output, stepped in changes(reader, reader.perform({**other, value: made})).items():
+            for output, stepped in self._stepped(reader, reader.perform({**other, value: made})):
                 if steps and not output.differentiable and self._gradients.is_used(output):
-                    found.steps += int((stepped != output.tensor).sum())
-                    needs_run |= not other
+                    self._count(one, stepped, output, needs_run=not other)
                 elif steps and output.differentiable:
                     error = Error(stepped, partial(_given, stepped), counts=False)
-                    self._take(found, error, output, self._gradients.of(output))
+                    self._take(one.found, error, output, self._gradients.of(output))
                 if output.differentiable and self._gradients.steps_next(output):
-                    needs_run |= self._step(found, output, stepped, twin)
-        return needs_run
+                    self._step(one, output, stepped, twin)
 
-    def _run_waiting(self, waiting: Sequence[tuple[Call, Group, torch.dtype, Found]]) -> None:
-        """Run the program for each edge whose gradient is not enough, as far as the budget goes."""
-        first = len(waiting) * (self._seed % 4) // 4  # each batch begins elsewhere
-        paid = _RUN_SHARE * self._size
-        for number, (call, group, low, found) in enumerate([*waiting[first:], *waiting[:first]]):
-            if paid <= 0 and number >= _LEAST_RUNS:
-                reason = "it needs runs of its own, and more edges do than are run"
-                self._found |= {(edge, low): reason for edge in group.edges}
-                continue
-            try:
-                paid -= self._run_rounded(call, group, low, found)
-            except Exception as error:
-                reason = f"the program cannot be run with it rounded: {first_line(error)}"
-                self._found |= {(edge, low): reason for edge in group.edges}
-
-    def _run_rounded(self, call: Call, group: Group, low: torch.dtype, found: Found) -> int:
-        """Run the program with a group rounded, and note what that does. Returns how many elements were computed."""
-        results = group.results(low)
-        assert results is not None
-        noise, elements = run_alone(self._tape, call, results, self._twin(call, group, low))
-        self._note_run(found, noise)
-        self._share_out(call, group, low, found)
-        return elements
-
-    def _run_numbers(self, numbers: Sequence[tuple[Call, Group, torch.dtype, Found]], loud: float) -> None:
-        """Run the program for single numbers that seem loud, the loudest first. Their errors have one sign, so the
-        estimate by one draw is rough: they may add up, or vanish in a norm.
-        """
-        paid = _NUMBER_SHARE * self._size
-        for call, group, low, found in sorted(numbers, key=lambda entry: -max(entry[3].noise)):
-            if not loud < max(found.noise) < math.inf or paid <= 0:
-                return
-            try:
-                paid -= self._run_rounded(call, group, low, found)
-            except Exception as error:
-                _log.debug("%s was not run with a number rounded: %s", call.name, first_line(error))
-
-    def _run_at_risk(self) -> None:
-        """Run the program with each value at its pole. Where it gives NaN or Inf, the noise of the edge is inf."""
-        for call, group, low, results, found in self._poles.at_risk:
-            try:
-                noise, _ = run_alone(self._tape, call, results)
-            except Exception as error:
-                _log.debug("%s was not run near a pole: %s", call.name, first_line(error))
-                continue
-            if any(math.isinf(part) for part in noise):
-                found.noise, found.ran = [math.inf] * self._columns, True
-                self._share_out(call, group, low, found)
-
-    def _run_apart(self) -> None:
-        """Where one of several edges that were rounded together overflows, or all of them make NaN or Inf, run the
-        program with each alone: which of them does it, and what the others cost.
-        """
-        for (group, low), call in self._lost.items():
-            for part in group.apart:
-                self._found |= {(edge, low): self._alone(call, part, low) for edge in part.edges}
-
-    def _alone(self, call: Call, group: Group, low: torch.dtype) -> Found | str:
-        found = Found([0.0] * self._columns)
-        try:
-            if (results := group.results(low)) is not None:
-                for value, made in changes(call, results).items():
-                    self._take_finite(found, made, value, {})
-                self._note_run(found, run_alone(self._tape, call, results)[0])
-        except Exception as error:
-            return f"the program cannot be run with it rounded: {first_line(error)}"
-        if found.nonfinite:
-            found.noise = [math.inf] * self._columns
-        return found
-
-    def _note_run(self, found: Found, noise: Sequence[float]) -> None:
-        by_output = [
-            (part, output) for part, output in zip(noise, self._tape.outputs, strict=True) if output is not None
-        ]
-        if self._columns == len(by_output):
-            found.noise = [part for part, _ in by_output]
-        else:  # the share of integers that changed is like an amplitude
-            found.noise = [sum(part if output.differentiable else part**2 for part, output in by_output)]
-        found.ran = True
-
-    def _share_out(self, call: Call, group: Group, low: torch.dtype, found: Found) -> None:
-        """Give each edge its part when the sums are known: by the energy of each maker's rounding errors."""
-
-        def note(numbers: Sequence[float]) -> None:
-            lost = found.nonfinite or not all(map(math.isfinite, [*found.noise, *numbers]))
-            self._lost.update({(group, low): call} if lost and group.apart else {})
-            for edge, part in zip(group.edges, parts_of(numbers), strict=True):
-                noise = [whole if math.isinf(whole) else part * whole for whole in found.noise]
-                self._found[edge, low] = Found(noise, found.nonfinite, found.steps, found.local, found.ran)
-
-        if len(group.edges) > 1:
-            self._ledger.await_([self._rounder.energies(group, low)], note)
-        else:
-            self._ledger.await_([], lambda _: note([1.0]))
+    def _stepped(self, reader: Call, results: Results) -> Iterator[tuple[Value, torch.Tensor]]:
+        """The results of a reader that changed; all of them where the host must not ask."""
+        if not self._blind:
+            yield from changes(reader, results).items()
+            return
+        for value, made in zip(reader.outputs, results, strict=True):
+            if value is not None and isinstance(made, torch.Tensor):
+                yield value, made
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from calibcast.calib.device_observer import DeviceObserver
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.graph import TensorSpec, tensor_specs
 from calibcast.calib.observer import Observer
+from calibcast.calib.rounding_sums import NUMBERS, ErrorSums, sums_of
 
 CPU = torch.device("cpu")
 DEVICE = torch.device(*sys.argv[1:] or ["cpu"])
@@ -134,6 +135,26 @@ def compare_runs(model, size):
     compare(*totals, [spec.node for spec in specs])
 
 
+def compare_errors(size):
+    """`ErrorSums` against `sums_of`: plain errors, lost elements, what was not finite before, layouts, half types."""
+    exact = torch.randn(3, 5, size)
+    made, grad = exact.half().float(), torch.randn(3, 5, size)
+    lost, odd = made.clone(), exact.clone()
+    lost[0, 0, :3], odd[1, 1, :4] = torch.tensor([NAN, INF, -INF]), torch.tensor([NAN, INF, -INF, 3e38])
+    lost[1, 1, 3] = -3e38  # its error squared is beyond fp32
+    cases = [
+        (made, exact, grad), (made, exact, None), (exact, None, None), (odd, None, grad), (lost, odd, grad),
+        tuple(t.permute(2, 0, 1) for t in (made, exact, grad)), (made.half(), exact.bfloat16(), grad),
+    ]  # fmt: skip
+    sums = ErrorSums(DEVICE)
+    rows = [sums.of(*(t if t is None else on(DEVICE, t) for t in case)) for case in cases]
+    assert [row.place for row in rows] == list(range(len(cases)))
+    found = sums.added_up().reshape(-1, NUMBERS).to(CPU)[: len(cases)]
+    torch.testing.assert_close(found, torch.stack([sums_of(*case) for case in cases]), rtol=1e-6, atol=0)
+    gaps = on(DEVICE, exact)[:, :, ::2]
+    assert sums.of(gaps, gaps, None) is sums.of(on(DEVICE, exact), on(DEVICE, exact.transpose(0, 1)), None) is None
+
+
 def large():
     """Tensors of many tiles for each program: for a GPU."""
     odd = torch.tensor([1e-30, -0.0, NAN, 1e20, INF, -INF])
@@ -157,4 +178,6 @@ if __name__ == "__main__":
         compare_tensors(TENSORS, histogram=False)
         compare_runs(Views(), 24)
         compare_runs(Sums(), 120)
+    for size in (5, 300, 40_000) if DEVICE != CPU else (5, 300):
+        compare_errors(size)
     print("same")

@@ -102,3 +102,21 @@ def test_the_kernel_that_gathers_compiles():
     types |= {"values_ptr": "*fp32", "counts_ptr": "*i32", "sums_ptr": "*fp64", "measured": "i64"}
     types |= {"to_values_ptr": "*fp64", "to_hidden_ptr": "*fp64"}
     assert compiled(gather, types, PLACES=396, LANES=512, HISTOGRAM=True, BLOCK=1024).asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact", "grad"), [("*fp32", True, True), ("*fp16", True, False), ("*fp32", False, False)]
+)
+def test_the_kernel_of_errors_compiles(dtype, exact, grad):
+    pytest.importorskip("triton")
+    from calibcast.calib.triton_errors import sum_errors
+
+    types = {
+        "made_ptr": dtype,
+        "exact_ptr": dtype,
+        "grad_ptr": "*fp32",
+        "sums_ptr": "*fp64",
+        "size": "i32",
+        "row": "i32",
+    }
+    assert compiled(sum_errors, types, EXACT=exact, GRAD=grad, PLACES=256, BLOCK=1024).asm["cubin"]

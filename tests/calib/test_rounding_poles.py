@@ -66,14 +66,14 @@ def test_doubts_of_complex_results() -> None:
     ],
 )
 def test_a_gradient_that_is_not_finite_counts_as_none(grad: list[float], sound: list[float]) -> None:
-    assert torch.equal(_sound(torch.tensor(grad)), torch.tensor(sound))
-    made = _sound(torch.tensor(grad, dtype=torch.complex64))
+    assert torch.equal(_sound(torch.tensor(grad), True), torch.tensor(sound))
+    made = _sound(torch.tensor(grad, dtype=torch.complex64), True)
     assert torch.equal(made, torch.tensor(sound, dtype=torch.complex64))
 
 
 def test_a_sound_gradient_is_not_copied() -> None:
     grad = torch.ones(3)
-    assert _sound(grad) is grad
+    assert _sound(grad, True) is grad
 
 
 @pytest.mark.parametrize(

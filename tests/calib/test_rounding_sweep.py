@@ -14,7 +14,7 @@ from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.output_noise import channel_power
 from calibcast.calib.rounding_findings import Found
 from calibcast.calib.rounding_ledger import noise_energy
-from calibcast.calib.rounding_sweep import Sweep
+from calibcast.calib.rounding_runs import Measured, Runs, take_finite
 from torch import nn
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -109,8 +109,8 @@ def test_errors_without_dimensions_or_of_complex_numbers_do_not_add_up() -> None
     assert float(noise_energy(torch.tensor([1 + 2j, 3 + 4j]), True)) == 30.0
 
 
-def sweep(**known: Any) -> Any:
-    made = Sweep.__new__(Sweep)
+def runs(**known: Any) -> Any:
+    made = Runs.__new__(Runs)
     made._found, made._columns = {}, 1
     for name, value in known.items():
         setattr(made, f"_{name}", value)
@@ -118,14 +118,15 @@ def sweep(**known: Any) -> Any:
 
 
 def entry(name: str, noise: float = 0.0) -> Any:
-    return SimpleNamespace(name=name), SimpleNamespace(edges=(name,)), torch.float16, Found([noise])
+    call, group = SimpleNamespace(name=name), SimpleNamespace(edges=(name,))
+    return Measured(cast(Any, call), cast(Any, group), torch.float16, Found([noise]))
 
 
 @pytest.mark.parametrize(("seed", "first"), [(0, "a"), (1, "b"), (2, "c"), (3, "d"), (4, "a"), (6, "c")])
 def test_each_batch_begins_to_run_at_another_quarter(seed: int, first: str) -> None:
     ran: list[str] = []
-    made = sweep(seed=seed, size=1)
-    made._run_rounded = lambda call, group, low, found: ran.append(call.name) or 0
+    made = runs(seed=seed, size=1)
+    made._run_rounded = lambda one: ran.append(one.call.name) or 0
     made._run_waiting([entry(name) for name in "abcd"])
     assert ran[0] == first
     assert sorted(ran) == list("abcd")
@@ -138,8 +139,8 @@ def test_each_batch_begins_to_run_at_another_quarter(seed: int, first: str) -> N
 def test_runs_may_cost_two_forward_passes_and_sixteen_are_always_made(cost: int, made: int) -> None:
     """A forward pass computes 100 elements."""
     ran: list[str] = []
-    one = sweep(seed=0, size=100)
-    one._run_rounded = lambda call, group, low, found: ran.append(call.name) or cost
+    one = runs(seed=0, size=100)
+    one._run_rounded = lambda one: ran.append(one.call.name) or cost
     one._run_waiting([entry(f"n{number}") for number in range(20)])
     assert ran == [f"n{number}" for number in range(made)]
     assert set(one._found.values()) <= {"it needs runs of its own, and more edges do than are run"}
@@ -147,12 +148,12 @@ def test_runs_may_cost_two_forward_passes_and_sixteen_are_always_made(cost: int,
 
 
 def test_a_run_that_fails_is_told_and_the_next_is_made() -> None:
-    def run(call: Any, *rest: Any) -> int:
-        if call.name == "b":
+    def run(one: Any) -> int:
+        if one.call.name == "b":
             raise RuntimeError("no kernel\nfor this")
         return 0
 
-    one = sweep(seed=0, size=100)
+    one = runs(seed=0, size=100)
     one._run_rounded = run
     one._run_waiting([entry(name) for name in "abc"])
     assert one._found == {("b", torch.float16): "the program cannot be run with it rounded: no kernel"}
@@ -170,19 +171,19 @@ def test_a_run_that_fails_is_told_and_the_next_is_made() -> None:
 )
 def test_loud_numbers_are_run_for_half_a_forward_pass(noise: list[float], cost: int, ran: list[str]) -> None:
     done: list[str] = []
-    one = sweep(size=100)
-    one._run_rounded = lambda call, group, low, found: done.append(call.name) or cost
+    one = runs(size=100)
+    one._run_rounded = lambda one: done.append(one.call.name) or cost
     one._run_numbers([entry(f"n{i}", part) for i, part in enumerate(noise)], 1e-6)
     assert done == ran
 
 
 def test_a_number_that_cannot_be_run_keeps_its_estimate() -> None:
-    def run(call: Any, *rest: Any) -> int:
-        done.append(call.name)
+    def run(one: Any) -> int:
+        done.append(one.call.name)
         raise RuntimeError("no kernel")
 
     done: list[str] = []
-    one = sweep(size=100)
+    one = runs(size=100)
     one._run_rounded = run
     one._run_numbers([entry("a", 2e-6), entry("b", 3e-6)], 1e-6)
     assert (done, one._found) == (["b", "a"], {})
@@ -192,9 +193,9 @@ def test_integers_that_change_count_like_an_amplitude_where_outputs_are_not_told
     outputs = [SimpleNamespace(differentiable=True), None, SimpleNamespace(differentiable=False)]
     noise = [0.25, 9.0, 0.5]
     together, apart = Found([0.0]), Found([0.0, 0.0])
-    sweep(tape=SimpleNamespace(outputs=outputs))._note_run(together, noise)
+    runs(tape=SimpleNamespace(outputs=outputs))._note_run(together, noise)
     assert (together.noise, together.ran) == ([0.25 + 0.5**2], True)
-    sweep(tape=SimpleNamespace(outputs=outputs), columns=2)._note_run(apart, noise)
+    runs(tape=SimpleNamespace(outputs=outputs), columns=2)._note_run(apart, noise)
     assert (apart.noise, apart.ran) == ([0.25, 0.5], True)
 
 
@@ -202,15 +203,15 @@ def test_what_is_not_finite_in_float32_is_left_out() -> None:
     value: Any = SimpleNamespace(tensor=torch.tensor([1.0, math.inf, 2.0, math.nan]))
     grads = {0: torch.tensor([2.0, 1.0, 3.0, 1.0])}
     found = Found([0.5])
-    sweep()._take_finite(found, torch.tensor([1.5, 0.0, 2.0, 1.0]), value, grads)
+    take_finite(found, torch.tensor([1.5, 0.0, 2.0, 1.0]), value, grads)
     assert (found.noise, found.local, found.nonfinite) == ([0.5 + 1.0], 0.25 / 5, 0)
-    sweep()._take_finite(found, torch.tensor([math.nan, 0.0, math.inf, 1.0]), value, grads)
+    take_finite(found, torch.tensor([math.nan, 0.0, math.inf, 1.0]), value, grads)
     assert (found.noise, found.local, found.nonfinite) == ([math.inf], 0.25 / 5, 2)
     quiet = Found([0.0])
-    sweep()._take_finite(quiet, torch.tensor([1.5, 0.0, 2.0, 1.0]), value, {}, counts=False)
+    take_finite(quiet, torch.tensor([1.5, 0.0, 2.0, 1.0]), value, {}, counts=False)
     assert (quiet.noise, quiet.local) == ([0.0], 0.0)
     zero: Any = SimpleNamespace(tensor=torch.tensor([0.0, math.nan]))
     for made, local in ((0.0, 0.0), (1.0, math.inf)):
         none = Found([0.0])
-        sweep()._take_finite(none, torch.tensor([made, 1.0]), zero, cast(Any, {}))
+        take_finite(none, torch.tensor([made, 1.0]), zero, cast(Any, {}))
         assert none.local == local
