@@ -5,7 +5,9 @@
 
 Evidence: the time that one batch takes beside its ranges, for both low types together, as the ratio to the plain
 forward pass of the same round, halved: per batch and type. Check: one run of a plan with all nodes low, as a ratio too.
-The median of the rounds is quoted. Memory: the peak of a process that does only this: resident on the CPU, of the
+On a GPU the first batch records a CUDA graph, which later ones replay: so the first, a later one, and the mean of four
+batches (the default of `calibrate`) are told, and of eight for checks (the default of `tune`). The median of the rounds
+is quoted. Memory: the peak of a process that does only this: resident on the CPU, of the
 allocator on a GPU. Predicted: -10 log10 of the sum of `noise` over all
 edges; seen: the same of that run.
 """
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.output_noise import channel_noise
+from calibcast.calib.replayed_runner import ReplayedRunner
 from calibcast.calib.rounded_runner import RoundedRunner
 from calibcast.calib.rounding import fp32_kernels
 from calibcast.calib.rounding_evidence import RoundingObserver
@@ -38,6 +41,7 @@ from benchmarks import machine
 from benchmarks.networks import NETWORKS, made
 
 LOW_TYPES = (torch.float16, torch.bfloat16)
+BATCHES, CHECKED = 4, 8
 DEFAULT = ("resnet18", "encoder", "restoration")
 
 
@@ -77,20 +81,34 @@ class Subject:
         made_of.measure(self.flat, 0, {})
         return made_of
 
-    def check(self) -> None:
-        self.checks[torch.float16].run(self.flat)
+    def evidences(self) -> list[float]:
+        """Seconds that each of a calibration's batches takes."""
+        made_of = RoundingObserver(self.runner, BATCHES)
+        return [timed(lambda i=i: made_of.measure(self.flat, i, {}), self.device) for i in range(BATCHES)]
+
+    def checks_of(self) -> list[float]:
+        """Seconds that each batch of a run of a plan takes."""
+        runner = ReplayedRunner(self.checks[torch.float16])
+        return [timed(lambda i=i: runner.run_batch(self.flat, i), self.device) for i in range(CHECKED)]
 
 
-def rounds(subject: Subject, count: int) -> tuple[float, float, float]:
-    """Milliseconds of a forward pass, and the ratios of evidence (per type) and of a check to it."""
+def rounds(subject: Subject, count: int) -> tuple[float, list[float], list[float]]:
+    """Milliseconds of a forward pass; the ratios of evidence (per type) and of a check to it: of the first batch, of a
+    later one, and their mean.
+    """
     found = []
     for number in range(count + 1):
-        forward = statistics.median(timed(subject.forward, subject.device) for _ in range(3))
-        evidence, check = timed(subject.evidence, subject.device), timed(subject.check, subject.device)
+        forward = statistics.median(timed(subject.forward, subject.device) for _ in range(5))
+        evidence = [seconds / forward / 2 for seconds in subject.evidences()]
+        check = [seconds / forward for seconds in subject.checks_of()]
         if number:  # the first warms up
-            found.append((forward * 1e3, evidence / forward / 2, check / forward))
-    first, second, third = (statistics.median(part) for part in zip(*found, strict=True))
-    return first, second, third
+            found.append((forward * 1e3, *_told(evidence), *_told(check)))
+    forward, *ratios = (statistics.median(part) for part in zip(*found, strict=True))
+    return forward, ratios[:3], ratios[3:]
+
+
+def _told(ratios: Sequence[float]) -> tuple[float, float, float]:
+    return ratios[0], statistics.median(ratios[1:]), statistics.mean(ratios)
 
 
 def predictions(subject: Subject) -> list[str]:
@@ -133,7 +151,8 @@ def row(name: str, device: str, times: int, count: int) -> str:
     nodes = sum(node.op == "call_function" for node in subject.program.graph.nodes)
     forward, evidence, check = rounds(subject, count)
     memory = [f"{peak(name, device, times, kind):.0f}" for kind in ("forward", "evidence")]
-    cells = [name, f"{nodes}", f"{forward:.1f}", f"{evidence:.2f}", f"{check:.2f}", *memory, *predictions(subject)]
+    ratios = [" / ".join(f"{ratio:.1f}" for ratio in part) for part in (evidence, check)]
+    cells = [name, f"{nodes}", f"{forward:.1f}", *ratios, *memory, *predictions(subject)]
     return f"| {' | '.join(cells)} |"
 
 
@@ -150,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         only(given.names[0], given.device, given.times, given.only)
         return
     lines = [
-        "| network | nodes | forward, ms | evidence, forwards per type | check, forwards | MB forward | MB evidence "
+        "| network | nodes | forward, ms | evidence, forwards per type: 1st / later / mean of 4 "
+        "| check, forwards: 1st / later / mean of 8 | MB forward | MB evidence "
         "| fp16 dB predicted / seen | bf16 dB predicted / seen | edges | without evidence | by runs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

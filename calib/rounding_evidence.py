@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from calibcast.calib.cuda_graphs import Replays
 from calibcast.calib.errors import MismatchError, first_line
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.flat_regions import flat_regions
@@ -17,6 +18,7 @@ from calibcast.calib.flattening import flatten, qualified_name
 from calibcast.calib.graph import input_targets
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.random_draws import random_state, set_random_state
+from calibcast.calib.replayed_runner import draws
 from calibcast.calib.rounding import fp32_kernels
 from calibcast.calib.rounding_channel import ending_in_channel
 from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
@@ -27,7 +29,7 @@ from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep
 from calibcast.calib.rounding_table import MOST_OUTPUTS
 from calibcast.calib.rounding_tape import Tape, record
 from torch import fx
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import InputKind, OutputKind
 
 _log = logging.getLogger("calibcast")
 
@@ -51,6 +53,8 @@ class RoundingObserver:
         try:
             with _process_left_alone(), fp32_kernels():
                 measured = self._sweep(flat, index, state)
+            if self.record.seen >= self._most and self._replays is not None:
+                self._replays.give_up()
         except Exception as error:
             reason = f"batch {index}: {type(error).__name__}: {first_line(error)}"
             _log.warning("no evidence of rounding from %s", reason)
@@ -123,10 +127,33 @@ class RoundingObserver:
 
     def _sweep(self, flat: Sequence[Any], index: int, state: Mapping[str, torch.Tensor]) -> Findings:
         operands = [_plain(value) for value in self._runner.operands(self._runner.to_device(flat), state)]
+        if self._replays is not None and not state:
+            launched = self._replays.of(operands, lambda sweep: sweep.draw(index))
+            if launched is not None:
+                if (found := launched.finish(index)) is not None:
+                    return found
+                self._replays.give_up()
+        return self._begun(operands, index).run()
+
+    def _begun(self, operands: Sequence[Any], index: int, signs: list[torch.Tensor] | None = None) -> Sweep:
         tape = record(self._graph, operands, self._runner.moved_to)
         outputs = [value for value, users in zip(tape.outputs, self._results, strict=True) if users]
         tape = Tape(tape.calls, tape.made, outputs)
-        return Sweep(tape, self._by_reader, Rounder(tape, *self._names), index).run()
+        return Sweep(tape, self._by_reader, Rounder(tape, *self._names), index, signs=signs)
+
+    def _launched(self, operands: Sequence[Any]) -> Sweep:
+        sweep = self._begun(operands, 0, [])
+        sweep.launch()
+        return sweep
+
+    @cached_property
+    def _replays(self) -> Replays[Sweep] | None:
+        """Sweeps by a CUDA graph, from the first batch on; None where the program cannot be recorded."""
+        if self._runner.device.type != "cuda" or draws(self._runner) or flat_regions(self._graph.graph):
+            return None
+
+        specs = self._runner.program.graph_signature.input_specs
+        return Replays(self._runner.device, self._launched, [spec.kind != InputKind.USER_INPUT for spec in specs])
 
     def _take(self, measured: Findings, index: int) -> None:
         into = self.record.statistics

@@ -15,6 +15,7 @@ from calibcast.calib.execution import ProgramRunner, Watch
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.plain_tensors import readable
 from calibcast.calib.random_draws import Draws
+from calibcast.calib.replayed_runner import ReplayedRunner
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_evidence import RoundingObserver
 from calibcast.passes.emulation import emulated
@@ -163,8 +164,12 @@ class Proving:
         """One emulated run of every batch, and of some with inputs times two."""
         seen, twice = _Seen(), _Seen()
         runner = self._emulated(plan)
+        replayed = ReplayedRunner(runner)
         for batch, into in [*((b, seen) for b in self.batches), *((b, twice) for b in self.doubled)]:
-            into.take(self._ran(runner, batch), batch.results, batch)
+            if batch.begins:
+                runner.reset()
+            with self._draws.of_batch(batch.index):
+                into.take(replayed.run_batch(_copies(batch.flat), batch.index), batch.results, batch)
         outputs = {place: decibels(noise) for place, noise in sorted(seen.outputs.items())}
         changed, lost = max(seen.changed, twice.changed), seen.nonfinite + twice.nonfinite
         bad = seen.bad or twice.bad

@@ -1,0 +1,111 @@
+"""Record work on a GPU once, as a CUDA graph, and replay it on other inputs: a replay costs one launch.
+
+Launched one by one from Python, small kernels take the host longer than the GPU. What cannot be recorded (an operator
+that reads from the device, or too little memory) is left to the caller, and that is logged once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from calibcast.calib.execution import NodeError
+
+_log = logging.getLogger("calibcast")
+T = TypeVar("T")
+# Work that cannot be recorded at first may be so once it has run: libraries set themselves up in their first call.
+_TRIES = 2
+
+
+def recorded(device: torch.device, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+    """Record what `work` asks of the GPU, without running it. Returns the result of `work`, whose tensors have no
+    values yet, and what runs the recording: each time, the same tensors get new values.
+
+    Raises RuntimeError where something cannot be recorded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    try:
+        # Relaxed, since libraries may allocate as they are called for the first time.
+        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+            result = work()
+    finally:
+        torch.cuda.synchronize(device)
+    return result, graph.replay
+
+
+@dataclass(frozen=True)
+class _Recording(Generic[T]):
+    """key: what the inputs had in common with those of later calls. inputs: those that the recording reads."""
+
+    key: Any
+    inputs: list[Any]
+    result: T
+    replay: Callable[[], None]
+
+
+class Replays(Generic[T]):
+    """Does work on batch after batch by replaying one recording, for as long as the inputs keep their sizes.
+
+    The recording of other sizes takes the place of the last one, as each holds the memory of a whole run.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        work: Callable[[list[Any]], T],
+        fixed: Sequence[bool] = (),
+        record: Callable[[torch.device, Callable[[], T]], tuple[T, Callable[[], None]]] = recorded,
+    ) -> None:
+        """work: gets the inputs. fixed: those that are the same tensors in each call, such as weights."""
+        self._device, self._work, self._fixed, self._record = device, work, fixed, record
+        self._held: _Recording[T] | None = None
+        self._failures = 0
+        self.replayed = 0
+
+    def of(self, inputs: Sequence[Any], before: Callable[[T], None] = lambda result: None) -> T | None:
+        """The result for these inputs; the next call overwrites its tensors. None where it cannot be recorded.
+
+        before: called when the inputs are in place, before the device computes the result.
+        """
+        key = _key(inputs)
+        if self._held is None or self._held.key != key:
+            self._held = None  # first, so that its memory can be used
+            self._held = self._recorded(key, inputs) if self._failures < _TRIES else None
+        if (held := self._held) is None:
+            return None
+        for static, value in zip(held.inputs, inputs, strict=True):
+            if isinstance(static, torch.Tensor) and static is not value:
+                static.copy_(value, non_blocking=True)
+        before(held.result)
+        held.replay()
+        self.replayed += 1
+        return held.result
+
+    def give_up(self) -> None:
+        """Record nothing more, and free the memory of the recording."""
+        self._held, self._failures = None, _TRIES
+
+    def _recorded(self, key: Any, inputs: Sequence[Any]) -> _Recording[T] | None:
+        fixed = [*self._fixed, *[False] * (len(inputs) - len(self._fixed))]
+        own = [
+            value.clone() if isinstance(value, torch.Tensor) and not same else value
+            for value, same in zip(inputs, fixed, strict=True)
+        ]
+        try:
+            result, replay = self._record(self._device, lambda: self._work(own))
+        except (RuntimeError, NodeError) as error:
+            self._failures += 1
+            if self._failures == _TRIES:
+                _log.info("batches are launched kernel by kernel, as they cannot be recorded: %s", error)
+            return None
+        return _Recording(key, own, result, replay)
+
+
+def _key(inputs: Sequence[Any]) -> Any:
+    return tuple(
+        (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else (type(v), repr(v)) for v in inputs
+    )
