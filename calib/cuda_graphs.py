@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from calibcast.calib.execution import NodeError
 
 _log = logging.getLogger("calibcast")
 T = TypeVar("T")
+P = TypeVar("P")
 # Work that cannot be recorded at first may be so once it has run: libraries set themselves up in their first call.
 _TRIES = 2
 
@@ -24,16 +26,22 @@ def recorded(device: torch.device, work: Callable[[], T]) -> tuple[T, Callable[[
     """Record what `work` asks of the GPU, without running it. Returns the result of `work`, whose tensors have no
     values yet, and what runs the recording: each time, the same tensors get new values.
 
-    Raises RuntimeError where something cannot be recorded.
+    Memory that `work` frees is used again further on. So what is to be written before a replay must be allocated before
+    the recording. Raises RuntimeError where something cannot be recorded.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     torch.cuda.synchronize(device)
-    try:
+    with torch.cuda.stream(stream):  # not by `torch.cuda.graph`, which gives all free memory back to the driver first
         # Relaxed, since libraries may allocate as they are called for the first time.
-        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        graph.capture_begin(capture_error_mode="relaxed")
+        try:
             result = work()
-    finally:
-        torch.cuda.synchronize(device)
+        except BaseException:
+            with suppress(RuntimeError):  # of the same cause
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
     return result, graph.replay
 
 
@@ -47,7 +55,7 @@ class _Recording(Generic[T]):
     replay: Callable[[], None]
 
 
-class Replays(Generic[T]):
+class Replays(Generic[T, P]):
     """Does work on batch after batch by replaying one recording, for as long as the inputs keep their sizes.
 
     The recording of other sizes takes the place of the last one, as each holds the memory of a whole run.
@@ -56,12 +64,15 @@ class Replays(Generic[T]):
     def __init__(
         self,
         device: torch.device,
-        work: Callable[[list[Any]], T],
+        work: Callable[[list[Any], P], T],
+        prepare: Callable[[list[Any]], P],
         fixed: Sequence[bool] = (),
         record: Callable[[torch.device, Callable[[], T]], tuple[T, Callable[[], None]]] = recorded,
     ) -> None:
-        """work: gets the inputs. fixed: those that are the same tensors in each call, such as weights."""
-        self._device, self._work, self._fixed, self._record = device, work, fixed, record
+        """work: gets the inputs, and what `prepare` made of them before the recording. fixed: those that are the same
+        tensors in each call, such as weights.
+        """
+        self._device, self._work, self._prepare, self._fixed, self._record = device, work, prepare, fixed, record
         self._held: _Recording[T] | None = None
         self._failures = 0
         self.replayed = 0
@@ -96,7 +107,8 @@ class Replays(Generic[T]):
             for value, same in zip(inputs, fixed, strict=True)
         ]
         try:
-            result, replay = self._record(self._device, lambda: self._work(own))
+            prepared = self._prepare(own)
+            result, replay = self._record(self._device, lambda: self._work(own, prepared))
         except (RuntimeError, NodeError) as error:
             self._failures += 1
             if self._failures == _TRIES:

@@ -17,7 +17,9 @@ class ReplayedRunner:
     def __init__(self, runner: ProgramRunner) -> None:
         self._runner = runner
         able = runner.device.type == "cuda" and not runner.carries_state and not draws(runner)
-        self._replays: Replays[list[Any]] | None = Replays(runner.device, runner.run) if able else None
+        self._replays: Replays[list[Any], None] | None = None
+        if able:
+            self._replays = Replays(runner.device, lambda flat, _: runner.run(flat), lambda _: None)
 
     def run_batch(self, flat: Sequence[Any], index: int) -> list[Any]:
         """The flat outputs for flat inputs, which are not written to. Raises BatchError where a node raises."""

@@ -25,7 +25,7 @@ from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
 from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_groups import Rounder
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
-from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep
+from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep, draw_signs, empty_signs
 from calibcast.calib.rounding_table import MOST_OUTPUTS
 from calibcast.calib.rounding_tape import Tape, record
 from torch import fx
@@ -128,32 +128,41 @@ class RoundingObserver:
     def _sweep(self, flat: Sequence[Any], index: int, state: Mapping[str, torch.Tensor]) -> Findings:
         operands = [_plain(value) for value in self._runner.operands(self._runner.to_device(flat), state)]
         if self._replays is not None and not state:
-            launched = self._replays.of(operands, lambda sweep: sweep.draw(index))
+            launched = self._replays.of(operands, lambda pair: draw_signs(pair[1], index))
             if launched is not None:
-                if (found := launched.finish(index)) is not None:
+                if (found := launched[0].finish(index)) is not None:
                     return found
                 self._replays.give_up()
         return self._begun(operands, index).run()
 
-    def _begun(self, operands: Sequence[Any], index: int, signs: list[torch.Tensor] | None = None) -> Sweep:
+    def _begun(self, operands: Sequence[Any], index: int, signs: Sequence[torch.Tensor] | None = None) -> Sweep:
         tape = record(self._graph, operands, self._runner.moved_to)
         outputs = [value for value, users in zip(tape.outputs, self._results, strict=True) if users]
         tape = Tape(tape.calls, tape.made, outputs)
         return Sweep(tape, self._by_reader, Rounder(tape, *self._names), index, signs=signs)
 
-    def _launched(self, operands: Sequence[Any]) -> Sweep:
-        sweep = self._begun(operands, 0, [])
+    def _signs(self, operands: Sequence[Any]) -> list[torch.Tensor]:
+        """Tensors for the random signs. They are not allocated while the sweep is recorded: a recording uses memory
+        again, so it would write over what is drawn before it runs.
+        """
+        made = record(self._graph, operands, self._runner.moved_to).outputs
+        given = [value for value, users in zip(made, self._results, strict=True) if users and value is not None]
+        return empty_signs([value.tensor for value in given])
+
+    def _launched(self, operands: Sequence[Any], signs: list[torch.Tensor]) -> tuple[Sweep, list[torch.Tensor]]:
+        sweep = self._begun(operands, 0, signs)
         sweep.launch()
-        return sweep
+        return sweep, signs
 
     @cached_property
-    def _replays(self) -> Replays[Sweep] | None:
+    def _replays(self) -> Replays[tuple[Sweep, list[torch.Tensor]], list[torch.Tensor]] | None:
         """Sweeps by a CUDA graph, from the first batch on; None where the program cannot be recorded."""
         if self._runner.device.type != "cuda" or draws(self._runner) or flat_regions(self._graph.graph):
             return None
 
         specs = self._runner.program.graph_signature.input_specs
-        return Replays(self._runner.device, self._launched, [spec.kind != InputKind.USER_INPUT for spec in specs])
+        fixed = [spec.kind != InputKind.USER_INPUT for spec in specs]
+        return Replays(self._runner.device, self._launched, self._signs, fixed)
 
     def _take(self, measured: Findings, index: int) -> None:
         into = self.record.statistics

@@ -32,7 +32,7 @@ Twin = Callable[[Call, Group, torch.dtype], Callable[[Value], torch.Tensor] | No
 
 
 @dataclass(eq=False)
-class Measured:
+class MeasuredGroup:
     """What a sweep measured of a group of edges, for one low type.
 
     changes: rounding changes something. always: the gradient is not enough, in no batch. steps: integers changed.
@@ -74,7 +74,9 @@ class Runs:
         self._found: Findings = {}
         self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups in which something became NaN or Inf
 
-    def findings(self, measured: Sequence[Measured], known: Mapping[tuple[Edge, torch.dtype], Found | str]) -> Findings:
+    def findings(
+        self, measured: Sequence[MeasuredGroup], known: Mapping[tuple[Edge, torch.dtype], Found | str]
+    ) -> Findings:
         """What was found at each edge, with the runs that are needed. known: of other edges."""
         self._found = dict(known)
         for one in measured:
@@ -88,7 +90,7 @@ class Runs:
         self._run_apart()
         return self._found
 
-    def _run_waiting(self, waiting: Sequence[Measured]) -> None:
+    def _run_waiting(self, waiting: Sequence[MeasuredGroup]) -> None:
         """Run the program for each edge whose gradient is not enough, as far as the budget goes."""
         first = len(waiting) * (self._seed % 4) // 4  # each batch begins elsewhere
         paid = _RUN_SHARE * self._size
@@ -103,7 +105,7 @@ class Runs:
                 reason = f"the program cannot be run with it rounded: {first_line(error)}"
                 self._found |= {(edge, one.low): reason for edge in one.group.edges}
 
-    def _run_rounded(self, one: Measured) -> int:
+    def _run_rounded(self, one: MeasuredGroup) -> int:
         """Run the program with a group rounded, and note what that does. Returns how many elements were computed."""
         results = one.group.results(one.low)
         assert results is not None
@@ -112,7 +114,7 @@ class Runs:
         self._share_out(one)
         return elements
 
-    def _run_numbers(self, numbers: Sequence[Measured], loud: float) -> None:
+    def _run_numbers(self, numbers: Sequence[MeasuredGroup], loud: float) -> None:
         """Run the program for single numbers that seem loud, the loudest first. Their errors have one sign, so the
         estimate by one draw is rough: they may add up, or vanish in a norm.
         """
@@ -125,7 +127,7 @@ class Runs:
             except Exception as error:
                 _log.debug("%s was not run with a number rounded: %s", one.call.name, first_line(error))
 
-    def _run_at_risk(self, measured: Sequence[Measured]) -> None:
+    def _run_at_risk(self, measured: Sequence[MeasuredGroup]) -> None:
         """Run the program with each value at its pole. Where it gives NaN or Inf, the noise of the edge is inf."""
         entries = {id(one.found): one for one in measured}
         for call, _, _, results, found in self._at_risk:
@@ -169,7 +171,7 @@ class Runs:
             found.noise = [sum(part if output.differentiable else part**2 for part, output in by_output)]
         found.ran = True
 
-    def _share_out(self, one: Measured) -> None:
+    def _share_out(self, one: MeasuredGroup) -> None:
         """Give each edge its part: by the energy of each maker's rounding errors."""
         found, group, low = one.found, one.group, one.low
         lost = found.nonfinite or not all(map(math.isfinite, [*found.noise, *one.energies]))

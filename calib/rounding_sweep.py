@@ -9,9 +9,9 @@ outputs, apart from the covariance of the errors (Hutchinson's estimator, with o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from calibcast.calib.errors import first_line
@@ -23,7 +23,7 @@ from calibcast.calib.rounding_gradients import Gradients, Grads
 from calibcast.calib.rounding_groups import Group, Results, Rounder
 from calibcast.calib.rounding_ledger import Error, Ledger, Sum, energy, noise_energy
 from calibcast.calib.rounding_poles import PoleWatch
-from calibcast.calib.rounding_runs import LEAST_RUNS, Measured, Runs, take_finite
+from calibcast.calib.rounding_runs import LEAST_RUNS, MeasuredGroup, Runs, take_finite
 from calibcast.calib.rounding_sums import sums_of
 from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
 from calibcast.calib.rounding_tape import Call, Tape, Value
@@ -44,26 +44,29 @@ class Sweep:
         rounder: Rounder,
         seed: int,
         coherent: bool = False,
-        signs: list[torch.Tensor] | None = None,
+        signs: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """edges: by reader. seed: for the random signs, and for which runs come first. coherent: the outputs are so few
         that errors add up in them, as those of one rounded number do (`noise_energy`).
 
-        signs: an empty list makes the sweep a blind one, for which `launch` reads nothing from the device. It takes for
+        signs: the random signs of each floating-point output, to be drawn (`draw_signs`) before the device runs what
+        was launched; such a sweep is a blind one, for which `launch` reads nothing from the device. It takes for
         granted that values are finite where it matters, and that none is one rounding away from a pole; `finish` tells
-        whether that held. `launch` puts the tensors of random signs into the list, and the caller has
-        them drawn (`draw`) before the device runs what was launched.
+        whether that held.
         """
-        self._coherent, self._blind, self._signs = coherent, signs is not None, signs
+        self._coherent, self._blind = coherent, signs is not None
         self._tape, self._edges, self._rounder, self._seed = tape, edges, rounder, seed
         self._outputs = [value for value in tape.outputs if value is not None]
+        if signs is None:
+            signs = empty_signs([v.tensor for v in self._outputs])
+            draw_signs(signs, seed)
+        self._signs = iter(signs)
         floating = sum(value.tensor.is_floating_point() for value in self._outputs)
         self._columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
         self._gradients = Gradients(tape, asks=not self._blind)
         self._refused: dict[tuple[Edge, torch.dtype], str] = {}
         self._direct: dict[tuple[Edge, torch.dtype], Found] = {}  # of the outputs' own edges
-        self._measured: list[Measured] = []
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._measured: list[MeasuredGroup] = []
         self._signals: dict[Value, float] = {}
         self._whole: dict[Value, bool] = {}  # whether all elements are finite
         self._trusted: set[Value] = set()
@@ -114,13 +117,6 @@ class Sweep:
         runs = Runs(self._tape, self._columns, seed, self._poles.at_risk, self._twin)
         return runs.findings(self._measured, {**self._refused, **self._direct})
 
-    def draw(self, seed: int) -> None:
-        """Draw the random signs anew, into the tensors that `launch` has put into `signs`."""
-        self._generators.clear()
-        self._seed = seed
-        for signs in self._signs or ():
-            torch.randint(0, 2, signs.shape, generator=self._generator(signs.device), out=signs)
-
     def _note_signals(self) -> None:
         """Note the energy of each value whose error is needed, and whether all of its elements are finite."""
         read = [value for call in self._tape.calls if call.name in self._edges for value in call.outputs]
@@ -149,13 +145,7 @@ class Sweep:
         shape = (
             [-1 if i == dimension else 1 for i in range(tensor.ndim)] if dimension is not None else [1] * tensor.ndim
         )
-        if self._signs is None:
-            made_of, device = self._generator(tensor.device), tensor.device
-            signs = torch.randint(0, 2, tensor.shape, generator=made_of, dtype=torch.int8, device=device)
-        else:
-            signs = torch.empty(tensor.shape, dtype=torch.int8, device=tensor.device)
-            self._signs.append(signs)
-        grad = (signs * 2 - 1) * scale.reshape(shape).to(tensor.dtype)
+        grad = (next(self._signs) * 2 - 1) * scale.reshape(shape).to(tensor.dtype)
         self._gradients.add(output, column, grad)
         for edge in self._edges.get(OUTPUT, ()):
             if (edge.input, edge.output) in output.sources:
@@ -169,17 +159,11 @@ class Sweep:
                             {column: grad},
                         )
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """Of that device: drawing the signs of an encoder's output on the host costs more than three forward passes."""
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._generators[device]
-
     def _of(self, edge: Edge, low: torch.dtype) -> Found:
         return self._direct.setdefault((edge, low), Found([0.0] * self._columns))
 
     def _measure(self, call: Call, group: Group, low: torch.dtype) -> None:
-        one = Measured(call, group, low, Found([0.0] * self._columns))
+        one = MeasuredGroup(call, group, low, Found([0.0] * self._columns))
         if group.added is not None and not self._coherent and (value := self._smooth(call)) is not None:
             self._take_added(one.found, group.added(low), group.along, value)
             self._keep(one)
@@ -196,13 +180,13 @@ class Sweep:
             self._poles.look(call, group, low, results, one.found)
         self._keep(one)
 
-    def _keep(self, one: Measured) -> None:
+    def _keep(self, one: MeasuredGroup) -> None:
         """Keep what was measured. Edges that were rounded together share it out by the energy of their errors."""
         self._measured.append(one)
         if len(one.group.edges) > 1:
             self._ledger.await_([self._rounder.energies(one.group, one.low)], one.note_energies)
 
-    def _look_at(self, one: Measured, results: Results) -> None:
+    def _look_at(self, one: MeasuredGroup, results: Results) -> None:
         """Take the errors of a call's results through the gradient, and note where that is not enough."""
         call, group, low = one.call, one.group, one.low
         twin = self._twin(call, group, low)
@@ -221,7 +205,7 @@ class Sweep:
             else:
                 self._count(one, made, value, needs_run=True)
 
-    def _count(self, one: Measured, made: torch.Tensor, value: Value, needs_run: bool) -> None:
+    def _count(self, one: MeasuredGroup, made: torch.Tensor, value: Value, needs_run: bool) -> None:
         """Count the integers or booleans that changed."""
 
         def note(numbers: Sequence[float]) -> None:
@@ -326,7 +310,7 @@ class Sweep:
         self._ledger.await_(sums, note)
 
     def _step(
-        self, one: Measured, value: Value, made: torch.Tensor, twin: Callable[[Value], torch.Tensor] | None
+        self, one: MeasuredGroup, value: Value, made: torch.Tensor, twin: Callable[[Value], torch.Tensor] | None
     ) -> None:
         """Look at the readers of a value, past movers, that may step, and note where integers or booleans changed.
 
@@ -355,6 +339,23 @@ class Sweep:
         for value, made in zip(reader.outputs, results, strict=True):
             if value is not None and isinstance(made, torch.Tensor):
                 yield value, made
+
+
+def empty_signs(outputs: Iterable[Any]) -> list[torch.Tensor]:
+    """Tensors for the random signs of a program's floating-point outputs, in order: 0 and 1."""
+    floating = [t for t in outputs if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return [torch.empty(t.shape, dtype=torch.int8, device=t.device) for t in floating]
+
+
+def draw_signs(signs: Iterable[torch.Tensor], seed: int) -> None:
+    """Draw random signs, on their own device: drawing those of an encoder's output on the host costs more than three
+    forward passes.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    for tensor in signs:
+        if tensor.device not in generators:
+            generators[tensor.device] = torch.Generator(tensor.device).manual_seed(seed)
+        torch.randint(0, 2, tensor.shape, generator=generators[tensor.device], out=tensor)
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ def copies_of_written(
     Tensors that overlapped do so in the copies, too: a write through one is seen through the other. Only the stretches
     of storage that are written are copied. device: where the copies go; None leaves each where it is.
     """
+    if tensors.keys().isdisjoint(written):
+        return {}
     spans = {name: span for name, tensor in tensors.items() if (span := _span(tensor)) is not None}
     copies: dict[str, torch.Tensor] = {}
     for group in _overlapping(spans):

@@ -20,15 +20,15 @@ from .recorded_on_host import recorded_on_host
 CPU = torch.device("cpu")
 
 
-def replays(work: Any, fixed: Any = ()) -> Replays[Any]:
-    return Replays(CPU, work, fixed, recorded_on_host)
+def replays(work: Any, fixed: Any = (), prepare: Any = lambda inputs: None) -> Replays[Any, Any]:
+    return Replays(CPU, work, prepare, fixed, recorded_on_host)
 
 
 def test_each_batch_gets_its_own_result() -> None:
     """Of one recording for each size; weights are read where they are."""
     weight, ran = torch.ones(3), []
 
-    def work(inputs: list[Any]) -> torch.Tensor:
+    def work(inputs: list[Any], _: Any) -> torch.Tensor:
         ran.append(len(inputs[1]))
         return (inputs[0] * inputs[1]).sum()
 
@@ -45,14 +45,14 @@ def test_each_batch_gets_its_own_result() -> None:
 
 
 def test_a_number_among_the_inputs_is_part_of_what_was_recorded() -> None:
-    made = replays(lambda inputs: inputs[0] * inputs[1])
+    made = replays(lambda inputs, _: inputs[0] * inputs[1])
     assert [made.of([torch.ones(1), number]).item() for number in (2, 2, 3, 2.5)] == [2.0, 2.0, 3.0, 2.5]
 
 
 def test_what_cannot_be_recorded_is_tried_twice_and_left_to_the_caller() -> None:
     asked = []
 
-    def work(inputs: list[Any]) -> float:
+    def work(inputs: list[Any], _: Any) -> float:
         asked.append(1)
         return float(inputs[0].sum())
 
@@ -125,7 +125,8 @@ def test_evidence_by_replays_is_the_same(name: str, monkeypatch: pytest.MonkeyPa
         observer = RoundingObserver(ProgramRunner(program), 4)
         if by_replays:
             specs = program.graph_signature.input_specs
-            made = replays(observer._launched, [spec.kind.name != "USER_INPUT" for spec in specs])
+            fixed = [spec.kind.name != "USER_INPUT" for spec in specs]
+            made = replays(observer._launched, fixed, observer._signs)
             observer.__dict__["_replays"] = made
         for index, one in enumerate(batches):
             observer.measure([one], index, {})

@@ -14,9 +14,14 @@ import calibcast.calib
 import calibcast.passes
 
 # Filled while something runs.
-CHANGING = {"Call", "Found", "Layout", "Made", "RoundingStatistics", "Run", "System", "Tally", "_Seen", "_Tuning"}
+CHANGING = {
+    "Call", "Found", "Layout", "Made", "MeasuredGroup", "RoundingStatistics", "Run", "System", "Tally", "_Seen",
+    "_Tuning",
+}  # fmt: skip
 # Two of these with the same contents are not the same thing, or are compared by rules of their own.
-NOT_BY_FIELDS = {"Call", "Comparison", "Made", "RangeData", "RangeDiff", "RoundingRecord", "RoundingStatistics"}
+NOT_BY_FIELDS = {
+    "Call", "Comparison", "Made", "MeasuredGroup", "RangeData", "RangeDiff", "RoundingRecord", "RoundingStatistics",
+}  # fmt: skip
 SLOTTED = {
     "Call", "CallSite", "Candidate", "Cast", "CastSites", "MeasuredEdge", "NodeOutline", "Number", "Operand",
     "Operator", "Pole", "Step", "Tally", "Tensor", "Term", "Training",

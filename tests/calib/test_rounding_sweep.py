@@ -14,7 +14,7 @@ from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.output_noise import channel_power
 from calibcast.calib.rounding_findings import Found
 from calibcast.calib.rounding_ledger import noise_energy
-from calibcast.calib.rounding_runs import Measured, Runs, take_finite
+from calibcast.calib.rounding_runs import MeasuredGroup, Runs, take_finite
 from torch import nn
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ def runs(**known: Any) -> Any:
 
 def entry(name: str, noise: float = 0.0) -> Any:
     call, group = SimpleNamespace(name=name), SimpleNamespace(edges=(name,))
-    return Measured(cast(Any, call), cast(Any, group), torch.float16, Found([noise]))
+    return MeasuredGroup(cast(Any, call), cast(Any, group), torch.float16, Found([noise]))
 
 
 @pytest.mark.parametrize(("seed", "first"), [(0, "a"), (1, "b"), (2, "c"), (3, "d"), (4, "a"), (6, "c")])
