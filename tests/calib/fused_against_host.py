@@ -146,7 +146,7 @@ def compare_errors(size):
         (made, exact, grad), (made, exact, None), (exact, None, None), (odd, None, grad), (lost, odd, grad),
         tuple(t.permute(2, 0, 1) for t in (made, exact, grad)), (made.half(), exact.bfloat16(), grad),
     ]  # fmt: skip
-    sums = ErrorSums(DEVICE)
+    sums = ErrorSums(on(DEVICE, exact).device)
     rows = [sums.of(*(t if t is None else on(DEVICE, t) for t in case)) for case in cases]
     assert [row.place for row in rows] == list(range(len(cases)))
     found = sums.added_up().reshape(-1, NUMBERS).to(CPU)[: len(cases)]
