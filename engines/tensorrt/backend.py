@@ -162,7 +162,7 @@ class TensorrtBackend:
     def require(self, ahead_of_time: bool) -> None:
         if ahead_of_time:
             require_ahead_of_time()
-        elif (problem := self.unavailable()) is not None:
+        elif (problem := adapter.absent()) is not None:  # it is imported while the builder works
             raise BuildError(
                 f"backend='tensorrt' cannot be used here: {problem}. Or use backend='eager', or ahead_of_time=True."
             )
@@ -240,7 +240,7 @@ def _warned() -> str | None:
 
 def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
     """The trial of a request's engines."""
-    why_not = "it was built ahead of time, to run elsewhere" if request.ahead_of_time else adapter.missing()
+    why_not = "it was built ahead of time, to run elsewhere" if request.ahead_of_time else adapter.absent()
     return EngineTrial(
         request, shapes, torch.device("cuda"), lambda folder, program: TensorrtRuntime(folder, program, shapes), why_not
     )
@@ -249,6 +249,8 @@ def _trial(request: BuildRequest, shapes: list[Profile]) -> Trial:
 def _check_names(settings: Mapping[str, Any], ahead_of_time: bool) -> None:
     """Check, before a process is started, that Torch-TensorRT has these settings. Without a GPU it cannot be asked
     here."""
+    if settings.keys() <= {"device", "weakly_typed"}:
+        return  # of calibcast, so it need not be imported to be asked
     if ahead_of_time and not torch.cuda.is_available():
         return  # the builder process checks them
     adapter.check_setting_names(settings, adapter.setting_names() | {"weakly_typed"})

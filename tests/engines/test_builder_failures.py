@@ -10,6 +10,7 @@ import torch
 from calibcast.calib import BuildError
 from calibcast.engines import build
 from calibcast.engines.tensorrt.builder import isolation as builder_isolation
+from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder.isolation import BUILDING, CONVERTING, BuilderError, build_isolated, failure_of
 from calibcast.engines.tensorrt.builder.job import BuilderJob, custom_modules, decoded, encoded
 from calibcast.engines.tensorrt.remedies import advice, region_of, remedies, settings_for
@@ -159,6 +160,30 @@ def test_however_a_builder_ends_the_caller_lives(planned, tmp_path, monkeypatch,
     found = failure(planned[0], tmp_path, timeout=2.0 if kind == "hang" else 60.0)
     assert found.kind == kind
     assert message in str(found)
+
+
+@pytest.mark.parametrize(("ahead_of_time", "gpu", "imports"), [(False, True, 1), (True, True, 0), (False, False, 0)])
+def test_the_asking_process_imports_torch_tensorrt_while_the_builder_works(
+    planned, tmp_path, monkeypatch, ahead_of_time, gpu, imports
+):
+    """It takes as long as the build of a small engine; only a process in which the engine runs needs it."""
+    asked, seen = tmp_path / "asked", []
+    monkeypatch.setattr(adapter, "absent", lambda: None if gpu else "no GPU")
+    monkeypatch.setattr(adapter, "load_package", lambda: seen.append(wait_for(asked)))
+    told = "sys.stdin.readline(); sys.stdin.readline()"  # to get ready, and of the job
+    fake_builder(monkeypatch, tmp_path, f"{told}; open({str(asked)!r}, 'w').close(); os._exit(3)")
+    job = BuilderJob(profiles=(), settings={}, device="cuda", ahead_of_time=ahead_of_time)
+    with pytest.raises(BuilderError):
+        build_isolated(job, planned[0], tmp_path / "out", 60.0, progress=False)
+    assert seen == [True] * imports
+
+
+def wait_for(path):
+    """Whether a file is there before a minute has passed."""
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return path.exists()
 
 
 def test_progress_tells_phase_and_node():

@@ -19,6 +19,7 @@ from calibcast.calib.artifacts import save_program
 from calibcast.calib.child_process import PACKAGE_ROOT, module_search_path
 from calibcast.calib.errors import ArtifactError, BuildError
 from calibcast.calib.pt2.containers import with_plain_containers
+from calibcast.engines.tensorrt.builder import torch_tensorrt_adapter as adapter
 from calibcast.engines.tensorrt.builder import worker
 from calibcast.engines.tensorrt.builder.job import BUILT, INDUCTOR, PROGRAM, BuilderJob, BuilderResult, custom_modules
 from calibcast.engines.tensorrt.builder.worker import Worker
@@ -118,7 +119,8 @@ def build_isolated(
             save_program(with_plain_containers(program), work / PROGRAM, checked=False)
             with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
                 heard = _Progress(bar)
-                code = _run(builder, work, heard, timeout)
+                runs_here = not job.ahead_of_time and job.compiler != INDUCTOR and adapter.absent() is None
+                code = _run(builder, work, heard, timeout, runs_here)
                 if code == worker.NO_CUDA:
                     builder.end()
                     builder = worker.take(*wanted)  # none is kept now, so this one has a Python of its own
@@ -141,10 +143,15 @@ def _log_of(builder: Worker, work: Path) -> str:
     return (builder.said_at_start() + text)[-_TAIL:]
 
 
-def _run(builder: Worker, work: Path, heard: _Progress, timeout: float | None) -> int | None:
-    """0 when the builder has answered, else its exit status, or None when it took longer than `timeout`."""
+def _run(builder: Worker, work: Path, heard: _Progress, timeout: float | None, runs_here: bool = False) -> int | None:
+    """0 when the builder has answered, else its exit status, or None when it took longer than `timeout`.
+
+    runs_here: the engine will run in this process, which imports Torch-TensorRT while the builder works.
+    """
     deadline = None if timeout is None else time.monotonic() + timeout
     builder.ask(work)  # if the builder has ended meanwhile, `lines` ends with None
+    if runs_here:
+        adapter.load_package()
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
