@@ -7,9 +7,11 @@ that reads from the device, or too little memory) is left to the caller, and tha
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ T = TypeVar("T")
 P = TypeVar("P")
 # Work that cannot be recorded at first may be so once it has run: libraries set themselves up in their first call.
 _TRIES = 2
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def recorded(device: torch.device, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
@@ -29,9 +32,10 @@ def recorded(device: torch.device, work: Callable[[], T]) -> tuple[T, Callable[[
     Memory that `work` frees is used again further on. So what is to be written before a replay must be allocated before
     the recording. Raises RuntimeError where something cannot be recorded.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    graph, stream = torch.cuda.CUDAGraph(), _stream(device)
     torch.cuda.synchronize(device)
-    with torch.cuda.stream(stream):  # not by `torch.cuda.graph`, which gives all free memory back to the driver first
+    # Not by `torch.cuda.graph`, which gives all free memory back to the driver first.
+    with _ONE_AT_A_TIME, torch.cuda.stream(stream):
         # Relaxed, since libraries may allocate as they are called for the first time.
         graph.capture_begin(capture_error_mode="relaxed")
         try:
@@ -43,6 +47,12 @@ def recorded(device: torch.device, work: Callable[[], T]) -> tuple[T, Callable[[
         graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
     return result, graph.replay
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep tens of MB for each stream that they were called on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

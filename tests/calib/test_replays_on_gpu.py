@@ -72,15 +72,20 @@ def test_a_plan_runs_by_a_graph_as_by_launches() -> None:
     plan = classify(program, calibrate(program, [(example,)], progress=False))
     runner = emulated(program, plan, "cuda")
     wanted = [[t.clone() for t in runner.run_batch(batch, i)] for i, batch in enumerate(batches)]
+    ReplayedRunner(runner).run_batch(batches[0], 0)  # what libraries keep for the stream of recordings is theirs
+    before = reserved()
+    for _ in range(2):
+        replayed = ReplayedRunner(runner)
+        for i, batch in enumerate(batches):
+            torch.testing.assert_close([t.clone() for t in replayed.run_batch(batch, i)], wanted[i], rtol=1e-6, atol=0)
+        assert replayed._replays is not None
+        assert replayed._replays.replayed == 5
+        del replayed
+    assert reserved() <= before + (4 << 20)
+
+
+def reserved() -> int:
+    """Bytes that torch holds on the GPU once it has given back what it can."""
     gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    replayed = ReplayedRunner(runner)
-    for i, batch in enumerate(batches):
-        torch.testing.assert_close([t.clone() for t in replayed.run_batch(batch, i)], wanted[i], rtol=1e-6, atol=0)
-    assert replayed._replays is not None
-    assert replayed._replays.replayed == 5
-    del replayed
-    gc.collect()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + (4 << 20)
+    return torch.cuda.memory_reserved()

@@ -305,7 +305,8 @@ def test_a_trial_that_fails_ends_no_search(planned, monkeypatch):
             raise BuildError("TensorRT refuses the engine")
 
     monkeypatch.setattr(tensorrt, "TensorrtRuntime", Refused)
-    monkeypatch.setattr(tensorrt.adapter, "missing", lambda: None)
+    for question in ("absent", "missing"):
+        monkeypatch.setattr(tensorrt.adapter, question, lambda: None)
     monkeypatch.setattr(handover, "trial_inputs", lambda *arguments: [])
     trial = tensorrt._trial(BuildRequest(planned[0]), [])
     assert trial(None, planned[0]) == "TensorRT refuses the engine"
