@@ -128,8 +128,9 @@ class Sweep:
             self._ledger.settle()
 
     def _note_signal(self, value: Value, numbers: Sequence[float]) -> None:
-        whole, lost = numbers[0], numbers[-1] if len(numbers) > 1 else 0.0
-        self._signals[value], self._whole[value] = whole, math.isfinite(whole) and not lost
+        if len(numbers) == 1 and not math.isfinite(numbers[0]):
+            numbers = sums_of(value.tensor, None, None).tolist()  # of what is finite
+        self._signals[value], self._whole[value] = numbers[0], not numbers[-1] if len(numbers) > 1 else True
 
     def _is_finite(self, value: Value) -> bool:
         if self._blind:

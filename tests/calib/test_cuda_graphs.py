@@ -133,3 +133,5 @@ def test_evidence_by_replays_is_the_same(name: str, monkeypatch: pytest.MonkeyPa
         frames.append(observer.record.frame())
     assert made.replayed == (3 if batch is None else 4)
     assert_frame_equal(frames[0], frames[1], rel_tol=1e-4, abs_tol=1e-12)
+    infinite = [frame["local_sqnr_db"].is_infinite().to_list() for frame in frames]  # which is near to any number
+    assert infinite[0] == infinite[1]

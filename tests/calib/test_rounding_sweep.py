@@ -215,3 +215,15 @@ def test_what_is_not_finite_in_float32_is_left_out() -> None:
         none = Found([0.0])
         take_finite(none, torch.tensor([made, 1.0]), zero, cast(Any, {}))
         assert none.local == local
+
+
+def test_what_is_not_finite_is_no_signal() -> None:
+    """A mask of -inf leaves the signal of the scores that it is added to."""
+    mask = torch.full((8, 8), -math.inf).triu(1)
+    layer = Layer(lambda x, w, b: torch.softmax(x @ w + b + mask, -1), (8, 8), 8)
+    found = row(measured(layer, X[:8]), "add_1", "add")
+    with torch.no_grad():
+        scores = X[:8] @ layer.w + layer.b
+    seen = torch.isfinite(mask)
+    noise, signal = (half(scores) - scores)[seen].square().sum(), scores[seen].square().sum()
+    assert found["local_sqnr_db"] == pytest.approx(-10 * math.log10(float(noise / signal)), rel=1e-4)
