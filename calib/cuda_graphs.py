@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -41,8 +41,9 @@ def recorded(device: torch.device, work: Callable[[], T]) -> tuple[T, Callable[[
         try:
             result = work()
         except BaseException:
-            with suppress(RuntimeError):  # of the same cause
-                graph.capture_end()
+            for clear_up in (graph.capture_end, partial(torch.cuda.synchronize, device)):
+                with suppress(RuntimeError):  # of the same cause
+                    clear_up()
             raise
         graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
