@@ -116,15 +116,16 @@ class Planning:
         allowance: float | None = None,
         raised: Mapping[str, Verdict] | None = None,
         at_any_cost: bool = False,
+        course: Course | None = None,
     ) -> PrecisionPlan:
         """The plan for the budget, or for `allowance`, a predicted noise.
 
         raised: nodes that must be high, as a run has shown. at_any_cost: raise all that it takes, also where noise is
-        spread.
+        spread. course: where it is known already, or has its nodes chosen (`Course.choosing`).
         """
         bare = self.judge if not raised else replace(self.judge, rules=(*self.judge.rules, Raised(raised)))
         with paused():
-            judge = with_rounding(self.facts, bare, allowance, at_any_cost=at_any_cost)
+            judge = with_rounding(self.facts, bare, allowance, course, at_any_cost)
             decisions = decide(self.facts, judge, self.work)
         # For both types, as a reader of the plan may ask for the other one, too.
         known = () if self.ranges is None else LOW_TYPES

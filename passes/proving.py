@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -159,21 +160,35 @@ class Proving:
         for index, _, flat in numbered(dataloader, signature_of(program), transform, max_batches):
             self.batches.append(self._batch(index, flat, flat.begins or not index))
         self.doubled = [double for batch in self.batches[:MOST_DOUBLED] if (double := self._double(batch)) is not None]
+        self._worst = Counter[tuple[int | None, bool]]()  # how often a batch was the worst of a run
 
-    def run(self, plan: PrecisionPlan) -> Outcome:
-        """One emulated run of every batch, and of some with inputs times two."""
+    def run(self, plan: PrecisionPlan, least_db: float | None = None) -> Outcome:
+        """One emulated run of every batch, and of some with inputs times two.
+
+        least_db: end with the first batch that has less. What was the worst before is run first.
+        """
         seen, twice = _Seen(), _Seen()
         runner = self._emulated(plan)
         replayed = ReplayedRunner(runner)
-        for batch, into in [*((b, seen) for b in self.batches), *((b, twice) for b in self.doubled)]:
+        for batch in [*self.batches, *self.doubled] if least_db is None else self._worst_first():
+            into = twice if batch.doubled else seen
             if batch.begins:
                 runner.reset()
             with self._draws.of_batch(batch.index):
                 into.take(replayed.run_batch(_copies(batch.flat), batch.index), batch.results, batch)
+            if least_db is not None and (into.nonfinite or decibels(into.worst.noise) < least_db):
+                break
+        most = max(seen.worst, twice.worst, key=lambda worst: worst.noise)
+        self._worst[most.batch, most is twice.worst] += 1
         outputs = {place: decibels(noise) for place, noise in sorted(seen.outputs.items())}
         changed, lost = max(seen.changed, twice.changed), seen.nonfinite + twice.nonfinite
         bad = seen.bad or twice.bad
         return Outcome(plan, seen.worst, twice.worst, outputs, changed, lost, bad, seen.runs, self._carry_state)
+
+    def _worst_first(self) -> list[Batch]:
+        """All batches; where they are a sequence, in its order."""
+        batches = [*self.batches, *self.doubled]
+        return batches if self._carry_state else sorted(batches, key=lambda b: -self._worst[b.index, b.doubled])
 
     def worst_batch(self, outcome: Outcome) -> Batch:
         """The batch with the worst result of a run."""

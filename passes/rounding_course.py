@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from calibcast.passes.rounding_evidence import MeasuredEdge
 
@@ -58,7 +58,8 @@ class Course:
     thresholds: `NEVER` for a node that no step raises, `ALWAYS` for one that another rule keeps high. steps_of: which
     step raises a node. follows: for a node that only moves data, the reader that it goes with. crowd: the allowance at
     which the steps without an edge to blame begin. spread: the allowance below which these steps cost more bytes than
-    they are worth; the plan then stays at `crowd`.
+    they are worth; the plan then stays at `crowd`. chosen: the nodes that are high, whatever their thresholds, beside
+    those of `ALWAYS`; None where thresholds decide.
     """
 
     edges: tuple[MeasuredEdge, ...] = field(repr=False)
@@ -68,6 +69,11 @@ class Course:
     follows: Mapping[str, str] = field(repr=False)
     spread: float = 0.0
     crowd: float = 0.0
+    chosen: frozenset[str] | None = None
+
+    def choosing(self, high: Collection[str], follows: Mapping[str, str]) -> Course:
+        """The same with exactly these nodes high, of those that rounding decides. follows: as above, for these."""
+        return replace(self, chosen=frozenset(high), follows=follows, spread=0.0)
 
     def allowed(self, noise: float) -> float:
         """The allowance that is used when `noise` is asked for."""
@@ -75,6 +81,8 @@ class Course:
 
     def is_high(self, node: str, noise: float) -> bool:
         """Whether `node` is high when the plan may make as much noise as that."""
+        if self.chosen is not None:
+            return node in self.chosen or self.thresholds.get(node, ALWAYS) == ALWAYS
         return self.allowed(noise) < self.thresholds.get(node, ALWAYS)
 
     def active(self, high: Collection[str]) -> list[MeasuredEdge]:

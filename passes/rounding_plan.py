@@ -134,7 +134,7 @@ class RoundingPlan:
         return RoundingSummary(self.min_sqnr_db, self.predicted_db, self.spread, edges)
 
     def _taken(self, number: int) -> bool:
-        return self.course.allowed(self.allowance) < self.course.steps[number].allowance
+        return self.course.chosen is None and self.course.allowed(self.allowance) < self.course.steps[number].allowance
 
     def _reason(self, node: str, step: Step) -> str | None:
         edge = step.edge.edge
@@ -162,6 +162,8 @@ class RoundingPlan:
             return f"makes NaN or Inf{at}"
         if alone < self.min_sqnr_db:
             return f"alone leaves {alone:.3g} dB{at}, below the budget of {budget}"
+        if self.course.chosen is not None:
+            return f"leaves {alone:.3g} dB{at}; nodes of more bytes or work fill the budget of {budget}"
         if step.noise > allowance_of(self.min_sqnr_db):
             together = decibels(step.noise)
             return (

@@ -17,6 +17,8 @@ from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.proving import Batch, Outcome, Proving, spare_db
 from calibcast.passes.raising import nodes_around, nonfinite_paths, steps_of
+from calibcast.passes.relaxing import RELAXED_DB, Relaxing
+from calibcast.passes.rounding_course import NEVER
 from calibcast.passes.rounding_plan import allowance_of
 from calibcast.passes.settings import Settings
 from calibcast.passes.tensor_errors import most_changed
@@ -33,13 +35,10 @@ PAST_DB = 1.5
 # Where a run has more noise than the table predicts by this, dB, and its worst channel has OUTLYING times the mean of
 # the channels, that channel is measured by itself, this often.
 UNFORESEEN_DB, OUTLYING, MOST_LOOKS = 3.0, 10.0, 3
-# With more than this to spare, some nodes may be in fp32 for nothing: a plan with fewer of them is tried ..
+# With more than this to spare, some nodes may be in fp32 for nothing: a plan with fewer of them is tried.
 SPARE_DB = 3.0
 # A plan with this share of the work in the low type, or less, is taken only where no other meets the budget.
 LITTLE = 0.01
-# .. and taken if it has this much to spare: one that only just passes must not replace one that passes by far. So much
-# is wanted, too, where a single channel decides, as it differs more from one set of data to the next.
-RELAXED_DB = 2.0
 
 
 def tune(  # noqa: PLR0913 - the public contract
@@ -60,7 +59,8 @@ def tune(  # noqa: PLR0913 - the public contract
 
     A run computes in fp32 and rounds where the plan is low, so no half-precision kernel of this machine judges it. The
     worst channel of the worst output in the worst batch counts, also with floating-point inputs times two (of the first
-    two batches); nothing may be newly non-finite. At most 5 plans are run. Nodes that are in fp32 for nothing go back.
+    two batches); nothing may be newly non-finite. At most 5 plans are run to find one that meets the budget, and at
+    most 12 more to find one with more in the low type; those that miss are soon left.
     Where noise is spread, as much goes to fp32 as the budget takes; `classify` leaves it low there, and says so.
 
     Args:
@@ -133,11 +133,33 @@ class _Tuning:
             worth[0] or worth[1] or self.passed or self.barely,
             key=lambda o: (self._bytes_high(o.plan), len(o.plan.high_precision_nodes)),
         )
-        plan = replace(best.plan, proof=best.proof(self.budget, len(self.tried)))
+        best, more = self._with_more_low(best)
+        plan = replace(best.plan, proof=best.proof(self.budget, len(self.tried) + more))
         if _has_low_work(plan):
             return plan
         _log.warning("%s", told := self._nothing_low())
         return replace(plan, notes=(told, *plan.notes))
+
+    def _with_more_low(self, best: Outcome) -> tuple[Outcome, int]:
+        """The best plan, or one with more in the low type that meets the budget, too; and how many were run for it."""
+        raised = self._raised_for_good()
+        course = self.planning.course(raised)
+        if course is None:
+            return best, 0
+        tried = [outcome.plan for outcome in self.tried]
+        relaxing = Relaxing(self.planning, course, self.budget, best, tried, self.proving.run)
+        return relaxing.run(raised), relaxing.runs
+
+    def _raised_for_good(self) -> dict[str, Verdict]:
+        """What stays high: all but nodes that were raised only for want of an edge to blame, where the table has noise
+        at them to plan by.
+        """
+        doubtful = {n: v for n, v in self.raised.items() if v.rule == "rounding" and v.evidence != -math.inf}
+        rest = {name: verdict for name, verdict in self.raised.items() if name not in doubtful}
+        course = self.planning.course(rest) if doubtful else None
+        if course is None:
+            return self.raised
+        return {n: v for n, v in self.raised.items() if n in rest or course.thresholds.get(n, NEVER) == NEVER}
 
     def _outcome(self, plan: PrecisionPlan) -> Outcome:
         """The outcome of a run of the plan. Plans with the same nodes high run once."""

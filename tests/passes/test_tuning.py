@@ -126,9 +126,9 @@ def test_no_plan_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     ranges = with_noise(program, [X], {}, rest=2e-6)
     seen = []
 
-    def counted(proving: Proving, plan: PrecisionPlan) -> Any:
+    def counted(proving: Proving, plan: PrecisionPlan, *least: float) -> Any:
         seen.append((plan.low_precision_type, plan.high_precision_nodes))
-        return run(proving, plan)
+        return run(proving, plan, *least)
 
     monkeypatch.setattr(Proving, "run", counted)
     for budget in (60, 66, 72, 90):
