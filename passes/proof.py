@@ -55,8 +55,9 @@ class Proof:
     inputs times two. outputs: the least SQNR of each floating-point output. places: which outputs of the program these
     are; empty in proofs of earlier versions. integers_changed: the largest share of the elements of an
     integer or boolean output that differed, over all batches. nonfinite: elements that are NaN or Inf only under the
-    plan. batches: how many were run. runs: how many plans were run in all. carry_state: whether the batches were run as
-    sequences, so that errors in what the program keeps between calls add up.
+    plan. batches: how many were run. runs: how many plans were run to find one that meets the budget; relaxing_runs:
+    how many more, for one with more in the low type. carry_state: whether the batches were run as sequences, so that
+    errors in what the program keeps between calls add up.
     """
 
     min_sqnr_db: float
@@ -72,6 +73,7 @@ class Proof:
     runs: int = 1
     carry_state: bool = False
     places: tuple[int, ...] = ()
+    relaxing_runs: int = 0
 
     @classmethod
     def loaded(cls, row: Mapping[str, Any]) -> Proof:
@@ -89,7 +91,7 @@ class Proof:
         place = "" if self.worst_output is None else f" (batch {self.worst_batch}, output {self.worst_output}"
         place += "" if not place else "" if self.worst_channel is None else f", channel {self.worst_channel}"
         place += ")" if place else ""
-        runs = counted(self.runs, "run")
+        runs = counted(self.runs, "run") + (f", and {self.relaxing_runs} to relax it" if self.relaxing_runs else "")
         how = " in sequence" if self.carry_state else ""
         # Inputs without a floating-point tensor cannot be doubled.
         doubled = "" if self.doubled_sqnr_db == math.inf else f", {self.doubled_sqnr_db:.1f} dB with inputs times two"

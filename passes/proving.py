@@ -127,12 +127,12 @@ class Outcome:
         """Whether it is within the budget: SQNR, nothing newly non-finite, and few enough integers changed."""
         return self.sqnr_db >= min_sqnr_db and not self.nonfinite and self.changed <= most_changed(min_sqnr_db)
 
-    def proof(self, min_sqnr_db: float, runs: int) -> Proof:
+    def proof(self, min_sqnr_db: float, runs: int, relaxing_runs: int = 0) -> Proof:
         """The proof that the plan stores."""
         return Proof(
             min_sqnr_db, decibels(self.worst.noise), self.worst.batch, self.worst.output, self.worst.channel,
             decibels(self.doubled.noise), tuple(self.outputs.values()), self.changed, self.nonfinite, self.batches,
-            runs, self.carry_state, tuple(self.outputs),
+            runs, self.carry_state, tuple(self.outputs), relaxing_runs,
         )  # fmt: skip
 
 

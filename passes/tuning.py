@@ -134,7 +134,7 @@ class _Tuning:
             key=lambda o: (self._bytes_high(o.plan), len(o.plan.high_precision_nodes)),
         )
         best, more = self._with_more_low(best)
-        plan = replace(best.plan, proof=best.proof(self.budget, len(self.tried) + more))
+        plan = replace(best.plan, proof=best.proof(self.budget, len(self.tried), more))
         if _has_low_work(plan):
             return plan
         _log.warning("%s", told := self._nothing_low())

@@ -78,6 +78,9 @@ def test_a_search_that_ended_with_everything_in_fp32_goes_back() -> None:
     plan = tune(program, ranges, [x], min_sqnr_db=50)
     assert plan.proof is not None
     assert plan.proof.sqnr_db >= 50
+    assert 1 <= plan.proof.runs <= 5
+    assert 1 <= plan.proof.relaxing_runs <= 12
+    assert str(plan.proof).endswith(f"runs, and {plan.proof.relaxing_runs} to relax it")
     assert plan.share()[1] > 0.9
 
 
