@@ -15,7 +15,7 @@ from calibcast.calib.errors import MismatchError, first_line
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.flat_regions import flat_regions
 from calibcast.calib.flattening import flatten, qualified_name
-from calibcast.calib.graph import input_targets
+from calibcast.calib.graph import input_targets, program_device
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.random_draws import random_state, set_random_state
 from calibcast.calib.replayed_runner import draws
@@ -30,6 +30,7 @@ from calibcast.calib.rounding_table import MOST_OUTPUTS
 from calibcast.calib.rounding_tape import Tape, record
 from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 _log = logging.getLogger("calibcast")
 
@@ -145,9 +146,24 @@ class RoundingObserver:
         """Tensors for the random signs. They are not allocated while the sweep is recorded: a recording uses memory
         again, so it would write over what is drawn before it runs.
         """
+        if self._known_outputs:
+            return empty_signs(self._known_outputs, self._runner.device)
         made = record(self._graph, operands, self._runner.moved_to).outputs
         given = [value for value, users in zip(made, self._results, strict=True) if users and value is not None]
         return empty_signs([value.tensor for value in given])
+
+    @cached_property
+    def _known_outputs(self) -> list[torch.Tensor]:
+        """The user's results, as the export has noted them; none where their sizes are open, or where they may be on
+        another device: then a run tells.
+        """
+        results = pytree.tree_leaves(next(iter(reversed(self._graph.graph.nodes))).args[0])
+        given = [node for node, users in zip(results, self._results, strict=True) if users]
+        noted = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in given]
+        tensors = [value for value in noted if isinstance(value, torch.Tensor)]
+        own = program_device(self._runner.program)
+        fixed = all(v.device == own and all(isinstance(size, int) for size in v.shape) for v in tensors)
+        return tensors if fixed and len(tensors) == len(given) else []
 
     def _launched(self, operands: Sequence[Any], signs: list[torch.Tensor]) -> tuple[Sweep, list[torch.Tensor]]:
         sweep = self._begun(operands, 0, signs)

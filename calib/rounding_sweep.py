@@ -342,10 +342,12 @@ class Sweep:
                 yield value, made
 
 
-def empty_signs(outputs: Iterable[Any]) -> list[torch.Tensor]:
-    """Tensors for the random signs of a program's floating-point outputs, in order: 0 and 1."""
+def empty_signs(outputs: Iterable[Any], device: torch.device | None = None) -> list[torch.Tensor]:
+    """Tensors for the random signs of a program's floating-point outputs, in order: 0 and 1. device: None for that of
+    each output.
+    """
     floating = [t for t in outputs if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return [torch.empty(t.shape, dtype=torch.int8, device=t.device) for t in floating]
+    return [torch.empty(t.shape, dtype=torch.int8, device=device or t.device) for t in floating]
 
 
 def draw_signs(signs: Iterable[torch.Tensor], seed: int) -> None:
