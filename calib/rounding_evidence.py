@@ -25,6 +25,7 @@ from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
 from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_groups import Rounder
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
+from calibcast.calib.rounding_sums import kernel_for
 from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep, draw_signs, empty_signs
 from calibcast.calib.rounding_table import MOST_OUTPUTS
 from calibcast.calib.rounding_tape import Tape, record
@@ -175,7 +176,7 @@ class RoundingObserver:
         """Sweeps by a CUDA graph, from the first batch on; None where the program cannot be recorded."""
         if self._runner.device.type != "cuda" or draws(self._runner) or flat_regions(self._graph.graph):
             return None
-
+        kernel_for(torch.empty(0, device=self._runner.device).device)  # tried out before a recording begins
         specs = self._runner.program.graph_signature.input_specs
         fixed = [spec.kind != InputKind.USER_INPUT for spec in specs]
         return Replays(self._runner.device, self._launched, self._signs, fixed)

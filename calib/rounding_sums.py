@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from calibcast.calib.device_observer import on
 from calibcast.calib.memory_layout import is_dense
 
 _log = logging.getLogger("calibcast")
@@ -32,7 +34,7 @@ class ErrorSums:
     """Sums by `triton_errors.sum_errors`, on one device: a row is three numbers, as that kernel describes them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._kernel = device, kernel_for(device)
         self._pages: list[torch.Tensor] = []
         self._used = _ROWS
 
@@ -41,22 +43,18 @@ class ErrorSums:
 
         None where the kernel does not take these tensors: other types, layouts that differ, elements with gaps.
         """
-        kernel = _kernel()
         given = [tensor for tensor in (made, exact, grad) if tensor is not None]
-        if kernel is None or not all(tensor.device == self._device and tensor.dtype in _TYPES for tensor in given):
+        if self._kernel is None or not all(t.device == self._device and t.dtype in _TYPES for t in given):
             return None
-        size = made.numel()
         alike = all(t.stride() == made.stride() and t.shape == made.shape for t in given)
-        if not alike or not 0 < size < _MOST or not is_dense(made) or any(tensor.is_neg() for tensor in given):
+        if not alike or not 0 < made.numel() < _MOST or not is_dense(made) or any(t.is_neg() for t in given):
             return None
         if self._used == _ROWS:
-            self._pages.append(torch.zeros(_ROWS, PLACES, 3, dtype=torch.float64, device=self._device))
+            self._pages.append(torch.zeros(_ROWS, PLACES, NUMBERS, dtype=torch.float64, device=self._device))
             self._used = 0
         row, self._used = self._used, self._used + 1
-        kernel[(min(PLACES, -(-size // BLOCK)),)](
-            made, made if exact is None else exact, made if grad is None else grad, self._pages[-1], size, row,
-            EXACT=exact is not None, GRAD=grad is not None, PLACES=PLACES, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+        with on(self._device):
+            _launch(self._kernel, made, exact, grad, self._pages[-1], row)
         return Row(self._device, (len(self._pages) - 1) * _ROWS + row)
 
     def added_up(self) -> torch.Tensor:
@@ -76,17 +74,40 @@ def sums_of(made: torch.Tensor, exact: torch.Tensor | None, grad: torch.Tensor |
     ])  # fmt: skip
 
 
-def _kernel() -> Any:
-    """The kernel; None where there is no Triton."""
-    global _FOUND
-    if _FOUND is _UNKNOWN:
-        try:
-            _FOUND = importlib.import_module("calibcast.calib.triton_errors").sum_errors
-        except ImportError as error:
-            _log.info("errors are summed by torch, as Triton is not here: %s", error)
-            _FOUND = None
-    return _FOUND
+@cache
+def kernel_for(device: torch.device) -> Any:
+    """The kernel, once it has been tried out on a device; None where it does not work. Not to be asked for the first
+    time while work on the device is recorded.
+    """
+    try:
+        kernel = importlib.import_module("calibcast.calib.triton_errors").sum_errors
+        with on(device):
+            _try_out(kernel, device)
+    except Exception as error:  # Triton compiles here, with whatever compiler and driver there are
+        _log.info("errors are summed by torch, which is slower: %s: %s", type(error).__name__, error)
+        return None
+    return kernel
 
 
-_UNKNOWN: Any = object()
-_FOUND: Any = _UNKNOWN
+def _launch(
+    kernel: Any, made: torch.Tensor, exact: torch.Tensor | None, grad: torch.Tensor | None, page: torch.Tensor, row: int
+) -> None:
+    size = made.numel()
+    kernel[(min(PLACES, -(-size // BLOCK)),)](
+        made, made if exact is None else exact, made if grad is None else grad, page, size, row,
+        EXACT=exact is not None, GRAD=grad is not None, PLACES=PLACES, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+def _try_out(kernel: Any, device: torch.device) -> None:
+    """Sum with each variant of the kernel, which compiles them. Raises RuntimeError if one is wrong."""
+    made, exact, grad = (
+        torch.tensor(values, device=device)
+        for values in ([1.5, float("inf"), 2.0], [1.0, 1.0, float("nan")], [2.0, 2.0, 2.0])
+    )
+    page = torch.zeros(4, PLACES, NUMBERS, dtype=torch.float64, device=device)
+    for row, given in enumerate(((exact, grad), (exact, None), (None, grad), (None, None))):
+        _launch(kernel, made, *given, page, row)
+    found = page.sum(1).tolist()
+    if found != [[0.25, 1.0, 1.0], [0.25, 0.0, 1.0], [6.25, 25.0, 1.0], [6.25, 0.0, 1.0]]:
+        raise RuntimeError(f"it sums the errors of [1.5, inf, 2] as {found}")

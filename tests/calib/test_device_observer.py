@@ -120,3 +120,20 @@ def test_the_kernel_of_errors_compiles(dtype, exact, grad):
         "row": "i32",
     }
     assert compiled(sum_errors, types, EXACT=exact, GRAD=grad, PLACES=256, BLOCK=1024).asm["cubin"]
+
+
+def test_a_kernel_that_does_not_work_is_not_used(monkeypatch, caplog):
+    """As where Triton has no driver or compiler: then torch sums, and it is said once."""
+    pytest.importorskip("triton")
+    from calibcast.calib import rounding_sums
+
+    monkeypatch.setattr(rounding_sums, "_launch", lambda *arguments: None)  # sums nothing, so that all sums are 0
+    rounding_sums.kernel_for.cache_clear()
+    values = torch.ones(3)
+    with caplog.at_level("INFO", "calibcast"):
+        assert [rounding_sums.ErrorSums(values.device).of(values, None, None) for _ in range(2)] == [None, None]
+    assert [r.getMessage() for r in caplog.records if "summed by torch" in r.getMessage()] == [
+        "errors are summed by torch, which is slower: RuntimeError: it sums the errors of [1.5, inf, 2] as "
+        "[[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]"
+    ]
+    rounding_sums.kernel_for.cache_clear()
