@@ -290,10 +290,9 @@ class Sweep:
     def _take_added(self, found: Found, error: torch.Tensor, along: int, value: Value) -> None:
         """`_take` for an error [channels], constant along other dimensions: by the gradient's energy per channel."""
         grads = self._gradients.of(value)
-        others = [i for i in range(value.tensor.ndim) if i != along % value.tensor.ndim]
         for column, grad in grads.items():
             if (value, column) not in self._slopes:
-                self._slopes[value, column] = torch.linalg.vector_norm(grad, dim=others) if others else grad.abs()
+                self._slopes[value, column] = channel_norms(grad, along % value.tensor.ndim)
         columns, each = list(grads), value.tensor.numel() / max(len(error), 1)
         sums: list[Sum] = []
         slopes: list[torch.Tensor | None] = [self._slopes[value, column] for column in columns]
@@ -340,6 +339,19 @@ class Sweep:
         for value, made in zip(reader.outputs, results, strict=True):
             if value is not None and isinstance(made, torch.Tensor):
                 yield value, made
+
+
+def channel_norms(tensor: torch.Tensor, along: int) -> torch.Tensor:
+    """The norm of each channel, [channels]; along: their dimension. A host is slow at norms over several dimensions."""
+    before, behind = list(range(along)), list(range(along + 1, tensor.ndim))
+    if not before and not behind:
+        return tensor.abs()
+    if tensor.is_cuda:
+        return cast("torch.Tensor", torch.linalg.vector_norm(tensor, dim=before + behind))
+    if tensor.stride(along) == 1:  # channels lie side by side
+        return tensor.square().sum(before + behind).sqrt()
+    inner = torch.linalg.vector_norm(tensor, dim=behind) if behind else tensor.abs()
+    return cast("torch.Tensor", torch.linalg.vector_norm(inner, dim=before) if before else inner)
 
 
 def empty_signs(outputs: Iterable[Any], device: torch.device | None = None) -> list[torch.Tensor]:

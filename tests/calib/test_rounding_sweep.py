@@ -15,6 +15,7 @@ from calibcast.calib.output_noise import channel_power
 from calibcast.calib.rounding_findings import Found
 from calibcast.calib.rounding_ledger import noise_energy
 from calibcast.calib.rounding_runs import MeasuredGroup, Runs, take_finite
+from calibcast.calib.rounding_sweep import channel_norms
 from torch import nn
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -227,3 +228,15 @@ def test_what_is_not_finite_is_no_signal() -> None:
     seen = torch.isfinite(mask)
     noise, signal = (half(scores) - scores)[seen].square().sum(), scores[seen].square().sum()
     assert found["local_sqnr_db"] == pytest.approx(-10 * math.log10(float(noise / signal)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "along"), [((5,), 0), ((3, 5), 1), ((3, 5), 0), ((2, 5, 4), 1), ((2, 3, 4, 4), 1), ((1, 3, 4, 4), 1)]
+)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_norms_of_channels(shape: tuple[int, ...], along: int, permuted: bool) -> None:
+    tensor = torch.randn(shape, generator=GENERATOR)
+    if permuted:
+        tensor = tensor.movedim(along, -1).contiguous().movedim(-1, along)
+    wanted = tensor.movedim(along, 0).reshape(shape[along], -1).norm(dim=1)
+    torch.testing.assert_close(channel_norms(tensor, along), wanted)
