@@ -15,8 +15,8 @@ import calibcast.passes
 
 # Filled while something runs.
 CHANGING = {
-    "Call", "Found", "Layout", "Made", "MeasuredGroup", "RoundingStatistics", "Run", "System", "Tally", "_Seen",
-    "_Tuning",
+    "Call", "Found", "Layout", "Made", "MeasuredGroup", "RoundingStatistics", "Run", "System", "Tally",
+    "_Filling", "_Seen", "_Tuning",
 }  # fmt: skip
 # Two of these with the same contents are not the same thing, or are compared by rules of their own.
 NOT_BY_FIELDS = {
