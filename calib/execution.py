@@ -97,16 +97,15 @@ class _SteppedInterpreter(fx.Interpreter):
     def through(self, *operands: Any) -> Any:
         """`steps` without stopping: most of an interpreter's time is spent between nodes."""
         env, given, result = dict[fx.Node, Any](), iter(operands), None
-        with torch.no_grad():
-            for node in self.graph.nodes:
-                try:
-                    result = self._value(node, env, given)
-                except Exception as error:
-                    raise NodeError(self._prefix + node.name, node, error) from error
-                if node.users:
-                    env[node] = result
-                for used in self.user_to_last_uses.get(node, ()):
-                    del env[used]
+        for node in self.graph.nodes:
+            try:
+                result = self._value(node, env, given)
+            except Exception as error:
+                raise NodeError(self._prefix + node.name, node, error) from error
+            if node.users:
+                env[node] = result
+            for used in self.user_to_last_uses.get(node, ()):
+                del env[used]
         return result
 
     def _value(self, node: fx.Node, env: dict[fx.Node, Any], given: Iterator[Any]) -> Any:
@@ -314,8 +313,9 @@ class ProgramRunner:
     def run(self, flat: Sequence[Any], watch: Watch | None = None) -> list[Any]:
         """The flat user outputs for the flat user inputs. Raises NodeError where a node raises."""
         if watch is None and self._straight.is_straight:
-            values, written = self._begun(flat)
-            return self._ended(written, self._straight.through(*values))
+            with torch.no_grad():
+                values, written = self._begun(flat)
+                return self._ended(written, self._straight.through(*values))
         steps = self.steps(flat)
         with torch.no_grad():
             while True:

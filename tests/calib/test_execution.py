@@ -273,3 +273,16 @@ def test_programs_with_branches_are_calibrated() -> None:
     frame = calibrate(program, [up, down], progress=False).frame
     assert frame.filter(node="cond").select("min", "max").row(0) == (-4.0, 6.0)
     assert frame.filter(node="add").select("min", "max").row(0) == (-3.5, 6.5)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_run_leaves_no_gradients_behind(watched: bool) -> None:
+    """Also of an input that asks for some and is written to, of which the program gets a copy."""
+
+    class Written(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.add_(1)
+
+    program = torch.export.export(Written(), (torch.ones(2),))
+    [given] = ProgramRunner(program).run([torch.ones(2, requires_grad=True)], (lambda *_: None) if watched else None)
+    assert not given.requires_grad
