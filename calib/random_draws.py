@@ -92,6 +92,11 @@ def may_draw(node: fx.Node) -> bool:
     return draws(node) or _is_foreign(node) or isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
+def any_may_draw(program: ExportedProgram) -> bool:
+    """Whether a program may draw random numbers, which a recording of it would repeat."""
+    return any(may_draw(node) for node in _nodes(program))
+
+
 def _is_foreign(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _LIBRARIES
 

@@ -17,8 +17,7 @@ from calibcast.calib.flat_regions import flat_regions
 from calibcast.calib.flattening import flatten, qualified_name
 from calibcast.calib.graph import input_targets, program_device
 from calibcast.calib.masks import mask_tensors
-from calibcast.calib.random_draws import random_state, set_random_state
-from calibcast.calib.replayed_runner import draws
+from calibcast.calib.random_draws import any_may_draw, random_state, set_random_state
 from calibcast.calib.rounding import fp32_kernels
 from calibcast.calib.rounding_channel import ending_in_channel
 from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
@@ -55,12 +54,12 @@ class RoundingObserver:
         try:
             with _process_left_alone(), fp32_kernels():
                 measured = self._sweep(flat, index, state)
-            if self.record.seen >= self._most and self._replays is not None:
-                self._replays.give_up()
         except Exception as error:
             reason = f"batch {index}: {type(error).__name__}: {first_line(error)}"
             _log.warning("no evidence of rounding from %s", reason)
             measured = {(edge, low): reason for edge in self._edges for low in LOW_TYPES}
+        if self.record.seen >= self._most and self._replays is not None:
+            self._replays.give_up()
         self._take(measured, index)
 
     def of_channel(
@@ -174,7 +173,7 @@ class RoundingObserver:
     @cached_property
     def _replays(self) -> Replays[tuple[Sweep, list[torch.Tensor]], list[torch.Tensor]] | None:
         """Sweeps by a CUDA graph, from the first batch on; None where the program cannot be recorded."""
-        if self._runner.device.type != "cuda" or draws(self._runner) or flat_regions(self._graph.graph):
+        if self._runner.device.type != "cuda" or any_may_draw(self._runner.program) or flat_regions(self._graph.graph):
             return None
         kernel_for(torch.empty(0, device=self._runner.device).device)  # tried out before a recording begins
         specs = self._runner.program.graph_signature.input_specs

@@ -50,8 +50,7 @@ class Ledger:
             return None
         if made.device not in self._errors:
             self._errors[made.device] = ErrorSums(made.device)
-        row = self._errors[made.device].of(made, exact, grad)
-        return row
+        return self._errors[made.device].of(made, exact, grad)
 
     def await_(self, sums: Sequence[Sum], note: Note) -> None:
         """Have `settle` call `note` with the values of these tensors, flat, in the order in which they were handed in.

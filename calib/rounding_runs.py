@@ -18,7 +18,8 @@ from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_gradients import Grads
 from calibcast.calib.rounding_groups import Group, Results
-from calibcast.calib.rounding_ledger import energy, on_host, parts_of
+from calibcast.calib.rounding_ledger import parts_of
+from calibcast.calib.rounding_sums import sums_of
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
 _log = logging.getLogger("calibcast")
@@ -187,16 +188,13 @@ def take_finite(found: Found, made: torch.Tensor, value: Value, grads: Grads, co
 
     counts: it is a result of the reader itself, and counts in `local`.
     """
-    sound = value.tensor.isfinite()
-    error = torch.where(sound & made.isfinite(), made - value.tensor, 0).double()
-    exact = torch.where(sound, value.tensor, 0).double()
-    sums = [(sound & ~made.isfinite()).sum(dtype=torch.float64), energy(error), energy(exact)]
-    sums += [energy(error * grad) for grad in grads.values()]
-    [lost], [whole], [signal], *parts = on_host([part.reshape(1) for part in sums])
+    rows = [sums_of(made, value.tensor, grad) for grad in grads.values() or [None]]
+    [signal, *_], *sums = torch.stack([sums_of(value.tensor, None, None), *rows]).tolist()
+    whole, _, lost = sums[0]
     found.nonfinite += int(lost)
     if counts:
         found.local += whole / signal if signal else math.inf if whole else 0.0
-    for column, [part] in zip(grads, parts, strict=True):
+    for column, (_, part, _) in zip(grads, sums, strict=False):
         found.noise[column] += part
     if found.nonfinite:
         found.noise = [math.inf] * len(found.noise)

@@ -24,7 +24,7 @@ from calibcast.calib.rounding_groups import Group, Results, Rounder
 from calibcast.calib.rounding_ledger import Error, Ledger, Sum, energy, noise_energy
 from calibcast.calib.rounding_poles import PoleWatch
 from calibcast.calib.rounding_runs import LEAST_RUNS, MeasuredGroup, Runs, take_finite
-from calibcast.calib.rounding_sums import sums_of
+from calibcast.calib.rounding_sums import NUMBERS, sums_of
 from calibcast.calib.rounding_table import MOST_OUTPUTS, OUTPUT
 from calibcast.calib.rounding_tape import Call, Tape, Value
 from calibcast.calib.twins import compares, selects
@@ -268,7 +268,7 @@ class Sweep:
         if counts:  # not as a factor: 0 * inf is NaN
             self._add_local(found, numbers[0], value)
         found.nonfinite += int(numbers[2])
-        for column, part in zip(columns, numbers[1::3], strict=False):
+        for column, part in zip(columns, numbers[1::NUMBERS], strict=False):
             found.noise[column] += math.inf if math.isnan(part) else part
         if found.nonfinite:
             found.noise = [math.inf] * self._columns
@@ -304,7 +304,7 @@ class Sweep:
             lost = numbers[2]  # how many channels
             self._add_local(found, numbers[0] * each, value)
             found.nonfinite += int(lost * each)
-            for column, part in zip(columns, numbers[1::3], strict=False):
+            for column, part in zip(columns, numbers[1::NUMBERS], strict=False):
                 found.noise[column] += math.inf if lost or math.isnan(part) else part
 
         self._ledger.await_(sums, note)

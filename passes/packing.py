@@ -51,8 +51,7 @@ class Packing:
         tie_of = {name: tie & self.free for tie in groups for name in tie}
         between = {name for edge in self._edges for name in edge.edge.movers}
         self._movers = (between & self.free) - tie_of.keys()
-        self._always = {name for name, limit in course.thresholds.items() if limit == ALWAYS}
-        self._low = course.thresholds.keys() - self.free - self._always
+        self._low = {name for name, limit in course.thresholds.items() if limit != ALWAYS} - self.free
         self.groups = sorted({tie_of.get(n, frozenset({n})) for n in self.free - self._movers}, key=min)
         self._group_of = {name: group for group in self.groups for name in group}
         self._worth = _shares(course.thresholds, sizes, work)

@@ -168,14 +168,10 @@ class Proving:
         least_db: end with the first batch that has less. What was the worst before is run first.
         """
         seen, twice = _Seen(), _Seen()
-        runner = self._emulated(plan)
-        replayed = ReplayedRunner(runner)
+        runner = ReplayedRunner(self._emulated(plan))
         for batch in [*self.batches, *self.doubled] if least_db is None else self._worst_first():
             into = twice if batch.doubled else seen
-            if batch.begins:
-                runner.reset()
-            with self._draws.of_batch(batch.index):
-                into.take(replayed.run_batch(_copies(batch.flat), batch.index), batch.results, batch)
+            into.take(self._ran(runner, batch), batch.results, batch)
             if least_db is not None and (into.nonfinite or decibels(into.worst.noise) < least_db):
                 break
         most = max(seen.worst, twice.worst, key=lambda worst: worst.noise)
@@ -256,7 +252,7 @@ class Proving:
         self._ran(runner, batch, watch)
         return counts
 
-    def _ran(self, runner: ProgramRunner, batch: Batch, watch: Watch | None = None) -> list[Any]:
+    def _ran(self, runner: ProgramRunner | ReplayedRunner, batch: Batch, watch: Watch | None = None) -> list[Any]:
         """The results of a batch."""
         if batch.begins:
             runner.reset()
