@@ -79,11 +79,13 @@ class Replays(Generic[T, P]):
         prepare: Callable[[list[Any]], P],
         fixed: Sequence[bool] = (),
         record: Callable[[torch.device, Callable[[], T]], tuple[T, Callable[[], None]]] = recorded,
+        forget: Callable[[T], None] = lambda result: None,
     ) -> None:
         """work: gets the inputs, and what `prepare` made of them before the recording. fixed: those that are the same
-        tensors in each call, such as weights.
+        tensors in each call, such as weights. forget: called with a result that is no longer needed.
         """
         self._device, self._work, self._prepare, self._fixed, self._record = device, work, prepare, fixed, record
+        self._forget = forget
         self._held: _Recording[T] | None = None
         self._failures = 0
         self.replayed = 0
@@ -95,7 +97,7 @@ class Replays(Generic[T, P]):
         """
         key = _key(inputs)
         if self._held is None or self._held.key != key:
-            self._held = None  # first, so that its memory can be used
+            self._let_go()  # first, so that its memory can be used
             self._held = self._recorded(key, inputs) if self._failures < _TRIES else None
         if (held := self._held) is None:
             return None
@@ -109,7 +111,13 @@ class Replays(Generic[T, P]):
 
     def give_up(self) -> None:
         """Record nothing more, and free the memory of the recording."""
-        self._held, self._failures = None, _TRIES
+        self._let_go()
+        self._failures = _TRIES
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._forget(self._held.result)
+        self._held = None
 
     def _recorded(self, key: Any, inputs: Sequence[Any]) -> _Recording[T] | None:
         fixed = [*self._fixed, *[False] * (len(inputs) - len(self._fixed))]

@@ -148,9 +148,11 @@ class RoundingObserver:
         """
         if self._known_outputs:
             return empty_signs(self._known_outputs, self._runner.device)
-        made = record(self._graph, operands, self._runner.moved_to).outputs
-        given = [value for value, users in zip(made, self._results, strict=True) if users and value is not None]
-        return empty_signs([value.tensor for value in given])
+        tape = record(self._graph, operands, self._runner.moved_to)
+        given = [value for value, users in zip(tape.outputs, self._results, strict=True) if users and value is not None]
+        signs = empty_signs([value.tensor for value in given])
+        tape.forget()
+        return signs
 
     @cached_property
     def _known_outputs(self) -> list[torch.Tensor]:
@@ -167,7 +169,11 @@ class RoundingObserver:
 
     def _launched(self, operands: Sequence[Any], signs: list[torch.Tensor]) -> tuple[Sweep, list[torch.Tensor]]:
         sweep = self._begun(operands, 0, signs)
-        sweep.launch()
+        try:
+            sweep.launch()
+        except BaseException:
+            sweep.forget()
+            raise
         return sweep, signs
 
     @cached_property
@@ -178,7 +184,9 @@ class RoundingObserver:
         kernel_for(torch.empty(0, device=self._runner.device).device)  # tried out before a recording begins
         specs = self._runner.program.graph_signature.input_specs
         fixed = [spec.kind != InputKind.USER_INPUT for spec in specs]
-        return Replays(self._runner.device, self._launched, self._signs, fixed)
+        return Replays(
+            self._runner.device, self._launched, self._signs, fixed, forget=lambda launched: launched[0].forget()
+        )
 
     def _take(self, measured: Findings, index: int) -> None:
         into = self.record.statistics

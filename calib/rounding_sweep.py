@@ -77,11 +77,19 @@ class Sweep:
         )
 
     def run(self) -> Findings:
-        """What was found at each edge that the tape has, for each low type."""
-        self.launch()
-        found = self.finish(self._seed)
+        """What was found at each edge that the tape has, for each low type. The tape is used up."""
+        try:
+            self.launch()
+            found = self.finish(self._seed)
+        finally:
+            self.forget()
         assert found is not None, "only a blind sweep can be unsound"
         return found
+
+    def forget(self) -> None:
+        """Let go of the tape and of all other tensors: the sweep is of no use then. It is in cycles with its notes."""
+        self._tape.forget()
+        vars(self).clear()
 
     def launch(self) -> None:
         """Ask the device for all sums. Unless the sweep is blind, the host waits for it here and there."""

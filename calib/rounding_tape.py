@@ -110,13 +110,28 @@ class Tape:
     made: dict[Source, Value]
     outputs: list[Value | None]
 
+    def forget(self) -> None:
+        """Let go of all tensors: the tape is of no use then. Calls and values refer to each other, so without this a
+        batch's activations would stay in memory until Python next collects cycles.
+        """
+        for call in self.calls:
+            call.leaves, call.raw = {}, ()
+            for value in (*call.inputs, *call.outputs):
+                if value is not None and hasattr(value, "tensor"):
+                    del value.tensor
+
 
 def record(graph_module: fx.GraphModule, operands: Sequence[Any], device: torch.device | None = None) -> Tape:
     """Run a flat graph on the values of its placeholders, with gradients.
 
     device: where device arguments are moved to; None leaves them. Raises NodeError where a node raises.
     """
-    return _Recorder(graph_module, device).run(operands)
+    recorder = _Recorder(graph_module, device)
+    try:
+        return recorder.run(operands)
+    except BaseException:
+        recorder.tape.forget()
+        raise
 
 
 class _Recorder:
@@ -127,7 +142,7 @@ class _Recorder:
         self._roots: Roots = storage_roots(graph_module)
         self._order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
         self._env: dict[fx.Node, Any] = {}
-        self._tape = Tape([], {}, [])
+        self.tape = Tape([], {}, [])
 
     def run(self, operands: Sequence[Any]) -> Tape:
         waiting = iter(operands)
@@ -142,17 +157,17 @@ class _Recorder:
                 self._env[node] = self._input(node, _attribute(self._module, str(node.target)))
             elif node.op == "output":
                 results = pytree.tree_leaves(fx.map_arg(node.args[0], self._env.__getitem__))
-                self._tape.outputs.extend(r if isinstance(r, Value) else None for r in results)
+                self.tape.outputs.extend(r if isinstance(r, Value) else None for r in results)
             else:
                 self._call(node)
-        return self._tape
+        return self.tape
 
     def _input(self, node: fx.Node, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         source = (qualified_name(node), 0)
         made = Value(value.detach(), frozenset({source} if value.dtype == torch.float32 else ()))
-        self._tape.made[source] = made
+        self.tape.made[source] = made
         return made
 
     def _call(self, node: fx.Node) -> None:
@@ -219,7 +234,7 @@ class _Recorder:
         )
         for value in call.inputs:
             value.readers.append(call)
-        self._tape.calls.append(call)
+        self.tape.calls.append(call)
         results = [v if v is not None else r for v, r in zip(call.outputs, plain, strict=True)]
         count = len(results) - len(call.written)
         if call.node is not None and not isinstance(call.node.meta.get("val"), (list, tuple)):
@@ -235,7 +250,7 @@ class _Recorder:
         value.position = position
         value.computed = not call.mover or any(v.computed for v in call.inputs)
         if not call.mover:
-            self._tape.made[own] = value
+            self.tape.made[own] = value
         return value
 
     def _rebind(self, target: fx.Node, new: Value | None, writer: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.range_diff import range_diff
 from calibcast.calib.rounded_runner import RoundedRunner
 from calibcast.calib.rounding import rounded, rounded_otherwise
+from calibcast.calib.rounding_evidence import RoundingObserver
 from calibcast.calib.rounding_table import ROUNDING_KEY, ROUNDING_SCHEMA, rounding_gaps
 from calibcast.calib.rounding_tape import Call
 from torch import nn
@@ -502,3 +504,53 @@ def test_the_watch_on_poles_follows_paths_that_meet_again_once() -> None:
         patch.setattr(Call, "perform", counted)
         calibrate(program, [torch.rand(4) + 1], progress=False, rounding_batches=1)
     assert calls < 20_000
+
+
+@pytest.mark.parametrize("scores", [1.0, math.nan])
+def test_a_batch_leaves_nothing_in_memory(scores: float) -> None:
+    """Without Python's collection of cycles: the activations of several batches would pile up until it runs."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y = torch.softmax(x @ x.mT * scores, -1)
+        return torch.round(y * 4) + y / x.sum(-1, keepdim=True).exp()
+
+    program = exported(function, torch.randn(2, 41, 41))
+    observer = RoundingObserver(ProgramRunner(program), 3)
+    before = tensors_of(41)
+    gc.disable()
+    try:
+        for index in range(3):
+            observer.measure([torch.randn(2, 41, 41)], index, {})
+        assert tensors_of(41) == before
+    finally:
+        gc.enable()
+
+
+def test_a_batch_that_fails_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = exported(lambda x: (x @ x.mT).exp().sum(-1), torch.randn(2, 43, 43))
+    observer = RoundingObserver(ProgramRunner(program), 1)
+    perform, calls = Call.perform, []
+
+    def failing(self: Call, *given: Any) -> Any:
+        calls.append(self)
+        if len(calls) > 2:
+            raise RuntimeError("no memory")
+        return perform(self, *given)
+
+    monkeypatch.setattr(Call, "perform", failing)
+    before = tensors_of(43)
+    gc.disable()
+    try:
+        observer.measure([torch.randn(2, 43, 43)], 0, {})
+        calls.clear()
+        assert tensors_of(43) == before
+    finally:
+        gc.enable()
+    assert rounding_gaps(observer.record.frame()).height
+
+
+def tensors_of(size: int) -> int:
+    """How many tensors there are whose last dimension has this size. Collects cycles unless that is switched off."""
+    if gc.isenabled():
+        gc.collect()
+    return sum(type(t) is torch.Tensor and t.shape[-1:] == (size,) for t in gc.get_objects())
