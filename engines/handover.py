@@ -25,7 +25,7 @@ from calibcast.calib.sequences import FlatInputs, begins_anew
 from calibcast.engines.runtimes import BuildRequest, Runtime
 from calibcast.engines.tensorrt.builder.job import BuilderJob, Profile, encoded
 from calibcast.engines.tensorrt.cache import EngineCache, cache_key, default_folder, emptied
-from calibcast.engines.tensorrt.trial_run import Judgement, judged, trial_inputs
+from calibcast.engines.tensorrt.trial_run import Judgement, in_fp32, judged, trial_inputs
 from calibcast.passes.proof import Proof
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -47,6 +47,9 @@ class Trial(Protocol):
 
     @property
     def basis(self) -> str: ...
+
+    def prepare(self, program: ExportedProgram) -> None:
+        """Do what can be done before there is an engine of this program, such as while it is built."""
 
     def __call__(self, folder: Path, program: ExportedProgram) -> str | None: ...
 
@@ -130,6 +133,18 @@ class EngineTrial:
         self.possible = why_not is None
         self.judgement: Judgement | None = None
         self.last: Runtime | None = None
+        self._prepared: tuple[ExportedProgram, ExportedProgram] | None = None
+
+    def prepare(self, program: ExportedProgram) -> None:
+        """Make the fp32 program that its engines are held against. It is not run yet: the builder may be timing kernels
+        on the same GPU.
+        """
+        if self.possible and self._request.reference is None:
+            self._prepared = program, in_fp32(program)
+
+    def _reference(self, program: ExportedProgram) -> ExportedProgram | None:
+        given, made = self._prepared or (None, None)
+        return made if given is program else self._request.reference
 
     def __call__(self, folder: Path, program: ExportedProgram) -> str | None:
         self.judgement, self.last = Judgement(why_not=self._why_not), None
@@ -146,7 +161,7 @@ class EngineTrial:
             self.judgement = Judgement(problem=str(error))
             return str(error)
         request = self._request
-        found = judged(runtime, program, batches, request.reference, self._proven, request.carry_state)
+        found = judged(runtime, program, batches, self._reference(program), self._proven, request.carry_state)
         self.judgement = replace(found, made_up=not request.batches, basis=self.basis)
         if found.plan_problem is not None:
             _log.warning("the plan is to blame: %s", found.plan_problem)

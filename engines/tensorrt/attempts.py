@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ class Attempts:
             asked = settings_for(request.plan, program, is_rtx())[0]
             job = replace(job, settings={**asked, **job.settings})
         if request.isolate or job.ahead_of_time:
-            result = build_isolated(job, program, folder, request.build_timeout, request.progress)
+            prepare = partial(self._trial.prepare, program)
+            result = build_isolated(job, program, folder, request.build_timeout, request.progress, prepare)
         else:
             result = _build_here(job, program, folder)
         return Build(result, job, program, tuple(self._applied), widen)

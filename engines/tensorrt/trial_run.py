@@ -167,6 +167,12 @@ def judged(
     return held.judgement(len(batches))
 
 
+def in_fp32(program: ExportedProgram) -> ExportedProgram:
+    """A cast program with every node in fp32 that can be."""
+    low = [node.name for node in widenable(program)]
+    return widened(program, low) if low else program
+
+
 class _Held:
     """Compares an engine and its cast graph with fp32 on a few batches."""
 
@@ -179,8 +185,7 @@ class _Held:
         carry_state: bool,
     ) -> None:
         names = output_names(program)
-        low = [node.name for node in widenable(program)]
-        wide = reference if reference is not None else widened(program, low) if low else program
+        wide = in_fp32(program) if reference is None else reference
         runners = [ProgramRunner(p, device, carry_state=carry_state) for p in (program, wide, wide)]
         self._cast, self._wide, self._disturbed = runners
         self.draws = Draws.of(program, wide, stream=JUDGED)

@@ -12,6 +12,7 @@ from calibcast.engines import build, handover
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt import attempts as build_attempts
 from calibcast.engines.tensorrt import backend as tensorrt
+from calibcast.engines.tensorrt import trial_run
 from calibcast.engines.tensorrt.builder.isolation import (
     BUILDING,
     CONVERTING,
@@ -24,6 +25,7 @@ from calibcast.engines.tensorrt.profiles import profiles
 from calibcast.engines.tensorrt.region_search import smallest_region
 from calibcast.engines.tensorrt.remedy_search import MOST_BUILDS, can_search, operator_groups, smallest_choice
 from calibcast.engines.tensorrt.trial_run import Judgement, judged, trial_inputs, trial_problem
+from calibcast.engines.tensorrt.widening import widened
 from calibcast.passes import classify, insert_casts, tune
 from calibcast.passes.proof import Proof
 from hypothesis import given
@@ -72,7 +74,7 @@ def failing_at(monkeypatch, *names):
     """Let the builder fail at an execution context as long as one of `names` is in bf16. How often it was asked."""
     asked = []
 
-    def attempt(job, program, folder, timeout, progress=True):
+    def attempt(job, program, folder, timeout, progress=True, *rest):
         asked.append([name for name in names if computed_in(program, name) == torch.bfloat16])
         (folder / "left over").write_text("of a build that failed")
         if asked[-1]:
@@ -91,6 +93,9 @@ class Said:
 
     def __init__(self, said):
         self._said, self.judgement = said, Judgement()
+
+    def prepare(self, program):
+        pass
 
     def __call__(self, folder, program):
         return self._said(folder, program)
@@ -253,7 +258,7 @@ def test_masked_attention_that_a_remedy_puts_in_fp32_is_decomposed(monkeypatch, 
     plan = classify(program, None)
     asked = []
 
-    def attempt(job, program, folder, timeout, progress=True):
+    def attempt(job, program, folder, timeout, progress=True, *rest):
         low = computed_in(program, "scaled_dot_product_attention") == torch.float16
         asked.append((low, job.settings.get("decompose_attention"), folder.stat().st_mode & 0o777))
         raise BuilderError("context", "Unable to create an execution context", RUNNING)
@@ -312,6 +317,25 @@ def test_a_trial_that_fails_ends_no_search(planned, monkeypatch):
     assert trial(None, planned[0]) == "TensorRT refuses the engine"
 
 
+def test_what_engines_are_held_against_is_made_while_the_builder_works(planned, monkeypatch):
+    made, wide, mixed = [], trial_run.in_fp32, planned[0]
+    monkeypatch.setattr(handover, "in_fp32", lambda program: made.append(program) or wide(program))
+    monkeypatch.setattr(trial_run, "in_fp32", lambda program: pytest.fail("it is made once more"))
+
+    def load(folder, program):
+        return program.module()
+
+    request = BuildRequest(mixed, batches=[[torch.randn(2, 3, 16, 16)]])
+    trial = handover.EngineTrial(request, [], torch.device("cpu"), load)
+    trial.prepare(mixed)
+    assert made == [mixed]
+    assert trial(None, mixed) is None
+    monkeypatch.setattr(trial_run, "in_fp32", wide)
+    assert trial(None, widened(mixed, ["sigmoid"])) is None, "of another program it makes its own"
+    handover.EngineTrial(request, [], torch.device("cpu"), load, "there is no GPU").prepare(mixed)
+    assert made == [mixed]
+
+
 def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
     def attempt(*arguments):
         raise BuilderError("context", "Unable to create an execution context", BUILDING)
@@ -332,7 +356,7 @@ def test_what_a_converter_fails_at_stays_in_pytorch(planned, monkeypatch, caplog
     culprits = [node.name for node in mixed.graph.nodes if node.target is torch.ops.aten.conv2d.default]
     asked = []
 
-    def attempt(job, program, folder, timeout, progress=True):
+    def attempt(job, program, folder, timeout, progress=True, *rest):
         asked.append(job.in_pytorch)
         failing = [name for name in culprits if name not in job.in_pytorch]
         if failing:
@@ -427,7 +451,7 @@ def test_a_search_for_a_stretch_stops_when_it_may_build_no_more():
 def test_what_no_precision_mends_stays_in_pytorch_and_the_rest_becomes_an_engine(planned, monkeypatch):
     """A context that cannot be made as long as the second convolution is in an engine, whatever its type."""
 
-    def attempt(job, program, folder, timeout, progress=True):
+    def attempt(job, program, folder, timeout, progress=True, *rest):
         if "conv2d_1" not in job.in_pytorch:
             raise BuilderError("context", "Expected (exec_ctx.get() != nullptr)", BUILDING)
         return build_isolated(job, program, folder, timeout, progress)

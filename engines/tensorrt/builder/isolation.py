@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,18 @@ def prepare_builder() -> None:
 
 
 def build_isolated(
-    job: BuilderJob, program: ExportedProgram, folder: Path, timeout: float | None, progress: bool = True
+    job: BuilderJob,
+    program: ExportedProgram,
+    folder: Path,
+    timeout: float | None,
+    progress: bool = True,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> BuilderResult:
     """Build in a process of its own; the engine's files come to `folder`.
 
-    timeout: seconds after which the builder process counts as hung and is ended; None waits for ever. Raises
-    BuilderError for anything that goes wrong in the builder, and BuildError for a setting that cannot be passed to it.
+    timeout: seconds after which the builder process counts as hung and is ended; None waits for ever. meanwhile: called
+    here while the builder works. Raises BuilderError for anything that goes wrong in the builder, and BuildError for a
+    setting that cannot be passed to it.
     """
     # The builder can import what the caller can, from the same places: importing their modules registers custom
     # operators.
@@ -120,7 +126,8 @@ def build_isolated(
             with tqdm(desc="build", unit=" events", disable=None if progress else True, leave=False) as bar:
                 heard = _Progress(bar)
                 runs_here = not job.ahead_of_time and job.compiler != INDUCTOR and adapter.absent() is None
-                code = _run(builder, work, heard, timeout, runs_here)
+                aside: list[Callable[[], object]] = [*([adapter.load_package] if runs_here else []), meanwhile]
+                code = _run(builder, work, heard, timeout, aside)
                 if code == worker.NO_CUDA:
                     builder.end()
                     builder = worker.take(*wanted)  # none is kept now, so this one has a Python of its own
@@ -143,15 +150,17 @@ def _log_of(builder: Worker, work: Path) -> str:
     return (builder.said_at_start() + text)[-_TAIL:]
 
 
-def _run(builder: Worker, work: Path, heard: _Progress, timeout: float | None, runs_here: bool = False) -> int | None:
+def _run(
+    builder: Worker, work: Path, heard: _Progress, timeout: float | None, aside: Sequence[Callable[[], object]] = ()
+) -> int | None:
     """0 when the builder has answered, else its exit status, or None when it took longer than `timeout`.
 
-    runs_here: the engine will run in this process, which imports Torch-TensorRT while the builder works.
+    aside: called while the builder works. An engine that will run here needs Torch-TensorRT imported.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     builder.ask(work)  # if the builder has ended meanwhile, `lines` ends with None
-    if runs_here:
-        adapter.load_package()
+    for work_here in aside:
+        work_here()
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
