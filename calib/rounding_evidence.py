@@ -15,7 +15,7 @@ from calibcast.calib.errors import MismatchError, first_line
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.flat_regions import flat_regions
 from calibcast.calib.flattening import flatten, qualified_name
-from calibcast.calib.graph import input_targets, program_device
+from calibcast.calib.graph import input_targets, tensor_values
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.random_draws import any_may_draw, random_state, set_random_state
 from calibcast.calib.rounding import fp32_kernels
@@ -156,16 +156,16 @@ class RoundingObserver:
 
     @cached_property
     def _known_outputs(self) -> list[torch.Tensor]:
-        """The user's results, as the export has noted them; none where their sizes are open, or where they may be on
-        another device: then a run tells.
+        """The user's results, as the export has noted them; none where their sizes are open, or where the program is on
+        several devices: then a run tells. The program may have moved since the export.
         """
         results = pytree.tree_leaves(next(iter(reversed(self._graph.graph.nodes))).args[0])
         given = [node for node, users in zip(results, self._results, strict=True) if users]
-        noted = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in given]
-        tensors = [value for value in noted if isinstance(value, torch.Tensor)]
-        own = program_device(self._runner.program)
-        fixed = all(v.device == own and all(isinstance(size, int) for size in v.shape) for v in tensors)
-        return tensors if fixed and len(tensors) == len(given) else []
+        values = [node.meta.get("val") if isinstance(node, fx.Node) else None for node in given]
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        devices = {value.device for node in self._graph.graph.nodes for _, value in tensor_values(node)}
+        fixed = all(isinstance(size, int) for value in tensors for size in value.shape)
+        return tensors if fixed and len(devices) == 1 and len(tensors) == len(given) else []
 
     def _launched(self, operands: Sequence[Any], signs: list[torch.Tensor]) -> tuple[Sweep, list[torch.Tensor]]:
         sweep = self._begun(operands, 0, signs)
