@@ -15,6 +15,7 @@ from calibcast.calib.errors import MismatchError, first_line
 from calibcast.calib.execution import ProgramRunner
 from calibcast.calib.flat_regions import flat_regions
 from calibcast.calib.flattening import flatten, qualified_name
+from calibcast.calib.gc_pause import paused
 from calibcast.calib.graph import input_targets, tensor_values
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.random_draws import any_may_draw, random_state, set_random_state
@@ -52,7 +53,7 @@ class RoundingObserver:
             return
         self.record = replace(self.record, seen=self.record.seen + 1)
         try:
-            with _process_left_alone(), fp32_kernels():
+            with paused(), _process_left_alone(), fp32_kernels():
                 measured = self._sweep(flat, index, state)
         except Exception as error:
             reason = f"batch {index}: {type(error).__name__}: {first_line(error)}"
