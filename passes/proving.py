@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,10 +25,12 @@ from calibcast.passes.proof import Proof
 from calibcast.passes.rounding_plan import decibels
 from calibcast.passes.tensor_errors import most_changed
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 _log = logging.getLogger("calibcast")
 # Batches that are also run with doubled inputs: enough to see what grows, for at most two forward passes a batch.
 MOST_DOUBLED = 2
+_A_STEP = 2.0**-7  # bfloat16 moves a number by up to 2^-9
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,25 @@ class Proving:
         found = self._counted(_nonfinite, self._emulated(plan), batch)
         return [name for name, lost in found.items() if lost > expected.get(name, 0)]
 
+    def changed_steps(self, plan: PrecisionPlan, batch: Batch, names: Collection[str]) -> list[str]:
+        """Those of `names` whose results the plan moves to another step: other integers or booleans, or floating-point
+        values that differ by more than rounding them does. In graph order.
+        """
+        expected: dict[str, list[torch.Tensor]] = {}
+        found: list[str] = []
+
+        def keep(name: str, _: Any, result: Any, *__: Any) -> None:
+            if name in names:
+                expected[name] = _copies(_tensors(result))
+
+        def compare(name: str, _: Any, result: Any, *__: Any) -> None:
+            if any(map(_is_elsewhere, _tensors(result), expected.get(name, ()))):
+                found.append(name)
+
+        for runner, watch in ((self.runner, keep), (self._emulated(plan), compare)):
+            self._watched(runner, batch, watch)
+        return found
+
     def nodes_beyond(self, limit: float, batch: Batch) -> list[str]:
         """The nodes that give finite elements above `limit` in magnitude, in the program itself and in graph order."""
         return list(self._counted(lambda t: (t.abs() > limit) & t.isfinite(), self.runner, batch))
@@ -242,15 +263,18 @@ class Proving:
         counts: dict[str, int] = {}
 
         def watch(name: str, _: Any, result: Any, *__: Any) -> None:
-            tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-            count = sum(int(what(t).sum()) for t in tensors if t.is_floating_point())
+            count = sum(int(what(t).sum()) for t in _tensors(result) if t.is_floating_point())
             if count:
                 counts[name] = count
 
+        self._watched(runner, batch, watch)
+        return counts
+
+    def _watched(self, runner: ProgramRunner, batch: Batch, watch: Watch) -> None:
+        """Run a batch with the state that the batches before it leave."""
         for earlier in self._leading_to(batch):
             self._ran(runner, earlier)
         self._ran(runner, batch, watch)
-        return counts
 
     def _ran(self, runner: ProgramRunner | ReplayedRunner, batch: Batch, watch: Watch | None = None) -> list[Any]:
         """The results of a batch."""
@@ -268,6 +292,19 @@ class Proving:
             return self._batch(batch.index, flat, batch.begins, doubled=True)
         except BatchError:  # an index outside its table, or a check in the program itself
             return None
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+
+def _is_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether an element is on another step. A step that is rounded itself moves by less than `_A_STEP`."""
+    if ours.shape != theirs.shape:
+        return True
+    if not theirs.is_floating_point():
+        return not torch.equal(ours, theirs)
+    return bool(((ours - theirs).abs() > _A_STEP * torch.maximum(ours.abs(), theirs.abs())).any())
 
 
 def _nonfinite(tensor: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,21 @@ def nonfinite_paths(planning: Planning, lost: Collection[str]) -> tuple[set[str]
 
 
 def steps_of(planning: Planning) -> set[str]:
-    """The nodes whose results change by steps: they sort, compare, round or give integers. Without any, the nodes that
-    make the program's results.
-    """
+    """The nodes whose results change by steps: they sort, compare, round or give integers."""
     nodes = {c.name: c.node for c in planning.facts.nodes if c.node.op == "call_function"}
-    stepping = {name for name, node in nodes.items() if _steps(node)}
-    return stepping or planning.makers({OUTPUT})
+    return {name for name, node in nodes.items() if _steps(node)}
+
+
+def first_of(planning: Planning, names: Collection[str]) -> set[str]:
+    """Those of `names` that depend on no other of them."""
+    first, beyond = set[str](), set[fx.Node]()
+    for candidate in planning.facts.nodes:  # in graph order
+        depends = any(read in beyond for read in candidate.node.all_input_nodes)
+        if candidate.name in names and not depends:
+            first.add(candidate.name)
+        if depends or candidate.name in names:
+            beyond.add(candidate.node)
+    return first
 
 
 def nodes_around(planning: Planning, names: Collection[str], low: Collection[str], whole: bool) -> set[str]:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from calibcast.calib.errors import BudgetError, PlanError, require_kind
 from calibcast.calib.ranges import RangeTable
+from calibcast.calib.rounding_table import OUTPUT
 from calibcast.passes.classification import Planning
 from calibcast.passes.judge import default_budget
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.proving import Batch, Outcome, Proving, spare_db
-from calibcast.passes.raising import nodes_around, nonfinite_paths, steps_of
+from calibcast.passes.raising import first_of, nodes_around, nonfinite_paths, steps_of
 from calibcast.passes.relaxing import RELAXED_DB, Relaxing
 from calibcast.passes.rounding_course import NEVER
 from calibcast.passes.rounding_plan import allowance_of
@@ -199,14 +200,21 @@ class _Tuning:
         assert outcome.plan.rounding is not None
         if outcome.plan.rounding.spread and not self.at_any_cost:
             self.at_any_cost = True  # no edge is to blame, but the budget must be met
-            return 0.0 if last else allowance
+            return self._all_of_it(outcome) if last else allowance
         if (batch := self._batch_to_look_at(outcome)) is not None and self._raise_for_nonfinite(outcome, batch, last):
             return allowance
+        if not last and self._raise_for_steps_seen(outcome):
+            return allowance
         self.failing = min(self.failing, allowance)
-        wanted = 0.0 if last else self._reduced(allowance, outcome)
+        wanted = self._all_of_it(outcome) if last else self._reduced(allowance, outcome)
         if self.passed or self.barely or self._raises_more(wanted, outcome):
             return wanted
         return allowance if self._raise_for_steps(outcome, last) else None
+
+    def _all_of_it(self, outcome: Outcome) -> float:
+        """The allowance of the plan that is surest to meet the budget, for the last run. Some may go back down."""
+        self._raise_for_steps(outcome, last=True)
+        return 0.0
 
     def _look_closer(self, outcome: Outcome) -> bool:
         """Measure what rounding does to the worst channel of a run, where it has much more noise than the table says:
@@ -288,13 +296,29 @@ class _Tuning:
             self._raise(self.planning.rounding({name}) & low - self.raised.keys(), reason, -math.inf)
         return self.raised.keys() > before
 
-    def _raise_for_steps(self, outcome: Outcome, last: bool) -> bool:
-        """Raise what decides a step, where the run misses what the table of edges predicts: each edge alone changed
-        nothing, and all together do. False where nothing is left to raise.
+    def _raise_for_steps_seen(self, outcome: Outcome) -> bool:
+        """Raise what decides the first steps that were seen to change, where a run misses what the table of edges
+        predicts: each edge alone changed nothing, and all together do. False where that is not so.
         """
+        assert outcome.plan.rounding is not None
+        foreseen = outcome.plan.rounding.predicted_sqnr_db <= outcome.sqnr_db + UNFORESEEN_DB
+        if foreseen or outcome.nonfinite or not (steps := steps_of(self.planning)):
+            return False
+        changed = self.proving.changed_steps(outcome.plan, self.proving.worst_batch(outcome), steps)
+        first = first_of(self.planning, changed)
+        named = ", ".join(f"`{name}`" for name in sorted(first)[:3])
+        reason = f"a run missed the budget, and many edges together change a step at {named}"
+        return self._raise_around(first, reason, outcome, whole=False)
+
+    def _raise_for_steps(self, outcome: Outcome, last: bool) -> bool:
+        """Raise what decides any step, or makes the program's results. False where nothing is left to raise."""
         reason = "a run missed the budget, and no edge alone is to blame: many together change a step or a result"
+        names = steps_of(self.planning) or self.planning.makers({OUTPUT})
+        return self._raise_around(names, reason, outcome, last)
+
+    def _raise_around(self, names: Collection[str], reason: str, outcome: Outcome, whole: bool) -> bool:
         before = set(self.raised)
-        ring = nodes_around(self.planning, steps_of(self.planning), outcome.plan.low_precision_nodes, last)
+        ring = nodes_around(self.planning, names, outcome.plan.low_precision_nodes, whole) if names else ()
         self._raise(ring, reason, outcome.sqnr_db)
         return self.raised.keys() > before
 

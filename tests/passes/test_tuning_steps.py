@@ -37,7 +37,8 @@ def tuning(*plans: Any, **state: Any) -> _Tuning:
         course=lambda raised: SimpleNamespace(steps=[SimpleNamespace(allowance=limit) for limit in STEPS]),
         plan=lambda *asked: waiting.pop(0) if waiting else plan(),
         low_name="float16",
-        facts=SimpleNamespace(sizes={"a": 3, "b": 4}, rounding={}),
+        facts=SimpleNamespace(sizes={"a": 3, "b": 4}, rounding={}, nodes=()),
+        makers=lambda readers: set(),
     )
     proving: Any = SimpleNamespace(worst_batch=lambda outcome: "the worst")
     made = _Tuning(planning, proving, BUDGET, {})
@@ -153,6 +154,26 @@ def test_without_evidence_or_where_nothing_is_raised_the_search_ends() -> None:
     assert made._next(1e-5, outcome(30, of=same)) == 1e-5
 
 
+@pytest.mark.parametrize(
+    ("predicted", "seen", "changed", "asked"),
+    [
+        (33.1, 30, ["step"], True),
+        (33.0, 30, ["step"], False),  # as foreseen
+        (50.0, 30, [], True),  # it was not a step
+    ],
+)
+def test_where_a_run_has_more_noise_than_was_foreseen_the_steps_that_changed_are_raised(
+    monkeypatch: pytest.MonkeyPatch, predicted: float, seen: float, changed: list[str], asked: bool
+) -> None:
+    made, questions = tuning(), []
+    made.proving.changed_steps = lambda plan, batch, names: questions.append(names) or changed  # type: ignore[method-assign,assignment,func-returns-value]
+    monkeypatch.setattr("calibcast.passes.tuning.steps_of", lambda planning: {"step", "other"})
+    monkeypatch.setattr("calibcast.passes.tuning.first_of", lambda planning, names: set(names))
+    made._raise_around = lambda names, reason, outcome, whole: bool(names) and "`step`" in reason  # type: ignore[method-assign]
+    assert made._raise_for_steps_seen(outcome(seen, of=plan(predicted=predicted))) == (asked and bool(changed))
+    assert questions == ([{"step", "other"}] if asked else [])
+
+
 def test_spread_noise_is_raised_at_any_cost_and_with_the_last_run_all_of_it() -> None:
     made = tuning()
     assert made._next(1e-5, outcome(30, of=plan(spread=True))) == 1e-5
@@ -163,9 +184,12 @@ def test_spread_noise_is_raised_at_any_cost_and_with_the_last_run_all_of_it() ->
     assert passed._next(1e-5, outcome(30, of=plan(spread=True))) == 1e-5
 
 
-def test_the_last_run_allows_nothing() -> None:
+def test_the_last_run_allows_nothing_and_raises_all_that_decides_a_step() -> None:
     last = tuning(plan("a", "b"), tried=[outcome()] * 4)
+    raised: list[bool] = []
+    last._raise_for_steps = lambda outcome, last: raised.append(last) or True  # type: ignore[method-assign,func-returns-value]
     assert last._next(1e-5, outcome(30, of=plan("a"))) == 0.0
+    assert raised == [True]
     other = tuning(plan("a", "b"), tried=[outcome()] * 3)
     assert other._next(1e-5, outcome(38, of=plan("a"))) == pytest.approx(1e-5 / 10**0.35)
     assert other.failing == 1e-5
