@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from calibcast.calib.batches import numbered, signature_of
 from calibcast.calib.errors import BatchError, first_line
 from calibcast.calib.execution import ProgramRunner, Watch
+from calibcast.calib.operators.operator import Operator
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.plain_tensors import readable
 from calibcast.calib.random_draws import Draws
@@ -30,7 +31,11 @@ from torch.utils import _pytree as pytree
 _log = logging.getLogger("calibcast")
 # Batches that are also run with doubled inputs: enough to see what grows, for at most two forward passes a batch.
 MOST_DOUBLED = 2
-_A_STEP = 2.0**-7  # bfloat16 moves a number by up to 2^-9
+# Smaller relative differences are none of steps: bfloat16 moves a number by up to 2^-9; of the largest element, where
+# there are slopes.
+_A_STEP, _A_JUMP = 2.0**-7, 0.25
+# Steps are to blame where a run has less than this share of its noise once they are held.
+_BLAMED = 0.5
 
 
 @dataclass(frozen=True)
@@ -217,24 +222,28 @@ class Proving:
         found = self._counted(_nonfinite, self._emulated(plan), batch)
         return [name for name, lost in found.items() if lost > expected.get(name, 0)]
 
-    def changed_steps(self, plan: PrecisionPlan, batch: Batch, names: Collection[str]) -> list[str]:
-        """Those of `names` whose results the plan moves to another step: other integers or booleans, or floating-point
-        values that differ by more than rounding them does. In graph order.
+    def steps_to_blame(self, outcome: Outcome, steps: Mapping[str, Operator]) -> list[str]:
+        """The nodes among `steps` whose results are on another step under the plan, although all before them are held
+        where the program has them. None where the worst result of the run is about as bad with all of them held. In
+        graph order.
         """
+        batch = self.worst_batch(outcome)
         expected: dict[str, list[torch.Tensor]] = {}
         found: list[str] = []
 
         def keep(name: str, _: Any, result: Any, *__: Any) -> None:
-            if name in names:
+            if name in steps:
                 expected[name] = _copies(_tensors(result))
 
-        def compare(name: str, _: Any, result: Any, *__: Any) -> None:
-            if any(map(_is_elsewhere, _tensors(result), expected.get(name, ()))):
+        def hold(name: str, _: Any, result: Any, *__: Any) -> None:
+            pairs = zip(_tensors(result), expected.get(name, ()), strict=False)
+            if any([_held(steps[name], *pair) for pair in pairs]):
                 found.append(name)
 
-        for runner, watch in ((self.runner, keep), (self._emulated(plan), compare)):
-            self._watched(runner, batch, watch)
-        return found
+        self._watched(self.runner, batch, keep)
+        held = _Seen()
+        held.take(self._watched(self._emulated(outcome.plan), batch, hold), batch.results, batch)
+        return found if held.worst.noise < _BLAMED * outcome.worst_place.noise else []
 
     def nodes_beyond(self, limit: float, batch: Batch) -> list[str]:
         """The nodes that give finite elements above `limit` in magnitude, in the program itself and in graph order."""
@@ -270,11 +279,11 @@ class Proving:
         self._watched(runner, batch, watch)
         return counts
 
-    def _watched(self, runner: ProgramRunner, batch: Batch, watch: Watch) -> None:
-        """Run a batch with the state that the batches before it leave."""
+    def _watched(self, runner: ProgramRunner, batch: Batch, watch: Watch) -> list[Any]:
+        """The results of a batch, run with the state that the batches before it leave."""
         for earlier in self._leading_to(batch):
             self._ran(runner, earlier)
-        self._ran(runner, batch, watch)
+        return self._ran(runner, batch, watch)
 
     def _ran(self, runner: ProgramRunner | ReplayedRunner, batch: Batch, watch: Watch | None = None) -> list[Any]:
         """The results of a batch."""
@@ -298,13 +307,24 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
-def _is_elsewhere(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Whether an element is on another step. A step that is rounded itself moves by less than `_A_STEP`."""
-    if ours.shape != theirs.shape:
-        return True
-    if not theirs.is_floating_point():
-        return not torch.equal(ours, theirs)
-    return bool(((ours - theirs).abs() > _A_STEP * torch.maximum(ours.abs(), theirs.abs())).any())
+def _held(operator: Operator, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Put the elements of `ours` that are on another step where `theirs` are. False where none is."""
+    floating = theirs.is_floating_point()
+    if ours.shape != theirs.shape or not theirs.numel() or (floating and not operator.steps):
+        return False
+    elsewhere = _is_elsewhere(operator, ours, theirs) if floating else ours != theirs
+    if not elsewhere.any():
+        return False
+    ours.copy_(torch.where(elsewhere, theirs, ours))
+    return True
+
+
+def _is_elsewhere(operator: Operator, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Which floating-point elements are on another step: a step that is rounded itself stays where it is. Where there
+    is a slope between the steps, such as those of a remainder, a step is as high as the largest element.
+    """
+    size = theirs.abs().max() * _A_JUMP if operator.slopes else _A_STEP * torch.maximum(ours.abs(), theirs.abs())
+    return (ours - theirs).abs() > size
 
 
 def _nonfinite(tensor: torch.Tensor) -> torch.Tensor:

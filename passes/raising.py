@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from calibcast.calib.graph import base_op, tensor_values
 from calibcast.calib.operators import operator_of
-from calibcast.calib.operators.operator import ORDER, STEP
+from calibcast.calib.operators.operator import ORDER, STEP, Operator
 from calibcast.calib.rounding_table import OUTPUT
 from calibcast.passes.classification import Planning
 from torch import fx
@@ -30,22 +30,10 @@ def nonfinite_paths(planning: Planning, lost: Collection[str]) -> tuple[set[str]
     return seen, first
 
 
-def steps_of(planning: Planning) -> set[str]:
-    """The nodes whose results change by steps: they sort, compare, round or give integers."""
+def steps_of(planning: Planning) -> dict[str, Operator]:
+    """The nodes whose results change by steps, each with its operator: they sort, compare, round or give integers."""
     nodes = {c.name: c.node for c in planning.facts.nodes if c.node.op == "call_function"}
-    return {name for name, node in nodes.items() if _steps(node)}
-
-
-def first_of(planning: Planning, names: Collection[str]) -> set[str]:
-    """Those of `names` that depend on no other of them."""
-    first, beyond = set[str](), set[fx.Node]()
-    for candidate in planning.facts.nodes:  # in graph order
-        depends = any(read in beyond for read in candidate.node.all_input_nodes)
-        if candidate.name in names and not depends:
-            first.add(candidate.name)
-        if depends or candidate.name in names:
-            beyond.add(candidate.node)
-    return first
+    return {name: operator_of(base_op(node.target)) for name, node in nodes.items() if _steps(node)}
 
 
 def nodes_around(planning: Planning, names: Collection[str], low: Collection[str], whole: bool) -> set[str]:

@@ -17,7 +17,7 @@ from calibcast.passes.judge import default_budget
 from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.proving import Batch, Outcome, Proving, spare_db
-from calibcast.passes.raising import first_of, nodes_around, nonfinite_paths, steps_of
+from calibcast.passes.raising import nodes_around, nonfinite_paths, steps_of
 from calibcast.passes.relaxing import RELAXED_DB, Relaxing
 from calibcast.passes.rounding_course import NEVER
 from calibcast.passes.rounding_plan import allowance_of
@@ -297,23 +297,22 @@ class _Tuning:
         return self.raised.keys() > before
 
     def _raise_for_steps_seen(self, outcome: Outcome) -> bool:
-        """Raise what decides the first steps that were seen to change, where a run misses what the table of edges
-        predicts: each edge alone changed nothing, and all together do. False where that is not so.
+        """Raise what decides the steps that a run has changed, where it has more noise than the table of edges predicts
+        and these make it: each edge alone changed nothing, and all together do. False where that is not so.
         """
         assert outcome.plan.rounding is not None
         foreseen = outcome.plan.rounding.predicted_sqnr_db <= outcome.sqnr_db + UNFORESEEN_DB
         if foreseen or outcome.nonfinite or not (steps := steps_of(self.planning)):
             return False
-        changed = self.proving.changed_steps(outcome.plan, self.proving.worst_batch(outcome), steps)
-        first = first_of(self.planning, changed)
-        named = ", ".join(f"`{name}`" for name in sorted(first)[:3])
+        changed = self.proving.steps_to_blame(outcome, steps)
+        named = ", ".join(f"`{name}`" for name in changed[:3])
         reason = f"a run missed the budget, and many edges together change a step at {named}"
-        return self._raise_around(first, reason, outcome, whole=False)
+        return self._raise_around(changed, reason, outcome, whole=False)
 
     def _raise_for_steps(self, outcome: Outcome, last: bool) -> bool:
         """Raise what decides any step, or makes the program's results. False where nothing is left to raise."""
         reason = "a run missed the budget, and no edge alone is to blame: many together change a step or a result"
-        names = steps_of(self.planning) or self.planning.makers({OUTPUT})
+        names = set(steps_of(self.planning)) or self.planning.makers({OUTPUT})
         return self._raise_around(names, reason, outcome, last)
 
     def _raise_around(self, names: Collection[str], reason: str, outcome: Outcome, whole: bool) -> bool:

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from calibcast import calibrate, classify
 from calibcast.calib import BudgetError
-from calibcast.passes.proving import Batch, Outcome, Proving, Worst, _Seen, spare_db
+from calibcast.calib.operators import operator_of
+from calibcast.passes.proving import Batch, Outcome, Proving, Worst, _held, _Seen, spare_db
 from calibcast.passes.tuning import _Tuning
+
+from tests.passes.measured import exported
 
 INF = math.inf
 BUDGET = 40.0
@@ -166,12 +170,47 @@ def test_where_a_run_has_more_noise_than_was_foreseen_the_steps_that_changed_are
     monkeypatch: pytest.MonkeyPatch, predicted: float, seen: float, changed: list[str], asked: bool
 ) -> None:
     made, questions = tuning(), []
-    made.proving.changed_steps = lambda plan, batch, names: questions.append(names) or changed  # type: ignore[method-assign,assignment,func-returns-value]
-    monkeypatch.setattr("calibcast.passes.tuning.steps_of", lambda planning: {"step", "other"})
-    monkeypatch.setattr("calibcast.passes.tuning.first_of", lambda planning, names: set(names))
+    made.proving.steps_to_blame = lambda outcome, names: questions.append(names) or changed  # type: ignore[method-assign,assignment,func-returns-value]
+    monkeypatch.setattr("calibcast.passes.tuning.steps_of", lambda planning: {"step": None})
     made._raise_around = lambda names, reason, outcome, whole: bool(names) and "`step`" in reason  # type: ignore[method-assign]
     assert made._raise_for_steps_seen(outcome(seen, of=plan(predicted=predicted))) == (asked and bool(changed))
-    assert questions == ([{"step", "other"}] if asked else [])
+    assert questions == ([{"step": None}] if asked else [])
+
+
+@pytest.mark.parametrize(
+    ("operator", "ours", "theirs", "held"),
+    [
+        ("argmax", torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1, 3])),
+        ("gt", torch.tensor([True, False]), torch.tensor([True, False]), None),
+        ("round", torch.tensor([1.0, 2.0, 300.0]), torch.tensor([1.0, 3.0, 301.0]), torch.tensor([1.0, 3.0, 300.0])),
+        ("sort", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), None),  # its values have no steps
+        ("remainder", torch.tensor([0.001, 0.01]), torch.tensor([0.002, 6.27]), torch.tensor([0.001, 6.27])),
+        ("floor", torch.tensor([]), torch.tensor([]), None),
+        ("floor", torch.tensor([1.0]), torch.tensor([1.0, 2.0]), None),  # of another size: nothing to hold
+    ],
+)
+def test_elements_on_another_step_are_held(
+    operator: str, ours: torch.Tensor, theirs: torch.Tensor, held: torch.Tensor | None
+) -> None:
+    """Where a tensor has no such element, it stays as it is."""
+    before = ours.clone()
+    assert _held(operator_of(operator), ours, theirs) == (held is not None)
+    assert torch.equal(ours, before if held is None else held)
+
+
+def test_a_step_that_changes_and_does_no_harm_is_not_to_blame() -> None:
+    """A sign that becomes 0, times next to nothing, beside a sum that is far off; and one that is all there is."""
+    x = torch.linspace(-1, 1, 64).repeat(4, 1)
+    program = exported(lambda x: (x - 0.01587).sign() * x * 0.01 + (x * 1.001 + 1000 - 1000), x)
+    plan = classify(program, calibrate(program, [x], progress=False, rounding_batches=0), nodes_to_include=[".*"])
+    proving = Proving(program, [x])
+    seen = proving.run(plan)
+    assert seen.sqnr_db < 30
+    assert proving.steps_to_blame(seen, {"sign": operator_of("sign")}) == []
+    harmful = exported(lambda x: (x - 0.01587).sign() * 5, x)
+    plan = classify(harmful, calibrate(harmful, [x], progress=False, rounding_batches=0), nodes_to_include=[".*"])
+    proving = Proving(harmful, [x])
+    assert proving.steps_to_blame(proving.run(plan), {"sign": operator_of("sign")}) == ["sign"]
 
 
 def test_spread_noise_is_raised_at_any_cost_and_with_the_last_run_all_of_it() -> None:
