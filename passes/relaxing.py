@@ -86,9 +86,11 @@ class Relaxing:
         self._all = _Filling(self._packing.free, wanted)
         self._further = _Filling(self._at.high, wanted * self._at.noise / measured if known else wanted)
 
-    def run(self, raised: Mapping[str, Verdict]) -> Outcome:
-        """The best plan that was found. raised: nodes that must be high."""
-        while self.runs < MOST_RELAXING and self.taken < MOST_TAKEN:
+    def run(self, raised: Mapping[str, Verdict], most_taken: int = MOST_TAKEN) -> Outcome:
+        """The best plan that was found. raised: nodes that must be high. most_taken: how many plans are taken at most,
+        each in place of the one before.
+        """
+        while self.runs < MOST_RELAXING and self.taken < most_taken:
             candidate = self._candidate()
             if candidate is None:
                 break

@@ -18,7 +18,7 @@ from calibcast.passes.low_types import LOW_TYPES
 from calibcast.passes.plan import PrecisionPlan
 from calibcast.passes.proving import Batch, Outcome, Proving, spare_db
 from calibcast.passes.raising import nodes_around, nonfinite_paths, steps_of
-from calibcast.passes.relaxing import RELAXED_DB, Relaxing
+from calibcast.passes.relaxing import MOST_TAKEN, RELAXED_DB, Relaxing
 from calibcast.passes.rounding_course import NEVER
 from calibcast.passes.rounding_plan import allowance_of
 from calibcast.passes.settings import Settings
@@ -119,6 +119,7 @@ class _Tuning:
     passing: float = 0.0  # .. and the largest that met it
     looked: set[tuple[int | None, ...]] = field(default_factory=set)  # batch, output and channel
     at_any_cost: bool = False  # raise what the budget takes, also where noise is spread
+    was_sure: bool = False  # the last run had all in fp32 that may matter
 
     def run(self) -> PrecisionPlan:
         allowance: float | None = allowance_of(self.budget)
@@ -149,7 +150,7 @@ class _Tuning:
             return best, 0
         tried = [outcome.plan for outcome in self.tried]
         relaxing = Relaxing(self.planning, course, self.budget, best, tried, self.proving.run)
-        return relaxing.run(raised), relaxing.runs
+        return relaxing.run(raised, 2 * MOST_TAKEN if self.was_sure else MOST_TAKEN), relaxing.runs
 
     def _raised_for_good(self) -> dict[str, Verdict]:
         """What stays high: all but nodes that were raised only for want of an edge to blame, where the table has noise
@@ -214,6 +215,7 @@ class _Tuning:
     def _all_of_it(self, outcome: Outcome) -> float:
         """The allowance of the plan that is surest to meet the budget, for the last run. Some may go back down."""
         self._raise_for_steps(outcome, last=True)
+        self.was_sure = True
         return 0.0
 
     def _look_closer(self, outcome: Outcome) -> bool:
