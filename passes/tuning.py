@@ -197,18 +197,19 @@ class _Tuning:
 
     def _mended(self, allowance: float, outcome: Outcome) -> float | None:
         """The allowance after a run that fell short. For NaN or Inf it raises nodes first."""
-        last = len(self.tried) == MOST_RUNS - 1 and not (self.passed or self.barely)
+        none_yet = not (self.passed or self.barely)
+        last = len(self.tried) == MOST_RUNS - 1 and none_yet
         assert outcome.plan.rounding is not None
         if outcome.plan.rounding.spread and not self.at_any_cost:
             self.at_any_cost = True  # no edge is to blame, but the budget must be met
             return self._all_of_it(outcome) if last else allowance
         if (batch := self._batch_to_look_at(outcome)) is not None and self._raise_for_nonfinite(outcome, batch, last):
             return allowance
-        if not last and self._raise_for_steps_seen(outcome):
+        if none_yet and not last and self._raise_for_steps_seen(outcome):
             return allowance
         self.failing = min(self.failing, allowance)
         wanted = self._all_of_it(outcome) if last else self._reduced(allowance, outcome)
-        if self.passed or self.barely or self._raises_more(wanted, outcome):
+        if not none_yet or self._raises_more(wanted, outcome):
             return wanted
         return allowance if self._raise_for_steps(outcome, last) else None
 
