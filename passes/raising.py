@@ -33,7 +33,7 @@ def nonfinite_paths(planning: Planning, lost: Collection[str]) -> tuple[set[str]
 def steps_of(planning: Planning) -> dict[str, Operator]:
     """The nodes whose results change by steps, each with its operator: they sort, compare, round or give integers."""
     nodes = {c.name: c.node for c in planning.facts.nodes if c.node.op == "call_function"}
-    return {name: operator_of(base_op(node.target)) for name, node in nodes.items() if _steps(node)}
+    return {name: operator for name, node in nodes.items() if (operator := _stepping(node)) is not None}
 
 
 def nodes_around(planning: Planning, names: Collection[str], low: Collection[str], whole: bool) -> set[str]:
@@ -51,13 +51,14 @@ def nodes_around(planning: Planning, names: Collection[str], low: Collection[str
     return ring
 
 
-def _steps(node: fx.Node) -> bool:
+def _stepping(node: fx.Node) -> Operator | None:
+    """The operator of a node whose results change by steps; None for other nodes."""
     read = any(_is_floating(value) for argument in node.all_input_nodes for _, value in tensor_values(argument))
     if not read or not isinstance(node.target, torch._ops.OpOverload):
-        return False
+        return None
     entry = operator_of(base_op(node.target))
     whole = any(not _is_floating(value) for _, value in tensor_values(node))
-    return entry.error in {STEP, ORDER} or entry.steps or (whole and not entry.asserts)
+    return entry if entry.error in {STEP, ORDER} or entry.steps or (whole and not entry.asserts) else None
 
 
 def _is_floating(value: torch.Tensor) -> bool:

@@ -104,6 +104,12 @@ def _has_low_work(plan: PrecisionPlan, least: float = 0.0) -> bool:
     return (nodes if math.isnan(work) else work) > least
 
 
+def _is_unforeseen(outcome: Outcome, by_db: float = UNFORESEEN_DB) -> bool:
+    """Whether a run of a plan from the table has more noise than the table predicts, by more than this."""
+    assert outcome.plan.rounding is not None
+    return outcome.plan.rounding.predicted_sqnr_db > outcome.sqnr_db + by_db
+
+
 @dataclass
 class _Tuning:
     """The state of one `tune`: what is raised so far, how much noise is allowed, and what has been run."""
@@ -128,7 +134,7 @@ class _Tuning:
                 break
             outcome = self._outcome(self.planning.plan(allowance, self.raised, self.at_any_cost))
             allowance = self._next(allowance, outcome)
-        if not self.passed and not self.barely:
+        if not self._has_plan:
             raise self._refusal()
         worth = [[o for o in found if _has_low_work(o.plan, LITTLE)] for found in (self.passed, self.barely)]
         best = min(
@@ -141,6 +147,11 @@ class _Tuning:
             return plan
         _log.warning("%s", told := self._nothing_low())
         return replace(plan, notes=(told, *plan.notes))
+
+    @property
+    def _has_plan(self) -> bool:
+        """Whether a plan was found that meets the budget."""
+        return bool(self.passed or self.barely)
 
     def _with_more_low(self, best: Outcome) -> tuple[Outcome, int]:
         """The best plan, or one with more in the low type that meets the budget, too; and how many were run for it."""
@@ -197,19 +208,18 @@ class _Tuning:
 
     def _mended(self, allowance: float, outcome: Outcome) -> float | None:
         """The allowance after a run that fell short. For NaN or Inf it raises nodes first."""
-        none_yet = not (self.passed or self.barely)
-        last = len(self.tried) == MOST_RUNS - 1 and none_yet
+        last = len(self.tried) == MOST_RUNS - 1 and not self._has_plan
         assert outcome.plan.rounding is not None
         if outcome.plan.rounding.spread and not self.at_any_cost:
             self.at_any_cost = True  # no edge is to blame, but the budget must be met
             return self._all_of_it(outcome) if last else allowance
         if (batch := self._batch_to_look_at(outcome)) is not None and self._raise_for_nonfinite(outcome, batch, last):
             return allowance
-        if none_yet and not last and self._raise_for_steps_seen(outcome):
+        if not (self._has_plan or last) and self._raise_for_steps_seen(outcome):
             return allowance
         self.failing = min(self.failing, allowance)
         wanted = self._all_of_it(outcome) if last else self._reduced(allowance, outcome)
-        if not none_yet or self._raises_more(wanted, outcome):
+        if self._has_plan or self._raises_more(wanted, outcome):
             return wanted
         return allowance if self._raise_for_steps(outcome, last) else None
 
@@ -223,11 +233,9 @@ class _Tuning:
         """Measure what rounding does to the worst channel of a run, where it has much more noise than the table says:
         that is of all channels together, and another edge may be to blame. False where that was not done.
         """
-        assert outcome.plan.rounding is not None
         place = outcome.worst_place
         key = (place.batch, place.output, place.channel)
-        foreseen = outcome.plan.rounding.predicted_sqnr_db <= outcome.sqnr_db + UNFORESEEN_DB
-        if foreseen or place.noise < OUTLYING * place.mean or self.passed or self.barely or outcome.nonfinite:
+        if not _is_unforeseen(outcome) or place.noise < OUTLYING * place.mean or self._has_plan or outcome.nonfinite:
             return False
         if key in self.looked or len(self.looked) == MOST_LOOKS or len(self.tried) == MOST_RUNS - 1:
             return False
@@ -242,9 +250,7 @@ class _Tuning:
         """The batch in which something became non-finite; or, where the run missed by far what the table predicts, the
         worst one: an Inf inside may have given a 0 at the end.
         """
-        assert outcome.plan.rounding is not None
-        unforeseen = outcome.plan.rounding.predicted_sqnr_db > outcome.sqnr_db + FAR_DB
-        return outcome.bad or (self.proving.worst_batch(outcome) if unforeseen else None)
+        return outcome.bad or (self.proving.worst_batch(outcome) if _is_unforeseen(outcome, FAR_DB) else None)
 
     def _raises_more(self, allowance: float | None, outcome: Outcome) -> bool:
         if allowance is None:
@@ -303,9 +309,7 @@ class _Tuning:
         """Raise what decides the steps that a run has changed, where it has more noise than the table of edges predicts
         and these make it: each edge alone changed nothing, and all together do. False where that is not so.
         """
-        assert outcome.plan.rounding is not None
-        foreseen = outcome.plan.rounding.predicted_sqnr_db <= outcome.sqnr_db + UNFORESEEN_DB
-        if foreseen or outcome.nonfinite or not (steps := steps_of(self.planning)):
+        if not _is_unforeseen(outcome) or outcome.nonfinite or not (steps := steps_of(self.planning)):
             return False
         changed = self.proving.steps_to_blame(outcome, steps)
         named = ", ".join(f"`{name}`" for name in changed[:3])
@@ -320,7 +324,7 @@ class _Tuning:
 
     def _raise_around(self, names: Collection[str], reason: str, outcome: Outcome, whole: bool) -> bool:
         before = set(self.raised)
-        ring = nodes_around(self.planning, names, outcome.plan.low_precision_nodes, whole) if names else ()
+        ring = nodes_around(self.planning, names, outcome.plan.low_precision_nodes, whole)
         self._raise(ring, reason, outcome.sqnr_db)
         return self.raised.keys() > before
 

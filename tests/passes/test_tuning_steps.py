@@ -26,7 +26,8 @@ def plan(
 ) -> Any:
     rounding = SimpleNamespace(spread=spread, predicted_sqnr_db=predicted, edges=("edge one", "edge two"))
     decisions = [SimpleNamespace(rule=rule)] if rule else []
-    return SimpleNamespace(high_precision_nodes=high, decisions=decisions, rounding=rounding if summary else None)
+    found = rounding if summary else None
+    return SimpleNamespace(high_precision_nodes=high, low_precision_nodes=(), decisions=decisions, rounding=found)
 
 
 def outcome(db: float = 40.0, changed: float = 0.0, nonfinite: int = 0, of: Any = None, bad: Any = None) -> Outcome:
@@ -43,6 +44,7 @@ def tuning(*plans: Any, **state: Any) -> _Tuning:
         low_name="float16",
         facts=SimpleNamespace(sizes={"a": 3, "b": 4}, rounding={}, nodes=()),
         makers=lambda readers: set(),
+        ring=lambda readers, low: set(),
     )
     proving: Any = SimpleNamespace(worst_batch=lambda outcome: "the worst")
     made = _Tuning(planning, proving, BUDGET, {})
