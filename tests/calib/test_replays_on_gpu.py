@@ -9,6 +9,7 @@ import pytest
 import torch
 from calibcast import calibrate, classify
 from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.gc_pause import paused
 from calibcast.calib.replayed_runner import ReplayedRunner
 from calibcast.calib.rounding_evidence import RoundingObserver
 from calibcast.passes.emulation import emulated
@@ -70,14 +71,11 @@ def test_evidence_gives_its_memory_back_at_once() -> None:
         observer = RoundingObserver(runner, 4)
         assert len(observer._known_outputs) == 2
         gc.collect()
-        gc.disable()
-        try:
+        with paused():
             before = torch.cuda.memory_allocated()
             for index, one in enumerate(batches):
                 observer.measure([one], index, {})
             assert not measured or torch.cuda.memory_allocated() <= before + (64 << 10)
-        finally:
-            gc.enable()
 
 
 def test_a_plan_runs_by_a_graph_as_by_launches() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from calibcast.calib import RangeTable, calibrate
 from calibcast.calib.execution import ProgramRunner
+from calibcast.calib.gc_pause import paused
 from calibcast.calib.masks import mask_tensors
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.range_diff import range_diff
@@ -517,13 +518,10 @@ def test_a_batch_leaves_nothing_in_memory(scores: float) -> None:
     program = exported(function, torch.randn(2, 41, 41))
     observer = RoundingObserver(ProgramRunner(program), 3)
     before = tensors_of(41)
-    gc.disable()
-    try:
+    with paused():
         for index in range(3):
             observer.measure([torch.randn(2, 41, 41)], index, {})
         assert tensors_of(41) == before
-    finally:
-        gc.enable()
 
 
 def test_a_batch_that_fails_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,13 +537,10 @@ def test_a_batch_that_fails_leaves_nothing_in_memory(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Call, "perform", failing)
     before = tensors_of(43)
-    gc.disable()
-    try:
+    with paused():
         observer.measure([torch.randn(2, 43, 43)], 0, {})
         calls.clear()
         assert tensors_of(43) == before
-    finally:
-        gc.enable()
     assert rounding_gaps(observer.record.frame()).height
 
 

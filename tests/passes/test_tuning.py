@@ -174,36 +174,42 @@ def test_steps_that_only_all_edges_together_change_are_mended() -> None:
     assert plan.proof.integers_changed <= 0.005
 
 
-class Routed(nn.Module):
-    """The largest of four scores picks one of four multiples of a layer."""
+class TwoLayers(nn.Module):
+    """Two seeded layers."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.gate, self.expert = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+
+class Routed(TwoLayers):
+    """The largest of four scores picks one of four multiples of a layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        picked = self.gate(x)[:, :4].argmax(-1)
-        found = torch.stack([self.expert(x) * k for k in range(1, 5)], 1)
+        picked = self.first(x)[:, :4].argmax(-1)
+        found = torch.stack([self.second(x) * k for k in range(1, 5)], 1)
         return found.gather(1, picked[:, None, None].expand(-1, 1, 32)).squeeze(1)
 
 
-class Spiking(nn.Module):
+class Spiking(TwoLayers):
     """A neuron fires above a threshold, which sets it back: a step that is late by one makes others late."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.current, self.weight = nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         level, given = torch.zeros_like(x), torch.zeros_like(x)
         for _ in range(4):
-            level = 0.8 * level + self.current(x)
+            level = 0.8 * level + self.first(x)
             fired = (level > 0.5).float()
             level = level - 0.5 * fired
-            given = given + self.weight(fired)
+            given = given + self.second(fired)
         return given
+
+
+def tuned_on_noise(net: type[nn.Module], seed: int, low: torch.dtype = torch.float16) -> PrecisionPlan:
+    torch.manual_seed(seed)
+    batches = [torch.randn(64, 32) for _ in range(6)]
+    program = torch.export.export(net().eval(), (batches[0],))
+    return tune(program, calibrate(program, batches, progress=False), batches, low_precision_type=low)
 
 
 @pytest.mark.parametrize(
@@ -214,11 +220,7 @@ def test_a_step_that_was_seen_to_change_is_mended_where_it_is(
     net: type[nn.Module], low: torch.dtype, needed: set[str], share: float
 ) -> None:
     """No edge of the table changes it. What does not lead there stays low."""
-    torch.manual_seed(2)
-    batches = [torch.randn(64, 32) for _ in range(6)]
-    program = torch.export.export(net().eval(), (batches[0],))
-    ranges = calibrate(program, batches, progress=False)
-    plan = tune(program, ranges, batches, low_precision_type=low)
+    plan = tuned_on_noise(net, 2, low)
     assert plan.proof.sqnr_db >= (26 if low == torch.bfloat16 else 40)
     assert needed <= set(plan.high_precision_nodes)
     assert plan.share()[0] >= share
@@ -228,10 +230,7 @@ def test_a_step_that_was_seen_to_change_is_mended_where_it_is(
 def test_a_plan_that_only_the_last_run_can_give_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two runs there is no time to go up ring by ring: the last one raises all that leads to a step."""
     monkeypatch.setattr(tuning, "MOST_RUNS", 2)
-    torch.manual_seed(5)
-    batches = [torch.randn(64, 32) for _ in range(6)]
-    program = torch.export.export(Spiking().eval(), (batches[0],))
-    plan = tune(program, calibrate(program, batches, progress=False), batches)
+    plan = tuned_on_noise(Spiking, 5)
     assert plan.proof.sqnr_db >= 40
     assert plan.proof.runs == 2
 
