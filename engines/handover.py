@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,10 +137,11 @@ class EngineTrial:
 
     def prepare(self, program: ExportedProgram) -> None:
         """Make the fp32 program that its engines are held against. It is not run yet: the builder may be timing kernels
-        on the same GPU.
+        on the same GPU. Where it cannot be made, the trial says so.
         """
-        if self.possible and self._request.reference is None:
-            self._prepared = program, in_fp32(program)
+        if self.possible and self._reference(program) is None:
+            with suppress(RuntimeError):
+                self._prepared = program, in_fp32(program)
 
     def _reference(self, program: ExportedProgram) -> ExportedProgram | None:
         given, made = self._prepared or (None, None)

@@ -328,12 +328,28 @@ def test_what_engines_are_held_against_is_made_while_the_builder_works(planned, 
     request = BuildRequest(mixed, batches=[[torch.randn(2, 3, 16, 16)]])
     trial = handover.EngineTrial(request, [], torch.device("cpu"), load)
     trial.prepare(mixed)
+    trial.prepare(mixed)  # of a second build with other settings
     assert made == [mixed]
     assert trial(None, mixed) is None
     monkeypatch.setattr(trial_run, "in_fp32", wide)
     assert trial(None, widened(mixed, ["sigmoid"])) is None, "of another program it makes its own"
     handover.EngineTrial(request, [], torch.device("cpu"), load, "there is no GPU").prepare(mixed)
     assert made == [mixed]
+
+
+def test_what_cannot_be_made_meanwhile_ends_no_build(planned, monkeypatch):
+    """The trial, which makes it then, says why it cannot."""
+
+    def refuse(program):
+        raise RuntimeError("no memory")
+
+    for module in (handover, trial_run):
+        monkeypatch.setattr(module, "in_fp32", refuse)
+    request = BuildRequest(planned[0], batches=[[torch.randn(2, 3, 16, 16)]])
+    trial = handover.EngineTrial(request, [], torch.device("cpu"), lambda folder, program: program.module())
+    trial.prepare(planned[0])
+    assert trial(None, planned[0]) is None
+    assert "no memory" in trial.judgement.why_not
 
 
 def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
