@@ -159,7 +159,7 @@ class EngineTrial:
             self.judgement = Judgement(why_not=f"memory ran out: {error}")
             return None
         except (ArtifactError, BuildError) as error:
-            self.judgement = Judgement(problem=str(error))
+            self.judgement = Judgement(problem=str(error), set_up=False)
             return str(error)
         request = self._request
         found = judged(runtime, program, batches, self._reference(program), self._proven, request.carry_state)

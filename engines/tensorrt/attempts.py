@@ -16,7 +16,14 @@ from calibcast.engines.handover import Trial
 from calibcast.engines.runtimes import BuildRequest
 from calibcast.engines.tensorrt.ahead_of_time import is_rtx
 from calibcast.engines.tensorrt.builder.compiling import compile_job, write_in_pytorch
-from calibcast.engines.tensorrt.builder.isolation import CONVERTING, RUNNING, BuilderError, build_isolated, failure_of
+from calibcast.engines.tensorrt.builder.isolation import (
+    BUILDING,
+    CONVERTING,
+    RUNNING,
+    BuilderError,
+    build_isolated,
+    failure_of,
+)
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.cache import emptied
 from calibcast.engines.tensorrt.region_search import MOST_BUILDS as MOST_BISECTIONS
@@ -74,7 +81,7 @@ class Attempts:
                 return self._remedied(failure)
             if (problem := self._trial(self._folder, build.program)) is None:
                 return self._judged(build)
-            wrong = BuilderError("wrong", problem, RUNNING)
+            wrong = self._failed(problem)
             if on_failure == "error":
                 raise BuildError(_advice(wrong, self._program, self._job.settings)) from wrong
             self._keep((), replace(self._judged(build), problem=problem))
@@ -106,8 +113,17 @@ class Attempts:
         except BuildError as error:
             raise BuilderError("refused", str(error)) from error
         if (problem := self._trial(self._folder, build.program)) is not None:
-            raise BuilderError("wrong", problem, RUNNING)
+            raise self._failed(problem)
         return self._judged(build)
+
+    def _failed(self, problem: str) -> BuilderError:
+        """The failure of the engine that was tried out last. The builder does not set engines up: that is done once,
+        where they run. One that cannot be set up is to blame on the build, like one that was not made.
+        """
+        judgement = self._trial.judgement
+        if judgement is None or judgement.set_up:
+            return BuilderError("wrong", problem, RUNNING)
+        return BuilderError(failure_of(BuildError.__name__, problem).kind, problem, BUILDING)
 
     def _judged(self, build: Build) -> Build:
         """The build together with what the last trial measured."""

@@ -50,7 +50,8 @@ class Judgement:
 
     problem: what is wrong with the engine; None when it is right, or could not be tried (`why_not`). plan_problem: what
     is wrong with the plan; another engine would not mend it. batches: how many were run. made_up: whether the batches
-    were made up here rather than the user's. basis: a digest of what the engine was judged by.
+    were made up here rather than the user's. basis: a digest of what the engine was judged by. set_up: whether the
+    engine could be made ready to run; `problem` says why not.
     """
 
     outputs: tuple[SeenOutput, ...] = ()
@@ -60,6 +61,7 @@ class Judgement:
     batches: int = 0
     made_up: bool = False
     basis: str = ""
+    set_up: bool = True
 
     def record(self) -> dict[str, Any]:
         """As plain data, for a manifest."""

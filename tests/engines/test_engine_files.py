@@ -14,6 +14,8 @@ from calibcast.calib.artifacts import save_json, save_program
 from calibcast.engines import Engine, build
 from calibcast.engines.tensorrt import backend as tensorrt
 from calibcast.engines.tensorrt import engine_files
+from calibcast.engines.tensorrt.builder import compiling
+from calibcast.engines.tensorrt.builder import torch_tensorrt_internals as internals
 from calibcast.engines.tensorrt.engine_files import Made, WiringError, engine_paths, read_parts, write_parts
 from calibcast.engines.tensorrt.program_device import copied
 from torch import fx, nn
@@ -78,6 +80,24 @@ def test_what_has_no_such_files_is_said_so(tmp_path):
     graph.output(graph.call_function(torch.sin, (graph.placeholder("x"),)))
     with pytest.raises(WiringError, match="stands between the engines"):
         write_parts(fx.GraphModule(nn.Module(), graph), tmp_path)
+
+
+def test_an_engine_that_torch_tensorrt_saves_itself_is_set_up_first(tmp_path, monkeypatch):
+    """Builders set no engine up, and Torch-TensorRT writes only those that are."""
+
+    class Engine(Serialised):
+        def setup_engine(self):
+            self.engine = self.engine or "ready"
+
+    engine, saved = Engine(), []
+    internals._set_up_nothing(engine)
+    assert engine.engine.are_output_tensors_unowned() is False
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.sin, (graph.placeholder("x"),)))
+    whole = fx.GraphModule(nn.Module(), graph)
+    monkeypatch.setattr(compiling.adapter, "save_module", lambda module, path: saved.append((engine.engine, path)))
+    compiling._write(whole, {"engine": engine}, tmp_path, False, Made({}, {}))
+    assert saved == [("ready", str(tmp_path / compiling.WHOLE))]
 
 
 def test_an_output_that_an_engine_does_not_give_is_refused(tmp_path):

@@ -356,11 +356,16 @@ def test_masked_attention_in_fp32_is_right():
     assert float((engine(x, keep) - wanted).norm() / wanted.norm()) < 0.02
 
 
-def test_building_in_this_process_gives_the_same(batches):
+def test_building_in_this_process_gives_the_same(batches, monkeypatch):
     torch.manual_seed(0)
     _, mixed, plan, ranges = planned(Small(), batches[:1])
     arguments = {"backend": "tensorrt", "cache": False, "progress": False}
+    from torch_tensorrt.dynamo.runtime import TorchTensorRTModule
+
+    set_up, real = [], TorchTensorRTModule.setup_engine
+    monkeypatch.setattr(TorchTensorRTModule, "setup_engine", lambda module: set_up.append(real(module)))
     here = build(mixed, plan, ranges, isolate=False, **arguments)
+    assert len(set_up) == 1, "it takes as long as the build"
     there = build(mixed, plan, ranges, **arguments)
     x = batches[0].cuda()
     torch.testing.assert_close(here(x), there(x), rtol=1e-3, atol=1e-3)

@@ -352,6 +352,37 @@ def test_what_cannot_be_made_meanwhile_ends_no_build(planned, monkeypatch):
     assert "no memory" in trial.judgement.why_not
 
 
+REFUSED = "TensorRT does not take _run_on_acc_0.engine: RuntimeError: Expected (exec_ctx.get() != nullptr)"
+
+
+def set_up_once_sigmoids_are_wide(monkeypatch):
+    """Let no engine be set up as long as the sigmoids are in bf16."""
+
+    def load(folder, program):
+        if computed_in(program, "sigmoid") == torch.bfloat16:
+            raise BuildError(REFUSED)
+        return program.module()
+
+    def trial(request, shapes):
+        return handover.EngineTrial(request, shapes, torch.device("cpu"), load)
+
+    monkeypatch.setattr(tensorrt, "_trial", trial)
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+def test_an_engine_that_cannot_be_set_up_is_mended_as_one_that_cannot_be_built(planned, monkeypatch):
+    """The builder does not set engines up, as that takes as long as the build: it is done once, where they run."""
+    set_up_once_sigmoids_are_wide(monkeypatch)
+    with pytest.raises(
+        BuildError, match=r"exec_ctx.* while building the engine. Remedy: .*on_failure='fallback' looks"
+    ):
+        ahead(planned)
+    engine = ahead(planned, on_failure="fallback")
+    assert "sigmoid" in engine.record["widened"]
+    assert engine.record["trial"]["set_up"]
+    assert "exec_ctx" in engine.record["remedies"][0]
+
+
 def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
     def attempt(*arguments):
         raise BuilderError("context", "Unable to create an execution context", BUILDING)

@@ -14,9 +14,11 @@ Checked against the sources of 2.11.0 and 2.14.0. Everything is restored when th
 - `DYNAMO_ATEN_CONVERTERS`: those of casts and copies that are an engine's output themselves say that they take no
   dynamic sizes. They do: the layer that they add knows none. A cast of an input that two engines read is such an
   output.
-- ahead of time only: `tensorrt.Runtime`, with which `TRTInterpreter.run` deserialises the finished engine, and
-  `TorchTensorRTModule.setup_engine`, which makes it ready to run. Both need a GPU, and building needs neither. Also
-  `_compiler.to_torch_device`, which moves the weights of what stays in PyTorch to a GPU.
+- `TorchTensorRTModule.setup_engine`, which makes a finished engine ready to run. TensorRT-RTX compiles kernels for it
+  then, which takes as long as the rest of the build. Engines are set up where they run, once.
+- ahead of time only: `tensorrt.Runtime`, with which `TRTInterpreter.run` deserialises the finished engine. It needs a
+  GPU, and building does not. Also `_compiler.to_torch_device`, which moves the weights of what stays in PyTorch to a
+  GPU.
 """
 
 from __future__ import annotations
@@ -84,8 +86,8 @@ def watched_conversion(
             stack.enter_context(patch(interpreter.trt, "Runtime", _Undeserialised))
             compiler = importlib.import_module("torch_tensorrt.dynamo._compiler")
             stack.enter_context(patch(compiler, "to_torch_device", lambda _: torch.device("cpu")))
-            module = importlib.import_module("torch_tensorrt.dynamo.runtime").TorchTensorRTModule
-            stack.enter_context(patch(module, "setup_engine", _set_up_nothing))
+        module = importlib.import_module("torch_tensorrt.dynamo.runtime").TorchTensorRTModule
+        stack.enter_context(patch(module, "setup_engine", _set_up_nothing))
         yield conversion
 
 
@@ -263,3 +265,10 @@ class _Idle:
 
 def _set_up_nothing(module: Any) -> None:
     module.engine = _Idle()
+
+
+def set_up(module: Any) -> None:
+    """Make an engine ready to run that was built in `watched_conversion`."""
+    if isinstance(module.engine, _Idle):
+        module.engine = None  # else it counts as set up
+        module.setup_engine()
