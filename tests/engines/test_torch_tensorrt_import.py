@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,8 @@ def test_a_tensorrt_that_is_too_new_is_named(monkeypatch, version, remedy):
 
     versions = {"torch-tensorrt-rtx": version, "tensorrt-rtx": "1.7.1"}
     monkeypatch.setattr(adapter, "metadata", SimpleNamespace(
-        version=lambda name: versions.get(name) or _missing(name), PackageNotFoundError=LookupError))  # fmt: skip
+        version=lambda name: versions.get(name) or _missing(name), PackageNotFoundError=LookupError,
+        packages_distributions=dict))  # fmt: skip
     monkeypatch.setattr(adapter, "_pass_over_missing_plugins", lambda: None)
     monkeypatch.setattr(importlib, "import_module", fails)
     with pytest.raises(BuildError) as caught:
@@ -33,6 +35,17 @@ def test_a_tensorrt_that_is_too_new_is_named(monkeypatch, version, remedy):
 
 def _missing(name):
     raise LookupError(name)
+
+
+def test_torch_tensorrt_is_told_its_distribution_and_others_are_told_all():
+    """It would look for every file of every distribution, which takes seconds."""
+    asks = "from importlib import metadata\nfound = metadata.packages_distributions()"
+    for name, told in ((adapter._ASKS, {"torch_tensorrt": ["torch-tensorrt-rtx"]}), ("transformers.utils", None)):
+        module = {"__name__": name}
+        with adapter._told_its_distribution("torch-tensorrt-rtx"):
+            exec(asks, module)
+        assert module["found"] == (told or metadata.packages_distributions())
+    assert "pytest" in metadata.packages_distributions()
 
 
 @pytest.mark.parametrize(("bindings", "plugins"), [(True, False), (True, True), (False, False)])
