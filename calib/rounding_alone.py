@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from calibcast.calib.output_noise import channel_noise
@@ -11,17 +11,22 @@ from calibcast.calib.twins import compares
 
 
 def run_alone(
-    tape: Tape, call: Call, results: tuple[object, ...], twin: Callable[[Value], torch.Tensor] | None = None
+    tape: Tape,
+    call: Call,
+    results: tuple[object, ...],
+    twin: Callable[[Value], torch.Tensor] | None = None,
+    held: Collection[Call] = (),
 ) -> tuple[list[float], int]:
     """The noise at each output of the program (0 for one that is not a tensor), and how many elements were computed.
 
     results: what `call` gives, rounded at one place. twin: rounds the other side of a comparison with what `call` picks
-    from it. Raises RuntimeError and the like where a node refuses its inputs.
+    from it. held: calls whose results stay what they were. Raises RuntimeError and the like where a node refuses its
+    inputs.
     """
     changed = changes(call, results)
     elements = 0
     for later in tape.calls[tape.calls.index(call) + 1 :]:
-        if not any(value in changed for value in later.inputs) or not any(later.outputs):
+        if not any(value in changed for value in later.inputs) or not any(later.outputs) or later in held:
             continue
         others = {v: twin(v) for v in later.inputs} if twin is not None and compares(later.node) else {}
         given = later.perform({**others, **changed})

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from calibcast.calib.rounding_edges import Edge, output_types, rounding_edges
 from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_groups import Rounder
 from calibcast.calib.rounding_statistics import RoundingRecord, RoundingStatistics
+from calibcast.calib.rounding_step_sweep import with_steps
 from calibcast.calib.rounding_sums import kernel_for
 from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep, draw_signs, empty_signs
 from calibcast.calib.rounding_table import MOST_OUTPUTS
@@ -133,9 +134,10 @@ class RoundingObserver:
             launched = self._replays.of(operands, lambda pair: draw_signs(pair[1], index))
             if launched is not None:
                 if (found := launched[0].finish(index)) is not None:
-                    return found
+                    return with_steps(launched[0], index, found)
                 self._replays.give_up()
-        return self._begun(operands, index).run()
+        sweep = self._begun(operands, index)
+        return sweep.run(partial(with_steps, sweep, index))
 
     def _begun(self, operands: Sequence[Any], index: int, signs: Sequence[torch.Tensor] | None = None) -> Sweep:
         tape = record(self._graph, operands, self._runner.moved_to)

@@ -22,9 +22,11 @@ _NEAR = 3
 class Gradients:
     """Gradients by value and column. The autograd graph of a call is freed once the call has been passed."""
 
-    def __init__(self, tape: Tape, asks: bool = True) -> None:
-        """asks: the host may wait for numbers where they are on the host."""
-        self._asks = asks
+    def __init__(self, tape: Tape, asks: bool = True, anew: bool = False) -> None:
+        """asks: the host may wait for numbers where they are on the host. anew: the calls have no autograd graphs, so
+        they are run once more.
+        """
+        self._asks, self._runs_anew = asks, anew
         self._grads: dict[Value, Grads] = defaultdict(dict)
         self._outputs = {value for value in tape.outputs if value is not None}
         self._stepping: set[Value] = set()
@@ -97,6 +99,8 @@ class Gradients:
         wanted = call.differentiable
         if not columns or not wanted:
             return False
+        if self._runs_anew:
+            call.raw = call.with_gradients(wanted) or ()
         found = self._backwards(call, columns) if call.leaves else None
         if found is None:  # the operator refused one graph for all inputs
             return any([not self._anew(call, [value], columns) for value in wanted])

@@ -37,6 +37,8 @@ class Sweep:
     the host decides by the numbers. Where the tape is a CUDA graph's, `finish` is called after each replay.
     """
 
+    _is_second = False  # whether the tape was swept before, which uses up the autograd graphs of its calls
+
     def __init__(
         self,
         tape: Tape,
@@ -55,15 +57,15 @@ class Sweep:
         whether that held.
         """
         self._coherent, self._blind = coherent, signs is not None
-        self._tape, self._edges, self._rounder, self._seed = tape, edges, rounder, seed
+        self.tape, self.edges, self.rounder, self._seed = tape, edges, rounder, seed
         self._outputs = [value for value in tape.outputs if value is not None]
         if signs is None:
             signs = empty_signs([v.tensor for v in self._outputs])
             draw_signs(signs, seed)
         self._signs = iter(signs)
         floating = sum(value.tensor.is_floating_point() for value in self._outputs)
-        self._columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
-        self._gradients = Gradients(tape, asks=not self._blind)
+        self.columns = len(self._outputs) if floating <= MOST_OUTPUTS else 1
+        self.gradients = Gradients(tape, asks=not self._blind, anew=self._is_second)
         self._refused: dict[tuple[Edge, torch.dtype], str] = {}
         self._direct: dict[tuple[Edge, torch.dtype], Found] = {}  # of the outputs' own edges
         self._measured: list[MeasuredGroup] = []
@@ -73,22 +75,24 @@ class Sweep:
         self._ledger = Ledger(self._blind)
         self._slopes: dict[tuple[Value, int], torch.Tensor] = {}
         self._poles: PoleWatch[Found] = PoleWatch(
-            self._gradients, LEAST_RUNS, self._is_finite, self._ledger if self._blind else None
+            self.gradients, LEAST_RUNS, self._is_finite, self._ledger if self._blind else None
         )
 
-    def run(self) -> Findings:
-        """What was found at each edge that the tape has, for each low type. The tape is used up."""
+    def run(self, then: Callable[[Findings], Findings] = lambda found: found) -> Findings:
+        """What was found at each edge that the tape has, for each low type. The tape is used up. then: called with what
+        was found before the tape is forgotten.
+        """
         try:
             self.launch()
             found = self.finish(self._seed)
+            assert found is not None, "only a blind sweep can be unsound"
+            return then(found)
         finally:
             self.forget()
-        assert found is not None, "only a blind sweep can be unsound"
-        return found
 
     def forget(self) -> None:
         """Let go of the tape and of all other tensors: the sweep is of no use then. It is in cycles with its notes."""
-        self._tape.forget()
+        self.tape.forget()
         vars(self).clear()
 
     def launch(self) -> None:
@@ -96,17 +100,17 @@ class Sweep:
         self._note_signals()
         for number, output in enumerate(self._outputs):
             if output.tensor.is_floating_point():
-                self._begin(output, min(number, self._columns - 1))
-        for call in reversed(self._tape.calls):
-            edges = self._edges.get(call.name, ()) if call.node is not None else ()
+                self._begin(output, min(number, self.columns - 1))
+        for call in reversed(self.tape.calls):
+            edges = self.edges.get(call.name, ()) if call.node is not None and self._looks_at(call) else ()
             for value in call.outputs if edges else ():
                 if value is not None:
-                    self._gradients.lay_as(value)
-            for group in self._rounder.groups(call, edges) if edges else ():
+                    self.gradients.lay_as(value)
+            for group in self.rounder.groups(call, edges) if edges else ():
                 for low in LOW_TYPES:
                     self._measure(call, group, low)
             self._poles.pass_on(call)
-            self._gradients.pass_on(call)
+            self.gradients.pass_on(call)
             self._slopes.clear()
         self._ledger.gather()
 
@@ -122,12 +126,15 @@ class Sweep:
         self._ledger.settle()
         if self._poles.suspects or not all(self._whole[value] for value in self._trusted):
             return None
-        runs = Runs(self._tape, self._columns, seed, self._poles.at_risk, self._twin)
+        runs = Runs(self.tape, self.columns, seed, self._poles.at_risk, self._twin)
         return runs.findings(self._measured, {**self._refused, **self._direct})
+
+    def _looks_at(self, call: Call) -> bool:
+        return True
 
     def _note_signals(self) -> None:
         """Note the energy of each value whose error is needed, and whether all of its elements are finite."""
-        read = [value for call in self._tape.calls if call.name in self._edges for value in call.outputs]
+        read = [value for call in self.tape.calls if call.name in self.edges for value in call.outputs]
         for value in dict.fromkeys([*read, *self._outputs]):
             if value is not None and value.differentiable:
                 row = self._ledger.errors(value.tensor, None, None)
@@ -155,24 +162,24 @@ class Sweep:
             [-1 if i == dimension else 1 for i in range(tensor.ndim)] if dimension is not None else [1] * tensor.ndim
         )
         grad = (next(self._signs) * 2 - 1) * scale.reshape(shape).to(tensor.dtype)
-        self._gradients.add(output, column, grad)
-        for edge in self._edges.get(OUTPUT, ()):
+        self.gradients.add(output, column, grad)
+        for edge in self.edges.get(OUTPUT, ()):
             if (edge.input, edge.output) in output.sources:
                 for low in LOW_TYPES:
-                    found, made = self._of(edge, low), self._rounder.remade(output, (edge,), low)
+                    found, made = self._of(edge, low), self.rounder.remade(output, (edge,), low)
                     if made is not tensor:
                         self._take(
                             found,
-                            Error(made, partial(self._rounder.remade, output, (edge,), low)),
+                            Error(made, partial(self.rounder.remade, output, (edge,), low)),
                             output,
                             {column: grad},
                         )
 
     def _of(self, edge: Edge, low: torch.dtype) -> Found:
-        return self._direct.setdefault((edge, low), Found([0.0] * self._columns))
+        return self._direct.setdefault((edge, low), Found([0.0] * self.columns))
 
     def _measure(self, call: Call, group: Group, low: torch.dtype) -> None:
-        one = MeasuredGroup(call, group, low, Found([0.0] * self._columns))
+        one = MeasuredGroup(call, group, low, Found([0.0] * self.columns))
         if group.added is not None and not self._coherent and (value := self._smooth(call)) is not None:
             self._take_added(one.found, group.added(low), group.along, value)
             self._keep(one)
@@ -193,23 +200,23 @@ class Sweep:
         """Keep what was measured. Edges that were rounded together share it out by the energy of their errors."""
         self._measured.append(one)
         if len(one.group.edges) > 1:
-            self._ledger.await_([self._rounder.energies(one.group, one.low)], one.note_energies)
+            self._ledger.await_([self.rounder.energies(one.group, one.low)], one.note_energies)
 
     def _look_at(self, one: MeasuredGroup, results: Results) -> None:
         """Take the errors of a call's results through the gradient, and note where that is not enough."""
         call, group, low = one.call, one.group, one.low
         twin = self._twin(call, group, low)
         for position, (value, made) in enumerate(zip(call.outputs, results, strict=True)):
-            if value is None or not self._gradients.is_used(value):
+            if value is None or not self.gradients.is_used(value):
                 continue
             if value.differentiable:
-                alone = len(results) == 1 and not self._gradients.steps_next(value) and not self._poles.watches(call)
+                alone = len(results) == 1 and not self.gradients.steps_next(value) and not self._poles.watches(call)
                 error = Error(
                     made, partial(_again, group, low, position), alone, coherent=group.coherent or self._coherent
                 )
-                self._take(one.found, error, value, self._gradients.of(value))
-                one.always |= self._gradients.is_cut(value)
-                if self._gradients.steps_next(value):
+                self._take(one.found, error, value, self.gradients.of(value))
+                one.always |= self.gradients.is_cut(value)
+                if self.gradients.steps_next(value):
                     self._step(one, value, made, twin)
             else:
                 self._count(one, made, value, needs_run=True)
@@ -225,7 +232,7 @@ class Sweep:
 
     def _twin(self, call: Call, group: Group, low: torch.dtype) -> Callable[[Value], torch.Tensor] | None:
         """Where a call picks elements: what rounds the tensor that they are compared with."""
-        return partial(self._rounder.remade, edges=group.edges, low=low) if selects(call.node) else None
+        return partial(self.rounder.remade, edges=group.edges, low=low) if selects(call.node) else None
 
     def _take(self, found: Found, error: Error, value: Value, grads: Grads) -> None:
         """Add what the error of a value does, by its gradient. Elements that are not finite in fp32 are left out."""
@@ -251,7 +258,7 @@ class Sweep:
             for column, part in zip(columns, parts, strict=True):
                 found.noise[column] += math.inf if math.isnan(part) else part
             if found.nonfinite:
-                found.noise = [math.inf] * self._columns
+                found.noise = [math.inf] * self.columns
 
         self._ledger.await_(sums, note)
 
@@ -279,7 +286,7 @@ class Sweep:
         for column, part in zip(columns, numbers[1::NUMBERS], strict=False):
             found.noise[column] += math.inf if math.isnan(part) else part
         if found.nonfinite:
-            found.noise = [math.inf] * self._columns
+            found.noise = [math.inf] * self.columns
 
     def _add_local(self, found: Found, whole: float, value: Value) -> None:
         signal = self._signals[value]
@@ -288,16 +295,16 @@ class Sweep:
     def _smooth(self, call: Call) -> Value | None:
         """The only result of a call, where the gradient alone tells what an error added to it does; else None."""
         value = call.outputs[0] if len(call.outputs) == 1 else None
-        if value is None or not self._gradients.is_used(value):
+        if value is None or not self.gradients.is_used(value):
             return None
         if not self._is_finite(value):
             return None
-        beyond = self._gradients.steps_next(value) or self._gradients.is_cut(value) or self._poles.watches(call)
+        beyond = self.gradients.steps_next(value) or self.gradients.is_cut(value) or self._poles.watches(call)
         return None if beyond else value
 
     def _take_added(self, found: Found, error: torch.Tensor, along: int, value: Value) -> None:
         """`_take` for an error [channels], constant along other dimensions: by the gradient's energy per channel."""
-        grads = self._gradients.of(value)
+        grads = self.gradients.of(value)
         for column, grad in grads.items():
             if (value, column) not in self._slopes:
                 self._slopes[value, column] = channel_norms(grad, along % value.tensor.ndim)
@@ -326,17 +333,17 @@ class Sweep:
         edges of the comparison: to round what was picked is the same as to pick from what is rounded.
         """
         for reader in value.readers:
-            steps = self._gradients.is_step(reader)
+            steps = self.gradients.is_step(reader)
             if not steps and not reader.mover:
                 continue
             other = {v: twin(v) for v in reader.inputs} if twin is not None and compares(reader.node) else {}
             for output, stepped in self._stepped(reader, reader.perform({**other, value: made})):
-                if steps and not output.differentiable and self._gradients.is_used(output):
+                if steps and not output.differentiable and self.gradients.is_used(output):
                     self._count(one, stepped, output, needs_run=not other)
                 elif steps and output.differentiable:
                     error = Error(stepped, partial(_given, stepped), counts=False)
-                    self._take(one.found, error, output, self._gradients.of(output))
-                if output.differentiable and self._gradients.steps_next(output):
+                    self._take(one.found, error, output, self.gradients.of(output))
+                if output.differentiable and self.gradients.steps_next(output):
                     self._step(one, output, stepped, twin)
 
     def _stepped(self, reader: Call, results: Results) -> Iterator[tuple[Value, torch.Tensor]]:
