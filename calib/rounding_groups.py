@@ -43,7 +43,7 @@ class Rounder:
     """Rounds the values of one tape. masks: names of makers whose values are saturated first."""
 
     def __init__(self, tape: Tape, masks: Collection[str], weights: Collection[str]) -> None:
-        self._tape, self._masks, self._weights = tape, masks, weights
+        self._tape, self._masks, self.weights = tape, masks, weights
 
     def groups(self, call: Call, edges: Sequence[Edge]) -> list[Group]:
         """The edges into a call, in groups. The parameters are one group, except a bias, which needs no call."""
@@ -63,7 +63,7 @@ class Rounder:
                 found.append(Group((edge,), lambda low: None))  # its value was overwritten
             elif self._bias(call, edge) is not None:
                 found.append(self._biased(call, edge))
-            elif edge.input in self._weights:
+            elif edge.input in self.weights:
                 weights.append(edge)
             elif any(source in value.sources and len(value.sources) > _MOST_APART for value in call.inputs):
                 joined.append(edge)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
+from calibcast.calib.errors import first_line
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_findings import Findings, Found
 from calibcast.calib.rounding_ledger import Error, parts_of
@@ -13,23 +16,28 @@ from calibcast.calib.rounding_steps import End, step_ends
 from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
+_log = logging.getLogger("calibcast")
 # What to multiply noise with: errors of float16 are 8 times smaller, and so is the noise that they make at a step, but
 # their energy, which is what the sweep measures, is 64 times smaller.
 _FACTOR = {torch.float16: 8.0, torch.bfloat16: 1.0}
 
 
 def with_steps(sweep: Sweep, seed: int, found: Findings) -> Findings:
-    """What a sweep has found, with what errors in front of steps are expected to do. Where a run of one edge has shown
-    what that does, the larger of both. The sweep must not have been forgotten.
+    """What a sweep has found, or what errors in front of steps are expected to do, where that is more. Overflow was
+    seen by the first sweep. Where this fails, such as for lack of memory, the findings stay as they are. The sweep must
+    not have been forgotten.
     """
-    ends = step_ends(sweep.tape, sweep.gradients, sweep.columns, seed)
-    if not ends:
+    try:
+        ends = step_ends(sweep.tape, sweep.gradients, sweep.rounder.weights, sweep.columns, seed)
+        noises = _StepSweep(sweep, ends, seed).noise() if ends else {}
+    except Exception as error:
+        _log.warning("what errors do in front of steps was not measured: %s", first_line(error))
         return found
-    for (edge, low), expected in _StepSweep(sweep, ends, seed).noise().items():
+    for (edge, low), expected in noises.items():
         one = found.get((edge, low))
         if isinstance(one, Found):
             pairs = zip(one.noise, (_FACTOR[low] * part for part in expected), strict=True)
-            one.noise = [max(seen, part) if one.ran else seen + part for seen, part in pairs]
+            one.noise = [max(seen, part) if math.isfinite(part) else seen for seen, part in pairs]
     return found
 
 
@@ -61,13 +69,19 @@ class _StepSweep(Sweep):
             vars(self).clear()  # but the tape, which is the first sweep's, keeps its tensors
 
     def _looks_at(self, call: Call) -> bool:
-        return any(value is not None and self.gradients.of(value) for value in call.outputs)
+        """Not at steps: an error of theirs is a whole step, and what they read has a gradient of its own."""
+        reached = any(value is not None and self.gradients.of(value) for value in call.outputs)
+        return reached and not self.gradients.is_step(call)
 
     def _begin(self, output: Value, column: int) -> None:
         """The gradient in front of steps; and what rounding does that only these steps see."""
         end = self._ends[output]
         signs = next(self._signs) * 2 - 1
-        grads = {place: end.slope * weight**0.5 for place, weight in enumerate(end.weights) if weight}
+        grads = {
+            place: (end.slope * weight**0.5).to(output.tensor.dtype)
+            for place, weight in enumerate(end.weights)
+            if weight
+        }
         for place, grad in grads.items():
             self.gradients.add(output, place, signs * grad)
         for edge in dict.fromkeys(edge for step in end.steps for edge in self.edges.get(step.name, ())):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from calibcast.calib.errors import first_line
-from calibcast.calib.rounding_alone import run_alone
+from calibcast.calib.rounding_alone import changes, run_alone
 from calibcast.calib.rounding_gradients import Gradients
 from calibcast.calib.rounding_tape import Call, Tape, Value
 from calibcast.calib.twins import selects
@@ -43,48 +43,83 @@ class End:
     weights: tuple[float, ...]
 
 
-def step_ends(tape: Tape, gradients: Gradients, columns: int, seed: int) -> list[End]:
+def step_ends(tape: Tape, gradients: Gradients, weights: Collection[str], columns: int, seed: int) -> list[End]:
     """The values in which errors change steps so much that the floating-point outputs show it.
 
-    columns: one for each output that is a tensor, or one for all of them.
+    What depends on no input of the user, such as the places of tokens, is the same in each batch: there, what was seen
+    is all there is. weights: the names of inputs that are not the user's. columns: one for each output that is a
+    tensor, or one for all of them.
     """
     steps = {call: None for call in tape.calls if gradients.is_step(call)}
-    reading: dict[Value, list[Call]] = {}
-    for call in steps:
-        for value in _origins(call):  # errors of what a step makes are whole steps, of which its own inputs tell
-            if value.maker not in steps:
-                reading.setdefault(value, []).append(call)
+    varying = _varying(tape, weights) if steps else set()
+    waiting = list(_in_front(tape, steps, varying).items())
+    first = len(waiting) * (seed % 4) // 4  # each batch begins elsewhere
     size = sum(v.tensor.numel() for call in tape.calls for v in call.outputs if v is not None)
     paid, found = _RUN_SHARE * size, list[End]()
-    for number, (value, readers) in enumerate(reading.items()):
+    for number, (value, readers) in enumerate([*waiting[first:], *waiting[:first]]):
         if paid <= 0 and number >= _LEAST_TRIED:
-            _log.debug("%d of %d values in front of steps were not tried", len(reading) - number, len(reading))
+            _log.debug("%d of %d values in front of steps were not tried", len(waiting) - number, len(waiting))
             break
         try:
-            weights, slope, elements = _tried(tape, value, steps, columns, seed + number)
+            shares, slope, elements = _tried(tape, value, readers, steps, columns, seed + number)
         except Exception as error:
             _log.debug("errors in front of %s were not tried: %s", readers[0].name, first_line(error))
             continue
         paid -= elements
-        if any(weights):
-            found.append(End(value, tuple(readers), slope, weights))
+        if any(shares):
+            found.append(End(value, tuple(readers), slope, shares))
+    return found
+
+
+def _in_front(tape: Tape, steps: Collection[Call], varying: Collection[Value]) -> dict[Value, list[Call]]:
+    """What steps read, and which steps do. What a step makes itself is left out: errors of it are whole steps, of which
+    its own inputs tell.
+    """
+    found: dict[Value, list[Call]] = {}
+    for call in steps:
+        for value in _origins(call):
+            if value in varying and value.maker not in steps:
+                found.setdefault(value, []).append(call)
+    return found
+
+
+def _varying(tape: Tape, weights: Collection[str]) -> set[Value]:
+    """The values that depend on the user's inputs, or on random numbers."""
+    found = {value for (name, _), value in tape.made.items() if value.maker is None and name not in weights}
+    for call in tape.calls:
+        if call.random_state is not None or not found.isdisjoint(call.inputs):
+            found.update(value for value in call.outputs if value is not None)
     return found
 
 
 def _origins(call: Call) -> Iterator[Value]:
-    """The computed numbers that a step reads, past movers. What was sorted or picked is left out: its errors are those
-    of what it was picked from, and alone it would no longer be one of these.
+    """The computed numbers that a step reads, past movers and past what sorts or picks: errors of what was picked are
+    those of what it was picked from. Not past a slice, of which the step reads only a part.
     """
     for value in call.inputs:
-        while value.maker is not None and value.maker.mover and len(value.maker.inputs) == 1:
-            value = value.maker.inputs[0]
-        real = value.computed and value.tensor.is_floating_point()
-        if real and value.maker is not None and not selects(value.maker.node):
+        while (before := _before(value)) is not None:
+            value = before
+        if value.computed and value.tensor.is_floating_point() and value.maker is not None:
             yield value
 
 
+def _before(value: Value) -> Value | None:
+    maker = value.maker
+    if maker is None or len(maker.inputs) != 1:
+        return None
+    [source] = maker.inputs
+    moved = maker.mover and (source.tensor.numel() <= value.tensor.numel() or _is_picked(source))
+    return source if moved or selects(maker.node) else None
+
+
+def _is_picked(value: Value) -> bool:
+    while value.maker is not None and value.maker.mover and len(value.maker.inputs) == 1:
+        value = value.maker.inputs[0]
+    return value.maker is not None and selects(value.maker.node)
+
+
 def _tried(
-    tape: Tape, value: Value, steps: Collection[Call], columns: int, seed: int
+    tape: Tape, value: Value, readers: Sequence[Call], steps: Collection[Call], columns: int, seed: int
 ) -> tuple[tuple[float, ...], torch.Tensor, int]:
     """Run the program with errors in a value, with all steps free and with all held. The weights and the slope of an
     `End`, and how many elements that took. No weight where steps do not matter.
@@ -92,16 +127,32 @@ def _tried(
     assert value.maker is not None
     size = _size_of_errors(value.tensor)
     made = _with_errors(value.tensor, size, seed)
-    results = tuple(made if v is value else None if v is None else v.tensor for v in value.maker.outputs)
-    free, elements = _noise(tape, value.maker, results, columns)
-    weights = [0.0] * columns
-    if max(free) > _LEAST:
-        held, more = _noise(tape, value.maker, results, columns, steps)
-        elements += more
-        count = max(int((size > 0).sum()), 1)
-        pairs = zip(free, held, strict=True)
-        weights = [(a - b) / count if 2 * b < a < math.inf and a - b > _LEAST else 0.0 for a, b in pairs]
+    weights, elements = [0.0] * columns, 0
+    if _steps_change(tape, value, made, readers):
+        results = tuple(made if v is value else None if v is None else v.tensor for v in value.maker.outputs)
+        free, elements = _noise(tape, value.maker, results, columns)
+        if max(free) > _LEAST:
+            held, more = _noise(tape, value.maker, results, columns, steps)
+            elements += more
+            count = max(int((size > 0).sum()), 1)
+            pairs = zip(free, held, strict=True)
+            weights = [(a - b) / count if 2 * b < a < math.inf and a - b > _LEAST else 0.0 for a, b in pairs]
     return tuple(weights), torch.where(size > 0, 1 / size, 0.0), elements
+
+
+def _steps_change(tape: Tape, value: Value, made: torch.Tensor, readers: Sequence[Call]) -> bool:
+    """Whether these steps give something else for `made` than for the value. Most masks never do."""
+    assert value.maker is not None
+    changed = {value: made}
+    for call in tape.calls[tape.calls.index(value.maker) + 1 :]:
+        if call not in readers and not call.mover and not selects(call.node):
+            continue
+        if any(v in changed for v in call.inputs):
+            news = changes(call, call.perform(changed))
+            if call in readers and news:
+                return True
+            changed |= news
+    return False
 
 
 def _noise(
@@ -118,16 +169,22 @@ def _noise(
 
 
 def _size_of_errors(tensor: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of the errors of each element. A sum has errors like those of its terms, however small it
-    is itself, so it is relative to the median magnitude at least. Zeros, such as those of a ReLU, and infinities stay.
+    """The standard deviation of the errors of each element, in fp32 at least. A sum has errors like those of its terms,
+    however small it is itself, so it is relative to the median magnitude at least. What is never negative stays so.
+    Zeros, such as those of a ReLU, and infinities have none.
     """
-    magnitude = tensor.abs()
+    magnitude = tensor.abs().to(torch.promote_types(tensor.dtype, torch.float32))
     sound = (magnitude > 0) & magnitude.isfinite()
     known = magnitude[sound]
-    typical = known.median() if known.numel() else magnitude.new_zeros(())
-    return torch.where(sound, _REFERENCE * torch.maximum(magnitude, typical), 0.0)
+    if not known.numel():
+        return torch.zeros_like(magnitude)
+    size = _REFERENCE * torch.maximum(magnitude, known.median())
+    if not (tensor < 0).any():
+        size = torch.minimum(size, magnitude / 8)
+    return torch.where(sound, size, 0.0)
 
 
 def _with_errors(tensor: torch.Tensor, size: torch.Tensor, seed: int) -> torch.Tensor:
     generator = torch.Generator(tensor.device).manual_seed(seed)
-    return tensor + size * torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+    noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=size.dtype)
+    return (tensor + size * noise).to(tensor.dtype)

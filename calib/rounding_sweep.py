@@ -4,6 +4,9 @@ The tape is swept backwards, so the gradient g of the outputs is known at each c
 reads, the call is run again with that tensor rounded, which gives the error delta of its results. The outputs have
 random signs, and each channel is divided by its own power. Then sum((g * delta)^2) is the noise-to-signal ratio at the
 outputs, apart from the covariance of the errors (Hutchinson's estimator, with one draw).
+
+Steps (floor, argmax, comparisons) have no gradient. Edges next to one are run alone where they change it
+(`rounding_runs`); what all errors in front of one do is foreseen afterwards (`rounding_step_sweep`).
 """
 
 from __future__ import annotations

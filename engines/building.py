@@ -62,7 +62,8 @@ def build(  # noqa: PLR0913 - the public contract
             nodes in fp32), apply it and say so in `engine.record`.
         isolate: build in a separate process, so that a crash or a hang of the builder is only an error here. Without
             it, the build saves the start of that process, but a crash of the builder ends this process.
-        build_timeout: seconds after which the builder process counts as hung; None waits for ever.
+        build_timeout: seconds after which the builder process counts as hung; None waits for ever. Setting the engine
+            up, which this process does, is not counted.
         cache: keep engines in the user's cache folder (True; see `CALIBCAST_CACHE`), in a folder, or not (False).
         cache_size: bytes that the cache may take; the least recently used engines are removed first.
         batches, transform: data as `calibrate` takes them. On a GPU the engine is run on up to two of these batches,

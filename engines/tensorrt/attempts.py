@@ -81,10 +81,11 @@ class Attempts:
                 return self._remedied(failure)
             if (problem := self._trial(self._folder, build.program)) is None:
                 return self._judged(build)
-            wrong = self._failed(problem)
+            wrong = self._failed(problem, build)
             if on_failure == "error":
                 raise BuildError(_advice(wrong, self._program, self._job.settings)) from wrong
-            self._keep((), replace(self._judged(build), problem=problem))
+            if wrong.kind == "wrong":  # else there is no engine that could be handed over
+                self._keep((), replace(self._judged(build), problem=problem))
             return self._remedied(wrong)
 
     def _attempt(self, job: BuilderJob, widen: tuple[str, ...] = ()) -> Build:
@@ -113,17 +114,18 @@ class Attempts:
         except BuildError as error:
             raise BuilderError("refused", str(error)) from error
         if (problem := self._trial(self._folder, build.program)) is not None:
-            raise self._failed(problem)
+            raise self._failed(problem, build)
         return self._judged(build)
 
-    def _failed(self, problem: str) -> BuilderError:
+    def _failed(self, problem: str, build: Build) -> BuilderError:
         """The failure of the engine that was tried out last. The builder does not set engines up: that is done once,
         where they run. One that cannot be set up is to blame on the build, like one that was not made.
         """
         judgement = self._trial.judgement
         if judgement is None or judgement.set_up:
             return BuilderError("wrong", problem, RUNNING)
-        return BuilderError(failure_of(BuildError.__name__, problem).kind, problem, BUILDING)
+        kind = failure_of(BuildError.__name__, problem).kind
+        return BuilderError(kind, problem, BUILDING, layers=tuple(build.result.layers))
 
     def _judged(self, build: Build) -> Build:
         """The build together with what the last trial measured."""

@@ -8,8 +8,9 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from calibcast.calib import calibrate
+from calibcast.calib import calibrate, rounding_step_sweep
 from calibcast.calib.flattening import flatten
+from calibcast.calib.graph import input_targets
 from calibcast.calib.output_noise import channel_noise
 from calibcast.calib.rounding_gradients import Gradients
 from calibcast.calib.rounding_steps import End, step_ends
@@ -26,7 +27,7 @@ def ends(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> list[End]:
     program = torch.export.export(ApplyToX(function).eval(), (x,))
     with torch.no_grad():
         tape = record(flatten(program.graph_module), [*program.constants.values(), x])
-    return step_ends(tape, Gradients(tape), len(tape.outputs), 0)
+    return step_ends(tape, Gradients(tape), frozenset(input_targets(program)), len(tape.outputs), 0)
 
 
 def curve(x: torch.Tensor) -> torch.Tensor:
@@ -84,6 +85,12 @@ def kept_largest(x: torch.Tensor) -> torch.Tensor:
     return torch.where(apart >= least, apart * 1e-3, apart)
 
 
+def router(x: torch.Tensor) -> torch.Tensor:
+    """Two of 16 experts, whose scores are far apart. What errors do to the shares is no step."""
+    best = (x.argsort(-1) * 4.0 + x).topk(2)
+    return (TABLE[best.indices] * (best.values * 8).softmax(-1)[..., None]).sum(1)
+
+
 HARMLESS: dict[str, Callable[[torch.Tensor], Any]] = {
     "interpolated": interpolated,
     "picked": kept_largest,
@@ -91,8 +98,58 @@ HARMLESS: dict[str, Callable[[torch.Tensor], Any]] = {
     "zeros": lambda x: torch.where(torch.relu(x.sign() * 2) > 0, 1.0, x),
     "smooth": lambda x: curve(x),
     "integers": lambda x: (curve(x).floor().long(), x * 2),  # these are counted where they change
+    "places": lambda x: x * (torch.arange(16) * 0.3).floor(),  # the same in each batch: what was seen is all there is
+    "router": router,
     "masked": lambda x: (x * 2).masked_fill(x * 2 < -1e9, float("-inf")).softmax(-1),
 }
+
+
+def noise(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> dict[tuple[str, str, str], list[float]]:
+    program = torch.export.export(ApplyToX(function).eval(), (x,))
+    table = calibrate(program, [x], progress=False).rounding
+    assert not table["why_missing"].drop_nulls().len()
+    columns = ("node", "input", "low_precision_type", "noise_by_output")
+    return {(node, source, low): parts for node, source, low, parts in table.select(columns).iter_rows()}
+
+
+def test_errors_that_overflow_in_front_of_a_step_are_left_to_the_first_sweep() -> None:
+    """exp passes what fp16 holds, and only the second output sees it: the comparison gives the same."""
+
+    def overflowing(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        p = (x * 5).exp()
+        return torch.where(p > 1.0, 1.0, 0.0), p
+
+    found = noise(overflowing, torch.randn(256, 16, generator=GENERATOR))
+    assert found["gt", "exp", "float16"][0] < 1
+    assert found["output", "exp", "float16"][1] == float("inf")
+
+
+def test_a_step_that_reads_a_slice_is_judged_by_that_slice() -> None:
+    """A detection head: the loud half of the channels has no part in the quiet half's steps."""
+
+    def head(loud: float) -> Callable[[torch.Tensor], Any]:
+        def run(x: torch.Tensor) -> torch.Tensor:
+            both = torch.cat([torch.tanh(x) * loud, torch.sin(x) * 3.3], 1) * 1.1
+            return both[:, 16:].floor() + 0.001 * both[:, :16] / loud
+
+        return run
+
+    x = torch.randn(512, 16, generator=GENERATOR)
+    quiet, loud = ([e.weights for e in ends(head(k), x)] for k in (3.3, 1000.0))
+    assert len(quiet) == len(loud) == 1
+    assert quiet[0][0] == pytest.approx(loud[0][0], rel=0.1)
+
+
+def test_a_batch_keeps_its_evidence_where_the_second_sweep_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    x = MANY[:4096]
+    whole = noise(lambda x: curve(x).floor(), x)
+    monkeypatch.setattr(rounding_step_sweep._StepSweep, "noise", refuse)
+    found = noise(lambda x: curve(x).floor(), x)
+    assert found.keys() == whole.keys()
+    assert found["tanh", "mul", "bfloat16"][0] < whole["tanh", "mul", "bfloat16"][0]
 
 
 @pytest.mark.parametrize("name", HARMLESS)

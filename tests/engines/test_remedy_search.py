@@ -355,12 +355,12 @@ def test_what_cannot_be_made_meanwhile_ends_no_build(planned, monkeypatch):
 REFUSED = "TensorRT does not take _run_on_acc_0.engine: RuntimeError: Expected (exec_ctx.get() != nullptr)"
 
 
-def set_up_once_sigmoids_are_wide(monkeypatch):
+def set_up_once_sigmoids_are_wide(monkeypatch, refused=REFUSED):
     """Let no engine be set up as long as the sigmoids are in bf16."""
 
     def load(folder, program):
         if computed_in(program, "sigmoid") == torch.bfloat16:
-            raise BuildError(REFUSED)
+            raise BuildError(refused)
         return program.module()
 
     def trial(request, shapes):
@@ -381,6 +381,15 @@ def test_an_engine_that_cannot_be_set_up_is_mended_as_one_that_cannot_be_built(p
     assert "sigmoid" in engine.record["widened"]
     assert engine.record["trial"]["set_up"]
     assert "exec_ctx" in engine.record["remedies"][0]
+
+
+@pytest.mark.skipif(not has_builder(), reason="needs torch-tensorrt-rtx 2.14")
+def test_an_engine_that_cannot_be_set_up_is_never_handed_over(planned, monkeypatch, tmp_path):
+    """For lack of memory there is no remedy, and no first engine to fall back on."""
+    set_up_once_sigmoids_are_wide(monkeypatch, "TensorRT does not take a.engine: CUDA out of memory")
+    for _ in range(2):
+        with pytest.raises(BuildError, match=r"out of memory.* smaller sizes"):
+            ahead(planned, on_failure="fallback", cache=tmp_path)
 
 
 def test_where_not_even_fp32_helps_the_error_says_so(planned, monkeypatch):
