@@ -71,7 +71,7 @@ class Runs:
     ) -> None:
         self._tape, self._columns, self._seed = tape, columns, seed
         self._at_risk, self._twin = at_risk, twin
-        self._size = sum(v.tensor.numel() for call in tape.calls for v in call.outputs if v is not None)
+        self._size = tape.elements
         self._found: Findings = {}
         self._lost: dict[tuple[Group, torch.dtype], Call] = {}  # groups in which something became NaN or Inf
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from calibcast.calib.errors import first_line
 from calibcast.calib.rounding_edges import Edge
 from calibcast.calib.rounding_findings import Findings, Found
-from calibcast.calib.rounding_ledger import Error, parts_of
+from calibcast.calib.rounding_ledger import parts_of
 from calibcast.calib.rounding_steps import End, step_ends
-from calibcast.calib.rounding_sweep import LOW_TYPES, Sweep
+from calibcast.calib.rounding_sweep import Sweep
 from calibcast.calib.rounding_tape import Call, Tape, Value
 
 _log = logging.getLogger("calibcast")
@@ -84,11 +83,9 @@ class _StepSweep(Sweep):
         }
         for place, grad in grads.items():
             self.gradients.add(output, place, signs * grad)
-        for edge in dict.fromkeys(edge for step in end.steps for edge in self.edges.get(step.name, ())):
-            if (edge.input, edge.output) in output.sources:
-                for low in LOW_TYPES:
-                    again = partial(self.rounder.remade, output, (edge,), low)
-                    self._take(self._of(edge, low), Error(again(), again), output, grads)
+        self._take_read(
+            output, dict.fromkeys(edge for step in end.steps for edge in self.edges.get(step.name, ())), grads
+        )
 
     def _step(self, *_: object) -> None:
         """Nothing: steps were tried before."""

@@ -51,23 +51,23 @@ def step_ends(tape: Tape, gradients: Gradients, weights: Collection[str], column
     tensor, or one for all of them.
     """
     steps = {call: None for call in tape.calls if gradients.is_step(call)}
-    varying = _varying(tape, weights) if steps else set()
-    waiting = list(_in_front(tape, steps, varying).items())
+    if not steps:
+        return []
+    waiting = list(_in_front(tape, steps, _varying(tape, weights)).items())
     first = len(waiting) * (seed % 4) // 4  # each batch begins elsewhere
-    size = sum(v.tensor.numel() for call in tape.calls for v in call.outputs if v is not None)
-    paid, found = _RUN_SHARE * size, list[End]()
+    paid, found = _RUN_SHARE * tape.elements, list[End]()
     for number, (value, readers) in enumerate([*waiting[first:], *waiting[:first]]):
         if paid <= 0 and number >= _LEAST_TRIED:
             _log.debug("%d of %d values in front of steps were not tried", len(waiting) - number, len(waiting))
             break
         try:
-            shares, slope, elements = _tried(tape, value, readers, steps, columns, seed + number)
+            shares, size, elements = _tried(tape, value, readers, steps, columns, seed + number)
         except Exception as error:
             _log.debug("errors in front of %s were not tried: %s", readers[0].name, first_line(error))
             continue
         paid -= elements
         if any(shares):
-            found.append(End(value, tuple(readers), slope, shares))
+            found.append(End(value, tuple(readers), torch.where(size > 0, 1 / size, 0.0), shares))
     return found
 
 
@@ -121,8 +121,8 @@ def _is_picked(value: Value) -> bool:
 def _tried(
     tape: Tape, value: Value, readers: Sequence[Call], steps: Collection[Call], columns: int, seed: int
 ) -> tuple[tuple[float, ...], torch.Tensor, int]:
-    """Run the program with errors in a value, with all steps free and with all held. The weights and the slope of an
-    `End`, and how many elements that took. No weight where steps do not matter.
+    """Run the program with errors in a value, with all steps free and with all held. The weights of an `End`, the size
+    of the errors, and how many elements that took. No weight where steps do not matter.
     """
     assert value.maker is not None
     size = _size_of_errors(value.tensor)
@@ -137,7 +137,7 @@ def _tried(
             count = max(int((size > 0).sum()), 1)
             pairs = zip(free, held, strict=True)
             weights = [(a - b) / count if 2 * b < a < math.inf and a - b > _LEAST else 0.0 for a, b in pairs]
-    return tuple(weights), torch.where(size > 0, 1 / size, 0.0), elements
+    return tuple(weights), size, elements
 
 
 def _steps_change(tape: Tape, value: Value, made: torch.Tensor, readers: Sequence[Call]) -> bool:

@@ -133,6 +133,7 @@ class Sweep:
         return runs.findings(self._measured, {**self._refused, **self._direct})
 
     def _looks_at(self, call: Call) -> bool:
+        """Whether the edges into a call are measured."""
         return True
 
     def _note_signals(self) -> None:
@@ -166,17 +167,17 @@ class Sweep:
         )
         grad = (next(self._signs) * 2 - 1) * scale.reshape(shape).to(tensor.dtype)
         self.gradients.add(output, column, grad)
-        for edge in self.edges.get(OUTPUT, ()):
-            if (edge.input, edge.output) in output.sources:
+        self._take_read(output, self.edges.get(OUTPUT, ()), {column: grad})
+
+    def _take_read(self, value: Value, edges: Iterable[Edge], grads: Grads) -> None:
+        """Take what rounding a value does to those that read it along these edges."""
+        for edge in edges:
+            if (edge.input, edge.output) in value.sources:
                 for low in LOW_TYPES:
-                    found, made = self._of(edge, low), self.rounder.remade(output, (edge,), low)
-                    if made is not tensor:
-                        self._take(
-                            found,
-                            Error(made, partial(self.rounder.remade, output, (edge,), low)),
-                            output,
-                            {column: grad},
-                        )
+                    again = partial(self.rounder.remade, value, (edge,), low)
+                    found, made = self._of(edge, low), again()
+                    if made is not value.tensor:
+                        self._take(found, Error(made, again), value, grads)
 
     def _of(self, edge: Edge, low: torch.dtype) -> Found:
         return self._direct.setdefault((edge, low), Found([0.0] * self.columns))

@@ -110,6 +110,11 @@ class Tape:
     made: dict[Source, Value]
     outputs: list[Value | None]
 
+    @property
+    def elements(self) -> int:
+        """How many elements a run computes."""
+        return sum(v.tensor.numel() for call in self.calls for v in call.outputs if v is not None)
+
     def forget(self) -> None:
         """Let go of all tensors: the tape is of no use then. Calls and values refer to each other, so without this a
         batch's activations would stay in memory until Python next collects cycles.

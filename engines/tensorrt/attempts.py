@@ -26,6 +26,7 @@ from calibcast.engines.tensorrt.builder.isolation import (
 )
 from calibcast.engines.tensorrt.builder.job import BuilderJob, BuilderResult
 from calibcast.engines.tensorrt.cache import emptied
+from calibcast.engines.tensorrt.engine_files import DAMAGED
 from calibcast.engines.tensorrt.region_search import MOST_BUILDS as MOST_BISECTIONS
 from calibcast.engines.tensorrt.region_search import computing_nodes, described, smallest_region, unconverted
 from calibcast.engines.tensorrt.remedies import advice, remedies, settings_for
@@ -124,8 +125,10 @@ class Attempts:
         judgement = self._trial.judgement
         if judgement is None or judgement.set_up:
             return BuilderError("wrong", problem, RUNNING)
-        kind = failure_of(BuildError.__name__, problem).kind
-        return BuilderError(kind, problem, BUILDING, layers=tuple(build.result.layers))
+        said = problem.removesuffix(DAMAGED)  # it was built a moment ago
+        kind = failure_of(BuildError.__name__, said).kind
+        message = f"TensorRT made an engine that cannot be set up on this GPU: {said}"
+        return BuilderError(kind, message, BUILDING, layers=tuple(build.result.layers))
 
     def _judged(self, build: Build) -> Build:
         """The build together with what the last trial measured."""

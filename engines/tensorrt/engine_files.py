@@ -29,6 +29,11 @@ from torch.utils import _pytree as pytree
 
 WIRING, _KIND = "wiring.json", "wiring"
 STATE, STATE_NOW = "state.safetensors", "state_now.safetensors"
+# How the error about an engine that cannot be set up ends.
+DAMAGED = (
+    ". The engine is damaged, or it fails to set itself up on this GPU (an execution context); for half-precision "
+    "attention build with decompose_attention=True."
+)
 
 
 class WiringError(Exception):
@@ -250,9 +255,7 @@ def _loaded(name: str, part: dict[str, Any], folder: Path, device: torch.device)
         )
     except Exception as error:  # TensorRT's, through a C++ extension
         raise BuildError(
-            f"TensorRT does not take {path.name}: {type(error).__name__}: {str(error)[:500]}. The engine is damaged, "
-            "or it fails to set itself up on this GPU (an execution context); for half-precision attention build with "
-            "decompose_attention=True."
+            f"TensorRT does not take {path.name}: {type(error).__name__}: {str(error)[:500].strip()}{DAMAGED}"
         ) from error
     return module  # type: ignore[no-any-return]
 

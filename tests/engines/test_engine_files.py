@@ -95,8 +95,9 @@ def test_an_engine_that_torch_tensorrt_saves_itself_is_set_up_first(tmp_path, mo
     graph = fx.Graph()
     graph.output(graph.call_function(torch.sin, (graph.placeholder("x"),)))
     whole = fx.GraphModule(nn.Module(), graph)
+    whole.add_module("engine", engine)
     monkeypatch.setattr(compiling.adapter, "save_module", lambda module, path: saved.append((engine.engine, path)))
-    compiling._write(whole, {"engine": engine}, tmp_path, False, Made({}, {}))
+    compiling._write(whole, tmp_path, False, Made({}, {}))
     assert saved == [("ready", str(tmp_path / compiling.WHOLE))]
 
 

@@ -74,7 +74,7 @@ def compile_job(job: BuilderJob, program: ExportedProgram, folder: Path, event: 
     _check_profiles(asked, dict(zip(engines, conversion.profiles, strict=True)))
     folder.mkdir(parents=True, exist_ok=True)
     made = replace(_made(compiled, engines, conversion, source), constants=constants)
-    _write(compiled, engines, folder, job.ahead_of_time, made)
+    _write(compiled, folder, job.ahead_of_time, made)
     inspected = {} if job.ahead_of_time else {n: adapter.inspected(p.serialized_engine) for n, p in engines.items()}
     if inspected:
         _check_profiles(asked, {name: profiles for name, (_, profiles) in inspected.items()})
@@ -178,13 +178,13 @@ def _refuse_partial(compiled: fx.GraphModule, settings: dict[str, Any]) -> NoRet
     )
 
 
-def _write(compiled: fx.GraphModule, engines: Mapping[str, Any], folder: Path, ahead_of_time: bool, made: Made) -> None:
+def _write(compiled: fx.GraphModule, folder: Path, ahead_of_time: bool, made: Made) -> None:
     try:
         write_parts(compiled, folder, made)
     except WiringError as problem:
         if ahead_of_time or made.constants:
             raise
-        for engine in engines.values():  # as Torch-TensorRT saves only those
+        for engine in _engines(compiled).values():  # as Torch-TensorRT saves only those
             set_up(engine)
         adapter.save_module(compiled, str(folder / WHOLE))
         print(f"saved by torch_tensorrt.save: {problem}", file=sys.stderr)
